@@ -1,0 +1,66 @@
+# care-compress: every verb sets up what it needs; a second run reinstalls nothing.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# The first interpreter that really runs and is new enough (a pyenv shim may exist and not run).
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+RECIPE ?= int8_qat
+# Shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
+# The values travel as environment variables, so a path with spaces or quotes stays one value.
+export ARCH CKPT DATA RES CROP RUN SET
+
+.PHONY: help setup quantize doctor test check recipes bench-data bench-train clean
+
+help: ## list the verbs
+	@echo "care-compress: make VERB [NAME=value]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  %-14s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.user ## create .venv and install care-compress
+
+quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES= CROP= RUN= SET="a.b=1"]
+	@$(BIN)/care-compress quantize "$(RECIPE)" --from-environment
+
+doctor: $(VENV)/.user ## what this machine can export, build, run and measure
+	@$(BIN)/care-compress doctor
+
+test: $(VENV)/.dev ## the test suite (under 15 minutes on two cores)
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, recipe validation
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/care-compress recipes --check
+
+recipes: $(VENV)/.user ## list the recipes that ship
+	@$(BIN)/care-compress recipes
+
+bench-data: $(VENV)/.dev ## images/s of the loader beside a plain PIL + DataLoader loop
+	@$(BIN)/python bench/data.py
+
+bench-train: $(VENV)/.dev ## images/s of the trainer beside bare forward + backward + step
+	@$(BIN)/python bench/train.py
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed. Fix: install it, or make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.user: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing care-compress (first time: a few minutes)"
+	@$(INSTALL) -e '.[openvino]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.user
+	@echo "installing the development tools"
+	@$(INSTALL) -e '.[openvino,dev]'
+	@touch $@

@@ -1,0 +1,241 @@
+"""Batches of pixels in a fixed order, decoded by worker processes.
+
+The order and the pixels depend on the seed and the step alone: any number of workers gives the
+same batches, any number of training processes the same global batches, and a resumed run goes on
+where it stopped without loading what came before.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
+
+from care_compress.data.samples import Samples
+from care_compress.data.transforms import Key, Transform
+from care_compress.errors import BadImageError, CareError, DataError
+from care_compress.recipe import DataSection
+
+MAX_WORKERS = 8  # when data.workers is left out; more starve the process that feeds the network
+
+
+class Batch(NamedTuple):
+    """Some images, ready for `normalize`."""
+
+    images: Tensor  # uint8 BCHW, channels_last
+    labels: Tensor  # int64 B
+    indices: Tensor  # int64 B, positions in the samples
+
+
+@dataclass
+class BadImages:
+    """The images that ``data.skip_bad_images`` left out: name to what is wrong with it."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """How many different images were left out."""
+        return len(self.reasons)
+
+
+def worker_count(samples: Samples, data: DataSection) -> int:
+    """How many decoding processes to start; 0 decodes in this one."""
+    if data.workers is not None:
+        return data.workers
+    return 0 if samples.in_memory else min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+
+
+def steps_per_epoch(samples: Samples, batch_size: int) -> int:
+    """Full batches in one pass; the remainder is left out, another one in each epoch."""
+    if len(samples) < batch_size:
+        raise DataError(
+            f"there are {len(samples)} training images, fewer than one batch of {batch_size}.",
+            f"set train.batch_size to {len(samples)} or less",
+        )
+    return len(samples) // batch_size
+
+
+def evaluation_batches(
+    samples: Samples,
+    transform: Transform,
+    batch_size: int,
+    data: DataSection,
+    *,
+    bad: BadImages,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Batch]:
+    """Images `start` to `stop` in their stored order; the last batch may be smaller."""
+    end = len(samples) if stop is None else min(stop, len(samples))
+    keys = (
+        [(0, 0, index) for index in range(first, min(first + batch_size, end))]
+        for first in range(start, end, batch_size)
+    )
+    for batch in batches(samples, transform, keys, data, bad):
+        if len(batch.labels):  # a batch of bad images only has nothing to evaluate
+            yield batch
+
+
+def training_batches(
+    samples: Samples,
+    transform: Transform,
+    batch_size: int,
+    data: DataSection,
+    *,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    bad: BadImages,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """The batches of steps `start_step` to `total_steps`, over as many epochs as that takes.
+
+    `batch_size` counts the images of all processes together. The global batch of a step is the
+    same for every `world_size`; process `rank` gets its contiguous slice of it.
+    """
+    per_epoch = steps_per_epoch(samples, batch_size)
+    share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+    keys = _training_keys(len(samples), batch_size, per_epoch, seed, start_step, total_steps)
+    shares = (global_batch[share] for global_batch in keys)
+    for batch in batches(samples, transform, shares, data, bad):
+        if not len(batch.labels):
+            raise DataError(
+                "a training batch holds nothing but images that cannot be decoded.",
+                "check data.source, or turn data.skip_bad_images off to see the first of them",
+            )
+        yield batch
+
+
+def _training_keys(
+    count: int, batch_size: int, per_epoch: int, seed: int, start_step: int, total_steps: int
+) -> Iterator[list[Key]]:
+    order: NDArray[np.int64] | None = None
+    for step in range(start_step, total_steps):
+        epoch, position = divmod(step, per_epoch)
+        if order is None or position == 0:
+            order = np.random.default_rng((seed, epoch)).permutation(count)
+        chosen = order[position * batch_size : (position + 1) * batch_size]
+        yield [(seed, epoch, index) for index in chosen.tolist()]
+
+
+def batches(
+    samples: Samples,
+    transform: Transform,
+    keys: Iterable[list[Key]],
+    data: DataSection,
+    bad: BadImages,
+) -> Iterator[Batch]:
+    """One batch for each list of (seed, epoch, index); closing the iterator ends the workers."""
+    loader = DataLoader(
+        _Decoding(samples, transform, data.skip_bad_images),
+        batch_sampler=keys,
+        num_workers=worker_count(samples, data),
+        collate_fn=_as_is,
+        # Without its own generator the loader would draw from, and so move, the global one.
+        generator=torch.Generator(),
+    )
+    iterator = iter(loader)
+    try:
+        with _death_is_reported_here(iterator):
+            yield from _receive(iterator, bad)
+    finally:
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            # Not left to garbage collection: a traceback could keep the workers for long.
+            iterator._shutdown_workers()
+
+
+def _receive(iterator: _BaseDataLoaderIter, bad: BadImages) -> Iterator[Batch]:
+    while True:
+        try:
+            decoded: _Decoded | CareError = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError(
+                f"a decoding process died: {error}.",
+                "memory or shared memory (/dev/shm) may have run out: lower data.workers",
+            ) from None
+        if isinstance(decoded, CareError):
+            raise decoded
+        bad.reasons.update(decoded.bad)
+        yield decoded.batch
+
+
+@contextlib.contextmanager
+def _death_is_reported_here(iterator: _BaseDataLoaderIter) -> Iterator[None]:
+    """Keep torch from raising for a dead worker in the middle of somebody else's code.
+
+    Its SIGCHLD handler raises wherever the main thread happens to be, in the middle of saving a
+    checkpoint for example. Without it the same death is found at the next batch.
+    """
+    has_workers = isinstance(iterator, _MultiProcessingDataLoaderIter)
+    if not has_workers or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    torch_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, torch_handler)
+
+
+class _Decoded(NamedTuple):
+    """What a worker sends back for one batch."""
+
+    batch: Batch
+    bad: dict[str, str]
+
+
+class _Decoding(Dataset["_Decoded | CareError"]):
+    """The work of a worker: a list of keys in, one batch out."""
+
+    def __init__(self, samples: Samples, transform: Transform, skip_bad: bool) -> None:
+        self.samples = samples
+        self.transform = transform
+        self.skip_bad = skip_bad
+
+    def __getitems__(self, keys: list[Key]) -> "_Decoded | CareError":
+        """The batch, or the error as a value: raised here, it would reach the user mangled."""
+        pixels: list[Tensor] = []
+        indices: list[int] = []
+        bad: dict[str, str] = {}
+        for key in keys:
+            index = key[2]
+            try:
+                pixels.append(self.transform(self.samples.image(index), key))
+            except BadImageError as error:
+                if not self.skip_bad:
+                    return error
+                bad[self.samples.name(index)] = error.message
+                continue
+            except CareError as error:
+                return error
+            indices.append(index)
+        labels = torch.from_numpy(self.samples.labels[indices])
+        return _Decoded(
+            Batch(_stack(pixels), labels, torch.tensor(indices, dtype=torch.int64)), bad
+        )
+
+
+def _stack(pixels: list[Tensor]) -> Tensor:
+    """CHW views of rows of pixels to one channels_last BCHW, without transposing anything."""
+    if not pixels:
+        return torch.empty((0, 3, 0, 0), dtype=torch.uint8)
+    return torch.stack([chw.permute(1, 2, 0) for chw in pixels]).permute(0, 3, 1, 2)
+
+
+def _as_is(decoded: Any) -> Any:
+    """The collate function: `_Decoding` has already made the batch."""
+    return decoded

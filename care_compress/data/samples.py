@@ -1,0 +1,35 @@
+"""What every data source looks like to the rest of the product: a numbered, labelled image set."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+class Samples(Protocol):
+    """A labelled set of images with random access.
+
+    Implementations are picklable (worker processes receive them) and hold no per-image Python
+    objects: a million images must list in seconds and fit in memory.
+    """
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]  # (len,) index into classes
+    in_memory: bool  # reading an image needs no decoding, so worker processes would only cost
+
+    def __len__(self) -> int:
+        """How many images."""
+        ...
+
+    def name(self, index: int) -> str:
+        """A stable name of one image inside its source, such as ``val/cat/12.jpg``."""
+        ...
+
+    def image(self, index: int) -> Image.Image:
+        """The image as stored, in any mode; `BadImageError` if it cannot be decoded."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hex digest of the list of names, labels and classes: equal lists, equal digest."""
+        ...

@@ -1,0 +1,53 @@
+"""The errors a user can meet: each says what is wrong and what to do about it.
+
+The command line turns any of them into one line and exit code 2; a traceback is
+shown only with ``--debug``. Broken invariants of our own are asserts, never these.
+"""
+
+
+class CareError(Exception):
+    """Base of every error whose cause lies in what the user gave us."""
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message, fix)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message} Fix: {self.fix}" if self.fix else self.message
+
+
+class RecipeError(CareError):
+    """A recipe, a target file or a ``--set`` that does not say something we can do."""
+
+
+class CheckpointError(CareError):
+    """A checkpoint that cannot be read, or does not fit the network asked for."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint whose pickle asks to run code; nothing of it was executed."""
+
+
+class InputSizeError(CareError):
+    """An image too small (or of the wrong shape) for the network's four stages."""
+
+
+class DataError(CareError):
+    """A data set that cannot be opened, is empty, or does not fit the model."""
+
+
+class BadImageError(DataError):
+    """One image that cannot be decoded."""
+
+
+class TrainingError(CareError):
+    """Training that cannot go on: a non-finite loss, or a state that does not fit."""
+
+
+class RunError(CareError):
+    """A run directory that cannot be used: locked, not writable, or somebody else's."""
+
+
+class TargetError(CareError):
+    """A runtime that is not installed here or cannot do what was asked."""

@@ -1,0 +1,316 @@
+"""The CARE network (arXiv 2411.16170): memory + convolution + linear attention, in four stages.
+
+Module and parameter names are the published ones, so published checkpoints load with
+``strict=True``; the sizes differ only in the numbers of `ARCHITECTURES`.
+
+Shape suffixes: B batch, C channels, H W rows and columns, N = H*W tokens, h heads,
+d channels of one head, g channels of one feature group, K classes. ``x_BCHW`` is an image-shaped
+tensor, ``q_BhdN`` one that holds tokens in its last axis.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from care_compress.errors import CareError, InputSizeError
+
+ATTENTION_EPS = 1e-6
+STEM_STRIDE = 4
+MINIMUM_SIZE = STEM_STRIDE * 2**3  # three halvings must leave one pixel for the fourth stage
+LINEAR_ATTENTION_STAGES = (2, 3)  # earlier stages have too many tokens for it to pay
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers in which the sizes differ; one entry per stage where there are four."""
+
+    depths: tuple[int, int, int, int]
+    memory: tuple[int, int, int, int]  # g: also the width of each of the three feature groups
+    ratios: tuple[tuple[int, int], ...]  # (inter1, inter2) expansion per stage
+    head_dims: tuple[int, int] = (16, 32)  # channels per attention head in stages 3 and 4
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Stage widths: memory plus three feature groups."""
+        return tuple(4 * g for g in self.memory)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "care_nano": Architecture((1, 2, 2, 2), (4, 8, 16, 32), ((2, 2), (2, 2), (4, 4), (4, 2))),
+    "care_s0": Architecture((2, 4, 8, 4), (8, 16, 32, 64), ((2, 2), (2, 4), (4, 4), (4, 4))),
+    "care_s1": Architecture((3, 6, 10, 6), (8, 16, 32, 64), ((2, 4), (2, 4), (4, 4), (4, 4))),
+    "care_s2": Architecture((3, 6, 10, 6), (8, 16, 48, 96), ((4, 4), (4, 4), (4, 4), (4, 4))),
+}
+
+
+def positive_features(x: Tensor) -> Tensor:
+    """ELU(t) + 1 as exp(min(t, 0)) + max(t, 0).
+
+    The textbook form cancels to exactly 0 below -17 in float32 (-8 in bfloat16); once all of a
+    token's query features flush, its normaliser becomes 1/eps and training diverges.
+    """
+    return x.clamp(max=0).exp() + x.relu()
+
+
+def linear_attention(q_BhdN: Tensor, k_BhdN: Tensor, v_BhdN: Tensor) -> Tensor:
+    """Softmax-free attention, linear in N: out_n = (q_n . kv) / (q_n . mean(k) + eps).
+
+    q and k arrive before the feature map. The d x d summary kv = k v^T / N comes first, because
+    N is larger than d at every published resolution. Heads stay channel-major, so that no
+    token-sized tensor is ever transposed.
+    """
+    q, k = positive_features(q_BhdN), positive_features(k_BhdN)
+    tokens = q.shape[-1]
+    vk_Bhdd = v_BhdN @ k.transpose(-1, -2) / tokens
+    normaliser_Bh1N = (q * k.mean(dim=-1, keepdim=True)).sum(dim=-2, keepdim=True) + ATTENTION_EPS
+    return (vk_Bhdd @ q) / normaliser_Bh1N
+
+
+class TokenMixer(nn.Module):
+    """Splits channels into memory and three groups; mixes tokens within the groups.
+
+    The memory passes through; the groups go to a 3x3, a 7x7, and either a pair of strip
+    convolutions (early stages) or linear attention (late stages).
+    """
+
+    def __init__(self, group: int, head_dim: int | None) -> None:
+        super().__init__()
+        self.group = group
+        self.head_dim = head_dim
+        self.dwconv1 = nn.Conv2d(group, group, 3, padding=1, groups=group)
+        self.dwconv2 = nn.Conv2d(group, group, 7, padding=3, groups=group)
+        if head_dim is None:
+            self.dwconvatt_1 = nn.Conv2d(group, group, (11, 1), padding=(5, 0), groups=group)
+            self.dwconvatt_2 = nn.Conv2d(group, group, (1, 11), padding=(0, 5), groups=group)
+        else:
+            self.qk = nn.Conv2d(group, 2 * group, 1)
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (memory, features)."""
+        g = self.group
+        sizes = [x_BCHW.shape[1] - 3 * g, g, g, g]
+        memory, att, c1, c2 = torch.split(x_BCHW, sizes, dim=1)
+        att = self.strips(att) if self.head_dim is None else self.attention(att)
+        features = torch.cat([att, self.dwconv1(c1), self.dwconv2(c2)], dim=1)
+        return memory, features
+
+    def strips(self, att_BgHW: Tensor) -> Tensor:
+        """11x1 plus 1x11 depthwise: a cheap stand-in for attention on many tokens."""
+        out: Tensor = self.dwconvatt_1(att_BgHW) + self.dwconvatt_2(att_BgHW)
+        return out
+
+    def attention(self, att_BgHW: Tensor) -> Tensor:
+        """Linear attention over all positions; always in float32 where autocast would narrow it.
+
+        Half precision cannot hold exp(t) for the very negative pre-activations CARE learns, and
+        rounding t itself to bfloat16 already costs 25 % of exp(t) at t = -60.
+        """
+        device = att_BgHW.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._attention(att_BgHW.float())
+        return self._attention(att_BgHW)
+
+    def _attention(self, att_BgHW: Tensor) -> Tensor:
+        assert self.head_dim is not None
+        heads = self.group // self.head_dim
+        q, k = self.split_heads(self.qk(att_BgHW), heads)
+        v_BhdN = att_BgHW.reshape(att_BgHW.shape[0], heads, self.head_dim, -1)
+        return self.mix_tokens(q, k, v_BhdN).reshape(att_BgHW.shape)
+
+    def split_heads(self, qk_BCHW: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys, each (B, h, d, N)."""
+        qk = qk_BCHW.reshape(qk_BCHW.shape[0], 2 * heads, self.head_dim or 0, -1)
+        q, k = qk.chunk(2, dim=1)
+        return q, k
+
+    def mix_tokens(self, q_BhdN: Tensor, k_BhdN: Tensor, v_BhdN: Tensor) -> Tensor:
+        """The attention core; a rewrite may put an equivalent form in its place."""
+        return linear_attention(q_BhdN, k_BhdN, v_BhdN)
+
+
+class Interaction(nn.Module):
+    """Two inverted-bottleneck mixers: one over the features, one over memory and features."""
+
+    def __init__(self, group: int, ratios: tuple[int, int], last: bool) -> None:
+        super().__init__()
+        features, width = 3 * group, 4 * group
+        hidden1, hidden2 = ratios[0] * features, ratios[1] * width
+        self.inter1_norm = nn.BatchNorm2d(features)
+        self.inter1_fc1 = nn.Conv2d(features, hidden1, 1)
+        self.inter1_conv = nn.Conv2d(hidden1, hidden1, 3, padding=1, groups=hidden1)
+        self.inter1_fc2 = nn.Conv2d(hidden1, features, 1)
+        self.inter2_norm = nn.BatchNorm2d(width)
+        self.inter2_fc1 = nn.Conv2d(width, hidden2, 1)
+        self.inter2_conv = nn.Conv2d(hidden2, hidden2, 3, padding=1, groups=hidden2)
+        # The network's last interaction ends with its depthwise convolution.
+        self.inter2_fc2 = None if last else nn.Conv2d(hidden2, width, 1)
+
+    def forward(self, memory: Tensor, features: Tensor) -> Tensor:
+        """Mix channels of the features, then of everything."""
+        x = F.gelu(self.inter1_fc1(self.inter1_norm(features)))
+        features = features + self.inter1_fc2(self.inter1_conv(x))
+        everything = torch.cat([memory, features], dim=1)
+        x = F.gelu(self.inter2_fc1(self.inter2_norm(everything)))
+        out: Tensor = self.inter2_conv(x)
+        return out if self.inter2_fc2 is None else everything + self.inter2_fc2(out)
+
+
+class Block(nn.Module):
+    """Token mixer, then interaction, added to the input after a learned scale (gamma)."""
+
+    def __init__(
+        self, group: int, ratios: tuple[int, int], head_dim: int | None, drop: float, last: bool
+    ) -> None:
+        super().__init__()
+        self.token_mixer = TokenMixer(group, head_dim)
+        self.inter_layer = Interaction(group, ratios, last)
+        self.drop_path = drop
+        self.gamma = None if last else nn.Parameter(torch.full((4 * group,), 1e-1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """One block; the last block of the network returns its hidden features bare."""
+        out: Tensor = self.inter_layer(*self.token_mixer(x_BCHW))
+        if self.gamma is None:
+            return out
+        out = out * self.gamma.view(-1, 1, 1)
+        if self.training and self.drop_path > 0:
+            out = drop_path(out, self.drop_path)
+        return x_BCHW + out
+
+
+def drop_path(x_BCHW: Tensor, probability: float) -> Tensor:
+    """Zero whole samples with this probability and rescale the rest (arXiv 1603.09382)."""
+    keep = 1.0 - probability
+    mask = x_BCHW.new_empty(x_BCHW.shape[0], 1, 1, 1).bernoulli_(keep)
+    return x_BCHW * (mask / keep)
+
+
+class Stage(nn.Module):
+    """Optional 2x downsampling, then blocks."""
+
+    def __init__(self, blocks: Sequence[Block], downsample: nn.Sequential | None) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Run the stage."""
+        if self.downsample is not None:
+            x_BCHW = self.downsample(x_BCHW)
+        for block in self.blocks:
+            x_BCHW = block(x_BCHW)
+        return x_BCHW
+
+
+class Head(nn.Module):
+    """Classifier on pooled features: GELU, LayerNorm, Linear."""
+
+    def __init__(self, features: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features, eps=1e-6)
+        self.fc = nn.Linear(features, num_classes)
+
+    def forward(self, pooled_BC: Tensor) -> Tensor:
+        """Logits (B, K) of pooled features (B, C)."""
+        logits: Tensor = self.fc(self.norm(F.gelu(pooled_BC)))
+        return logits
+
+
+class Care(nn.Module):
+    """A CARE classifier: eval mode averages the two heads, training mode returns both."""
+
+    def __init__(self, arch: str, num_classes: int = 1000, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        spec = architecture(arch)
+        if num_classes < 1:
+            raise CareError(f"num_classes is {num_classes}.", "give at least one class")
+        self.arch = arch
+        self.num_classes = num_classes
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, spec.widths[0], STEM_STRIDE, stride=STEM_STRIDE),
+            nn.BatchNorm2d(spec.widths[0]),
+        )
+        self.stages = nn.ModuleList(_stages(spec, drop_path_rate))
+        features = spec.ratios[-1][1] * spec.widths[-1]
+        self.head = Head(features, num_classes)
+        self.dist_head = Head(features, num_classes)
+
+    def forward_features(self, x_BCHW: Tensor) -> list[Tensor]:
+        """The four stage outputs, at strides 4, 8, 16 and 32."""
+        check_input_size(x_BCHW)
+        x = self.stem(x_BCHW)
+        outputs = []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return outputs
+
+    def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits; in training mode (class head, distillation head)."""
+        pooled = self.forward_features(x_BCHW)[-1].mean(dim=(2, 3))
+        logits: Tensor = self.head(pooled)
+        distilled: Tensor = self.dist_head(pooled)
+        if self.training:
+            return logits, distilled
+        return (logits + distilled) / 2
+
+
+def _stages(spec: Architecture, drop_path_rate: float) -> list[Stage]:
+    """Build the stages; drop-path grows linearly with depth."""
+    total = sum(spec.depths)
+    stages, index = [], 0
+    for i, (depth, group, ratios) in enumerate(
+        zip(spec.depths, spec.memory, spec.ratios, strict=True)
+    ):
+        linear = i in LINEAR_ATTENTION_STAGES
+        head_dim = spec.head_dims[i - LINEAR_ATTENTION_STAGES[0]] if linear else None
+        blocks = []
+        for _ in range(depth):
+            drop = drop_path_rate * index / max(1, total - 1)
+            index += 1
+            blocks.append(Block(group, (ratios[0], ratios[1]), head_dim, drop, index == total))
+        stages.append(Stage(blocks, _downsample(spec.widths, i)))
+    return stages
+
+
+def _downsample(widths: tuple[int, ...], stage: int) -> nn.Sequential | None:
+    if stage == 0:
+        return None
+    before, after = widths[stage - 1], widths[stage]
+    return nn.Sequential(nn.BatchNorm2d(before), nn.Conv2d(before, after, 2, stride=2))
+
+
+def check_input_size(x_BCHW: Tensor) -> None:
+    """Refuse what the stem and three halvings cannot shrink to at least one pixel."""
+    if x_BCHW.dim() != 4 or x_BCHW.shape[1] != 3:
+        raise InputSizeError(
+            f"input has shape {tuple(x_BCHW.shape)}.", "give a batch of RGB images (B, 3, H, W)"
+        )
+    height, width = x_BCHW.shape[2:]
+    if height < MINIMUM_SIZE or width < MINIMUM_SIZE:
+        raise InputSizeError(
+            f"input is {height}x{width}, too small for four stages.",
+            f"use at least {MINIMUM_SIZE}x{MINIMUM_SIZE} pixels",
+        )
+
+
+def architecture(arch: str) -> Architecture:
+    """The numbers of a named size."""
+    if arch not in ARCHITECTURES:
+        raise CareError(f"unknown arch {arch!r}.", f"use one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[arch]
+
+
+def build_model(arch: str, num_classes: int = 1000, drop_path_rate: float = 0.0) -> Care:
+    """A freshly initialised CARE of the named size."""
+    model = Care(arch, num_classes, drop_path_rate)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model

@@ -1,0 +1,227 @@
+"""Reading and writing float checkpoints: safely, strictly, and with errors that say what fits.
+
+Pickles are always read with ``weights_only=True``; the few harmless non-tensor types found in
+published training checkpoints are allowed by name, everything else is refused unexecuted.
+"""
+
+import argparse
+import pathlib
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from care_compress.errors import CheckpointError, UnsafeCheckpointError
+from care_compress.model.care import ARCHITECTURES, Care, architecture
+from care_compress.run import atomic_file
+
+BUILTIN_PREFIX = "builtin:"
+WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
+
+# Where training scripts put the weights, best first: the averaged weights are the ones that a
+# training checkpoint's published accuracy belongs to.
+WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+# Plain data that argparse, pathlib and numpy leave in training checkpoints. None of these runs
+# code when it is rebuilt.
+HARMLESS_TYPES: list[Any] = [
+    argparse.Namespace,
+    *(getattr(pathlib, name) for name in ("PurePosixPath", "PosixPath", "PureWindowsPath")),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "u1", "?")},
+    # numpy 1 and 2 pickle scalars under these two names for one function.
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+]
+
+
+def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
+    """A CARE in eval mode with the weights of `path`; arch and class count are inferred.
+
+    Reads ``.pth``, ``.pth.tar``, ``.pt`` and ``.safetensors``, bare or nested under the usual
+    keys, and ``builtin:NAME`` for weights that ship with the package.
+    """
+    where = resolve_checkpoint(path)
+    state = read_state_dict(where)
+    if arch is not None:
+        architecture(arch)
+    found = infer_arch(state, where, wanted=arch)
+    model = Care(found, _class_count(state, where))
+    model.load_state_dict(_with_counters(state, model), strict=True)
+    return model.eval()
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The file behind a checkpoint argument."""
+    if not str(path).startswith(BUILTIN_PREFIX):
+        return Path(path)
+    name = str(path).removeprefix(BUILTIN_PREFIX)
+    known = sorted(file.stem for file in WEIGHTS_DIR.glob("*.safetensors"))
+    if name not in known:
+        raise CheckpointError(
+            f"there are no built-in weights {name!r}.", f"use one of: {', '.join(known) or 'none'}"
+        )
+    return WEIGHTS_DIR / f"{name}.safetensors"
+
+
+def save_checkpoint(model: Care, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write weights as safetensors, with arch and class count beside `metadata` in the header."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    header = {"arch": model.arch, "num_classes": str(model.num_classes), **metadata}
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The weights in a file as finite float32 tensors under their published names."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file.", "check the path")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = _strip_wrappers(_find_weights(content, path))
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            state[name] = tensor = tensor.float()
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise CheckpointError(
+                    f"{path}: {name} holds {bad} NaN or infinite values of {tensor.numel()}.",
+                    "use a checkpoint from before training diverged",
+                )
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(HARMLESS_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)|(?:class|function) (\S+)", str(error))
+        if refused is None:
+            raise _unreadable(path, error) from error
+        name = (refused[1] or refused[2]).rstrip(".,")
+        raise UnsafeCheckpointError(
+            f"{path} is a pickle that asks for {name}, which could run code; nothing was executed.",
+            "save only the state dict: torch.save(model.state_dict(), ...), or use .safetensors",
+        ) from None
+    # A damaged archive surfaces as almost any of these, depending on where it is cut.
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        OverflowError,
+        MemoryError,
+        struct.error,
+    ) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return CheckpointError(
+        f"{path} ({path.stat().st_size:,} bytes) is not a readable checkpoint: {reason}.",
+        "it may be truncated or of another format; fetch it again and compare its size",
+    )
+
+
+def _find_weights(content: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, Mapping):
+        for key in WEIGHT_KEYS:
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(
+            f"{path} holds {type(content).__name__}, no state dict.",
+            f"save the weights bare or under one of {', '.join(WEIGHT_KEYS)}",
+        )
+    odd = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise CheckpointError(
+            f"{path} holds no state dict: {odd[0]!r} is a {type(content[odd[0]]).__name__}.",
+            f"save the weights bare or under one of {', '.join(WEIGHT_KEYS)}",
+        )
+    return {str(name): value for name, value in content.items()}
+
+
+def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the prefixes that DistributedDataParallel and torch.compile put on every name."""
+    for prefix in WRAPPER_PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def infer_arch(state: Mapping[str, Tensor], path: Path, wanted: str | None = None) -> str:
+    """The size whose names and shapes these weights have; `wanted` must be that one."""
+    differences = {arch: _differences(state, arch) for arch in ARCHITECTURES}
+    nearest = min(differences, key=lambda arch: len(differences[arch]))
+    if differences[nearest]:
+        listed = "; ".join(differences[nearest][:4])
+        raise CheckpointError(
+            f"{path} fits no CARE; nearest is {nearest}, "
+            f"with {len(differences[nearest])} differences: {listed}.",
+            f"known sizes: {', '.join(ARCHITECTURES)}",
+        )
+    if wanted not in {None, nearest}:
+        listed = "; ".join(differences[str(wanted)][:2])
+        raise CheckpointError(
+            f"{path} is a {nearest}, not a {wanted}: {listed}.",
+            f"use arch={nearest}, or leave arch out",
+        )
+    return nearest
+
+
+def _differences(state: Mapping[str, Tensor], arch: str) -> list[str]:
+    """What keeps these weights from loading as `arch`, one phrase per tensor."""
+    head = state.get("head.fc.weight")
+    classes = int(head.shape[0]) if head is not None and head.dim() == 2 else 1
+    with torch.device("meta"):
+        expected = Care(arch, max(1, classes)).state_dict()
+    phrases = []
+    for name, tensor in expected.items():
+        if name not in state:
+            if not name.endswith("num_batches_tracked"):
+                phrases.append(f"{name} is missing")
+        elif state[name].shape != tensor.shape:
+            phrases.append(f"{name} is {_size(state[name])} instead of {_size(tensor)}")
+    phrases.extend(f"{name} is unknown" for name in state if name not in expected)
+    return phrases
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(str(n) for n in tensor.shape) or "a scalar"
+
+
+def _class_count(state: Mapping[str, Tensor], path: Path) -> int:
+    classes = int(state["head.fc.weight"].shape[0])
+    if classes < 1:
+        raise CheckpointError(f"{path} has a head with no classes.")
+    return classes
+
+
+def _with_counters(state: Mapping[str, Tensor], model: Care) -> dict[str, Tensor]:
+    """Add the BatchNorm step counters that some exporters drop; they do not affect inference."""
+    counters = {n: t for n, t in model.state_dict().items() if n.endswith("num_batches_tracked")}
+    return {**counters, **state}

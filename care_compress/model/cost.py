@@ -1,0 +1,54 @@
+"""What one image costs: parameters, multiply-accumulates and operations, counted on a real pass.
+
+The pass runs on the meta device: shapes only, no arithmetic, so even CARE-S2 takes well under a
+second. MACs are those of convolutions and matrix products, as in published tables.
+"""
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one image at one resolution."""
+
+    parameters: int
+    macs: int
+    operations: int  # kernels launched; views cost nothing and do not count
+    by_operation: dict[str, int] = field(default_factory=dict)
+
+
+class _CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view:
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure_cost(model: nn.Module, resolution: int | tuple[int, int]) -> Cost:
+    """Count one eval-mode forward pass of one RGB image."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    shadow = copy.deepcopy(model).to("meta").eval()
+    image = torch.zeros(1, 3, height, width, device="meta")
+    operations = _CountOperations()
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, operations:
+        shadow(image)
+    return Cost(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=int(flops.get_total_flops()) // 2,
+        operations=operations.counts.total(),
+        by_operation=dict(operations.counts.most_common()),
+    )

@@ -1,0 +1,265 @@
+"""Recipes: one YAML file says everything about one compressed model.
+
+A recipe is data, typed, frozen and strict. An unknown key or a bad value ends in a `RecipeError`
+that names the file, the key and the fix, before any work starts. ``--set section.key=value``
+changes one value on the command line under the same rules.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from care_compress.errors import RecipeError
+
+RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, types not coerced, values frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+class ModelSection(Section):
+    """Which float network to start from."""
+
+    checkpoint: str | None = Field(
+        None, description="a file, builtin:NAME, or nothing to train from scratch"
+    )
+    arch: str | None = Field(None, description="care_nano, care_s0, ...; inferred if left out")
+
+
+class DataSection(Section):
+    """Which images, and how a file becomes the network's input."""
+
+    source: str = Field("builtin:shapes", description="builtin:, folder, zip, hf: or wds: source")
+    resolution: Annotated[int, Field(ge=32, le=2048)] = 224
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    classes: str | None = Field(None, description="file with one class name per line, in order")
+    exif_rotate: bool = False
+    skip_bad_images: bool = False
+    workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
+        None, description="decoding processes; chosen from the source and the cores if left out"
+    )
+
+
+class RewriteSection(Section):
+    """Which exact rewrites to apply (see `care_compress.model.rewrite`)."""
+
+    fold_stem: bool = True
+    fold_norms: bool = Field(
+        True, description="exact in float, ruinous in front of a quantized 1x1: off for int8"
+    )
+    merge_heads: bool = True
+    fold_depthwise_bias: bool = True
+    pool_last_depthwise: bool = True
+    fuse_normaliser: bool = True
+
+
+class AugmentSection(Section):
+    """Random changes to training images; all of them drawn from (seed, epoch, image)."""
+
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip: Fraction = 0.5
+    jitter: Fraction = Field(0.0, description="strength of brightness, contrast and saturation")
+    erase: Fraction = Field(0.0, description="probability of erasing a random rectangle")
+    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="beta parameter, 0 = off")
+    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="beta parameter, 0 = off")
+
+
+class DistillSection(Section):
+    """A teacher for the distillation head."""
+
+    teacher: str = Field(description="a CARE checkpoint or an .onnx classifier")
+    kind: Literal["hard", "soft"] = "hard"
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    temperature: Positive = 1.0
+
+
+class TrainSection(Section):
+    """How to train the float network; also the loop that QAT runs in."""
+
+    epochs: Count
+    batch_size: Count = Field(description="over all processes together")
+    learning_rate: Positive
+    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    final_lr_fraction: Fraction = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    label_smoothing: Fraction = 0.1
+    drop_path: Fraction = 0.0
+    clip_grad_norm: Positive | None = None
+    ema_decay: Fraction | None = Field(None, description="weight averaging, warmed up")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    checkpoint_steps: Count = Field(200, description="a killed run loses at most this many steps")
+    augment: AugmentSection = AugmentSection()
+    distill: DistillSection | None = None
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "TrainSection":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be smaller than epochs ({self.epochs})")
+        return self
+
+
+class EvaluateSection(Section):
+    """How the result is measured."""
+
+    batch_size: Count = 256
+    images: Count | None = Field(None, description="first N validation images; all if left out")
+
+
+class Recipe(Section):
+    """One compressed model a user can ask for."""
+
+    name: str
+    claim: str = Field(description="what this recipe promises, one sentence")
+    precision: Literal["fp32", "int8"] = "fp32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    train: TrainSection | None = None
+    rewrite: RewriteSection = RewriteSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="after")
+    def _has_a_start(self) -> "Recipe":
+        if self.model.checkpoint is None and self.train is None:
+            raise ValueError("there is neither model.checkpoint nor a train section to make one")
+        if self.model.checkpoint is None and self.model.arch is None:
+            raise ValueError("model.arch is needed to train from scratch")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = {str(key) for key in keys if keys.count(key) > 1}
+        if repeated:
+            raise yaml.YAMLError(f"key {min(repeated)!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse one YAML file, or name what is wrong with it."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise RecipeError(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{path} is not readable YAML: {error}.", "correct the file") from error
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name (``int8_qat``) or path, with ``section.key=value`` overrides."""
+    path = find_recipe(name_or_path)
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} holds no sections.", "see recipes/fp32.yaml for the form")
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(raw, override)
+    return parse(Recipe, raw, str(path))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a shipped recipe, or the path given."""
+    given = Path(name_or_path)
+    if given.suffix in {".yaml", ".yml"}:
+        return given
+    shipped = RECIPES_DIR / f"{name_or_path}.yaml"
+    if shipped.is_file():
+        return shipped
+    known = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+    near = difflib.get_close_matches(name_or_path, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise RecipeError(
+        f"there is no recipe {name_or_path!r}.", f"{hint}Shipped recipes: {', '.join(known)}"
+    )
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted key to a YAML value."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r} has no value.", "write section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r} is not a YAML value: {error}.") from error
+    *parents, leaf = key.strip().split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override!r}: {parent} is no section.")
+        node = child
+    node[leaf] = value
+
+
+def parse(kind: type[AnySection], raw: Mapping[str, Any], where: str) -> AnySection:
+    """Validate plain data as `kind`; the first problem becomes one readable line."""
+    try:
+        # Through JSON, because there strict mode still takes a list for a tuple.
+        return kind.model_validate_json(json.dumps(raw))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValidationError):
+            raise RecipeError(*_explain(kind, error, where)) from None
+        raise RecipeError(f"{where}: {error}.", "use plain YAML values") from None
+
+
+def _explain(kind: type[Section], error: ValidationError, where: str) -> tuple[str, str]:
+    problem = error.errors()[0]
+    keys = [str(part) for part in problem["loc"]]
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(kind, keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key {'.'.join(keys)}{more}.", fix
+    message = problem["msg"].removeprefix("Value error, ")
+    got = "" if problem["type"] in {"missing", "value_error"} else f", got {problem['input']!r}"
+    at = f" {'.'.join(keys)}:" if keys else ""
+    return f"{where}:{at} {message}{got}{more}.", "correct the value"
+
+
+def _fields_at(kind: type[Section], keys: Sequence[str]) -> list[str]:
+    """Field names of the section that `keys` leads to."""
+    for key in keys:
+        field = kind.model_fields.get(key)
+        candidates = [] if field is None else [field.annotation, *_args(field.annotation)]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        if not inner:
+            return []
+        kind = inner[0]
+    return list(kind.model_fields)
+
+
+def _args(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", ())
