@@ -10,9 +10,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 RECIPE ?= int8_qat
-# Shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
-# The values travel as environment variables, so a path with spaces or quotes stays one value.
-export ARCH CKPT DATA RES CROP RUN SET
+# ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
 .PHONY: help setup quantize doctor test check recipes bench-data bench-train clean
 
@@ -23,7 +21,9 @@ help: ## list the verbs
 setup: $(VENV)/.user ## create .venv and install care-compress
 
 quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES= CROP= RUN= SET="a.b=1"]
-	@$(BIN)/care-compress quantize "$(RECIPE)" --from-environment
+	@$(BIN)/care-compress quantize '$(RECIPE)' $(if $(CKPT),--ckpt '$(CKPT)') $(if $(ARCH),--arch '$(ARCH)') \
+		$(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)') $(if $(CROP),--crop '$(CROP)') \
+		$(if $(RUN),--run '$(RUN)') $(foreach pair,$(SET),--set '$(pair)')
 
 doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 	@$(BIN)/care-compress doctor

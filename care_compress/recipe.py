@@ -109,6 +109,7 @@ class TrainSection(Section):
     ema_decay: Fraction | None = Field(None, description="weight averaging, warmed up")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     checkpoint_steps: Count = Field(200, description="a killed run loses at most this many steps")
+    validate_epochs: Count = Field(1, description="epochs between validations")
     augment: AugmentSection = AugmentSection()
     distill: DistillSection | None = None
 
@@ -174,16 +175,35 @@ def read_yaml(path: Path) -> Any:
         raise RecipeError(f"{path} is not readable YAML: {error}.", "correct the file") from error
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by name (``int8_qat``) or path, with ``section.key=value`` overrides."""
+def load_recipe(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, object] | None = None,
+) -> Recipe:
+    """Read a recipe by name (``int8_qat``) or path.
+
+    `overrides` are ``section.key=value`` texts, `values` are dotted keys with ready values.
+    """
     path = find_recipe(name_or_path)
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds no sections.", "see recipes/fp32.yaml for the form")
     raw.setdefault("name", path.stem)
+    for key, value in (values or {}).items():
+        _assign(raw, key, value)
     for override in overrides:
-        _apply(raw, override)
+        _assign(raw, *_split_override(override))
     return parse(Recipe, raw, str(path))
+
+
+def parse_section(
+    kind: type[AnySection], values: Mapping[str, object], overrides: Sequence[str], where: str
+) -> AnySection:
+    """One section from ready values and ``key=value`` texts."""
+    raw = dict(values)
+    for override in overrides:
+        _assign(raw, *_split_override(override))
+    return parse(kind, raw, where)
 
 
 def find_recipe(name_or_path: str) -> Path:
@@ -202,23 +222,27 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted key to a YAML value."""
+def _split_override(override: str) -> tuple[str, Any]:
+    """``section.key=value`` as key and YAML value."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {override!r} has no value.", "write section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        return key.strip(), yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r} is not a YAML value: {error}.") from error
-    *parents, leaf = key.strip().split(".")
+
+
+def _assign(raw: dict[str, Any], key: str, value: object) -> None:
+    """Set one dotted key."""
+    *parents, leaf = key.split(".")
     node = raw
     for parent in parents:
         child = node.setdefault(parent, {})
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise RecipeError(f"--set {override!r}: {parent} is no section.")
+            raise RecipeError(f"cannot set {key}: {parent} is no section.")
         node = child
     node[leaf] = value
 
@@ -235,7 +259,8 @@ def parse(kind: type[AnySection], raw: Mapping[str, Any], where: str) -> AnySect
 
 
 def _explain(kind: type[Section], error: ValidationError, where: str) -> tuple[str, str]:
-    problem = error.errors()[0]
+    # A mistyped required key is also a missing one; the typo is the helpful half.
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     keys = [str(part) for part in problem["loc"]]
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":

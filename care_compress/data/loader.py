@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from care_compress.data.samples import Samples
@@ -233,7 +233,8 @@ def _stack(pixels: list[Tensor]) -> Tensor:
     """CHW views of rows of pixels to one channels_last BCHW, without transposing anything."""
     if not pixels:
         return torch.empty((0, 3, 0, 0), dtype=torch.uint8)
-    return torch.stack([chw.permute(1, 2, 0) for chw in pixels]).permute(0, 3, 1, 2)
+    rows: Tensor = default_collate([chw.permute(1, 2, 0) for chw in pixels])  # in shared memory
+    return rows.permute(0, 3, 1, 2)
 
 
 def _as_is(decoded: Any) -> Any:

@@ -20,9 +20,9 @@ Split = Literal["train", "val"]
 Floats = NDArray[np.float32]
 
 SIZE = 64
-FORMS = ("triangle", "square", "pentagon", "star", "disc")
-TEXTURES = ("striped", "checked")
-TINTS = ("warm", "cool")
+FORMS = ("triangle", "square", "star", "disc")
+TEXTURES = ("barred", "banded")
+TINTS = ("red", "yellow", "green", "blue")
 CLASSES = tuple(
     f"{texture}-{tint}-{form}" for form in FORMS for texture in TEXTURES for tint in TINTS
 )
@@ -39,34 +39,42 @@ Y_P: Floats = (_ROWS - (SIZE - 1) / 2).astype(np.float32)
 # Outward normals of the regular polygons. A missing side is (0, 0): it never wins the maximum,
 # because the largest of a closed polygon's projections is never negative.
 _NORMALS = {
-    "triangle": ((1.0, 0.0), (-0.5, 0.8660254), (-0.5, -0.8660254), (0.0, 0.0), (0.0, 0.0)),
-    "square": ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0), (0.0, 0.0)),
-    "pentagon": (
-        (1.0, 0.0),
-        (0.30901699, 0.95105652),
-        (-0.80901699, 0.58778525),
-        (-0.80901699, -0.58778525),
-        (0.30901699, -0.95105652),
+    "triangle": ((0.0, 1.0), (0.8660254, -0.5), (-0.8660254, -0.5), (0.0, 0.0), (0.0, 0.0)),
+    "square": ((0.0, 1.0), (1.0, 0.0), (0.0, -1.0), (-1.0, 0.0), (0.0, 0.0)),
+    "star": (
+        (0.0, 1.0),
+        (0.95105652, 0.30901699),
+        (0.58778525, -0.80901699),
+        (-0.58778525, -0.80901699),
+        (-0.95105652, 0.30901699),
     ),
 }
-_NORMALS["star"] = _NORMALS["disc"] = _NORMALS["pentagon"]
+_NORMALS["disc"] = _NORMALS["star"]
 NORMALS_FS2: Floats = np.array([_NORMALS[form] for form in FORMS], dtype=np.float32)
 
 # Distance from the centre to a side when the form covers as much as a disc of radius 1.
-REACH_F: Floats = np.array([0.778, 0.886, 0.93, 0.95, 1.0], dtype=np.float32)
+REACH_F: Floats = np.array([0.778, 0.886, 0.95, 1.0], dtype=np.float32)
 # How far the corners are rounded at least and at most: a disc is all rounding.
-ROUNDING_F2: Floats = np.array(
-    [[0.0, 0.3], [0.0, 0.35], [0.0, 0.35], [0.0, 0.2], [0.9, 1.0]], dtype=np.float32
-)
+ROUNDING_F2: Floats = np.array([[0.0, 0.4], [0.0, 0.4], [0.0, 0.3], [0.8, 1.0]], dtype=np.float32)
 # How far the sides cave in: 0 is convex, 1 the pentagram.
-CAVING_F2: Floats = np.array([[0, 0], [0, 0], [0, 0], [0.5, 0.9], [0, 0]], dtype=np.float32)
+CAVING_F2: Floats = np.array([[0, 0], [0, 0], [0.5, 0.9], [0, 0]], dtype=np.float32)
 
-# The path of hues; a tint is a stretch of it, with a narrow gap between the two.
+# The path of hues; a tint is a stretch of it, with narrow gaps between.
 HUES: Floats = np.array(
-    [[0.9, 0.75, 0.25], [0.95, 0.45, 0.25], [0.9, 0.3, 0.5], [0.65, 0.35, 0.85], [0.3, 0.45, 0.95]],
+    [
+        [0.9, 0.3, 0.45],
+        [0.95, 0.45, 0.25],
+        [0.85, 0.8, 0.2],
+        [0.35, 0.75, 0.3],
+        [0.2, 0.7, 0.7],
+        [0.3, 0.4, 0.95],
+        [0.65, 0.35, 0.85],
+    ],
     dtype=np.float32,
 )
-TINT_RANGES: Floats = np.array([[0.0, 0.46], [0.54, 1.0]], dtype=np.float32)
+TINT_RANGES: Floats = np.array(
+    [[0.0, 0.22], [0.26, 0.48], [0.52, 0.74], [0.78, 1.0]], dtype=np.float32
+)
 
 
 class Draws:
@@ -97,9 +105,9 @@ class Draws:
         """Three numbers per image as a colour (B, 3, 1)."""
         return np.stack([self.uniform(low, high) for _ in range(3)], axis=1)
 
-    def rotation(self) -> tuple[Floats, Floats]:
+    def rotation(self, limit: float = 1.0) -> tuple[Floats, Floats]:
         """Cosine and sine of an angle between -90 and 90 degrees, each (B, 1)."""
-        return _angle(self.uniform(-1.0, 1.0))
+        return _angle(self.uniform(-limit, limit))
 
     def noise(self) -> Floats:
         """Per pixel and channel, the sum of two bytes centred on 0, in -1..1 (B, 3, P)."""
@@ -182,7 +190,7 @@ def _patterned(
     tint: NDArray[np.int64],
 ) -> None:
     """Paint one form with its texture and tint onto the canvas, in place."""
-    u, v = _stretched(draws, X_P - x, Y_P - y)
+    u, v = X_P - x, Y_P - y
     edge = (_extent(draws, u, v, form) - radius) / draws.uniform(0.6, 1.6)
     cover = np.clip(0.5 - edge, 0, 1)[:, None]
     pattern = _pattern(draws, u, v, texture)[:, None]
@@ -207,7 +215,8 @@ def _extent(draws: Draws, u: Floats, v: Floats, form: NDArray[np.int64]) -> Floa
     Among the projections on the side normals the largest one describes the convex polygon, the
     second largest the star that its extended sides make.
     """
-    cosine, sine = draws.rotation()
+    u, v = _stretched(draws, u, v)
+    cosine, sine = draws.rotation(0.2)
     normals = NORMALS_FS2[form]
     first = np.full_like(u, -np.inf)
     second = first.copy()
@@ -224,15 +233,12 @@ def _extent(draws: Draws, u: Floats, v: Floats, form: NDArray[np.int64]) -> Floa
 
 
 def _pattern(draws: Draws, u: Floats, v: Floats, texture: NDArray[np.int64]) -> Floats:
-    """Stripes, or the checks that a second set of stripes makes of them, in -1..1."""
-    cosine, sine = draws.rotation()
-    period, skew = draws.uniform(9.0, 18.0), draws.uniform(0.8, 1.25)
-    along = _triangle_wave((cosine * u + sine * v) / period + draws.uniform())
-    across = _triangle_wave((cosine * v - sine * u) / (period * skew) + draws.uniform())
-    sharpness = draws.uniform(1.2, 4.0)
-    along, across = np.clip(along * sharpness, -1, 1), np.clip(across * sharpness, -1, 1)
-    checked = (texture == TEXTURES.index("checked"))[:, None]
-    return along * np.where(checked, across, np.float32(1))
+    """Upright bars or level bands, within 28 degrees, in -1..1."""
+    cosine, sine = draws.rotation(0.25)
+    barred = (texture == TEXTURES.index("barred"))[:, None]
+    along = np.where(barred, cosine * u + sine * v, cosine * v - sine * u)
+    wave = _triangle_wave(along / draws.uniform(7.0, 16.0) + draws.uniform())
+    return np.clip(wave * draws.uniform(1.2, 4.0), -1, 1)
 
 
 def _hue(position: Floats) -> Floats:

@@ -179,6 +179,12 @@ def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) 
     The memory format (channels_last or not) and the device stay those of `images_BCHW`.
     """
     x = images_BCHW.to(torch.float32)
-    mean_C11 = torch.tensor(mean, dtype=torch.float32, device=x.device).view(-1, 1, 1)
-    std_C11 = torch.tensor(std, dtype=torch.float32, device=x.device).view(-1, 1, 1)
-    return x.div_(255).sub_(mean_C11).div_(std_C11)
+    mean_C = torch.tensor(mean, dtype=torch.float32, device=x.device)
+    std_C = torch.tensor(std, dtype=torch.float32, device=x.device)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        # Whole rows of pixels at once: over single pixels torch's inner loop is 3 long, 4x slower.
+        width = x.shape[3]
+        rows = x.permute(0, 2, 3, 1).flatten(2)
+        rows.div_(255).sub_(mean_C.repeat(width)).div_(std_C.repeat(width))
+        return x
+    return x.div_(255).sub_(mean_C.view(-1, 1, 1)).div_(std_C.view(-1, 1, 1))

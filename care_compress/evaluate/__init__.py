@@ -1,0 +1,1 @@
+"""Measuring a model or an artifact on real images."""

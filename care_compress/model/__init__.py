@@ -1,0 +1,1 @@
+"""The CARE network, its checkpoints, its exact rewrites and what it costs."""

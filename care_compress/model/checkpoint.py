@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
 # Where training scripts put the weights, best first: the averaged weights are the ones that a
 # training checkpoint's published accuracy belongs to.
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+PICKLE_MAGIC = b"\x80"  # how every pickle since protocol 2 begins
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 # Plain data that argparse, pathlib and numpy leave in training checkpoints. None of these runs
@@ -108,17 +110,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(HARMLESS_TYPES):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS_TYPES):
+            warnings.simplefilter("ignore")  # about pickle versions; what matters raises
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)|(?:class|function) (\S+)", str(error))
-        if refused is None:
-            raise _unreadable(path, error) from error
-        name = (refused[1] or refused[2]).rstrip(".,")
-        raise UnsafeCheckpointError(
-            f"{path} is a pickle that asks for {name}, which could run code; nothing was executed.",
-            "save only the state dict: torch.save(model.state_dict(), ...), or use .safetensors",
-        ) from None
+        raise _refused(path, error) from None
     # A damaged archive surfaces as almost any of these, depending on where it is cut.
     except (
         RuntimeError,
@@ -135,6 +131,21 @@ def _read_pickle(path: Path) -> Any:
         struct.error,
     ) as error:
         raise _unreadable(path, error) from error
+
+
+def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
+    asked = re.search(r"GLOBAL (\S+)|(?:class|function) (\S+)", str(error))
+    if asked is not None:
+        what = (asked[1] or asked[2]).rstrip(".,")
+    elif path.open("rb").read(1) == PICKLE_MAGIC:
+        what = "an instruction that no saved tensor needs"
+    else:
+        # torch's own text recommends switching the safety off, so none of it is shown.
+        return _unreadable(path, ValueError("it is no pickle that holds tensors"))
+    return UnsafeCheckpointError(
+        f"{path} is a pickle that asks for {what}, which could run code; nothing was executed.",
+        "save only the state dict: torch.save(model.state_dict(), ...), or use .safetensors",
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -1,0 +1,1 @@
+"""Training: one loop for the float network and, with another objective, for QAT."""

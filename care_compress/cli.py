@@ -1,0 +1,140 @@
+"""The command line: ``care-compress quantize int8_qat``. Only verbs; the work is elsewhere.
+
+Heavy imports stand inside the verbs, so that ``--help`` and ``doctor`` answer at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from care_compress.errors import CareError
+from care_compress.recipe import RECIPES_DIR, DataSection, load_recipe, parse_section
+
+app = typer.Typer(
+    help="Make a float CARE Transformer small and fast on edge devices. "
+    "--debug, anywhere, shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def quantize(
+    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a .yaml file")],
+    ckpt: Annotated[str | None, typer.Option(help="model.checkpoint: file or builtin:NAME")] = None,
+    arch: Annotated[str | None, typer.Option(help="model.arch; inferred if left out")] = None,
+    data: Annotated[str | None, typer.Option(help="data.source: folder, zip, hf:, wds:")] = None,
+    res: Annotated[int | None, typer.Option(help="data.resolution")] = None,
+    crop: Annotated[float | None, typer.Option(help="data.crop_pct")] = None,
+    skip_bad_images: Annotated[bool, typer.Option(help="data.skip_bad_images")] = False,
+    val_fraction: Annotated[float | None, typer.Option(help="data.val_fraction")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, repeatable")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="run name; the recipe's if left out")] = None,
+    runs: Annotated[Path, typer.Option(help="where run directories live")] = Path("runs"),
+) -> None:
+    """Run a recipe from its float model to results."""
+    shorthands = {
+        "model.checkpoint": ckpt,
+        "model.arch": arch,
+        "data.source": data,
+        "data.resolution": res,
+        "data.crop_pct": crop,
+        "data.skip_bad_images": skip_bad_images or None,
+        "data.val_fraction": val_fraction,
+    }
+    given = {key: value for key, value in shorthands.items() if value is not None}
+    chosen = load_recipe(recipe, set_ or [], given)
+    name = run or chosen.name
+    if Path(name).name != name or name.startswith("."):
+        raise CareError(f"{name!r} is no run name.", "use a plain name, and --runs for the folder")
+
+    from care_compress.pipeline import run_recipe
+
+    run_recipe(chosen, runs, name, Console())
+
+
+@app.command()
+def accuracy(
+    artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME or .onnx file")],
+    data: Annotated[str, typer.Option(help="folder, zip, hf:, wds: or builtin: source")],
+    res: Annotated[int, typer.Option(help="input resolution")],
+    crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
+    images: Annotated[int | None, typer.Option(help="first N images only")] = None,
+    batch: Annotated[int, typer.Option(help="images per batch")] = 256,
+    skip_bad_images: Annotated[bool, typer.Option(help="count them and go on")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="other data keys: mean=[0.5,0.5,0.5]")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+) -> None:
+    """Measure top-1 and top-5 of one artifact on the validation images of a source."""
+    values = {
+        "source": data,
+        "resolution": res,
+        "crop_pct": crop,
+        "skip_bad_images": skip_bad_images,
+    }
+    section = parse_section(DataSection, values, set_ or [], "the command line")
+
+    from care_compress.evaluate.accuracy import measure_artifact
+
+    measure_artifact(artifact, section, images, batch, json, Console())
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Show what this machine can export, build, run and measure."""
+    from care_compress.doctor import run_doctor
+
+    run_doctor(as_json=json)
+
+
+@app.command()
+def recipes(
+    check: Annotated[bool, typer.Option(help="only validate every recipe and target")] = False,
+) -> None:
+    """List the recipes that ship."""
+    from care_compress.target import all_targets
+
+    loaded = [load_recipe(str(path)) for path in sorted(RECIPES_DIR.glob("*.yaml"))]
+    targets = all_targets()
+    console = Console()
+    if not loaded:
+        raise CareError(f"no recipe found in {RECIPES_DIR}.", "run from a full checkout")
+    if check:
+        console.print(f"{len(loaded)} recipes and {len(targets)} targets are valid")
+        return
+    table = Table("recipe", "precision", "claim")
+    for recipe in loaded:
+        table.add_row(recipe.name, recipe.precision, recipe.claim)
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a user's error is one clear line and exit code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    wanted = [argument for argument in given if argument != "--debug"]
+    debug = wanted != given
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        app(wanted)
+    except CareError as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]{type(error).__name__}:[/] ", end="")
+        # Names in the message come from files; they are shown, never read as markup.
+        errors.print(str(error), markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)

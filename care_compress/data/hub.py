@@ -1,0 +1,111 @@
+"""Hugging Face ``datasets``: a set on the hub, a local directory, or parquet files."""
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from care_compress.data.listing import (
+    EncodedSamples,
+    Listing,
+    PackedNames,
+    Split,
+    choose_part,
+    class_order,
+    summary,
+)
+from care_compress.errors import DataError
+from care_compress.recipe import DataSection
+
+if TYPE_CHECKING:
+    import datasets
+
+# Which column is taken where several have the right type.
+USUAL_NAMES = {"Image": ("image", "img"), "ClassLabel": ("label", "labels")}
+
+
+class HubSamples(EncodedSamples):
+    """Rows of a table whose image column holds encoded files; the table is memory-mapped."""
+
+    def __init__(
+        self, source: str, listing: Listing, images: "datasets.Dataset", rows: NDArray[np.int64]
+    ) -> None:
+        super().__init__(source, listing)
+        self._images = images  # the image column alone
+        self._rows = rows
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes in the table, or of the file it points to."""
+        (image,) = self._images[int(self._rows[index])].values()
+        if image is None:
+            raise OSError("the row holds no image")
+        if image["bytes"] is not None:
+            return bytes(image["bytes"])
+        with open(image["path"], "rb") as file:
+            return file.read()
+
+
+def open_hub(reference: str, data: DataSection, split: Split, seed: int) -> HubSamples:
+    """One split of NAME, NAME:CONFIG, a directory, or parquet files (a path or a pattern)."""
+    import datasets  # imports for a second, so only where needed
+
+    source = f"hf:{reference}"
+    tables = _load(reference, source)
+    part = choose_part(tables.keys(), split, data, source)
+    if part.name is None:
+        raise DataError(
+            f"{source} has no train part to divide, only {summary(tables)}.",
+            "name the part to divide train",
+        )
+    table = tables[part.name]
+    image, label = _column(table, "Image", source), _column(table, "ClassLabel", source)
+    names = table.features[label].names
+    classes = class_order(names, data, source)
+    stored = np.asarray(table.with_format("numpy")[label][:], np.int64)
+    if (stored < 0).any():
+        raise DataError(f"{source} has images without a label.", "use a source with labels for all")
+    whole = Listing(
+        PackedNames([f"{part.name}/{row}".encode() for row in range(len(table))]),
+        np.array([classes.index(name) for name in names], np.int64)[stored],
+        classes,
+    )
+    # decode=False hands out the stored bytes; decoding is ours, so that errors name the image.
+    images = table.select_columns(image).cast_column(image, datasets.Image(decode=False))
+    rows = part.rows(whole, seed)
+    return HubSamples(source, whole.take(rows), images, rows)
+
+
+def _load(reference: str, source: str) -> "datasets.DatasetDict":
+    """All parts, from the hub or from local files."""
+    import datasets
+
+    try:
+        if os.path.isdir(reference):
+            return datasets.load_dataset(reference)
+        if reference.endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files=reference)
+        name, _, config = reference.partition(":")
+        return datasets.load_dataset(name, config or None)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{source} cannot be loaded ({reason}).",
+            "check the name; without a network, use a local directory or .parquet files",
+        ) from error
+
+
+def _column(table: "datasets.Dataset", kind: str, source: str) -> str:
+    """The column of feature type `kind`; among several the one with the usual name."""
+    types: dict[str, str] = {
+        name: type(feature).__name__ for name, feature in table.features.items()
+    }
+    fitting = [name for name, found in types.items() if found == kind]
+    usual = [name for name in fitting if name in USUAL_NAMES[kind]]
+    if len(usual or fitting) == 1:
+        return (usual or fitting)[0]
+    columns = ", ".join(f"{name} ({found})" for name, found in types.items())
+    raise DataError(
+        f"{source} has {len(fitting)} columns of type {kind}, one is needed; it has {columns}.",
+        f"give one column the type {kind}, or one of them the name {USUAL_NAMES[kind][0]}",
+    )

@@ -1,0 +1,207 @@
+"""The list behind a labelled image set: packed names, labels, classes, and how it is divided.
+
+A million names are one bytes blob and one array here, not a million Python objects.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from care_compress.data.decode import FIX, decode
+from care_compress.errors import BadImageError, DataError
+from care_compress.recipe import DataSection
+
+Split = Literal["train", "val"]
+
+# What the parts of a data set are called; the first one present is taken.
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "val": ("val", "validation", "test"),
+}
+PART_NAMES = frozenset(name for names in SPLIT_NAMES.values() for name in names)
+
+
+class PackedNames(Sequence[bytes]):
+    """Many names end to end in one blob."""
+
+    def __init__(self, names: Sequence[bytes]) -> None:
+        self._blob = b"".join(names)
+        ends = accumulate(map(len, names), initial=0)
+        self._bounds = np.fromiter(ends, np.int64, len(names) + 1)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # no slices needed
+        at = range(len(self))[index]
+        return self._blob[self._bounds[at] : self._bounds[at + 1]]
+
+    def digest_into(self, digest: "hashlib._Hash") -> None:
+        """Feed the names and their bounds to a hash."""
+        digest.update(self._bounds.astype("<i8").tobytes())
+        digest.update(self._blob)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The names and labels of one split; `classes[label]` is what a label means."""
+
+    names: PackedNames
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def take(self, rows: NDArray[np.int64]) -> "Listing":
+        """Only these rows, in this order."""
+        names = PackedNames([self.names[row] for row in rows])
+        return Listing(names, self.labels[rows], self.classes)
+
+    def fingerprint(self) -> str:
+        """Hex digest of names, labels and classes."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        digest.update(self.labels.astype("<i8").tobytes())
+        self.names.digest_into(digest)
+        return digest.hexdigest()
+
+
+class EncodedSamples(ABC):
+    """`Samples` over a `Listing` whose images are stored encoded; a source adds the bytes."""
+
+    in_memory = False
+
+    def __init__(self, source: str, listing: Listing) -> None:
+        if not len(listing.names):
+            raise DataError(f"{source} holds no images for this split.", "check data.source")
+        self.source = source
+        self.listing = listing
+        self.classes = listing.classes
+        self.labels = listing.labels
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The stored bytes of one image; `OSError` if they cannot be read."""
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.listing.names)
+
+    def name(self, index: int) -> str:
+        """The name inside the source, such as ``val/cat/12.jpg``."""
+        return self.listing.names[index].decode("utf-8", "backslashreplace")
+
+    def image(self, index: int) -> Image.Image:
+        """The image as stored, in any mode; `BadImageError` if it cannot be decoded."""
+        name = f"{self.source}: {self.name(index)}"
+        try:
+            encoded = self.encoded(index)
+        except OSError as error:
+            raise BadImageError(
+                f"{name} cannot be read ({error.strerror or error}).", FIX
+            ) from error
+        return decode(encoded, name)
+
+    def fingerprint(self) -> str:
+        """Hex digest of the list of names, labels and classes."""
+        return self.listing.fingerprint()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the images of one split are."""
+
+    split: Split
+    name: str | None  # a named part of the source; None: the source is one undivided set
+    val_fraction: float | None  # divide that part by this; None: take all of it
+
+    def rows(self, listing: Listing, seed: int) -> NDArray[np.int64]:
+        """Which rows of `listing`, the images of the part, belong to the split."""
+        if self.val_fraction is None:
+            return np.arange(len(listing.names))
+        return split_rows(listing, self.split, self.val_fraction, seed)
+
+
+def choose_part(found: Iterable[str], split: Split, data: DataSection, source: str) -> Part:
+    """Which part of those `found` in a source holds `split`, or an error that names them."""
+    present = set(found)
+    parts = {
+        each: next((name for name in names if name in present), None)
+        for each, names in SPLIT_NAMES.items()
+    }
+    if data.val_fraction is None:
+        if parts[split] is not None:
+            return Part(split, parts[split], None)
+        raise DataError(
+            f"{source} has no {split} part, only {summary(present) or 'one undivided set'}.",
+            "name its parts train and val, or set data.val_fraction to divide a single set",
+        )
+    if parts["val"] is not None:
+        raise DataError(
+            f"{source} has a {parts['val']} part, and data.val_fraction asks for another.",
+            "leave out data.val_fraction",
+        )
+    return Part(split, parts["train"], data.val_fraction)
+
+
+def split_rows(listing: Listing, split: Split, fraction: float, seed: int) -> NDArray[np.int64]:
+    """The rows of `split` when `fraction` of every class validates.
+
+    An image's place follows from a hash of (seed, its name): the same on every machine, and
+    hardly moved by images that come or go. Every class with two images or more is in both splits.
+    """
+    salt = seed.to_bytes(8, "little")
+    draws = b"".join(hashlib.blake2b(n, digest_size=8, key=salt).digest() for n in listing.names)
+    by_class = np.lexsort((np.frombuffer(draws, "<u8"), listing.labels))
+    labels = listing.labels[by_class]
+    counts = np.bincount(labels, minlength=len(listing.classes))
+    rank = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels]
+    wanted = np.minimum(np.maximum(np.rint(counts * fraction), 1), counts - 1)
+    validates = rank < wanted[labels]
+    return np.sort(by_class[validates if split == "val" else ~validates])
+
+
+def class_order(found: Iterable[str], data: DataSection, source: str) -> tuple[str, ...]:
+    """All classes in label order: the sorted names, or what the file data.classes says."""
+    if data.classes is None:
+        return tuple(sorted(found))
+    classes = read_classes(Path(data.classes))
+    unknown = set(found) - set(classes)
+    if unknown:
+        raise DataError(
+            f"{source} has classes that {data.classes} does not name: {summary(unknown)}.",
+            "add them to the file, or remove their images",
+        )
+    return classes
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """One class name per line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the class list {path} cannot be read ({error}).", "correct data.classes"
+        ) from error
+    classes = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not classes:
+        raise DataError(f"the class list {path} is empty.", "write one class name per line")
+    repeated = {name for name in classes if classes.count(name) > 1}
+    if repeated:
+        raise DataError(
+            f"{path} names classes twice: {summary(repeated)}.", "name every class once"
+        )
+    return classes
+
+
+def summary(names: Iterable[str], most: int = 5) -> str:
+    """The first few names, sorted, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

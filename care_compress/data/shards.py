@@ -1,0 +1,184 @@
+"""WebDataset tar shards with random access: the tars are indexed once, then read in place.
+
+webdataset itself reads shards in sequence only; a shuffle that resumes bit for bit needs any
+image at any time. Its naming rules (what a shard pattern and a sample is) are taken from it.
+"""
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from care_compress.data.listing import (
+    PART_NAMES,
+    EncodedSamples,
+    Listing,
+    PackedNames,
+    Split,
+    choose_part,
+    read_classes,
+    summary,
+)
+from care_compress.data.rawfile import opened, read_at
+from care_compress.errors import DataError
+from care_compress.recipe import DataSection
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+LABEL_KEYS = ("cls", "label")  # of a .json
+# One image: which shard, where in it.
+ENTRY = np.dtype([("shard", "i4"), ("at", "i8"), ("size", "i8")])
+
+
+class ShardSamples(EncodedSamples):
+    """Images inside tar shards."""
+
+    def __init__(
+        self, source: str, listing: Listing, shards: list[Path], entries: NDArray[np.void]
+    ) -> None:
+        super().__init__(source, listing)
+        self._shards = shards
+        self._entries = entries
+
+    def encoded(self, index: int) -> bytes:
+        """The image file of the sample."""
+        entry = self._entries[index]
+        with opened(self._shards[entry["shard"]]) as file:
+            return read_at(file, int(entry["at"]), int(entry["size"]))
+
+
+def open_shards(pattern: str, data: DataSection, split: Split, seed: int) -> ShardSamples:
+    """Index the shards of one split; ``train`` or ``val`` in a shard's name says which it is in."""
+    source = f"wds:{pattern}"
+    by_part: dict[str, list[Path]] = {}
+    for shard in find_shards(pattern):
+        by_part.setdefault(_part_of(shard), []).append(shard)
+    part = choose_part(by_part.keys() - {""}, split, data, source)
+    shards = by_part[part.name or ""]
+    samples = [
+        (number, sample) for number, shard in enumerate(shards) for sample in _samples(shard)
+    ]
+    labels = np.array([sample.label for _, sample in samples], np.int64)
+    whole = Listing(
+        PackedNames([s.name.encode("utf-8", "surrogateescape") for _, s in samples]),
+        labels,
+        _classes(data, shards[0].parent, labels, source),
+    )
+    entries = np.array([(number, s.at, s.size) for number, s in samples], ENTRY)
+    rows = part.rows(whole, seed)
+    return ShardSamples(source, whole.take(rows), shards, entries[rows])
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """Local tars of a directory, or of a pattern with {000..003}, {a,b}, * and ?."""
+    from webdataset.shardlists import expand_urls  # imports for a second, so only where needed
+
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise DataError(
+            f"wds:{pattern} is not on this machine.",
+            "mount or download the shards, or use an hf: source",
+        )
+    if os.path.isdir(pattern):
+        found = sorted(Path(pattern).glob("*.tar")) or sorted(Path(pattern).glob("*/*.tar"))
+    else:
+        expanded = expand_urls(pattern)
+        found = [Path(path) for each in expanded for path in sorted(glob(each)) or [each]]
+    missing = [str(path) for path in found if not path.is_file()]
+    if missing:
+        raise DataError(f"there is no shard {summary(missing)}.", "correct data.source")
+    if not found:
+        raise DataError(f"wds:{pattern} has no .tar files.", "correct data.source")
+    return found
+
+
+def _part_of(shard: Path) -> str:
+    """``train`` of train-000.tar, set-train-000.tar or train/000.tar; '' where nothing says."""
+    words = [shard.parent.name.lower(), *re.split(r"[^a-z]+", shard.name.lower())]
+    return next((word for word in reversed(words) if word in PART_NAMES), "")
+
+
+class _Sample(NamedTuple):
+    """One image in a shard."""
+
+    name: str
+    label: int
+    at: int
+    size: int
+
+
+def _samples(shard: Path) -> Iterator[_Sample]:
+    """The samples of a shard: neighbouring files whose names differ in the extension alone."""
+    from webdataset.tariterators import base_plus_ext
+
+    group: dict[str, tarfile.TarInfo] = {}
+    key = None
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # else every entry stays in memory
+                base, extension = base_plus_ext(member.name)
+                if base is None or not member.isreg():
+                    continue
+                if base != key:
+                    yield from _sample(tar, shard, group)
+                    key, group = base, {}
+                group.setdefault(extension.lower(), member)
+            yield from _sample(tar, shard, group)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(
+            f"{shard} cannot be read as a tar ({error}).",
+            "shards must be complete and not compressed: fetch it again, or gunzip it",
+        ) from error
+
+
+def _sample(
+    tar: tarfile.TarFile, shard: Path, group: dict[str, tarfile.TarInfo]
+) -> Iterator[_Sample]:
+    """The sample that files of one key make, if there is an image among them."""
+    image = next((file for ext, file in group.items() if ext in IMAGE_EXTENSIONS), None)
+    if image is None:
+        return
+    label_file = group.get("cls") or group.get("json")
+    label = _label(tar, label_file) if label_file else None
+    if label is None:
+        raise DataError(
+            f"{shard}: {image.name} has no label.",
+            "put a .cls file with the class number, or a .json with cls or label, beside it",
+        )
+    yield _Sample(f"{shard.name}/{image.name}", label, image.offset_data, image.size)
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
+    """The class number in a .cls or .json, None if it holds none."""
+    file = tar.extractfile(member)
+    assert file is not None, "only regular files are grouped"
+    try:
+        content = json.loads(file.read())  # the text of a .cls, a number, is JSON too
+    except ValueError:
+        return None
+    if isinstance(content, dict):
+        content = next((content[key] for key in LABEL_KEYS if key in content), None)
+    return content if isinstance(content, int) else None
+
+
+def _classes(
+    data: DataSection, folder: Path, labels: NDArray[np.int64], source: str
+) -> tuple[str, ...]:
+    """Names for the class numbers: data.classes, classes.txt beside the shards, or the numbers."""
+    beside = folder / "classes.txt"
+    named = Path(data.classes) if data.classes else beside if beside.is_file() else None
+    highest = int(labels.max(initial=-1))
+    classes = read_classes(named) if named else tuple(map(str, range(highest + 1)))
+    if labels.min(initial=0) < 0 or highest >= len(classes):
+        raise DataError(
+            f"{source} has labels from {labels.min()} to {highest}, "
+            f"{named or 'the data'} names {len(classes)} classes.",
+            "number the classes from 0, and name every one of them in data.classes",
+        )
+    return classes

@@ -1,0 +1,51 @@
+"""The front door of the data room: a recipe's data section to `Samples`."""
+
+from pathlib import Path
+
+from care_compress.data.archive import open_zip
+from care_compress.data.folder import open_folder
+from care_compress.data.hub import open_hub
+from care_compress.data.listing import Split, summary
+from care_compress.data.samples import Samples
+from care_compress.data.shapes import Shapes
+from care_compress.data.shards import open_shards
+from care_compress.errors import DataError
+from care_compress.recipe import DataSection
+
+FORMS = "builtin:shapes, an image folder, a .zip of one, hf:NAME, or wds:PATTERN"
+
+
+def open_samples(data: DataSection, split: Split, seed: int = 0) -> Samples:
+    """The images of one split; `seed` places them where data.val_fraction divides one set."""
+    kind, colon, rest = data.source.partition(":")
+    if colon and kind == "builtin":
+        if rest != "shapes":
+            raise DataError(f"there is no {data.source}.", "the one builtin set is builtin:shapes")
+        if data.val_fraction is not None or data.classes is not None:
+            raise DataError(
+                f"{data.source} comes with its own parts and classes.",
+                "leave out data.val_fraction and data.classes",
+            )
+        return Shapes(split)
+    if colon and kind == "hf":
+        return open_hub(rest, data, split, seed)
+    if colon and kind == "wds":
+        return open_shards(rest, data, split, seed)
+    path = Path(data.source).expanduser()
+    if path.is_dir():
+        return open_folder(path, data, split, seed)
+    if path.suffix.lower() == ".zip" and path.is_file():
+        return open_zip(path, data, split, seed)
+    what = "is no data source" if path.exists() or colon else "does not exist"
+    raise DataError(f"data.source {data.source} {what}.", f"give {FORMS}")
+
+
+def check_classes(samples: Samples, num_classes: int) -> None:
+    """Refuse a model that answers with another number of classes than the data has."""
+    if len(samples.classes) != num_classes:
+        raise DataError(
+            f"the model has {num_classes} classes, the data has {len(samples.classes)} "
+            f"({summary(samples.classes)}).",
+            "choose a checkpoint trained on this data, or list the model's classes in order, one "
+            "per line, in a file and set data.classes to it",
+        )

@@ -1,0 +1,132 @@
+"""Top-1 and top-5 of any predictor, streaming: memory does not grow with the number of images."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from care_compress.data.loader import BadImages, Batch, evaluation_batches
+from care_compress.data.samples import Samples
+from care_compress.data.sources import check_classes, open_samples
+from care_compress.data.transforms import EvalTransform, normalize
+from care_compress.errors import DataError
+from care_compress.evaluate.display import evaluation_progress
+from care_compress.recipe import DataSection
+from care_compress.run import write_text
+from care_compress.runtime.opening import open_predictor
+from care_compress.runtime.predictor import Predictor
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts over a set of images."""
+
+    images: int
+    correct: int
+    correct_in_top5: int
+
+    @property
+    def top1(self) -> float:
+        """Percent of images whose highest logit is right."""
+        return 100 * self.correct / self.images
+
+    @property
+    def top5(self) -> float:
+        """Percent of images whose label is among the five highest logits."""
+        return 100 * self.correct_in_top5 / self.images
+
+
+def measure_artifact(
+    artifact: str,
+    data: DataSection,
+    images: int | None,
+    batch_size: int,
+    json_file: Path | None,
+    console: Console,
+) -> Accuracy:
+    """Score one file on the validation images of a source, and say so."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    predict = open_predictor(artifact, device)
+    samples = open_samples(data, "val")
+    check_classes(samples, predict.num_classes)
+    bad = BadImages()
+    accuracy = measure_accuracy(
+        predict,
+        samples,
+        data,
+        batch_size=batch_size,
+        share=(0, min(images or len(samples), len(samples))),
+        bad=bad,
+        console=console,
+        device=device,
+    )
+    for name, reason in bad.reasons.items():
+        console.print(f"skipped {name}: {reason}", markup=False)
+    console.print(
+        f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  on {accuracy.images:,} images"
+    )
+    if json_file is not None:
+        result = {
+            "artifact": artifact,
+            "images": accuracy.images,
+            "top1": accuracy.top1,
+            "top5": accuracy.top5,
+            "skipped_images": bad.reasons,
+            "data": data.model_dump(mode="json"),
+            "samples": samples.fingerprint(),
+        }
+        write_text(json_file, json.dumps(result, indent=2) + "\n")
+    return accuracy
+
+
+def measure_accuracy(
+    predict: Predictor,
+    samples: Samples,
+    data: DataSection,
+    *,
+    batch_size: int,
+    share: tuple[int, int],
+    bad: BadImages,
+    console: Console,
+    device: torch.device = CPU,
+) -> Accuracy:
+    """Accuracy of `predict` on the images `share` = [start, stop) of a data set."""
+    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
+    batches = evaluation_batches(
+        samples, transform, batch_size, data, bad=bad, start=share[0], stop=share[1]
+    )
+
+    def prepare(images_BCHW: Tensor) -> Tensor:
+        return normalize(images_BCHW.to(device), data.mean, data.std)
+
+    with contextlib.closing(batches), evaluation_progress(console, share) as advance:
+        return count_correct(predict, batches, prepare, advance)
+
+
+@torch.inference_mode()
+def count_correct(
+    predict: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    prepare: Callable[[Tensor], Tensor],
+    progress: Callable[[int], None] = lambda images: None,
+) -> Accuracy:
+    """Run `predict` over all batches; `prepare` turns uint8 pixels into the network's input."""
+    images = correct = in_top5 = 0
+    for batch in batches:
+        logits = predict(prepare(batch.images))
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = ranked.cpu() == batch.labels[:, None]
+        images += len(batch.labels)
+        correct += int(hits[:, 0].sum())
+        in_top5 += int(hits.sum())
+        progress(len(batch.labels))
+    if images == 0:
+        raise DataError("there was no image to evaluate.", "check the source and its val split")
+    return Accuracy(images, correct, in_top5)

@@ -1,0 +1,312 @@
+"""What this machine is: processor, memory, GPU and library versions, read without importing any.
+
+A run's manifest stores it beside every figure, and `care_compress.doctor` decides from it what can
+be done here. Parsers take text and return values; only `read_machine` looks at the real machine.
+"""
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+X86_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+)
+# Linux's names; asimddp is the NEON dot product.
+ARM_FEATURES = ("asimddp", "i8mm", "bf16")
+_MACOS_FEATURES = {"asimddp": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "bf16": "FEAT_BF16"}
+
+# ARM cores name themselves by number only; these are the ones in the boards we speak of.
+_ARM_PARTS = {
+    "0xd08": "Cortex-A72",
+    "0xd0b": "Cortex-A76",
+    "0xd0c": "Neoverse-N1",
+    "0xd40": "Neoverse-V1",
+    "0xd42": "Cortex-A78AE",
+    "0xd4f": "Neoverse-V2",
+    "0xd83": "Neoverse-V3AE",
+}
+_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+LIBRARIES = (
+    "care-compress",
+    "torch",
+    "torchao",
+    "numpy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "tensorrt",
+    "tensorrt-rtx",
+    "datasets",
+    "webdataset",
+    "safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor, as far as this process may use it."""
+
+    name: str
+    physical_cores: int
+    logical_cores: int
+    # Feature -> present, e.g. {"avx2": True, "avx512_vnni": False}; empty if it cannot be read.
+    features: Mapping[str, bool]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU; what its driver does not tell is None (a Jetson tells little)."""
+
+    name: str
+    memory_mib: int | None
+    compute_capability: str | None
+    driver: str | None
+
+
+@dataclass(frozen=True)
+class Jetson:
+    """An NVIDIA Jetson and its system software."""
+
+    model: str
+    l4t: str | None
+    jetpack: str | None
+    # The TensorRT of JetPack's own Python, which a virtual environment does not see.
+    tensorrt: str | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Everything about a machine that a figure or a decision depends on."""
+
+    system: str
+    os: str
+    arch: str
+    python: str
+    cpu: Cpu
+    memory_bytes: int
+    gpus: tuple[Gpu, ...]
+    jetson: Jetson | None
+    # Distribution -> version, installed ones only.
+    libraries: Mapping[str, str]
+
+
+def read_machine() -> Machine:
+    """Look at the machine this process runs on."""
+    arch = platform.machine().lower()
+    quota, memory_limit = cgroup_limits(Path("/sys/fs/cgroup"), _text(Path("/proc/self/cgroup")))
+    memory = psutil.virtual_memory().total
+    return Machine(
+        system=platform.system(),
+        os=platform.platform(),
+        arch=_ARCHITECTURES.get(arch, arch),
+        python=platform.python_version(),
+        cpu=_read_cpu(quota),
+        memory_bytes=memory if memory_limit is None else min(memory, memory_limit),
+        gpus=parse_nvidia_smi(
+            _output(
+                "nvidia-smi",
+                "--query-gpu=name,memory.total,compute_cap,driver_version",
+                "--format=csv,noheader,nounits",
+            )
+        ),
+        jetson=read_jetson(Path("/")),
+        libraries=installed_versions(),
+    )
+
+
+def describe() -> dict[str, Any]:
+    """The machine as plain data, for a manifest."""
+    return asdict(read_machine())
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the libraries that matter here, from their metadata; nothing is imported."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            version: str | None = metadata.version(name)
+        except (metadata.PackageNotFoundError, KeyError):
+            continue
+        # A damaged installation has a metadata folder and no version in it.
+        if version:
+            found[name] = version
+    return found
+
+
+def parse_cpuinfo(text: str, usable: Collection[int]) -> Cpu:
+    """The processor from Linux's /proc/cpuinfo, counting only the `usable` logical cores."""
+    blocks = (
+        {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        for lines in (block.splitlines() for block in text.split("\n\n"))
+    )
+    allowed = {str(core) for core in usable}
+    cores = [block for block in blocks if block.get("processor") in allowed]
+    first = cores[0] if cores else {}
+    # ARM numbers no physical cores, having one thread in each.
+    physical = {(core.get("physical id"), core.get("core id", core["processor"])) for core in cores}
+    part = first.get("CPU part", "")
+    return Cpu(
+        name=first.get("model name") or _ARM_PARTS.get(part) or f"unknown processor {part}".strip(),
+        physical_cores=len(physical) or len(usable),
+        logical_cores=len(usable),
+        features=_features(first),
+    )
+
+
+def _features(core: Mapping[str, str]) -> dict[str, bool]:
+    if "flags" in core:
+        present = core["flags"].split()
+        return {name: name in present for name in X86_FEATURES}
+    if "Features" in core:
+        present = core["Features"].split()
+        return {name: name in present for name in ARM_FEATURES}
+    return {}
+
+
+def parse_sysctl(text: str, logical_cores: int) -> Cpu:
+    """The processor from macOS's ``sysctl machdep.cpu.brand_string hw``."""
+    values = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    flags = {
+        name: values.get(f"hw.optional.arm.{apple}") for name, apple in _MACOS_FEATURES.items()
+    }
+    return Cpu(
+        name=values.get("machdep.cpu.brand_string", "unknown processor"),
+        physical_cores=int(values.get("hw.physicalcpu", logical_cores)),
+        logical_cores=logical_cores,
+        # An Intel Mac has no ARM keys at all: nothing known, rather than nothing present.
+        features={name: flag == "1" for name, flag in flags.items()} if any(flags.values()) else {},
+    )
+
+
+def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
+    """GPUs from ``nvidia-smi --query-gpu=name,memory.total,compute_cap,driver_version``."""
+    # Its error messages go to the same stream; they do not have four fields.
+    rows = [[field.strip() for field in line.split(",")] for line in text.splitlines()]
+    return tuple(
+        Gpu(
+            name=name,
+            memory_mib=int(memory) if memory.isdigit() else None,
+            compute_capability=capability if re.fullmatch(r"\d+\.\d+", capability) else None,
+            driver=driver if re.match(r"\d", driver) else None,
+        )
+        for name, memory, capability, driver in (row for row in rows if len(row) == 4)
+    )
+
+
+def read_jetson(root: Path) -> Jetson | None:
+    """The Jetson whose file system is at `root`, or None if it is none."""
+    model = _text(root / "proc/device-tree/model").strip("\0\n ")
+    if "NVIDIA" not in model:
+        return None
+    release = re.search(
+        r"R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release")
+    )
+    packages = _text(root / "var/lib/dpkg/status")
+    return Jetson(
+        model=model,
+        l4t=f"{release[1]}.{release[2]}" if release else None,
+        jetpack=_debian_version(packages, "nvidia-jetpack"),
+        tensorrt=_debian_version(packages, "python3-libnvinfer"),
+    )
+
+
+def _debian_version(status: str, package: str) -> str | None:
+    """Upstream version of an installed package: 10.3.0.30 of ``10.3.0.30-1+cuda12.5``."""
+    for stanza in status.split("\n\n"):
+        if stanza.startswith(f"Package: {package}\n") and " ok installed" in stanza:
+            version = re.search(r"^Version: ([\d.]+)", stanza, re.MULTILINE)
+            return version[1] if version else None
+    return None
+
+
+def cgroup_limits(root: Path, own: str) -> tuple[float | None, int | None]:
+    """Cores and bytes that control groups leave to this process; None where nothing limits it.
+
+    `own` is /proc/self/cgroup: ``0::/a/b`` (version 2) or a line for each controller (version 1).
+    A limit may be set on any group from `root` down to ours, so the smallest counts.
+    """
+    cores, memory = [], []
+    for line in own.splitlines():
+        _, controllers, group = line.split(":", 2)
+        for tree in controllers.split(","):
+            parts = Path(group).parts[1:]
+            for depth in range(len(parts) + 1):
+                folder = root.joinpath(tree, *parts[:depth])
+                cores.append(_quota(folder))
+                for name in ("memory.max", "memory.limit_in_bytes"):
+                    limit = _text(folder / name).strip()
+                    memory.append(int(limit) if limit.isdigit() else None)
+    return (
+        min((value for value in cores if value is not None), default=None),
+        min((value for value in memory if value is not None), default=None),
+    )
+
+
+def _quota(folder: Path) -> float | None:
+    """Cores allowed by one control group: quota over period, in either version's files."""
+    quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+    if not quota:
+        quota = _text(folder / "cpu.cfs_quota_us").strip()
+        period = _text(folder / "cpu.cfs_period_us").strip()
+    # No limit reads "max" in version 2, -1 in version 1.
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _read_cpu(quota: float | None) -> Cpu:
+    usable = (
+        os.sched_getaffinity(0)
+        if hasattr(os, "sched_getaffinity")
+        else set(range(os.cpu_count() or 1))
+    )
+    match platform.system():
+        case "Linux":
+            cpu = parse_cpuinfo(_text(Path("/proc/cpuinfo")), usable)
+        case "Darwin":
+            text = _output("sysctl", "machdep.cpu.brand_string", "hw")
+            cpu = parse_sysctl(text, len(usable))
+        case _:
+            physical = psutil.cpu_count(logical=False) or len(usable)
+            cpu = Cpu(platform.processor(), physical, len(usable), {})
+    if quota is None:
+        return cpu
+    allowed = max(1, int(quota))
+    return Cpu(
+        cpu.name,
+        min(cpu.physical_cores, allowed),
+        min(cpu.logical_cores, allowed),
+        cpu.features,
+    )
+
+
+def _text(path: Path) -> str:
+    """A system file's text; nothing where this system has no such file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _output(*command: str) -> str:
+    """What a system tool prints; nothing where it is missing or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout

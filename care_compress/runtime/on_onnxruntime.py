@@ -1,0 +1,64 @@
+"""Predictions by an ONNX file through ONNX Runtime."""
+
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from care_compress.errors import TargetError
+
+
+class OnnxPredictor:
+    """Runs an ONNX classifier with one image input and one logits output on the CPU."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        # onnxruntime raises a class of its own per status code, all straight below Exception.
+        except Exception as error:
+            reason = str(error).splitlines()[0][:200]
+            raise TargetError(
+                f"{path} is no ONNX model that ONNX Runtime can run: {reason}.", "export it again"
+            ) from error
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4:
+            raise TargetError(
+                f"{path} has {len(inputs)} inputs and {len(outputs)} outputs.",
+                "give a classifier with one (B, 3, H, W) input and one logits output",
+            )
+        self.path = path
+        self.input = inputs[0]
+        classes = outputs[0].shape[-1]
+        if not isinstance(classes, int):
+            raise TargetError(f"{path} does not state its number of classes.", "export it again")
+        self.num_classes = classes
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, K); a model of fixed batch size is fed slice by slice."""
+        self._check_size(images_BCHW)
+        fixed = self.input.shape[0]
+        step = fixed if isinstance(fixed, int) else len(images_BCHW)
+        return torch.cat([self._run(chunk, step) for chunk in torch.split(images_BCHW, step)])
+
+    def _run(self, chunk_BCHW: Tensor, size: int) -> Tensor:
+        missing = size - len(chunk_BCHW)
+        padded = torch.cat([chunk_BCHW, chunk_BCHW[-1:].expand(missing, -1, -1, -1)])
+        feed = {self.input.name: padded.float().cpu().contiguous().numpy()}
+        logits = torch.from_numpy(self.session.run(None, feed)[0])
+        return logits[: len(chunk_BCHW)].to(chunk_BCHW.device)
+
+    def _check_size(self, images_BCHW: Tensor) -> None:
+        wanted = self.input.shape[2:]
+        given = list(images_BCHW.shape[2:])
+        if any(isinstance(w, int) and w != g for w, g in zip(wanted, given, strict=True)):
+            raise TargetError(
+                f"{self.path} wants {wanted[0]}x{wanted[1]} images, these are "
+                f"{given[0]}x{given[1]}.",
+                "set data.resolution to the model's, or export it with a free size",
+            )

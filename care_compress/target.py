@@ -1,0 +1,138 @@
+"""Targets: one YAML file says what one runtime on one kind of device executes.
+
+The plan is checked against it before anything is trained, the export writes what it asks for, and
+`care_compress.doctor` tells from it what this machine can do. Files: recipes/targets/.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from packaging.requirements import InvalidRequirement, Requirement
+from pydantic import Field, field_validator, model_validator
+
+from care_compress.errors import RecipeError
+from care_compress.recipe import RECIPES_DIR, Section, parse, read_yaml
+
+TARGETS_DIR = RECIPES_DIR / "targets"
+
+Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+Device = Literal["cpu", "gpu", "npu", "jetson-orin", "jetson-thor", "rtx"]
+_DEVICES: dict[Runtime, tuple[Device, ...]] = {
+    "onnxruntime": ("cpu",),
+    "openvino": ("cpu", "gpu", "npu"),
+    "tensorrt": ("gpu", "jetson-orin", "jetson-thor"),
+    "tensorrt_rtx": ("rtx",),
+}
+
+
+class Activations(Section):
+    """The integer activations the runtime multiplies."""
+
+    dtype: Literal["u8", "s8"]
+    symmetric: bool = Field(description="true: every zero point must be 0")
+    per_channel_depthwise: bool = Field(
+        description="a depthwise conv's input may have a scale for each channel"
+    )
+
+
+class Weights(Section):
+    """The integer weights the runtime multiplies."""
+
+    bits: Annotated[tuple[Literal[8, 4], ...], Field(min_length=1)]
+    symmetric: bool
+    per_channel: bool = Field(description="a scale for each output channel")
+
+
+class Needs(Section):
+    """What must be on a machine to build for the target and run on it."""
+
+    packages: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="pip requirements with the versions that are supported"
+    )
+    platforms: tuple[str, ...] = Field(
+        (), description="'Linux x86_64' and the like; any if left out"
+    )
+    compute_capabilities: tuple[str, ...] = Field(
+        (), description="NVIDIA GPUs it runs on: '8.6', '12.*'"
+    )
+
+    @field_validator("packages")
+    @classmethod
+    def _are_requirements(cls, packages: tuple[str, ...]) -> tuple[str, ...]:
+        for package in packages:
+            try:
+                Requirement(package)
+            except InvalidRequirement as error:
+                raise ValueError(f"{package!r} is no pip requirement ({error})") from None
+        return packages
+
+
+class Target(Section):
+    """One runtime on one kind of device."""
+
+    name: str = Field(description="the file's name")
+    title: str
+    runtime: Runtime
+    device: Device
+    activations: Activations
+    weights: Weights
+    float_type: Literal["fp32", "bf16", "fp16"] = Field(
+        description="what the operations left unquantized run in"
+    )
+    opset: Annotated[int, Field(ge=20)] = Field(
+        description="ONNX opset of the exported graph, one that every supported version reads"
+    )
+    builds_without_device: bool = Field(
+        False, description="an engine can be built where the device is absent"
+    )
+    needs: Needs
+    notes: tuple[str, ...] = Field(description="why the values above are what they are")
+
+    @model_validator(mode="after")
+    def _device_fits(self) -> "Target":
+        known = _DEVICES[self.runtime]
+        if self.device not in known:
+            raise ValueError(f"{self.runtime} runs on device {' or '.join(known)}")
+        return self
+
+
+def load_target(name: str) -> Target:
+    """The shipped target called `name`, e.g. ``openvino-cpu``."""
+    path = TARGETS_DIR / f"{name}.yaml"
+    if path in target_files(TARGETS_DIR):
+        return read_target(path)
+    known = [file.stem for file in target_files(TARGETS_DIR)]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise RecipeError(f"there is no target {name!r}.", f"{hint}Targets: {', '.join(known)}")
+
+
+def all_targets() -> tuple[Target, ...]:
+    """Every shipped target, by name."""
+    return tuple(read_target(path) for path in target_files(TARGETS_DIR))
+
+
+def target_files(directory: Path) -> list[Path]:
+    """The target files below `directory`; none at all is an error, never an empty answer."""
+    files = sorted(directory.rglob("*.yaml"))
+    if not files:
+        raise RecipeError(
+            f"{directory} holds no target files.", "install care-compress from its checkout"
+        )
+    return files
+
+
+def read_target(path: Path) -> Target:
+    """Read one target file."""
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path} holds no keys.", "see recipes/targets/openvino-cpu.yaml for the form"
+        )
+    if raw.setdefault("name", path.stem) != path.stem:
+        raise RecipeError(
+            f"{path}: name: it is {raw['name']!r}, the file's is {path.stem!r}.",
+            "leave the key out: the file's name is the target's",
+        )
+    return parse(Target, raw, str(path))

@@ -1,0 +1,125 @@
+"""What training shows: a live bar in a terminal, plain lines elsewhere, TensorBoard curves."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+PLAIN_LINE_SECONDS = 15.0
+CURVE_STEPS = 10  # steps between points of a curve
+
+
+class Display(Protocol):
+    """Watches a training."""
+
+    def __enter__(self) -> Self:
+        """Start showing."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop showing."""
+        ...
+
+    def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
+        """After one step: its loss, its accuracy in percent, its learning rate, its images."""
+        ...
+
+    def validated(self, step: int, metrics: dict[str, float]) -> None:
+        """After one validation."""
+        ...
+
+
+class Silent:
+    """For every process but the first."""
+
+    def __enter__(self) -> Self:
+        """Show nothing."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Show nothing."""
+
+    def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
+        """Show nothing."""
+
+    def validated(self, step: int, metrics: dict[str, float]) -> None:
+        """Show nothing."""
+
+
+class TrainingDisplay:
+    """Progress on the console and curves in a TensorBoard folder."""
+
+    def __init__(self, console: Console, curves: Path, start: int, total: int) -> None:
+        self.console = console
+        self.total = total
+        self.start = start
+        self.loss = self.accuracy = 0.0
+        self.images = 0
+        # Points after the resumed step come from work that was lost; the new ones replace them.
+        self.writer = SummaryWriter(str(curves), purge_step=start)
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+
+    def __enter__(self) -> Self:
+        """Start the clock and the bar."""
+        self.bar.start()
+        self.task = self.bar.add_task("", total=self.total, completed=self.start, note="")
+        self.began = self.last_line = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the bar and close the curves."""
+        self.bar.stop()
+        self.writer.close()
+
+    def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
+        """Smooth the numbers and show them."""
+        first = self.images == 0
+        self.images += images
+        self.loss = loss if first else 0.95 * self.loss + 0.05 * loss
+        self.accuracy = accuracy if first else 0.95 * self.accuracy + 0.05 * accuracy
+        now = time.monotonic()
+        speed = self.images / max(1e-9, now - self.began)
+        note = f"loss {self.loss:.3f}  top-1 {self.accuracy:.1f} %  {speed:,.0f} images/s"
+        self.bar.update(self.task, completed=step, note=note)
+        if not self.console.is_terminal and now - self.last_line >= PLAIN_LINE_SECONDS:
+            self.last_line = now
+            left = (self.total - step) * (now - self.began) / max(1, step - self.start)
+            self.console.print(f"step {step}/{self.total}  {note}  {left / 60:.1f} min left")
+        if step % CURVE_STEPS == 0:
+            for name, value in (("loss", loss), ("top1", accuracy), ("learning_rate", rate)):
+                self.writer.add_scalar(f"train/{name}", value, step)
+
+    def validated(self, step: int, metrics: dict[str, float]) -> None:
+        """One line per validation."""
+        shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+        self.console.print(f"step {step}/{self.total}  {shown}")
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"validation/{name}", value, step)

@@ -1,0 +1,194 @@
+"""The training loop: float training and QAT run through `fit`.
+
+Everything random is a function of (seed, step) or (seed, epoch, image), never of how the process
+got there. So a run killed at any moment and started again ends, on a CPU, with the same bits.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from care_compress.data.loader import Batch
+from care_compress.errors import TrainingError
+from care_compress.recipe import TrainSection
+from care_compress.train.averaging import averaged
+from care_compress.train.display import Display, Silent, TrainingDisplay
+from care_compress.train.distributed import World, distribute, synchronise_norms
+from care_compress.train.mixing import mix
+from care_compress.train.objective import Objective, soft_targets
+from care_compress.train.schedule import learning_rate
+from care_compress.train.state import Progress, Trainee
+
+STEP_STREAM = 2  # keeps the per-step seeds apart from the other users of the recipe's seed
+DIVERGED = 3.0  # times the first loss; cross-entropy starts near that of a uniform guess
+GUARD_STEPS = 50  # steps before the divergence guard speaks
+HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training works on."""
+
+    plan: TrainSection
+    steps_per_epoch: int
+    num_classes: int
+    seed: int
+    fingerprint: str  # of everything that decides the weights
+    batches: Callable[[int], Iterable[Batch]]  # from a step to the end
+    prepare: Callable[[Tensor], Tensor]  # uint8 pixels to normalised float32
+    validate: Callable[[nn.Module], tuple[int, int]]  # (images, correct) of this process's share
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.plan.epochs * self.steps_per_epoch
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    course: Course,
+    folder: Path,
+    world: World,
+    console: Console,
+) -> Trainee:
+    """Train to the end, resuming from `folder` if the same training was cut off there."""
+    checkpoint = folder / "train_state.pt"
+    trainee = _set_up(model, course.plan, world)
+    if trainee.resume(checkpoint, course.fingerprint):
+        if world.is_main and trainee.progress.step < course.total_steps:
+            console.print(f"resuming after step {trainee.progress.step}/{course.total_steps}")
+    elif checkpoint.exists() and world.is_main:
+        console.print("recipe or data changed since the last training here: training anew")
+    world.wait()  # nobody may overwrite the state before everybody has read it
+    if trainee.progress.step == course.total_steps:
+        return trainee
+    runner = distribute(trainee.model, world).train()
+    with _display(world, console, folder, trainee.progress.step, course.total_steps) as display:
+        for batch in course.batches(trainee.progress.step):
+            _step(trainee, runner, objective, batch, course, world, display)
+            done = trainee.progress.step
+            if (
+                done == course.total_steps
+                or done % (course.plan.validate_epochs * course.steps_per_epoch) == 0
+            ):
+                _validate(trainee, course, world, display)
+                runner.train()
+            if world.is_main and (
+                done % course.plan.checkpoint_steps == 0 or done == course.total_steps
+            ):
+                trainee.save(checkpoint, course.fingerprint)
+    world.wait()
+    return trainee
+
+
+def _set_up(model: nn.Module, plan: TrainSection, world: World) -> Trainee:
+    layout = torch.channels_last
+    model = synchronise_norms(model, world)
+    model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
+    # Weight decay pulls norms, biases and layer scales towards values that mean nothing.
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    free = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": plan.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return Trainee(
+        model=model,
+        optimizer=torch.optim.AdamW(groups, lr=plan.learning_rate, fused=True),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=plan.precision == "fp16"),
+        average=None if plan.ema_decay is None else averaged(model, plan.ema_decay),
+        progress=Progress(),
+    )
+
+
+def _display(world: World, console: Console, folder: Path, start: int, total: int) -> Display:
+    if not world.is_main:
+        return Silent()
+    return TrainingDisplay(console, folder / "tensorboard", start, total)
+
+
+def _step(
+    trainee: Trainee,
+    runner: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    course: Course,
+    world: World,
+    display: Display,
+) -> None:
+    plan, step = course.plan, trainee.progress.step
+    # Drop-path draws from torch's generator; reseeding makes its draws a function of the step.
+    torch.manual_seed(_step_seed(course.seed, step, world.rank))
+    labels = batch.labels.to(world.device)
+    images = course.prepare(batch.images.to(world.device))
+    targets = soft_targets(labels, course.num_classes, plan.label_smoothing)
+    images, targets = mix(images, targets, plan.augment, course.seed, step)
+
+    half = HALF_PRECISION.get(plan.precision)
+    with torch.autocast(world.device.type, half, enabled=half is not None):
+        outcome = objective(runner, images, targets)
+    loss = float(outcome.loss.detach())
+    _check_loss(trainee.progress, loss, plan)
+
+    rate = learning_rate(step, course.steps_per_epoch, plan)
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = rate
+    trainee.optimizer.zero_grad()
+    trainee.scaler.scale(outcome.loss).backward()  # type: ignore[no-untyped-call]
+    if plan.clip_grad_norm is not None:
+        trainee.scaler.unscale_(trainee.optimizer)
+        nn.utils.clip_grad_norm_(trainee.model.parameters(), plan.clip_grad_norm)
+    trainee.scaler.step(trainee.optimizer)
+    trainee.scaler.update()
+    if trainee.average is not None:
+        trainee.average.update_parameters(trainee.model)
+
+    trainee.progress.step = step + 1
+    correct = int((outcome.logits.argmax(dim=1) == labels).sum())
+    accuracy = 100 * correct / len(labels)
+    display.step(step + 1, loss, accuracy, rate, len(labels) * world.size)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence((seed, STEP_STREAM, step, rank)).generate_state(1)[0])
+
+
+def _check_loss(progress: Progress, loss: float, plan: TrainSection) -> None:
+    """Stop before a bad step reaches the weights, so the last checkpoint is still good."""
+    fix = f"lower train.learning_rate (now {plan.learning_rate}) or set train.clip_grad_norm"
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} at step {progress.step + 1}; the last checkpoint was kept.", fix
+        )
+    if progress.first_loss is None:
+        progress.first_loss = progress.recent_loss = loss
+    progress.recent_loss = 0.95 * progress.recent_loss + 0.05 * loss
+    limit = DIVERGED * progress.first_loss
+    if progress.step >= GUARD_STEPS and progress.recent_loss > limit:
+        raise TrainingError(
+            f"training diverged at step {progress.step + 1}: the loss is around "
+            f"{progress.recent_loss:.2f} and began at {progress.first_loss:.2f}; "
+            "the last checkpoint was kept.",
+            fix,
+        )
+
+
+def _validate(trainee: Trainee, course: Course, world: World, display: Display) -> None:
+    images, correct = course.validate(trainee.result)
+    counts = torch.tensor([images, correct], dtype=torch.float64, device=world.device)
+    images, correct = (int(count) for count in world.total(counts))
+    entry = {
+        "epoch": trainee.progress.step / course.steps_per_epoch,
+        "top1": 100 * correct / max(1, images),
+        "loss": trainee.progress.recent_loss,
+    }
+    trainee.progress.history.append(entry)
+    display.validated(trainee.progress.step, entry)

@@ -1,0 +1,124 @@
+"""Training the float network that a recipe describes."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from care_compress.data.loader import BadImages, steps_per_epoch, training_batches
+from care_compress.data.samples import Samples
+from care_compress.data.transforms import TrainTransform, normalize
+from care_compress.errors import TrainingError
+from care_compress.model.care import Care, build_model
+from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
+from care_compress.recipe import DistillSection, Recipe, TrainSection
+from care_compress.run import fingerprint, sha256_file
+from care_compress.runtime.on_onnxruntime import OnnxPredictor
+from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.runtime.predictor import Predictor
+from care_compress.train.distributed import World
+from care_compress.train.loop import Course, fit
+from care_compress.train.objective import Classification, check_teacher
+from care_compress.train.state import Progress
+
+# Settings that change how a training is watched, not what it computes.
+WATCHING = {"checkpoint_steps", "validate_epochs"}
+
+
+def train_network(
+    recipe: Recipe,
+    samples: Samples,
+    validate: Callable[[nn.Module], tuple[int, int]],
+    folder: Path,
+    world: World,
+    console: Console,
+    bad: BadImages,
+) -> tuple[Care, Progress]:
+    """Train as the recipe says; the result is in eval mode on the CPU."""
+    plan = recipe.train
+    assert plan is not None
+    _check_share(plan, world)
+    teacher = open_teacher(plan.distill, len(samples.classes), world)
+    course = Course(
+        plan=plan,
+        steps_per_epoch=steps_per_epoch(samples, plan.batch_size),
+        num_classes=len(samples.classes),
+        seed=recipe.seed,
+        fingerprint=training_fingerprint(recipe, samples),
+        batches=lambda start: training_batches(
+            samples,
+            TrainTransform(recipe.data.resolution, plan.augment, recipe.data.exif_rotate),
+            plan.batch_size,
+            recipe.data,
+            seed=recipe.seed,
+            start_step=start,
+            total_steps=plan.epochs * steps_per_epoch(samples, plan.batch_size),
+            bad=bad,
+            rank=world.rank,
+            world_size=world.size,
+        ),
+        prepare=partial(normalize, mean=recipe.data.mean, std=recipe.data.std),
+        validate=validate,
+    )
+    start = starting_point(recipe, len(samples.classes))
+    trainee = fit(start, Classification(plan.distill, teacher), course, folder, world, console)
+    trained = Care(start.arch, start.num_classes)
+    trained.load_state_dict(trainee.result.state_dict())
+    return trained.eval(), trainee.progress
+
+
+def starting_point(recipe: Recipe, num_classes: int) -> Care:
+    """The network before its first step: fresh from the seed, or a checkpoint to fine-tune."""
+    torch.manual_seed(recipe.seed)
+    drop_path = recipe.train.drop_path if recipe.train else 0.0
+    if recipe.model.checkpoint is None:
+        assert recipe.model.arch is not None
+        return build_model(recipe.model.arch, num_classes, drop_path)
+    loaded = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
+    model = Care(loaded.arch, loaded.num_classes, drop_path)
+    model.load_state_dict(loaded.state_dict())
+    return model
+
+
+def open_teacher(
+    distill: DistillSection | None, num_classes: int, world: World
+) -> Predictor | None:
+    """The teacher of a recipe: a CARE checkpoint or an ONNX classifier."""
+    if distill is None:
+        return None
+    teacher: Predictor
+    if distill.teacher.endswith(".onnx"):
+        teacher = OnnxPredictor(Path(distill.teacher))
+    else:
+        model = load_checkpoint(distill.teacher)
+        teacher = TorchPredictor(model, model.num_classes, world.device)
+    check_teacher(teacher, num_classes)
+    return teacher
+
+
+def training_fingerprint(recipe: Recipe, samples: Samples) -> str:
+    """Digest of everything that decides the trained weights."""
+    assert recipe.train is not None
+    files = [recipe.model.checkpoint, recipe.train.distill and recipe.train.distill.teacher]
+    return fingerprint(
+        {
+            "train": recipe.train.model_dump(mode="json", exclude=WATCHING),
+            "arch": recipe.model.arch,
+            "files": [sha256_file(resolve_checkpoint(file)) for file in files if file],
+            "data": recipe.data.model_dump(mode="json", exclude={"workers", "source", "crop_pct"}),
+            "samples": samples.fingerprint(),
+            "seed": recipe.seed,
+        }
+    )
+
+
+def _check_share(plan: TrainSection, world: World) -> None:
+    if plan.batch_size % (2 * world.size):
+        raise TrainingError(
+            f"train.batch_size {plan.batch_size} does not divide into pairs over {world.size} "
+            "processes.",
+            f"use a multiple of {2 * world.size}",
+        )

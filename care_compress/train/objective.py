@@ -1,0 +1,81 @@
+"""What a training step minimises.
+
+An objective sees the model and one mixed batch and returns a loss; the loop knows nothing else
+about it. QAT brings its own objective to the same loop.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from care_compress.errors import TrainingError
+from care_compress.recipe import DistillSection
+from care_compress.runtime.predictor import Predictor
+
+
+class Outcome(NamedTuple):
+    """Loss of one batch, and the logits accuracy is counted on."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class Objective(Protocol):
+    """Maps (model, images, soft targets) to a loss."""
+
+    def __call__(self, model: nn.Module, images_BCHW: Tensor, targets_BK: Tensor) -> Outcome:
+        """Run the model forward and return the loss to minimise."""
+        ...
+
+
+class Classification:
+    """Cross-entropy on both heads; with a teacher, the distillation head follows it instead.
+
+    Hard distillation (arXiv 2012.12877): cross-entropy with the teacher's arg max.
+    Soft: KL(teacher / T || student / T) * T^2. The teacher sees the very images the student sees.
+    """
+
+    def __init__(self, distill: DistillSection | None, teacher: Predictor | None) -> None:
+        self.distill = distill
+        self.teacher = teacher
+
+    def __call__(self, model: nn.Module, images_BCHW: Tensor, targets_BK: Tensor) -> Outcome:
+        """Loss of a CARE in training mode, which returns both heads."""
+        logits, distilled = model(images_BCHW)
+        labelled = F.cross_entropy(logits, targets_BK)
+        if self.teacher is None or self.distill is None:
+            loss = (labelled + F.cross_entropy(distilled, targets_BK)) / 2
+        else:
+            taught = follow_teacher(distilled, self.teacher(images_BCHW), self.distill)
+            loss = (1 - self.distill.weight) * labelled + self.distill.weight * taught
+        return Outcome(loss, (logits.detach() + distilled.detach()) / 2)
+
+
+def follow_teacher(student_BK: Tensor, teacher_BK: Tensor, distill: DistillSection) -> Tensor:
+    """Distance of the student's logits from the teacher's."""
+    # Predictors run in inference mode; only a clone of their output may enter a graph.
+    teacher_BK = teacher_BK.clone()
+    if distill.kind == "hard":
+        return F.cross_entropy(student_BK, teacher_BK.argmax(dim=1))
+    student = F.log_softmax(student_BK.float() / distill.temperature, dim=1)
+    teacher = F.log_softmax(teacher_BK.float() / distill.temperature, dim=1)
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return divergence * distill.temperature**2
+
+
+def soft_targets(labels_B: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """One-hot targets (B, K), softened by label smoothing."""
+    off = smoothing / num_classes
+    targets = torch.full((len(labels_B), num_classes), off, device=labels_B.device)
+    return targets.scatter_(1, labels_B[:, None], 1 - smoothing + off)
+
+
+def check_teacher(teacher: Predictor, num_classes: int) -> None:
+    """Refuse a teacher of other classes before any work."""
+    if teacher.num_classes != num_classes:
+        raise TrainingError(
+            f"the teacher has {teacher.num_classes} classes, the data has {num_classes}.",
+            "use a teacher trained on the same classes",
+        )
