@@ -23,7 +23,7 @@ setup: $(VENV)/.user ## create .venv and install care-compress
 quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES= CROP= RUN= SET="a.b=1"]
 	@$(BIN)/care-compress quantize '$(RECIPE)' $(if $(CKPT),--ckpt '$(CKPT)') $(if $(ARCH),--arch '$(ARCH)') \
 		$(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)') $(if $(CROP),--crop '$(CROP)') \
-		$(if $(RUN),--run '$(RUN)') $(foreach pair,$(SET),--set '$(pair)')
+		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)')
 
 doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 	@$(BIN)/care-compress doctor

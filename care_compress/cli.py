@@ -37,7 +37,8 @@ def quantize(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, repeatable")
     ] = None,
-    run: Annotated[str | None, typer.Option(help="run name; the recipe's if left out")] = None,
+    # Not --run: torchrun would take that for an abbreviation of its own --run-path.
+    name: Annotated[str | None, typer.Option(help="run name; the recipe's if left out")] = None,
     runs: Annotated[Path, typer.Option(help="where run directories live")] = Path("runs"),
 ) -> None:
     """Run a recipe from its float model to results."""
@@ -52,13 +53,13 @@ def quantize(
     }
     given = {key: value for key, value in shorthands.items() if value is not None}
     chosen = load_recipe(recipe, set_ or [], given)
-    name = run or chosen.name
-    if Path(name).name != name or name.startswith("."):
-        raise CareError(f"{name!r} is no run name.", "use a plain name, and --runs for the folder")
+    run = name or chosen.name
+    if Path(run).name != run or run.startswith("."):
+        raise CareError(f"{run!r} is no run name.", "use a plain name, and --runs for the folder")
 
     from care_compress.pipeline import run_recipe
 
-    run_recipe(chosen, runs, name, Console())
+    run_recipe(chosen, runs, run, Console())
 
 
 @app.command()

@@ -99,7 +99,7 @@ class Run:
             except OSError:
                 raise RunError(
                     f"another process is working in {self.path}.",
-                    "wait for it, or give this run another --run name",
+                    "wait for it, or give this run another --name",
                 ) from None
             resolved = recipe.model_dump(mode="json")
             write_text(self.path / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))

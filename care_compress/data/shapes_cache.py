@@ -8,8 +8,10 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ Render = Callable[[range], Pixels]
 
 CHUNK = 32  # images per call: a field of 32 images still fits the CPU's cache
 THREADS = 2  # NumPy releases the lock inside its loops, so threads share the work as processes do
-DIGEST_BYTES = hashlib.sha256().digest_size
+LEFTOVER_SECONDS = 3600
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ def _write(path: Path, shape: tuple[int, ...], render: Render) -> None:
     """
     log.info("rendering %d images into %s", shape[0], path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -94,6 +97,14 @@ def _write(path: Path, shape: tuple[int, ...], render: Render) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left; a file younger than an hour may still be in the making."""
+    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+        with suppress(FileNotFoundError):  # another process sweeps too
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
 
 
 def _chunks(count: int, render: Render) -> Iterator[Pixels]:

@@ -55,9 +55,11 @@ NORMALS_FS2: Floats = np.array([_NORMALS[form] for form in FORMS], dtype=np.floa
 # Distance from the centre to a side when the form covers as much as a disc of radius 1.
 REACH_F: Floats = np.array([0.778, 0.886, 0.95, 1.0], dtype=np.float32)
 # How far the corners are rounded at least and at most: a disc is all rounding.
-ROUNDING_F2: Floats = np.array([[0.0, 0.4], [0.0, 0.4], [0.0, 0.3], [0.8, 1.0]], dtype=np.float32)
+ROUNDING_F2: Floats = np.array(
+    [[0.0, 0.36], [0.0, 0.36], [0.0, 0.24], [1.0, 0.82]], dtype=np.float32
+)
 # How far the sides cave in: 0 is convex, 1 the pentagram.
-CAVING_F2: Floats = np.array([[0, 0], [0, 0], [0.5, 0.9], [0, 0]], dtype=np.float32)
+CAVING_F2: Floats = np.array([[0, 0], [0, 0], [0.85, 0.5], [0, 0]], dtype=np.float32)
 
 # The path of hues; a tint is a stretch of it, with narrow gaps between.
 HUES: Floats = np.array(
@@ -89,23 +91,34 @@ class Draws:
         noise = words[:, UNIFORMS:].astype("<u8").view(np.uint8).reshape(len(words), 2, 3, PIXELS)
         self._noise = noise
         self._next = 0
+        self.hardness = self.uniform()
 
     def uniform(self, low: Floats | float = 0.0, high: Floats | float = 1.0) -> Floats:
         """The next number of every image (B, 1), between two bounds."""
+        assert self._next < UNIFORMS, "a scene takes more numbers than were drawn for it"
         column = self._uniforms[:, self._next : self._next + 1]
         self._next += 1
-        low, high = np.float32(low), np.float32(high)
-        return low + (high - low) * column
+        span: Floats = np.subtract(high, low, dtype=np.float32)
+        return np.add(low, span * column, dtype=np.float32)
+
+    def graded(self, easy: float, hard: float) -> Floats:
+        """Give every image its place between an easy and a hard setting (B, 1)."""
+        return np.float32(easy) + np.float32(hard - easy) * self.hardness
 
     def choice(self, count: int) -> NDArray[np.int64]:
         """The next number of every image as one of ``range(count)`` (B,)."""
         return np.floor(self.uniform(0.0, count)[:, 0]).astype(np.int64)
 
-    def colour(self, low: float, high: float) -> Floats:
+    def graded_by(self, ends_B2: Floats) -> Floats:
+        """Draw between the easy end and where the hardness allows to go (B, 1)."""
+        easy, hard = ends_B2[:, :1], ends_B2[:, 1:]
+        return easy + (hard - easy) * self.hardness * self.uniform()
+
+    def colour(self, low: Floats | float, high: Floats | float) -> Floats:
         """Three numbers per image as a colour (B, 3, 1)."""
         return np.stack([self.uniform(low, high) for _ in range(3)], axis=1)
 
-    def rotation(self, limit: float = 1.0) -> tuple[Floats, Floats]:
+    def rotation(self, limit: Floats | float = 1.0) -> tuple[Floats, Floats]:
         """Cosine and sine of an angle between -90 and 90 degrees, each (B, 1)."""
         return _angle(self.uniform(-limit, limit))
 
@@ -132,11 +145,13 @@ def render(seed: int, split: Split, indices: Sequence[int]) -> NDArray[np.uint8]
     draws = Draws(seed, split, indices)
     labels = np.asarray(indices, dtype=np.int64) % len(CLASSES)
     form, texture, tint = np.unravel_index(labels, (len(FORMS), len(TEXTURES), len(TINTS)))
-    x, y = draws.uniform(-5.0, 5.0), draws.uniform(-5.0, 5.0)
+    reach = draws.graded(3.0, 7.0)
+    x, y = draws.uniform(-reach, reach), draws.uniform(-reach, reach)
     canvas = _background(draws)
-    for _ in range(2):
-        _distractor(draws, canvas, x, y)
-    _patterned(draws, canvas, x, y, draws.uniform(16.0, 24.0), form, texture, tint)
+    _distractor(draws, canvas, x, y)
+    _distractor(draws, canvas, x, y)
+    radius = draws.uniform(draws.graded(20.0, 15.5), 24.0)
+    _patterned(draws, canvas, x, y, radius, form, texture, tint)
     _distractor(draws, canvas, x, y)
     _occluder(draws, canvas, x, y)
     image = _photograph(draws, canvas)
@@ -148,8 +163,9 @@ def _background(draws: Draws) -> Floats:
     cosine, sine = draws.rotation()
     ramp = np.clip((cosine * X_P + sine * Y_P) / draws.uniform(4.0, 40.0) + 0.5, 0, 1)[:, None]
     grey = draws.uniform(0.25, 0.75)[:, None]
-    one, two = grey + draws.colour(-0.15, 0.15), grey + draws.colour(-0.15, 0.15)
-    waves = _wave(draws, 8.0, 30.0) * _wave(draws, 8.0, 30.0) * draws.uniform(0.0, 0.2)
+    spread = draws.graded(0.05, 0.16)
+    one, two = grey + draws.colour(-spread, spread), grey + draws.colour(-spread, spread)
+    waves = _wave(draws, 8.0, 30.0) * _wave(draws, 8.0, 30.0) * draws.graded(0.0, 0.19)
     return one + (two - one) * ramp + waves[:, None]
 
 
@@ -162,18 +178,20 @@ def _wave(draws: Draws, shortest: float, longest: float) -> Floats:
 
 
 def _triangle_wave(phase: Floats) -> Floats:
-    return np.abs((phase - np.floor(phase)) * 4 - 2) - 1
+    saw: Floats = phase - np.floor(phase)
+    wave: Floats = np.abs(saw * 4 - 2) - 1
+    return wave
 
 
 def _distractor(draws: Draws, canvas: Floats, x: Floats, y: Floats) -> None:
     """A smaller patterned form, of any class, away from the centre of the target."""
     cosine, sine = draws.rotation()
-    distance = draws.uniform(22.0, 34.0) * np.where(draws.uniform() < 0.5, -1, 1).astype(np.float32)
-    count = len(canvas)
+    distance = draws.uniform(draws.graded(28.0, 22.0), 34.0) * np.where(
+        draws.uniform() < 0.5, -1, 1
+    ).astype(np.float32)
     form, texture = draws.choice(len(FORMS)), draws.choice(len(TEXTURES))
     tint = draws.choice(len(TINTS))
-    assert len(form) == count
-    radius = draws.uniform(3.0, 8.0)
+    radius = draws.graded(3.0, 7.5)
     _patterned(
         draws, canvas, x + distance * cosine, y + distance * sine, radius, form, texture, tint
     )
@@ -197,16 +215,17 @@ def _patterned(
     low, high = TINT_RANGES[tint, :1], TINT_RANGES[tint, 1:]
     colour = _hue(draws.uniform(low, high))
     grey = draws.uniform(0.3, 0.7)[:, None]
-    colour = grey + (colour - grey) * draws.uniform(0.35, 0.9)[:, None]
-    shade = 1 + pattern * draws.uniform(0.2, 0.5)[:, None]
+    colour = grey + (colour - grey) * draws.uniform(draws.graded(0.8, 0.35), 1.0)[:, None]
+    shade = 1 + pattern * draws.graded(0.4, 0.2)[:, None]
     canvas += (colour * shade - canvas) * cover
 
 
 def _stretched(draws: Draws, x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Turn, then squeeze one axis and widen the other by up to a quarter."""
     cosine, sine = draws.rotation()
-    squeeze = draws.uniform(0.85, 1.18)
-    return (cosine * x + sine * y) * squeeze, (cosine * y - sine * x) / squeeze
+    squeeze = 1 + draws.uniform(-0.19, 0.19) * draws.hardness
+    u, v = (cosine * x + sine * y) * squeeze, (cosine * y - sine * x) / squeeze
+    return cosine * u - sine * v, sine * u + cosine * v
 
 
 def _extent(draws: Draws, u: Floats, v: Floats, form: NDArray[np.int64]) -> Floats:
@@ -225,20 +244,22 @@ def _extent(draws: Draws, u: Floats, v: Floats, form: NDArray[np.int64]) -> Floa
         projection = (cosine * a - sine * b) * u + (sine * a + cosine * b) * v
         second = np.maximum(second, np.minimum(first, projection))
         first = np.maximum(first, projection)
-    rounding = draws.uniform(ROUNDING_F2[form, :1], ROUNDING_F2[form, 1:])
-    caving = draws.uniform(CAVING_F2[form, :1], CAVING_F2[form, 1:])
+    rounding = draws.graded_by(ROUNDING_F2[form])
+    caving = draws.graded_by(CAVING_F2[form])
     reach = REACH_F[form][:, None] - caving * np.float32(0.45)
     sided = (first + (second - first) * caving) / reach
-    return sided + (np.sqrt(u * u + v * v) - sided) * rounding
+    extent: Floats = sided + (np.sqrt(u * u + v * v) - sided) * rounding
+    return extent
 
 
 def _pattern(draws: Draws, u: Floats, v: Floats, texture: NDArray[np.int64]) -> Floats:
     """Upright bars or level bands, within 28 degrees, in -1..1."""
-    cosine, sine = draws.rotation(0.25)
+    cosine, sine = draws.rotation(draws.graded(0.15, 0.37))
     barred = (texture == TEXTURES.index("barred"))[:, None]
     along = np.where(barred, cosine * u + sine * v, cosine * v - sine * u)
     wave = _triangle_wave(along / draws.uniform(7.0, 16.0) + draws.uniform())
-    return np.clip(wave * draws.uniform(1.2, 4.0), -1, 1)
+    sharpened: Floats = np.clip(wave * draws.uniform(1.2, 4.0), -1, 1)
+    return sharpened
 
 
 def _hue(position: Floats) -> Floats:
@@ -253,7 +274,7 @@ def _hue(position: Floats) -> Floats:
 def _occluder(draws: Draws, canvas: Floats, x: Floats, y: Floats) -> None:
     """A plain bar of any colour across part of the target."""
     cosine, sine = draws.rotation()
-    offset, width = draws.uniform(-12.0, 12.0), draws.uniform(0.0, 3.5)
+    offset, width = draws.uniform(-12.0, 12.0), draws.graded(-1.0, 2.75)
     distance = np.abs(cosine * (X_P - x) + sine * (Y_P - y) - offset)
     cover = np.clip(width - distance + 0.5, 0, 1)[:, None]
     canvas += (draws.colour(0.1, 0.9) - canvas) * cover
@@ -263,11 +284,14 @@ def _photograph(draws: Draws, canvas: Floats) -> NDArray[np.uint8]:
     """Light the scene from one side, tint the light, blur, add sensor noise, round to bytes."""
     cosine, sine = draws.rotation()
     slope = draws.uniform(0.0, 0.012)
-    light = draws.uniform(0.45, 1.25) * (1 + slope * (cosine * X_P + sine * Y_P))
-    lit = canvas * light[:, None] * draws.colour(0.78, 1.22)
+    light = draws.uniform(draws.graded(0.8, 0.5), 1.25) * (1 + slope * (cosine * X_P + sine * Y_P))
+    lit = (
+        canvas * light[:, None] * (1 + draws.colour(-1.0, 1.0) * draws.graded(0.05, 0.25)[:, None])
+    )
     lit = lit + (_blurred(lit) - lit) * draws.uniform(0.0, 1.0)[:, None]
-    lit = lit + draws.noise() * draws.uniform(0.0, 0.1)[:, None]
-    return np.floor(np.clip(lit, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+    lit = lit + draws.noise() * draws.graded(0.02, 0.12)[:, None]
+    levels: Floats = np.clip(lit, 0, 1) * np.float32(255)
+    return np.floor(levels + np.float32(0.5)).astype(np.uint8)
 
 
 def _blurred(image: Floats) -> Floats:

@@ -87,7 +87,12 @@ def find_shards(pattern: str) -> list[Path]:
     if os.path.isdir(pattern):
         found = sorted(Path(pattern).glob("*.tar")) or sorted(Path(pattern).glob("*/*.tar"))
     else:
-        expanded = expand_urls(pattern)
+        try:
+            expanded = expand_urls(pattern)
+        except (ValueError, AssertionError) as error:  # unbalanced braces, an unset variable
+            raise DataError(
+                f"wds:{pattern} is no shard pattern ({error}).", "write, say, train-{000..099}.tar"
+            ) from error
         found = [Path(path) for each in expanded for path in sorted(glob(each)) or [each]]
     missing = [str(path) for path in found if not path.is_file()]
     if missing:

@@ -183,8 +183,8 @@ def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) 
     std_C = torch.tensor(std, dtype=torch.float32, device=x.device)
     if x.is_contiguous(memory_format=torch.channels_last):
         # Whole rows of pixels at once: over single pixels torch's inner loop is 3 long, 4x slower.
-        width = x.shape[3]
-        rows = x.permute(0, 2, 3, 1).flatten(2)
+        batch, channels, height, width = x.shape
+        rows = x.permute(0, 2, 3, 1).view(batch, height, width * channels)
         rows.div_(255).sub_(mean_C.repeat(width)).div_(std_C.repeat(width))
         return x
     return x.div_(255).sub_(mean_C.view(-1, 1, 1)).div_(std_C.view(-1, 1, 1))

@@ -1,6 +1,5 @@
 """Top-1 and top-5 of any predictor, streaming: memory does not grow with the number of images."""
 
-import contextlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ def measure_accuracy(
     def prepare(images_BCHW: Tensor) -> Tensor:
         return normalize(images_BCHW.to(device), data.mean, data.std)
 
-    with contextlib.closing(batches), evaluation_progress(console, share) as advance:
+    with evaluation_progress(console, share) as advance:
         return count_correct(predict, batches, prepare, advance)
 
 

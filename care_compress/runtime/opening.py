@@ -1,6 +1,5 @@
 """From a file on disk to a predictor, by its suffix."""
 
-
 import torch
 
 from care_compress.errors import TargetError

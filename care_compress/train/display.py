@@ -102,16 +102,18 @@ class TrainingDisplay:
     def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
         """Smooth the numbers and show them."""
         first = self.images == 0
+        if first:  # the clock starts with the first batch, not with the loading before it
+            self.began = self.last_line = time.monotonic()
         self.images += images
         self.loss = loss if first else 0.95 * self.loss + 0.05 * loss
         self.accuracy = accuracy if first else 0.95 * self.accuracy + 0.05 * accuracy
         now = time.monotonic()
-        speed = self.images / max(1e-9, now - self.began)
+        speed = (self.images - images) / max(1e-9, now - self.began)
         note = f"loss {self.loss:.3f}  top-1 {self.accuracy:.1f} %  {speed:,.0f} images/s"
         self.bar.update(self.task, completed=step, note=note)
         if not self.console.is_terminal and now - self.last_line >= PLAIN_LINE_SECONDS:
             self.last_line = now
-            left = (self.total - step) * (now - self.began) / max(1, step - self.start)
+            left = (self.total - step) * (now - self.began) / max(1, step - self.start - 1)
             self.console.print(f"step {step}/{self.total}  {note}  {left / 60:.1f} min left")
         if step % CURVE_STEPS == 0:
             for name, value in (("loss", loss), ("top1", accuracy), ("learning_rate", rate)):

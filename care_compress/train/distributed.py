@@ -8,11 +8,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -83,6 +83,28 @@ def synchronise_norms(model: nn.Module, world: World) -> nn.Module:
     return model
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce that gradients flow through: every process's loss depends on every input."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Differentiable sum over all processes."""
+    total: Tensor = _SumOverProcesses.apply(values)
+    return total
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over all processes' batches on the CPU, where torch's SyncBatchNorm refuses to run.
 
@@ -102,11 +124,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x_BCHW)
         x = x_BCHW.float()
         sums = torch.cat([x.sum(dim=(0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])])
-        sums = all_reduce(sums)  # type: ignore[no-untyped-call]
+        sums = sum_over_processes(sums)
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centred = x - mean.view(-1, 1, 1)
-        squares = all_reduce(centred.square().sum(dim=(0, 2, 3)))  # type: ignore[no-untyped-call]
+        squares = sum_over_processes(centred.square().sum(dim=(0, 2, 3)))
         variance = squares / count
         self._follow(mean.detach(), variance.detach() * count / (count - 1))
         scale = self.weight * torch.rsqrt(variance + self.eps)

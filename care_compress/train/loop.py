@@ -61,7 +61,7 @@ def fit(
 ) -> Trainee:
     """Train to the end, resuming from `folder` if the same training was cut off there."""
     checkpoint = folder / "train_state.pt"
-    trainee = _set_up(model, course.plan, world)
+    trainee = set_up(model, course.plan, world)
     if trainee.resume(checkpoint, course.fingerprint):
         if world.is_main and trainee.progress.step < course.total_steps:
             console.print(f"resuming after step {trainee.progress.step}/{course.total_steps}")
@@ -73,7 +73,7 @@ def fit(
     runner = distribute(trainee.model, world).train()
     with _display(world, console, folder, trainee.progress.step, course.total_steps) as display:
         for batch in course.batches(trainee.progress.step):
-            _step(trainee, runner, objective, batch, course, world, display)
+            train_step(trainee, runner, objective, batch, course, world, display)
             done = trainee.progress.step
             if (
                 done == course.total_steps
@@ -89,7 +89,8 @@ def fit(
     return trainee
 
 
-def _set_up(model: nn.Module, plan: TrainSection, world: World) -> Trainee:
+def set_up(model: nn.Module, plan: TrainSection, world: World) -> Trainee:
+    """The model on its device with optimizer, scaler and average, before the first step."""
     layout = torch.channels_last
     model = synchronise_norms(model, world)
     model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
@@ -115,7 +116,7 @@ def _display(world: World, console: Console, folder: Path, start: int, total: in
     return TrainingDisplay(console, folder / "tensorboard", start, total)
 
 
-def _step(
+def train_step(
     trainee: Trainee,
     runner: nn.Module,
     objective: Objective,
@@ -124,6 +125,7 @@ def _step(
     world: World,
     display: Display,
 ) -> None:
+    """One step: pixels to floats, mix, forward, check, backward, update, average."""
     plan, step = course.plan, trainee.progress.step
     # Drop-path draws from torch's generator; reseeding makes its draws a function of the step.
     torch.manual_seed(_step_seed(course.seed, step, world.rank))
@@ -135,7 +137,8 @@ def _step(
     half = HALF_PRECISION.get(plan.precision)
     with torch.autocast(world.device.type, half, enabled=half is not None):
         outcome = objective(runner, images, targets)
-    loss = float(outcome.loss.detach())
+    # The loss of the global batch, so that every process takes the same way out of a bad one.
+    loss = float(world.total(outcome.loss.detach().clone())) / world.size
     _check_loss(trainee.progress, loss, plan)
 
     rate = learning_rate(step, course.steps_per_epoch, plan)

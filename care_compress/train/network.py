@@ -11,7 +11,7 @@ from torch import nn
 from care_compress.data.loader import BadImages, steps_per_epoch, training_batches
 from care_compress.data.samples import Samples
 from care_compress.data.transforms import TrainTransform, normalize
-from care_compress.errors import TrainingError
+from care_compress.errors import DataError, TrainingError
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
 from care_compress.recipe import DistillSection, Recipe, TrainSection
@@ -78,6 +78,11 @@ def starting_point(recipe: Recipe, num_classes: int) -> Care:
         assert recipe.model.arch is not None
         return build_model(recipe.model.arch, num_classes, drop_path)
     loaded = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
+    if loaded.num_classes != num_classes:
+        raise DataError(
+            f"the checkpoint has {loaded.num_classes} classes, the data has {num_classes}.",
+            "choose a checkpoint trained on this data, or set data.classes",
+        )
     model = Care(loaded.arch, loaded.num_classes, drop_path)
     model.load_state_dict(loaded.state_dict())
     return model

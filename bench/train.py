@@ -1,0 +1,129 @@
+"""What the trainer's own work costs over bare forward, backward and step (`make bench-train`).
+
+Both sides train CARE-S0 at 96x96, batch 64, in alternating groups of steps, so that noise on the
+machine hits both alike; the ratio of neighbouring groups is what counts.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from care_compress.data.loader import Batch
+from care_compress.data.transforms import normalize
+from care_compress.model.care import build_model
+from care_compress.recipe import AugmentSection, TrainSection
+from care_compress.train.display import Silent
+from care_compress.train.distributed import World
+from care_compress.train.loop import Course, set_up, train_step
+from care_compress.train.objective import Classification
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLASSES = 10
+
+
+def trainer_step(batch: Batch, plan: TrainSection) -> Callable[[], None]:
+    """A step of our loop with everything switched on."""
+    course = Course(
+        plan=plan,
+        steps_per_epoch=1000,
+        num_classes=CLASSES,
+        seed=0,
+        fingerprint="",
+        batches=lambda start: iter(()),
+        prepare=partial(normalize, mean=MEAN, std=STD),
+        validate=lambda model: (0, 0),
+    )
+    trainee = set_up(build_model("care_s0", CLASSES, drop_path_rate=0.05), plan, World())
+    runner = trainee.model.train()
+    objective = Classification(None, None)
+    return lambda: train_step(trainee, runner, objective, batch, course, World(), Silent())
+
+
+def bare_step(images_BCHW: Tensor, labels_B: Tensor, plan: TrainSection) -> Callable[[], None]:
+    """Forward, backward and optimizer step on ready floats; nothing else."""
+    model = build_model("care_s0", CLASSES, drop_path_rate=0.05).train()
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, fused=True)
+
+    def step() -> None:
+        logits, distilled = model(images_BCHW)
+        loss = F.cross_entropy(logits, labels_B) + F.cross_entropy(distilled, labels_B)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[], None], steps: int) -> float:
+    """Seconds per step."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - began) / steps
+
+
+def main() -> None:
+    """Measure, print a table, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=3, help="steps per group")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    pixels = torch.randint(0, 256, (options.batch, 3, 96, 96), dtype=torch.uint8)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, CLASSES, (options.batch,))
+    plan = TrainSection(
+        epochs=10,
+        batch_size=options.batch,
+        learning_rate=1e-4,
+        clip_grad_norm=5.0,
+        ema_decay=0.999,
+        augment=AugmentSection(mixup=0.2, cutmix=1.0),
+    )
+    ours = trainer_step(Batch(pixels, labels, torch.arange(options.batch)), plan)
+    bare = bare_step(normalize(pixels, MEAN, STD), labels, plan)
+    timed(ours, 2), timed(bare, 2)
+    pairs = []
+    for round_number in range(options.rounds):
+        order = (ours, bare) if round_number % 2 else (bare, ours)
+        first, second = (timed(step, options.steps) for step in order)
+        pairs.append((first, second) if order[0] is ours else (second, first))
+
+    ratios = sorted(mine / other for mine, other in pairs)
+    quarter = len(ratios) // 4
+    result = {
+        "threads": torch.get_num_threads(),
+        "images_per_second": options.batch / statistics.median(mine for mine, _ in pairs),
+        "bare_images_per_second": options.batch / statistics.median(other for _, other in pairs),
+        "cost_over_bare": statistics.median(ratios) - 1,
+        "cost_interquartile": [ratios[quarter] - 1, ratios[-1 - quarter] - 1],
+    }
+    table = Table("CARE-S0, 96x96, float32", "images/s")
+    table.add_row("trainer (augment, clip, average, checks)", f"{result['images_per_second']:.0f}")
+    table.add_row("forward + backward + step", f"{result['bare_images_per_second']:.0f}")
+    console = Console()
+    console.print(table)
+    low, high = (100 * value for value in result["cost_interquartile"])
+    console.print(
+        f"cost over bare: {100 * result['cost_over_bare']:.1f} % "
+        f"(quartiles {low:.1f} to {high:.1f} %), {result['threads']} threads"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
