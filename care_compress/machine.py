@@ -269,12 +269,15 @@ def _quota(folder: Path) -> float | None:
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
 
 
+def usable_cores() -> set[int]:
+    """The cores this process may run on; all of them where the system cannot say."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def _read_cpu(quota: float | None) -> Cpu:
-    usable = (
-        os.sched_getaffinity(0)
-        if hasattr(os, "sched_getaffinity")
-        else set(range(os.cpu_count() or 1))
-    )
+    usable = usable_cores()
     match platform.system():
         case "Linux":
             cpu = parse_cpuinfo(_text(Path("/proc/cpuinfo")), usable)

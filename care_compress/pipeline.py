@@ -60,7 +60,7 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
     with join_world() as world, _opened(Run(runs, name), recipe, world) as run:
         shop = Workshop(recipe, run, world, console if world.is_main else Console(quiet=True))
         _announce(shop)
-        validation = open_samples(recipe.data, "val", recipe.seed)
+        validation = open_samples(recipe.data, "val")
         model = float_model(shop, validation)
         if not world.is_main:
             return {}
@@ -88,7 +88,7 @@ def trained(shop: Workshop, validation: Samples) -> Care:
     """Train, or resume training, and keep the weights in ``float/model.safetensors``."""
     recipe, run, world = shop.recipe, shop.run, shop.world
     assert recipe.train is not None
-    samples = open_samples(recipe.data, "train", recipe.seed)
+    samples = open_samples(recipe.data, "train")
     if samples.classes != validation.classes:
         raise DataError(
             f"train has classes {samples.classes[:3]}..., val has {validation.classes[:3]}...; "

@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 
 from care_compress.data import shapes, shapes_cache
 from care_compress.data.shapes import Shapes
-from care_compress.data.shapes_render import CLASSES, SIZE, Split, render
+from care_compress.data.shapes_draws import UNIFORMS, Draws, Split
+from care_compress.data.shapes_render import CLASSES, SIZE, render
 from care_compress.errors import DataError
 
 COUNTS = {"train": 50, "val": 40}
@@ -63,8 +65,6 @@ def test_images_fill_the_range_of_bytes() -> None:
 
 def test_every_number_of_an_image_has_words_of_its_own() -> None:
     """The noise starts where the scene's numbers end; the scene must not run into it."""
-    from care_compress.data.shapes_render import UNIFORMS, Draws
-
     draws = Draws(0, "val", [0])
     for _ in range(UNIFORMS - 1):
         draws.uniform()
@@ -151,7 +151,9 @@ def _no_array(path: Path) -> None:
     "damage",
     [_truncate, _empty, _flip_a_pixel, _cut_the_digest, _other_shape, _other_type, _no_array],
 )
-def test_a_damaged_cache_is_drawn_again(damage, small_cache: Path, caplog) -> None:
+def test_a_damaged_cache_is_drawn_again(
+    damage: Callable[[Path], None], small_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = np.array(Shapes("val").pixels)
     damage(small_cache / "shapes-v1-seed0-val.npy")
     np.testing.assert_array_equal(Shapes("val").pixels, expected)
@@ -159,15 +161,21 @@ def test_a_damaged_cache_is_drawn_again(damage, small_cache: Path, caplog) -> No
     assert len(list(small_cache.iterdir())) == 1
 
 
-def test_an_interrupted_run_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, small_cache: Path
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr(shapes, "render", interrupted)
+
+def _unwritable_pixels(*_: object) -> str:
+    return "no array: the thread is well, writing its result fails"
+
+
+@pytest.mark.parametrize("draw", [_interrupted, _unwritable_pixels])
+def test_a_failed_run_leaves_no_file_and_no_thread(
+    draw: Callable[..., object], monkeypatch: pytest.MonkeyPatch, small_cache: Path
+) -> None:
+    monkeypatch.setattr(shapes, "render", draw)
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises((KeyboardInterrupt, AttributeError)):
         _ = Shapes("val").pixels
     assert list(small_cache.iterdir()) == []
     assert threading.active_count() == before

@@ -56,7 +56,7 @@ class ZipSamples(EncodedSamples):
         return content
 
 
-def open_zip(path: Path, data: DataSection, split: Split, seed: int) -> ZipSamples:
+def open_zip(path: Path, data: DataSection, split: Split) -> ZipSamples:
     """List one split of a zipped image folder from the zip's directory alone."""
     source = str(path)
     infos = _images(path)
@@ -80,7 +80,7 @@ def open_zip(path: Path, data: DataSection, split: Split, seed: int) -> ZipSampl
         classes,
     )
     table = np.array([_entry(infos[name], source) for _, _, name in chosen], ENTRY)
-    rows = part.rows(whole, seed)
+    rows = part.rows(whole)
     return ZipSamples(path, whole.take(rows), table[rows])
 
 

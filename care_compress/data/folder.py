@@ -34,7 +34,7 @@ class FolderSamples(EncodedSamples):
             return file.read()
 
 
-def open_folder(root: Path, data: DataSection, split: Split, seed: int) -> FolderSamples:
+def open_folder(root: Path, data: DataSection, split: Split) -> FolderSamples:
     """List one split of an image folder; no image is opened, no file is asked for its state."""
     source, base = str(root), os.fsencode(root)
     try:
@@ -48,7 +48,7 @@ def open_folder(root: Path, data: DataSection, split: Split, seed: int) -> Folde
         listing = _list_classes(base, within, parts[within], classes)
     except OSError as error:
         raise DataError(f"{source} cannot be listed ({error}).", "check data.source") from error
-    return FolderSamples(root, listing.take(part.rows(listing, seed)))
+    return FolderSamples(root, listing.take(part.rows(listing)))
 
 
 def _classes_of_parts(base: bytes) -> dict[str, set[str]]:

@@ -46,7 +46,7 @@ class HubSamples(EncodedSamples):
             return file.read()
 
 
-def open_hub(reference: str, data: DataSection, split: Split, seed: int) -> HubSamples:
+def open_hub(reference: str, data: DataSection, split: Split) -> HubSamples:
     """One split of NAME, NAME:CONFIG, a directory, or parquet files (a path or a pattern)."""
     import datasets  # imports for a second, so only where needed
 
@@ -72,7 +72,7 @@ def open_hub(reference: str, data: DataSection, split: Split, seed: int) -> HubS
     )
     # decode=False hands out the stored bytes; decoding is ours, so that errors name the image.
     images = table.select_columns(image).cast_column(image, datasets.Image(decode=False))
-    rows = part.rows(whole, seed)
+    rows = part.rows(whole)
     return HubSamples(source, whole.take(rows), images, rows)
 
 

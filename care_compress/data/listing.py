@@ -121,11 +121,11 @@ class Part:
     name: str | None  # a named part of the source; None: the source is one undivided set
     val_fraction: float | None  # divide that part by this; None: take all of it
 
-    def rows(self, listing: Listing, seed: int) -> NDArray[np.int64]:
+    def rows(self, listing: Listing) -> NDArray[np.int64]:
         """Which rows of `listing`, the images of the part, belong to the split."""
         if self.val_fraction is None:
             return np.arange(len(listing.names))
-        return split_rows(listing, self.split, self.val_fraction, seed)
+        return split_rows(listing, self.split, self.val_fraction)
 
 
 def choose_part(found: Iterable[str], split: Split, data: DataSection, source: str) -> Part:
@@ -150,14 +150,14 @@ def choose_part(found: Iterable[str], split: Split, data: DataSection, source: s
     return Part(split, parts["train"], data.val_fraction)
 
 
-def split_rows(listing: Listing, split: Split, fraction: float, seed: int) -> NDArray[np.int64]:
+def split_rows(listing: Listing, split: Split, fraction: float) -> NDArray[np.int64]:
     """The rows of `split` when `fraction` of every class validates.
 
-    An image's place follows from a hash of (seed, its name): the same on every machine, and
+    An image's place follows from a hash of its name: the same on every machine and for every seed
+    (else runs compared with each other would have trained on each other's validation images), and
     hardly moved by images that come or go. Every class with two images or more is in both splits.
     """
-    salt = seed.to_bytes(8, "little")
-    draws = b"".join(hashlib.blake2b(n, digest_size=8, key=salt).digest() for n in listing.names)
+    draws = b"".join(hashlib.blake2b(n, digest_size=8).digest() for n in listing.names)
     by_class = np.lexsort((np.frombuffer(draws, "<u8"), listing.labels))
     labels = listing.labels[by_class]
     counts = np.bincount(labels, minlength=len(listing.classes))

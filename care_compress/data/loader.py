@@ -6,7 +6,6 @@ where it stopped without loading what came before.
 """
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDat
 from care_compress.data.samples import Samples
 from care_compress.data.transforms import Key, Transform
 from care_compress.errors import BadImageError, CareError, DataError
+from care_compress.machine import usable_cores
 from care_compress.recipe import DataSection
 
 MAX_WORKERS = 8  # when data.workers is left out; more starve the process that feeds the network
@@ -51,7 +51,7 @@ def worker_count(samples: Samples, data: DataSection) -> int:
     """How many decoding processes to start; 0 decodes in this one."""
     if data.workers is not None:
         return data.workers
-    return 0 if samples.in_memory else min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    return 0 if samples.in_memory else min(len(usable_cores()), MAX_WORKERS)
 
 
 def steps_per_epoch(samples: Samples, batch_size: int) -> int:

@@ -5,14 +5,17 @@ The cache is $XDG_CACHE_HOME/care-compress (else ~/.cache/care-compress). A file
 """
 
 import hashlib
+import io
 import logging
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +27,7 @@ Render = Callable[[range], Pixels]
 
 CHUNK = 32  # images per call: a field of 32 images still fits the CPU's cache
 THREADS = 2  # NumPy releases the lock inside its loops, so threads share the work as processes do
+DIGEST_BYTES = hashlib.sha256().digest_size
 LEFTOVER_SECONDS = 3600
 
 log = logging.getLogger(__name__)
@@ -54,22 +58,36 @@ def cached(path: Path, shape: tuple[int, ...], render: Render) -> Pixels:
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> Pixels | None:
-    """Map the file, or None where it is missing, cut short, or not what was written."""
+    """Map the file, or None where it is missing, cut short, or not what was written.
+
+    The header is compared, not parsed: NumPy's parser fails in many ways on damaged text.
+    """
+    header = _header(shape)
     try:
-        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == len(header) + math.prod(shape) + DIGEST_BYTES:
+                start, pixels = file.read(len(header)), _map(file, shape)
+                file.seek(-DIGEST_BYTES, os.SEEK_END)
+                if (start, file.read()) == (header, hashlib.sha256(pixels.data).digest()):
+                    return pixels
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError):
-        log.warning("%s is damaged and will be rendered again", path)
-        return None
-    if isinstance(pixels, np.memmap) and pixels.shape == shape and pixels.dtype == np.uint8:
-        with path.open("rb") as file:
-            file.seek(pixels.offset + pixels.nbytes)
-            stored = file.read()
-        if stored == hashlib.sha256(pixels.data).digest():
-            return pixels
     log.warning("%s is damaged and will be rendered again", path)
     return None
+
+
+def _map(file: BinaryIO, shape: tuple[int, ...]) -> Pixels:
+    return np.memmap(file, np.uint8, mode="r", offset=file.tell(), shape=shape)
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What a .npy file of uint8 images starts with."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    return header.getvalue()
 
 
 def _write(path: Path, shape: tuple[int, ...], render: Render) -> None:
@@ -84,12 +102,12 @@ def _write(path: Path, shape: tuple[int, ...], render: Render) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            file.write(_header(shape))
             digest = hashlib.sha256()
-            for pixels in _chunks(shape[0], render):
-                digest.update(pixels.data)
-                file.write(pixels.data)
+            with closing(_chunks(shape[0], render)) as chunks:
+                for pixels in chunks:
+                    digest.update(pixels.data)
+                    file.write(pixels.data)
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
@@ -107,7 +125,7 @@ def _sweep(path: Path) -> None:
                 leftover.unlink()
 
 
-def _chunks(count: int, render: Render) -> Iterator[Pixels]:
+def _chunks(count: int, render: Render) -> Generator[Pixels]:
     """All images in order, a chunk at a time, drawn by a few threads."""
     ranges = (range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK))
     pool = ThreadPoolExecutor(THREADS)

@@ -53,7 +53,7 @@ class ShardSamples(EncodedSamples):
             return read_at(file, int(entry["at"]), int(entry["size"]))
 
 
-def open_shards(pattern: str, data: DataSection, split: Split, seed: int) -> ShardSamples:
+def open_shards(pattern: str, data: DataSection, split: Split) -> ShardSamples:
     """Index the shards of one split; ``train`` or ``val`` in a shard's name says which it is in."""
     source = f"wds:{pattern}"
     by_part: dict[str, list[Path]] = {}
@@ -71,7 +71,7 @@ def open_shards(pattern: str, data: DataSection, split: Split, seed: int) -> Sha
         _classes(data, shards[0].parent, labels, source),
     )
     entries = np.array([(number, s.at, s.size) for number, s in samples], ENTRY)
-    rows = part.rows(whole, seed)
+    rows = part.rows(whole)
     return ShardSamples(source, whole.take(rows), shards, entries[rows])
 
 

@@ -15,8 +15,8 @@ from care_compress.recipe import DataSection
 FORMS = "builtin:shapes, an image folder, a .zip of one, hf:NAME, or wds:PATTERN"
 
 
-def open_samples(data: DataSection, split: Split, seed: int = 0) -> Samples:
-    """The images of one split; `seed` places them where data.val_fraction divides one set."""
+def open_samples(data: DataSection, split: Split) -> Samples:
+    """The images of one split."""
     kind, colon, rest = data.source.partition(":")
     if colon and kind == "builtin":
         if rest != "shapes":
@@ -28,14 +28,14 @@ def open_samples(data: DataSection, split: Split, seed: int = 0) -> Samples:
             )
         return Shapes(split)
     if colon and kind == "hf":
-        return open_hub(rest, data, split, seed)
+        return open_hub(rest, data, split)
     if colon and kind == "wds":
-        return open_shards(rest, data, split, seed)
+        return open_shards(rest, data, split)
     path = Path(data.source).expanduser()
     if path.is_dir():
-        return open_folder(path, data, split, seed)
+        return open_folder(path, data, split)
     if path.suffix.lower() == ".zip" and path.is_file():
-        return open_zip(path, data, split, seed)
+        return open_zip(path, data, split)
     what = "is no data source" if path.exists() or colon else "does not exist"
     raise DataError(f"data.source {data.source} {what}.", f"give {FORMS}")
 
