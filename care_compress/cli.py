@@ -32,7 +32,9 @@ def quantize(
     data: Annotated[str | None, typer.Option(help="data.source: folder, zip, hf:, wds:")] = None,
     res: Annotated[int | None, typer.Option(help="data.resolution")] = None,
     crop: Annotated[float | None, typer.Option(help="data.crop_pct")] = None,
-    skip_bad_images: Annotated[bool, typer.Option(help="data.skip_bad_images")] = False,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="data.skip_bad_images: count them and go on")
+    ] = False,
     val_fraction: Annotated[float | None, typer.Option(help="data.val_fraction")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, repeatable")
@@ -70,7 +72,9 @@ def accuracy(
     crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
     images: Annotated[int | None, typer.Option(help="first N images only")] = None,
     batch: Annotated[int, typer.Option(help="images per batch")] = 256,
-    skip_bad_images: Annotated[bool, typer.Option(help="count them and go on")] = False,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="count them and go on")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="other data keys: mean=[0.5,0.5,0.5]")
     ] = None,

@@ -101,6 +101,8 @@ class Run:
                     f"another process is working in {self.path}.",
                     "wait for it, or give this run another --name",
                 ) from None
+            for leftover in self.path.rglob(".*.tmp"):
+                leftover.unlink()  # of a process that was killed while it wrote
             resolved = recipe.model_dump(mode="json")
             write_text(self.path / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
             self._manifest = {

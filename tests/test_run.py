@@ -49,6 +49,14 @@ def test_a_second_process_is_refused_while_the_first_holds_the_run(tmp_path: Pat
     assert subprocess.run(command).returncode == 0, "the lock goes with its holder"
 
 
+def test_what_a_killed_process_left_half_written_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "float").mkdir(parents=True)
+    half = tmp_path / "mine" / "float" / ".train_state.pt.abc123.tmp"
+    half.write_bytes(b"half")
+    with Run(tmp_path, "mine").open(load_recipe("fp32"), {}):
+        assert not half.exists()
+
+
 def test_an_unusable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (

@@ -19,7 +19,7 @@ from care_compress.data.shapes_draws import Draws, Floats, Split
 SIZE = 64
 FORMS = ("triangle", "square", "star", "disc")
 TEXTURES = ("barred", "banded")
-TINTS = ("red", "yellow", "green", "blue")
+TINTS = ("red", "yellow", "green", "cyan", "violet")
 CLASSES = tuple(
     f"{texture}-{tint}-{form}" for form in FORMS for texture in TEXTURES for tint in TINTS
 )
@@ -48,10 +48,10 @@ NORMALS_FSxy: Floats = np.array([_NORMALS[form] for form in FORMS], dtype=np.flo
 REACH_F: Floats = np.array([0.778, 0.886, 0.95, 1.0], dtype=np.float32)
 # How far the corners are rounded at least and at most: a disc is all rounding.
 ROUNDING_F2: Floats = np.array(
-    [[0.0, 0.26], [0.0, 0.26], [0.0, 0.2], [1.0, 0.89]], dtype=np.float32
+    [[0.0, 0.2], [0.0, 0.2], [0.0, 0.2], [1.0, 0.92]], dtype=np.float32
 )
 # How far the sides cave in: 0 is convex, 1 the pentagram.
-CAVING_F2: Floats = np.array([[0, 0], [0, 0], [0.85, 0.6], [0, 0]], dtype=np.float32)
+CAVING_F2: Floats = np.array([[0, 0], [0, 0], [0.85, 0.65], [0, 0]], dtype=np.float32)
 
 # The path of hues; a tint is a stretch of it, with narrow gaps between.
 HUES: Floats = np.array(
@@ -67,7 +67,7 @@ HUES: Floats = np.array(
     dtype=np.float32,
 )
 TINT_RANGES: Floats = np.array(
-    [[0.0, 0.22], [0.26, 0.48], [0.52, 0.74], [0.78, 1.0]], dtype=np.float32
+    [[0.0, 0.188], [0.203, 0.391], [0.406, 0.594], [0.609, 0.797], [0.812, 1.0]], dtype=np.float32
 )
 
 
@@ -166,7 +166,7 @@ def _patterned(
 def _stretched(draws: Draws, x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Squeeze along a random direction, and widen across it by as much; the area stays."""
     cosine, sine = axis = draws.rotation()
-    squeeze = 1 + draws.uniform(-0.13, 0.13) * draws.hardness
+    squeeze = 1 + draws.uniform(-0.1, 0.1) * draws.hardness
     u, v = _along(axis, x, y) * squeeze, _across(axis, x, y) / squeeze
     return cosine * u - sine * v, sine * u + cosine * v
 
@@ -195,8 +195,8 @@ def _extent(draws: Draws, u: Floats, v: Floats, form: NDArray[np.int64]) -> Floa
 
 
 def _pattern(draws: Draws, u: Floats, v: Floats, texture: NDArray[np.int64]) -> Floats:
-    """Upright bars or level bands, tilted by up to 6 degrees (easy) or 40 (hard), in -1..1."""
-    axis = draws.rotation(draws.graded(0.05, 0.36))
+    """Upright bars or level bands, tilted by up to 6 degrees (easy) or 43 (hard), in -1..1."""
+    axis = draws.rotation(draws.graded(0.05, 0.39))
     barred = (texture == TEXTURES.index("barred"))[:, None]
     slant: Floats = np.where(barred, _along(axis, u, v), _across(axis, u, v))
     wave = _triangle_wave(slant / draws.uniform(8.0, 16.0) + draws.uniform())
@@ -225,7 +225,7 @@ def _photograph(draws: Draws, canvas: Floats) -> NDArray[np.uint8]:
     """Light the scene from one side, tint the light, blur, add sensor noise, round to bytes."""
     falloff = 1 + draws.uniform(0.0, 0.012) * _along(draws.rotation(), X_P, Y_P)
     light = draws.uniform(draws.graded(0.8, 0.5), 1.25) * falloff
-    cast = 1 + draws.colour(-1.0, 1.0) * draws.graded(0.05, 0.25)[:, None]
+    cast = 1 + draws.colour(-1.0, 1.0) * draws.graded(0.05, 0.28)[:, None]
     lit = canvas * light[:, None] * cast
     lit = _mix(lit, _blurred(lit), draws.uniform()[:, None])
     noise = draws.noise().reshape(lit.shape)
