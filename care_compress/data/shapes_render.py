@@ -121,7 +121,7 @@ def _background(draws: Draws) -> Floats:
     grey = draws.uniform(0.25, 0.75)[:, None]
     spread = draws.graded(0.05, 0.14)
     one, two = grey + draws.colour(-spread, spread), grey + draws.colour(-spread, spread)
-    waves = _wave(draws, 8.0, 30.0) * _wave(draws, 8.0, 30.0) * draws.graded(0.0, 0.15)
+    waves = _wave(draws, 8.0, 30.0) * _wave(draws, 8.0, 30.0) * draws.graded(0.0, 0.13)
     return _mix(one, two, ramp) + waves[:, None]
 
 
@@ -158,8 +158,8 @@ def _patterned(
     ends_B2 = TINT_RANGES[kinds.tint]
     colour = _hue(draws.uniform(ends_B2[:, :1], ends_B2[:, 1:]))
     grey = draws.uniform(0.3, 0.7)[:, None]
-    colour = _mix(grey, colour, draws.uniform(draws.graded(0.8, 0.35), 1.0)[:, None])
-    shade = 1 + pattern * draws.graded(0.42, 0.22)[:, None]
+    colour = _mix(grey, colour, draws.uniform(draws.graded(0.8, 0.45), 1.0)[:, None])
+    shade = 1 + pattern * draws.graded(0.35, 0.13)[:, None]
     canvas += (colour * shade - canvas) * cover
 
 
@@ -215,7 +215,7 @@ def _hue(position: Floats) -> Floats:
 def _occluder(draws: Draws, canvas: Floats, x: Floats, y: Floats) -> None:
     """A plain bar of any colour across part of the target."""
     slant = _along(draws.rotation(), X_P - x, Y_P - y)
-    offset, width = draws.uniform(-12.0, 12.0), draws.graded(-1.0, 2.2)
+    offset, width = draws.uniform(-12.0, 12.0), draws.graded(-1.0, 2.0)
     distance = np.abs(slant - offset)
     cover = np.clip(width - distance + 0.5, 0, 1)[:, None]
     canvas += (draws.colour(0.1, 0.9) - canvas) * cover
@@ -224,12 +224,12 @@ def _occluder(draws: Draws, canvas: Floats, x: Floats, y: Floats) -> None:
 def _photograph(draws: Draws, canvas: Floats) -> NDArray[np.uint8]:
     """Light the scene from one side, tint the light, blur, add sensor noise, round to bytes."""
     falloff = 1 + draws.uniform(0.0, 0.012) * _along(draws.rotation(), X_P, Y_P)
-    light = draws.uniform(draws.graded(0.8, 0.5), 1.25) * falloff
-    cast = 1 + draws.colour(-1.0, 1.0) * draws.graded(0.05, 0.28)[:, None]
+    light = draws.uniform(draws.graded(0.7, 0.3), 1.25) * falloff
+    cast = 1 + draws.colour(-1.0, 1.0) * draws.graded(0.05, 0.22)[:, None]
     lit = canvas * light[:, None] * cast
     lit = _mix(lit, _blurred(lit), draws.uniform()[:, None])
     noise = draws.noise().reshape(lit.shape)
-    lit = lit + noise * draws.graded(0.02, 0.1)[:, None]
+    lit = lit + noise * draws.graded(0.01, 0.05)[:, None]
     levels: Floats = np.clip(lit, 0, 1) * np.float32(255)
     image: NDArray[np.uint8] = np.floor(levels + np.float32(0.5)).astype(np.uint8)
     return image
