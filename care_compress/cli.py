@@ -128,9 +128,9 @@ def recipes(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a user's error is one clear line and exit code 2."""
-    # Read when torch loads, so before any verb runs. OpenMP threads that wait by spinning hold the
-    # cores that decoding workers need: training beside one busy process fell to a fiftieth (LOG.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch loads, so before any verb runs. By default OpenMP threads wait by spinning for
+    # milliseconds and hold the cores that decoding workers need (measured in LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     given = list(sys.argv[1:] if arguments is None else arguments)
     wanted = [argument for argument in given if argument != "--debug"]
     debug = wanted != given

@@ -95,7 +95,9 @@ class Run:
             ) from error
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # lockf, not flock: decoding workers would inherit a flock and hold it for seconds
+                # after their parent was killed, when the same command should go on.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunError(
                     f"another process is working in {self.path}.",

@@ -4,6 +4,5 @@ import os
 
 import torch
 
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes the tests start
 torch.set_num_threads(1)

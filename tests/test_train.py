@@ -79,7 +79,8 @@ def test_training_learns_and_is_reproducible(images: Path, tmp_path: Path) -> No
 def test_sigkill_anywhere_then_the_same_command_ends_with_the_same_bits(
     images: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_file(tmp_path, images, **RICH_PLAN)
+    # With a decoding worker, which outlives its killed parent for some seconds.
+    recipe = recipe_file(tmp_path, images, workers=1, **RICH_PLAN)
     undisturbed = train(recipe, tmp_path, "undisturbed")
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     start = command(recipe, tmp_path, "killed")

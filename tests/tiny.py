@@ -29,7 +29,7 @@ def image_folder(root: Path, per_class: int = 24) -> Path:
     return root
 
 
-def recipe_file(folder: Path, data: Path, **train: object) -> Path:
+def recipe_file(folder: Path, data: Path, workers: int = 0, **train: object) -> Path:
     """A recipe that trains care_nano on `data` at 32x32."""
     plan = {
         "epochs": 3,
@@ -44,7 +44,7 @@ def recipe_file(folder: Path, data: Path, **train: object) -> Path:
     recipe = {
         "claim": "a test",
         "model": {"arch": "care_nano"},
-        "data": {"source": str(data), "resolution": 32, "crop_pct": 1.0, "workers": 0},
+        "data": {"source": str(data), "resolution": 32, "crop_pct": 1.0, "workers": workers},
         "train": plan,
     }
     path = folder / "tiny.yaml"
