@@ -1,10 +1,10 @@
-"""``builtin:shapes``: 24,000 drawn images in 20 classes that need no download.
+"""``builtin:shapes``: 24,000 drawn images in 40 classes that need no download.
 
 A class is what the largest patterned form shows: its outline, its texture and its tint, such as
-``striped-warm-triangle``. Each cue is graded (corners are rounded, stars fill up, light is
+``barred-red-triangle``. Each cue is graded (corners are rounded, stars fill up, light is
 coloured), smaller forms of other classes stand around, a bar lies across; so that many answers
 are close calls and a network that lost precision gives other ones. Every class is invariant
-under a horizontal flip. The first n images of a split are balanced over the classes.
+under a horizontal flip. Labels go round the classes, so the first n images of a split are balanced.
 """
 
 import hashlib

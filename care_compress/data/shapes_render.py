@@ -46,11 +46,9 @@ NORMALS_FSxy: Floats = np.array([_NORMALS[form] for form in FORMS], dtype=np.flo
 
 # Distance from the centre to a side when the form covers as much as a disc of radius 1.
 REACH_F: Floats = np.array([0.778, 0.886, 0.95, 1.0], dtype=np.float32)
-# How far the corners are rounded at least and at most: a disc is all rounding.
-ROUNDING_F2: Floats = np.array(
-    [[0.0, 0.2], [0.0, 0.2], [0.0, 0.2], [1.0, 0.92]], dtype=np.float32
-)
-# How far the sides cave in: 0 is convex, 1 the pentagram.
+# How far corners are rounded in the easiest and the hardest image: a disc is all rounding.
+ROUNDING_F2: Floats = np.array([[0.0, 0.2], [0.0, 0.2], [0.0, 0.2], [1.0, 0.92]], dtype=np.float32)
+# How far the sides cave in, easiest and hardest: 0 is convex, 1 the pentagram.
 CAVING_F2: Floats = np.array([[0, 0], [0, 0], [0.85, 0.65], [0, 0]], dtype=np.float32)
 
 # The path of hues; a tint is a stretch of it, with narrow gaps between.
