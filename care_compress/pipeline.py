@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from care_compress import machine
@@ -79,7 +80,10 @@ def float_model(shop: Workshop, validation: Samples) -> Care:
             model = load_checkpoint(path, recipe.model.arch)
         check_classes(validation, model.num_classes)
         run.record_input("checkpoint", {"path": str(path), "sha256": sha256_file(path)})
-        shop.console.print(f"loaded {model.arch} with {model.num_classes} classes from {path}")
+        shop.console.print(
+            f"loaded {model.arch} with {model.num_classes} classes from {escape(str(path))}",
+            soft_wrap=True,
+        )
         return model
     return trained(shop, validation)
 
@@ -114,7 +118,7 @@ def trained(shop: Workshop, validation: Samples) -> Care:
         )
         run.record_output(path)
         run.write_json("float/history.json", {"validations": progress.history})
-        shop.console.print(f"trained {model.arch}: {path}")
+        shop.console.print(f"trained {model.arch}: {escape(str(path))}", soft_wrap=True)
     return model
 
 
@@ -159,7 +163,7 @@ def report(
         f"[bold]top-1 {accuracy.top1:.2f} %[/]  top-5 {accuracy.top5:.2f} %  "
         f"on {accuracy.images:,} images (float32)"
     )
-    console.print(f"results: {path}", soft_wrap=True)
+    console.print(f"results: {escape(str(path))}", soft_wrap=True)
     if recipe.precision != "fp32":
         console.print(
             f"[yellow]This is the FLOAT model.[/] {recipe.name} also asks for "
@@ -170,7 +174,7 @@ def report(
 
 def _announce(shop: Workshop) -> None:
     recipe = shop.recipe
-    shop.console.rule(f"{recipe.name}: {recipe.claim}", align="left")
+    shop.console.print(f"[bold]{recipe.name}[/]: {escape(recipe.claim)}")
     if recipe.precision != "fp32":
         shop.console.print(
             f"[yellow]{recipe.precision} stages ({', '.join(PENDING_STAGES)}) are not part of this "
