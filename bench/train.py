@@ -1,5 +1,8 @@
 """What the trainer's own work costs over bare forward, backward and step (`make bench-train`).
 
+Its own work is everything but reading images, which `make bench-data` measures: normalising, mixing,
+soft targets, gradient norm, moving average, finite checks, TensorBoard.
+
 Both sides train CARE-S0 at 96x96, batch 64, in alternating groups of steps, so that noise on the
 machine hits both alike; the ratio of neighbouring groups is what counts.
 """
@@ -7,6 +10,7 @@ machine hits both alike; the ratio of neighbouring groups is what counts.
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +26,7 @@ from care_compress.data.loader import Batch
 from care_compress.data.transforms import normalize
 from care_compress.model.care import build_model
 from care_compress.recipe import AugmentSection, TrainSection
-from care_compress.train.display import Silent
+from care_compress.train.display import TrainingDisplay
 from care_compress.train.distributed import World
 from care_compress.train.loop import Course, set_up, train_step
 from care_compress.train.objective import Classification
@@ -31,8 +35,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = 10
 
 
-def trainer_step(batch: Batch, plan: TrainSection) -> Callable[[], None]:
-    """A step of our loop with everything switched on."""
+def trainer_step(batch: Batch, plan: TrainSection, folder: Path) -> Callable[[], None]:
+    """A step of our loop with everything that is ours switched on: mixing, average, curves."""
     course = Course(
         plan=plan,
         steps_per_epoch=1000,
@@ -46,7 +50,8 @@ def trainer_step(batch: Batch, plan: TrainSection) -> Callable[[], None]:
     trainee = set_up(build_model("care_s0", CLASSES, drop_path_rate=0.05), plan, World())
     runner = trainee.model.train()
     objective = Classification(None, None)
-    return lambda: train_step(trainee, runner, objective, batch, course, World(), Silent())
+    display = TrainingDisplay(Console(quiet=True), folder, 0, course.total_steps).__enter__()
+    return lambda: train_step(trainee, runner, objective, batch, course, World(), display)
 
 
 def bare_step(images_BCHW: Tensor, labels_B: Tensor, plan: TrainSection) -> Callable[[], None]:
@@ -93,21 +98,35 @@ def main() -> None:
         ema_decay=0.999,
         augment=AugmentSection(mixup=0.2, cutmix=1.0),
     )
-    ours = trainer_step(Batch(pixels, labels, torch.arange(options.batch)), plan)
-    bare = bare_step(normalize(pixels, MEAN, STD), labels, plan)
+    with tempfile.TemporaryDirectory() as curves:
+        batch = Batch(pixels, labels, torch.arange(options.batch))
+        ours = trainer_step(batch, plan, Path(curves))
+        bare = bare_step(normalize(pixels, MEAN, STD), labels, plan)
+        pairs = interleaved(ours, bare, options.rounds, options.steps)
+    report(pairs, options.batch, options.json)
+
+
+def interleaved(
+    ours: Callable[[], None], bare: Callable[[], None], rounds: int, steps: int
+) -> list[tuple[float, float]]:
+    """Seconds per step of both, in neighbouring groups whose order alternates."""
     timed(ours, 2), timed(bare, 2)
     pairs = []
-    for round_number in range(options.rounds):
+    for round_number in range(rounds):
         order = (ours, bare) if round_number % 2 else (bare, ours)
-        first, second = (timed(step, options.steps) for step in order)
+        first, second = (timed(step, steps) for step in order)
         pairs.append((first, second) if order[0] is ours else (second, first))
+    return pairs
 
+
+def report(pairs: list[tuple[float, float]], batch_size: int, json_file: Path | None) -> None:
+    """Print the table; write JSON if asked."""
     ratios = sorted(mine / other for mine, other in pairs)
     quarter = len(ratios) // 4
     result = {
         "threads": torch.get_num_threads(),
-        "images_per_second": options.batch / statistics.median(mine for mine, _ in pairs),
-        "bare_images_per_second": options.batch / statistics.median(other for _, other in pairs),
+        "images_per_second": batch_size / statistics.median(mine for mine, _ in pairs),
+        "bare_images_per_second": batch_size / statistics.median(other for _, other in pairs),
         "cost_over_bare": statistics.median(ratios) - 1,
         "cost_interquartile": [ratios[quarter] - 1, ratios[-1 - quarter] - 1],
     }
@@ -121,8 +140,8 @@ def main() -> None:
         f"cost over bare: {100 * result['cost_over_bare']:.1f} % "
         f"(quartiles {low:.1f} to {high:.1f} %), {result['threads']} threads"
     )
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

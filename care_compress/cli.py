@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from care_compress.errors import CareError
-from care_compress.recipe import RECIPES_DIR, DataSection, load_recipe, parse_section
+from care_compress.recipe import RECIPES_DIR, DataSection, load_recipe, parse_section, recipe_files
 
 app = typer.Typer(
     help="Make a float CARE Transformer small and fast on edge devices. "
@@ -71,8 +71,8 @@ def accuracy(
     data: Annotated[str, typer.Option(help="folder, zip, hf:, wds: or builtin: source")],
     res: Annotated[int, typer.Option(help="input resolution")],
     crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
-    images: Annotated[int | None, typer.Option(help="first N images only")] = None,
-    batch: Annotated[int, typer.Option(help="images per batch")] = 256,
+    images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images per batch")] = 256,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="count them and go on")
     ] = False,
@@ -112,12 +112,17 @@ def recipes(
     """List the recipes that ship."""
     from care_compress.target import all_targets
 
-    loaded = [load_recipe(str(path)) for path in sorted(RECIPES_DIR.glob("*.yaml"))]
+    loaded = [load_recipe(str(path)) for path in recipe_files()]
     targets = all_targets()
     console = Console()
     if not loaded:
         raise CareError(f"no recipe found in {RECIPES_DIR}.", "run from a full checkout")
     if check:
+        from care_compress.model.checkpoint import resolve_checkpoint
+
+        for recipe in loaded:
+            if (recipe.model.checkpoint or "").startswith("builtin:"):
+                resolve_checkpoint(str(recipe.model.checkpoint))
         console.print(f"{len(loaded)} recipes and {len(targets)} targets are valid")
         return
     table = Table("recipe", "precision", "claim")
@@ -144,6 +149,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Names in the message come from files; they are shown, never read as markup.
         errors.print(str(error), markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)

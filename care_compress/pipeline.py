@@ -8,7 +8,7 @@ made in the run directory.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from care_compress.data.loader import BadImages
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import DataError
-from care_compress.evaluate.accuracy import Accuracy, measure_accuracy
+from care_compress.evaluate.accuracy import Accuracy, measure_accuracy, spread_indices
 from care_compress.evaluate.display import rewrite_table
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
-from care_compress.model.rewrite import CompactCare, RewriteStep, rewrite_in_steps
+from care_compress.model.compact import CompactCare
+from care_compress.model.rewrite import RewriteStep, rewrite_in_steps
 from care_compress.recipe import Recipe
 from care_compress.run import Run, sha256_file
 from care_compress.runtime.on_torch import TorchPredictor
@@ -101,7 +102,8 @@ def trained(shop: Workshop, validation: Samples) -> Care:
         )
 
     def validate(candidate: nn.Module) -> tuple[int, int]:
-        accuracy = _measure(shop, candidate, validation, world.share(_wanted(recipe, validation)))
+        chosen = spread_indices(len(validation), recipe.evaluate.images)
+        accuracy = _measure(shop, candidate, validation, chosen[slice(*world.share(len(chosen)))])
         return accuracy.images, accuracy.correct
 
     with shop.stage("train"):
@@ -133,7 +135,8 @@ def rewritten(shop: Workshop, model: Care) -> tuple[CompactCare, list[RewriteSte
 def evaluated(shop: Workshop, model: CompactCare, validation: Samples) -> Accuracy:
     """Top-1 and top-5 on the validation images."""
     with shop.stage("evaluate"):
-        return _measure(shop, model, validation, (0, _wanted(shop.recipe, validation)))
+        chosen = spread_indices(len(validation), shop.recipe.evaluate.images)
+        return _measure(shop, model, validation, chosen)
 
 
 def report(
@@ -192,12 +195,8 @@ def _opened(run: Run, recipe: Recipe, world: World) -> Iterator[Run]:
         yield run
 
 
-def _wanted(recipe: Recipe, validation: Samples) -> int:
-    return min(recipe.evaluate.images or len(validation), len(validation))
-
-
 def _measure(
-    shop: Workshop, model: nn.Module, validation: Samples, share: tuple[int, int]
+    shop: Workshop, model: nn.Module, validation: Samples, indices: Sequence[int]
 ) -> Accuracy:
     predict = TorchPredictor(model, len(validation.classes), shop.world.device)
     return measure_accuracy(
@@ -205,7 +204,7 @@ def _measure(
         validation,
         shop.recipe.data,
         batch_size=shop.recipe.evaluate.batch_size,
-        share=share,
+        indices=indices,
         bad=shop.bad,
         console=shop.console,
         device=shop.world.device,

@@ -19,6 +19,7 @@ from care_compress.errors import RecipeError
 
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
 
+Arch = Literal["care_nano", "care_s0", "care_s1", "care_s2"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -39,7 +40,7 @@ class ModelSection(Section):
     checkpoint: str | None = Field(
         None, description="a file, builtin:NAME, or nothing to train from scratch"
     )
-    arch: str | None = Field(None, description="care_nano, care_s0, ...; inferred if left out")
+    arch: Arch | None = Field(None, description="care_nano, care_s0, ...; inferred if left out")
 
 
 class DataSection(Section):
@@ -83,6 +84,14 @@ class AugmentSection(Section):
     mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="beta parameter, 0 = off")
     cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="beta parameter, 0 = off")
 
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> "AugmentSection":
+        if not self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError("scale must be [least, most] share of the image, at most 1")
+        if not self.ratio[0] <= self.ratio[1]:
+            raise ValueError("ratio must be [least, most] width over height")
+        return self
+
 
 class DistillSection(Section):
     """A teacher for the distillation head."""
@@ -124,7 +133,9 @@ class EvaluateSection(Section):
     """How the result is measured."""
 
     batch_size: Count = 256
-    images: Count | None = Field(None, description="first N validation images; all if left out")
+    images: Count | None = Field(
+        None, description="N evenly spaced validation images; all if left out"
+    )
 
 
 class Recipe(Section):
@@ -214,12 +225,17 @@ def find_recipe(name_or_path: str) -> Path:
     shipped = RECIPES_DIR / f"{name_or_path}.yaml"
     if shipped.is_file():
         return shipped
-    known = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+    known = [path.stem for path in recipe_files()]
     near = difflib.get_close_matches(name_or_path, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise RecipeError(
         f"there is no recipe {name_or_path!r}.", f"{hint}Shipped recipes: {', '.join(known)}"
     )
+
+
+def recipe_files() -> list[Path]:
+    """Every shipped recipe."""
+    return [p for p in sorted(RECIPES_DIR.rglob("*.yaml")) if "targets" not in p.parts]
 
 
 def _split_override(override: str) -> tuple[str, Any]:

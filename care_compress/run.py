@@ -117,6 +117,9 @@ class Run:
                 "inputs": {},
                 "outputs": {},
             }
+            # Until this run is through there are no results: old ones would pass for its own.
+            (self.path / "results.json").unlink(missing_ok=True)
+            self._write_manifest()
             yield self
             self._manifest["finished"] = _now()
             self._write_manifest()

@@ -17,6 +17,7 @@ from care_compress.model.care import (
     ARCHITECTURES,
     Care,
     TokenMixer,
+    drop_path,
     linear_attention,
     positive_features,
 )
@@ -163,7 +164,16 @@ def test_linear_attention_equals_its_quadratic_definition() -> None:
     torch.testing.assert_close(linear_attention(q, k, v), expected.transpose(-1, -2))
 
 
-def test_drop_path_drops_whole_samples_only_in_training() -> None:
+def test_drop_path_zeroes_whole_samples_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    out = drop_path(torch.ones(4000, 2, 3, 3), 0.25)
+    per_sample = out.flatten(1)
+    assert torch.equal(per_sample.amin(dim=1), per_sample.amax(dim=1))
+    assert sorted(set(per_sample[:, 0].tolist())) == pytest.approx([0, 1 / 0.75])
+    assert float(out.mean()) == pytest.approx(1, abs=0.03)
+
+
+def test_drop_path_acts_only_in_training() -> None:
     model = care_compress.build_model("care_nano", num_classes=3, drop_path_rate=0.9)
     images = torch.randn(4, 3, 32, 32)
     torch.manual_seed(0)

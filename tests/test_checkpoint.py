@@ -36,7 +36,7 @@ TRAINING_EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("key", ["", "state_dict", "state_dict_ema", "model"])
 @pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".pt"])
 def test_every_published_form_loads(
@@ -64,6 +64,32 @@ def test_averaged_weights_are_preferred(nano: Care, tmp_path: Path) -> None:
 def test_safetensors_round_trip(nano: Care, tmp_path: Path) -> None:
     save_checkpoint(nano, tmp_path / "model.safetensors", {"made_by": "a test"})
     assert_same(care_compress.load_checkpoint(tmp_path / "model.safetensors"), nano)
+
+
+def test_equal_weights_are_equal_bytes(nano: Care, tmp_path: Path) -> None:
+    contents = set()
+    for i in range(5):
+        path = tmp_path / f"{i}.safetensors"
+        save_checkpoint(nano, path, {"made_by": "a test", "seed": "0", "top1": "1"})
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("stem.0.bias", torch.zeros(16).to_sparse(), "no float weight"),
+        ("stem.0.bias", torch.zeros(16, dtype=torch.int8), "no float weight"),
+        ("stem.0.bias", torch.zeros(16, dtype=torch.complex64), "no float weight"),
+        ("stem.1.running_var", torch.full((16,), -1.0), "negative variance"),
+    ],
+)
+def test_tensors_that_are_no_float_weights_are_named(
+    nano: Care, tmp_path: Path, name: str, value: torch.Tensor, message: str
+) -> None:
+    torch.save({**nano.state_dict(), name: value}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
+        care_compress.load_checkpoint(tmp_path / "m.pth")
 
 
 def test_half_precision_and_missing_counters_load(nano: Care, tmp_path: Path) -> None:

@@ -101,9 +101,9 @@ def test_evaluation_is_in_order_and_complete():
 
 
 def test_evaluation_of_a_part():
-    batches, _ = evaluate(Fake(), start=5, stop=15)
+    batches, _ = evaluate(Fake(), indices=range(5, 15))
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(5, 15))
-    batches, _ = evaluate(Fake(), start=45, stop=1000)
+    batches, _ = evaluate(Fake(), indices=range(45, len(Fake())))
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(45, 50))
 
 

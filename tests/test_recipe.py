@@ -1,11 +1,13 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from care_compress.errors import CareError, RecipeError
-from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe
+from care_compress.model.care import ARCHITECTURES
+from care_compress.recipe import RECIPES_DIR, Arch, Recipe, load_recipe
 
 MINIMAL = "claim: a test\nmodel: {checkpoint: x.pth}\n"
 
@@ -57,6 +59,12 @@ def test_a_recipe_is_found_by_name_from_anywhere(
             MINIMAL + "train: {epochs: 2, batch_size: 8, learning_rate: 1, warmup_epochs: 5}",
             "warmup_epochs must be smaller than epochs",
         ),
+        ("claim: x\nmodel: {arch: care_s9, checkpoint: y}", "model.arch.*care_s0"),
+        (
+            MINIMAL
+            + "train: {epochs: 2, batch_size: 8, learning_rate: 1, augment: {scale: [1, 0.1]}}",
+            "train.augment.*scale must be",
+        ),
         ("claim: x", "neither model.checkpoint nor a train section"),
         (MINIMAL + "claim: again", "'claim' is given twice"),
         ("- a\n- b", "holds no sections"),
@@ -85,6 +93,10 @@ def test_set_changes_one_value_under_the_same_rules() -> None:
     for wrong in ["data.resolutoin=96", "data.resolution=abc", "seed", "=3", "seed.x=3"]:
         with pytest.raises(RecipeError):
             load_recipe("fp32", [wrong])
+
+
+def test_recipes_and_the_network_know_the_same_sizes() -> None:
+    assert set(get_args(Arch)) == set(ARCHITECTURES)
 
 
 def test_recipes_are_frozen() -> None:

@@ -8,7 +8,7 @@ where it stopped without loading what came before.
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,14 +71,13 @@ def evaluation_batches(
     data: DataSection,
     *,
     bad: BadImages,
-    start: int = 0,
-    stop: int | None = None,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Images `start` to `stop` in their stored order; the last batch may be smaller."""
-    end = len(samples) if stop is None else min(stop, len(samples))
+    """These images (all, if left out) in the given order; the last batch may be smaller."""
+    chosen = range(len(samples)) if indices is None else indices
     keys = (
-        [(0, 0, index) for index in range(first, min(first + batch_size, end))]
-        for first in range(start, end, batch_size)
+        [(0, 0, index) for index in chosen[first : first + batch_size]]
+        for first in range(0, len(chosen), batch_size)
     )
     for batch in batches(samples, transform, keys, data, bad):
         if len(batch.labels):  # a batch of bad images only has nothing to evaluate

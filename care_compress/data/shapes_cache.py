@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
@@ -96,7 +97,7 @@ def _write(path: Path, shape: tuple[int, ...], render: Render) -> None:
     Two processes may do so at once; they write the same bytes, so the later rename is harmless.
     Plain writes, not a writable map: on a full disk a map kills the process with SIGBUS.
     """
-    log.info("rendering %d images into %s", shape[0], path)
+    print(f"drawing {shape[0]:,} images into {path} (once)", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")

@@ -26,7 +26,9 @@ def open_samples(data: DataSection, split: Split) -> Samples:
                 f"{data.source} comes with its own parts and classes.",
                 "leave out data.val_fraction and data.classes",
             )
-        return Shapes(split)
+        samples = Shapes(split)
+        _ = samples.pixels  # drawn here once, not by every decoding worker
+        return samples
     if colon and kind == "hf":
         return open_hub(rest, data, split)
     if colon and kind == "wds":

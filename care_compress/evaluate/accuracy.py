@@ -1,7 +1,7 @@
 """Top-1 and top-5 of any predictor, streaming: memory does not grow with the number of images."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,17 @@ class Accuracy:
     @property
     def top1(self) -> float:
         """Percent of images whose highest logit is right."""
-        return 100 * self.correct / self.images
+        return 100 * self.correct / self._counted()
 
     @property
     def top5(self) -> float:
         """Percent of images whose label is among the five highest logits."""
-        return 100 * self.correct_in_top5 / self.images
+        return 100 * self.correct_in_top5 / self._counted()
+
+    def _counted(self) -> int:
+        if self.images == 0:
+            raise DataError("there was no image to evaluate.", "check the source and its val split")
+        return self.images
 
 
 def measure_artifact(
@@ -61,7 +66,7 @@ def measure_artifact(
         samples,
         data,
         batch_size=batch_size,
-        share=(0, min(images or len(samples), len(samples))),
+        indices=spread_indices(len(samples), images),
         bad=bad,
         console=console,
         device=device,
@@ -85,27 +90,31 @@ def measure_artifact(
     return accuracy
 
 
+def spread_indices(count: int, wanted: int | None) -> list[int]:
+    """`wanted` of `count` images, evenly spaced: the first of a folder are all of one class."""
+    chosen = min(wanted or count, count)
+    return [i * count // chosen for i in range(chosen)]
+
+
 def measure_accuracy(
     predict: Predictor,
     samples: Samples,
     data: DataSection,
     *,
     batch_size: int,
-    share: tuple[int, int],
+    indices: Sequence[int],
     bad: BadImages,
     console: Console,
     device: torch.device = CPU,
 ) -> Accuracy:
-    """Accuracy of `predict` on the images `share` = [start, stop) of a data set."""
+    """Accuracy of `predict` on these images of a data set."""
     transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
-    batches = evaluation_batches(
-        samples, transform, batch_size, data, bad=bad, start=share[0], stop=share[1]
-    )
+    batches = evaluation_batches(samples, transform, batch_size, data, bad=bad, indices=indices)
 
     def prepare(images_BCHW: Tensor) -> Tensor:
         return normalize(images_BCHW.to(device), data.mean, data.std)
 
-    with evaluation_progress(console, share) as advance:
+    with evaluation_progress(console, len(indices)) as advance:
         return count_correct(predict, batches, prepare, advance)
 
 
@@ -126,6 +135,4 @@ def count_correct(
         correct += int(hits[:, 0].sum())
         in_top5 += int(hits.sum())
         progress(len(batch.labels))
-    if images == 0:
-        raise DataError("there was no image to evaluate.", "check the source and its val split")
     return Accuracy(images, correct, in_top5)

@@ -11,9 +11,7 @@ from care_compress.model.rewrite import RewriteStep
 
 
 @contextlib.contextmanager
-def evaluation_progress(
-    console: Console, share: tuple[int, int]
-) -> Iterator[Callable[[int], None]]:
+def evaluation_progress(console: Console, images: int) -> Iterator[Callable[[int], None]]:
     """A bar over images in a terminal, nothing elsewhere; yields what advances it."""
     bar = Progress(
         TextColumn("evaluating"),
@@ -25,8 +23,8 @@ def evaluation_progress(
         transient=True,
     )
     with bar:
-        task = bar.add_task("", total=share[1] - share[0])
-        yield lambda images: bar.advance(task, images)
+        task = bar.add_task("", total=images)
+        yield lambda done: bar.advance(task, done)
 
 
 def rewrite_table(steps: list[RewriteStep]) -> Table:

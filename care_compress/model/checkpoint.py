@@ -5,6 +5,7 @@ published training checkpoints are allowed by name, everything else is refused u
 """
 
 import argparse
+import json
 import pathlib
 import pickle
 import re
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from care_compress.errors import CheckpointError, UnsafeCheckpointError
@@ -65,7 +66,7 @@ def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
 def resolve_checkpoint(path: str | Path) -> Path:
     """The file behind a checkpoint argument."""
     if not str(path).startswith(BUILTIN_PREFIX):
-        return Path(path)
+        return Path(path).expanduser()
     name = str(path).removeprefix(BUILTIN_PREFIX)
     known = sorted(file.stem for file in WEIGHTS_DIR.glob("*.safetensors"))
     if name not in known:
@@ -78,9 +79,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def save_checkpoint(model: Care, path: Path, metadata: Mapping[str, str]) -> None:
     """Write weights as safetensors, with arch and class count beside `metadata` in the header."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    header = {"arch": model.arch, "num_classes": str(model.num_classes), **metadata}
+    about = {"arch": model.arch, "num_classes": model.num_classes, **metadata}
+    # One key, because safetensors writes several in random order: equal weights, equal bytes.
+    content = save(tensors, metadata={"care_compress": json.dumps(about, sort_keys=True)})
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        temporary.write_bytes(content)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -89,16 +92,29 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a file.", "check the path")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     state = _strip_wrappers(_find_weights(content, path))
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            state[name] = tensor = tensor.float()
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise CheckpointError(
-                    f"{path}: {name} holds {bad} NaN or infinite values of {tensor.numel()}.",
-                    "use a checkpoint from before training diverged",
-                )
-    return state
+    return {name: _checked(tensor, name, path) for name, tensor in state.items()}
+
+
+def _checked(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """A dense, finite, real weight as float32; step counters as they are."""
+    if name.endswith("num_batches_tracked"):
+        return tensor
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not dense or not tensor.is_floating_point() or tensor.is_quantized:
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype} ({tensor.layout}), no float weight.",
+            "give the float checkpoint, not one already quantized or pruned to a sparse layout",
+        )
+    tensor = tensor.float()
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise CheckpointError(
+            f"{path}: {name} holds {bad} NaN or infinite values of {tensor.numel()}.",
+            "use a checkpoint from before training diverged",
+        )
+    if name.endswith("running_var") and bool((tensor < 0).any()):
+        raise CheckpointError(f"{path}: {name} holds a negative variance.", "fetch it again")
+    return tensor
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -137,7 +153,7 @@ def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     asked = re.search(r"GLOBAL (\S+)|(?:class|function) (\S+)", str(error))
     if asked is not None:
         what = (asked[1] or asked[2]).rstrip(".,")
-    elif path.open("rb").read(1) == PICKLE_MAGIC:
+    elif path.read_bytes()[:1] == PICKLE_MAGIC:
         what = "an instruction that no saved tensor needs"
     else:
         # torch's own text recommends switching the safety off, so none of it is shown.
@@ -180,7 +196,7 @@ def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop the prefixes that DistributedDataParallel and torch.compile put on every name."""
     for prefix in WRAPPER_PREFIXES:
         if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            return _strip_wrappers({name.removeprefix(prefix): t for name, t in state.items()})
     return state
 
 

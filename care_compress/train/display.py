@@ -10,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 PLAIN_LINE_SECONDS = 15.0
-CURVE_STEPS = 10  # steps between points of a curve
 
 
 class Display(Protocol):
@@ -115,9 +114,8 @@ class TrainingDisplay:
             self.last_line = now
             left = (self.total - step) * (now - self.began) / max(1, step - self.start - 1)
             self.console.print(f"step {step}/{self.total}  {note}  {left / 60:.1f} min left")
-        if step % CURVE_STEPS == 0:
-            for name, value in (("loss", loss), ("top1", accuracy), ("learning_rate", rate)):
-                self.writer.add_scalar(f"train/{name}", value, step)
+        for name, value in (("loss", loss), ("top1", accuracy), ("learning_rate", rate)):
+            self.writer.add_scalar(f"train/{name}", value, step)
 
     def validated(self, step: int, metrics: dict[str, float]) -> None:
         """One line per validation."""

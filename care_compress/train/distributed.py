@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from care_compress.errors import TrainingError
+
 
 @dataclass(frozen=True)
 class World:
@@ -50,7 +52,15 @@ def join_world() -> Iterator[World]:
     """Join the processes torchrun started; alone without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise TrainingError(
+                f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}.",
+                "start as many processes as there are GPUs",
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     if size == 1:
         yield World(device=device)
         return

@@ -24,10 +24,10 @@ from care_compress.train.distributed import World, distribute, synchronise_norms
 from care_compress.train.mixing import mix
 from care_compress.train.objective import Objective, soft_targets
 from care_compress.train.schedule import learning_rate
-from care_compress.train.state import Progress, Trainee
+from care_compress.train.state import Progress, Trainee, forget, step_back
 
 STEP_STREAM = 2  # keeps the per-step seeds apart from the other users of the recipe's seed
-DIVERGED = 3.0  # times the first loss; cross-entropy starts near that of a uniform guess
+DIVERGED = 3.0  # times the first loss, or that of a uniform guess
 GUARD_STEPS = 50  # steps before the divergence guard speaks
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,28 +65,51 @@ def fit(
     if trainee.resume(checkpoint, course.fingerprint):
         if world.is_main and trainee.progress.step < course.total_steps:
             console.print(f"resuming after step {trainee.progress.step}/{course.total_steps}")
-    elif checkpoint.exists() and world.is_main:
-        console.print("recipe or data changed since the last training here: training anew")
+    elif world.is_main:
+        if checkpoint.exists():
+            console.print("recipe or data changed since the last training here: training anew")
+        forget(checkpoint)
     world.wait()  # nobody may overwrite the state before everybody has read it
     if trainee.progress.step == course.total_steps:
         return trainee
-    runner = distribute(trainee.model, world).train()
-    with _display(world, console, folder, trainee.progress.step, course.total_steps) as display:
-        for batch in course.batches(trainee.progress.step):
-            train_step(trainee, runner, objective, batch, course, world, display)
-            done = trainee.progress.step
-            if (
-                done == course.total_steps
-                or done % (course.plan.validate_epochs * course.steps_per_epoch) == 0
-            ):
-                _validate(trainee, course, world, display)
-                runner.train()
-            if world.is_main and (
-                done % course.plan.checkpoint_steps == 0 or done == course.total_steps
-            ):
-                trainee.save(checkpoint, course.fingerprint)
+    try:
+        with _display(world, console, folder, trainee.progress.step, course.total_steps) as display:
+            _train(trainee, objective, course, checkpoint, world, display)
+    except TrainingError as error:
+        if not world.is_main:
+            raise
+        step = step_back(checkpoint)
+        kept = f"{error.message} The state after step {step} is kept in {checkpoint}."
+        raise TrainingError(kept, error.fix) from error
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from the last checkpoint")
+        raise
     world.wait()
     return trainee
+
+
+def _train(
+    trainee: Trainee,
+    objective: Objective,
+    course: Course,
+    checkpoint: Path,
+    world: World,
+    display: Display,
+) -> None:
+    """The remaining steps, with validation and checkpoints in between."""
+    plan = course.plan
+    runner = distribute(trainee.model, world).train()
+    if world.is_main and trainee.progress.step == 0:
+        trainee.save(checkpoint, course.fingerprint)
+    for batch in course.batches(trainee.progress.step):
+        train_step(trainee, runner, objective, batch, course, world, display)
+        done = trainee.progress.step
+        finished = done == course.total_steps
+        if finished or done % (plan.validate_epochs * course.steps_per_epoch) == 0:
+            _validate(trainee, course, world, display)
+            runner.train()
+        if world.is_main and (finished or done % plan.checkpoint_steps == 0):
+            trainee.save(checkpoint, course.fingerprint)
 
 
 def set_up(model: nn.Module, plan: TrainSection, world: World) -> Trainee:
@@ -139,16 +162,19 @@ def train_step(
         outcome = objective(runner, images, targets)
     # The loss of the global batch, so that every process takes the same way out of a bad one.
     loss = float(world.total(outcome.loss.detach().clone())) / world.size
-    _check_loss(trainee.progress, loss, plan)
+    _check_loss(trainee.progress, loss, course)
 
     rate = learning_rate(step, course.steps_per_epoch, plan)
     for group in trainee.optimizer.param_groups:
         group["lr"] = rate
     trainee.optimizer.zero_grad()
     trainee.scaler.scale(outcome.loss).backward()  # type: ignore[no-untyped-call]
-    if plan.clip_grad_norm is not None:
-        trainee.scaler.unscale_(trainee.optimizer)
-        nn.utils.clip_grad_norm_(trainee.model.parameters(), plan.clip_grad_norm)
+    trainee.scaler.unscale_(trainee.optimizer)
+    limit = math.inf if plan.clip_grad_norm is None else plan.clip_grad_norm
+    norm = nn.utils.clip_grad_norm_(trainee.model.parameters(), limit)
+    # Under fp16 the scaler skips such steps by itself: it tries out how far it may scale.
+    if not trainee.scaler.is_enabled() and not math.isfinite(norm):
+        raise TrainingError(f"the gradient is {float(norm)} at step {step + 1}.", _remedy(plan))
     trainee.scaler.step(trainee.optimizer)
     trainee.scaler.update()
     if trainee.average is not None:
@@ -164,24 +190,30 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, STEP_STREAM, step, rank)).generate_state(1)[0])
 
 
-def _check_loss(progress: Progress, loss: float, plan: TrainSection) -> None:
-    """Stop before a bad step reaches the weights, so the last checkpoint is still good."""
-    fix = f"lower train.learning_rate (now {plan.learning_rate}) or set train.clip_grad_norm"
+def _check_loss(progress: Progress, loss: float, course: Course) -> None:
+    """Stop before a bad step reaches the weights."""
     if not math.isfinite(loss):
         raise TrainingError(
-            f"the loss is {loss} at step {progress.step + 1}; the last checkpoint was kept.", fix
+            f"the loss is {loss} at step {progress.step + 1}.", _remedy(course.plan)
         )
     if progress.first_loss is None:
         progress.first_loss = progress.recent_loss = loss
     progress.recent_loss = 0.95 * progress.recent_loss + 0.05 * loss
-    limit = DIVERGED * progress.first_loss
+    # A fine-tuning begins far below a uniform guess and may well rise at first.
+    limit = DIVERGED * max(progress.first_loss, math.log(course.num_classes))
     if progress.step >= GUARD_STEPS and progress.recent_loss > limit:
         raise TrainingError(
             f"training diverged at step {progress.step + 1}: the loss is around "
-            f"{progress.recent_loss:.2f} and began at {progress.first_loss:.2f}; "
-            "the last checkpoint was kept.",
-            fix,
+            f"{progress.recent_loss:.2f} and began at {progress.first_loss:.2f}.",
+            _remedy(course.plan),
         )
+
+
+def _remedy(plan: TrainSection) -> str:
+    return (
+        f"lower train.learning_rate (now {plan.learning_rate}) or set train.clip_grad_norm, "
+        "under another --name if the kept state matters"
+    )
 
 
 def _validate(trainee: Trainee, course: Course, world: World, display: Display) -> None:

@@ -41,6 +41,7 @@ def train_network(
     plan = recipe.train
     assert plan is not None
     _check_share(plan, world)
+    start = starting_point(recipe, len(samples.classes))
     teacher = open_teacher(plan.distill, len(samples.classes), world)
     course = Course(
         plan=plan,
@@ -63,7 +64,6 @@ def train_network(
         prepare=partial(normalize, mean=recipe.data.mean, std=recipe.data.std),
         validate=validate,
     )
-    start = starting_point(recipe, len(samples.classes))
     trainee = fit(start, Classification(plan.distill, teacher), course, folder, world, console)
     trained = Care(start.arch, start.num_classes)
     trained.load_state_dict(trainee.result.state_dict())
@@ -113,7 +113,7 @@ def training_fingerprint(recipe: Recipe, samples: Samples) -> str:
             "train": recipe.train.model_dump(mode="json", exclude=WATCHING),
             "arch": recipe.model.arch,
             "files": [sha256_file(resolve_checkpoint(file)) for file in files if file],
-            "data": recipe.data.model_dump(mode="json", exclude={"workers", "source", "crop_pct"}),
+            "data": recipe.data.model_dump(mode="json", exclude={"workers", "crop_pct"}),
             "samples": samples.fingerprint(),
             "seed": recipe.seed,
         }

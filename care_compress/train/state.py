@@ -1,5 +1,6 @@
 """The state a killed training resumes from: one file, written whole or not at all."""
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,23 @@ class Trainee:
             "average": None if self.average is None else self.average.state_dict(),
             "progress": vars(self.progress),
         }
+        content = io.BytesIO()
+        torch.save(state, content)
+        if path.exists():
+            path.replace(_previous(path))
         with atomic_file(path) as temporary:
-            torch.save(state, temporary)
+            # Through memory, because torch reports a full disk as an error of its own.
+            temporary.write_bytes(content.getbuffer())
 
     def resume(self, path: Path, fingerprint: str) -> bool:
         """Continue from a saved state; False if there is none, or it belongs to another training.
 
         The fingerprint covers what decides the weights: recipe sections, seed, data, teacher.
         """
-        if not path.exists():
+        source = path if path.exists() else _previous(path)
+        if not source.exists():
             return False
-        state = _read(path)
+        state = _read(source)
         if state["fingerprint"] != fingerprint:
             return False
         self.model.load_state_dict(state["model"])
@@ -68,6 +75,24 @@ class Trainee:
             self.average.load_state_dict(state["average"])
         self.progress = Progress(**state["progress"])
         return True
+
+
+def step_back(path: Path) -> int:
+    """Drop the newest state, which a step that went wrong may have spoilt; the step now kept."""
+    if _previous(path).exists():
+        _previous(path).replace(path)
+    return int(_read(path)["progress"]["step"])
+
+
+def forget(path: Path) -> None:
+    """Remove the states of another training, so that no stepping back can end in one."""
+    path.unlink(missing_ok=True)
+    _previous(path).unlink(missing_ok=True)
+
+
+def _previous(path: Path) -> Path:
+    """Where the state before the newest one is kept."""
+    return path.with_suffix(".previous.pt")
 
 
 def _read(path: Path) -> dict[str, Any]:
