@@ -62,16 +62,16 @@ def fit(
     """Train to the end, resuming from `folder` if the same training was cut off there."""
     checkpoint = folder / "train_state.pt"
     trainee = set_up(model, course.plan, world)
-    if trainee.resume(checkpoint, course.fingerprint):
-        if world.is_main and trainee.progress.step < course.total_steps:
-            console.print(f"resuming after step {trainee.progress.step}/{course.total_steps}")
+    resumed = trainee.resume(checkpoint, course.fingerprint)
+    world.wait()  # nobody may touch the state before everybody has read it
+    if trainee.progress.step == course.total_steps:
+        return trainee
+    if resumed:
+        console.print(f"resuming after step {trainee.progress.step}/{course.total_steps}")
     elif world.is_main:
         if checkpoint.exists():
             console.print("recipe or data changed since the last training here: training anew")
         forget(checkpoint)
-    world.wait()  # nobody may overwrite the state before everybody has read it
-    if trainee.progress.step == course.total_steps:
-        return trainee
     try:
         with _display(world, console, folder, trainee.progress.step, course.total_steps) as display:
             _train(trainee, objective, course, checkpoint, world, display)
