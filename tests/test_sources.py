@@ -430,3 +430,12 @@ def test_cifar_zip():
         for index in (0, 1234, 9999):
             expected = Image.open(io.BytesIO(archive.read(val.name(index))))
             np.testing.assert_array_equal(np.asarray(val.image(index)), np.asarray(expected))
+
+
+def test_other_images_under_the_same_names_have_another_content(tree):
+    once = open_samples(section(tree(FILES)), "val")
+    assert open_samples(section(once.source), "val").content_digest() == once.content_digest()
+    before = once.content_digest(), once.fingerprint()
+    other = open_samples(section(tree({name: value + 1 for name, value in FILES.items()})), "val")
+    assert other.fingerprint() == before[1], "the list is the same"
+    assert other.content_digest() != before[0]

@@ -55,6 +55,10 @@ class ZipSamples(EncodedSamples):
             raise OSError("damaged in the zip: the checksum differs")
         return content
 
+    def content(self) -> NDArray[np.uint64]:
+        """The checksums in the zip's directory."""
+        return self._entries["crc"].astype(np.uint64)
+
 
 def open_zip(path: Path, data: DataSection, split: Split) -> ZipSamples:
     """List one split of a zipped image folder from the zip's directory alone."""

@@ -1,9 +1,11 @@
 """Image folders: ``train/<class>/...`` and ``val/<class>/...``, or class folders to be divided."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from care_compress.data.listing import (
     PART_NAMES,
@@ -32,6 +34,14 @@ class FolderSamples(EncodedSamples):
         """The file."""
         with open(os.path.join(self._root, self.listing.names[index]), "rb") as file:
             return file.read()
+
+    def content(self) -> NDArray[np.uint64]:
+        """Times of the last change; a missing file is 0 here and named when it is read."""
+        times = np.zeros(len(self), np.uint64)
+        for index, name in enumerate(self.listing.names):
+            with contextlib.suppress(OSError):
+                times[index] = os.stat(os.path.join(self._root, name)).st_mtime_ns
+        return times
 
 
 def open_folder(root: Path, data: DataSection, split: Split) -> FolderSamples:

@@ -33,3 +33,10 @@ class Samples(Protocol):
     def fingerprint(self) -> str:
         """Hex digest of the list of names, labels and classes: equal lists, equal digest."""
         ...
+
+    def content_digest(self) -> str:
+        """Hex digest that also changes when images under the same names do.
+
+        Cheap, so it may differ between copies of one set; what resumes compares it with its own.
+        """
+        ...

@@ -52,6 +52,10 @@ class ShardSamples(EncodedSamples):
         with opened(self._shards[entry["shard"]]) as file:
             return read_at(file, int(entry["at"]), int(entry["size"]))
 
+    def content(self) -> NDArray[np.uint64]:
+        """The sizes of the image files."""
+        return self._entries["size"].astype(np.uint64)
+
 
 def open_shards(pattern: str, data: DataSection, split: Split) -> ShardSamples:
     """Index the shards of one split; ``train`` or ``val`` in a shard's name says which it is in."""

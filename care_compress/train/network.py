@@ -114,7 +114,7 @@ def training_fingerprint(recipe: Recipe, samples: Samples) -> str:
             "arch": recipe.model.arch,
             "files": [sha256_file(resolve_checkpoint(file)) for file in files if file],
             "data": recipe.data.model_dump(mode="json", exclude={"workers", "crop_pct"}),
-            "samples": samples.fingerprint(),
+            "samples": samples.content_digest(),
             "seed": recipe.seed,
         }
     )
