@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,36 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 PLAIN_LINE_SECONDS = 15.0
 
 
-class Display(Protocol):
-    """Watches a training."""
+class Silent:
+    """Watches a training and shows nothing: for every process but the first."""
 
     def __enter__(self) -> Self:
         """Start showing."""
-        ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop showing."""
-        ...
-
-    def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
-        """After one step: its loss, its accuracy in percent, its learning rate, its images."""
-        ...
-
-    def validated(self, step: int, metrics: dict[str, float]) -> None:
-        """After one validation."""
-        ...
-
-
-class Silent:
-    """For every process but the first."""
-
-    def __enter__(self) -> Self:
-        """Show nothing."""
         return self
 
     def __exit__(
@@ -50,16 +25,16 @@ class Silent:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Show nothing."""
+        """Stop showing."""
 
     def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
-        """Show nothing."""
+        """After one step: loss, accuracy in percent, learning rate, images of all processes."""
 
     def validated(self, step: int, metrics: dict[str, float]) -> None:
-        """Show nothing."""
+        """After one validation."""
 
 
-class TrainingDisplay:
+class TrainingDisplay(Silent):
     """Progress on the console and curves in a TensorBoard folder."""
 
     def __init__(self, console: Console, curves: Path, start: int, total: int) -> None:

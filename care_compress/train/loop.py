@@ -19,7 +19,7 @@ from care_compress.data.loader import Batch
 from care_compress.errors import TrainingError
 from care_compress.recipe import TrainSection
 from care_compress.train.averaging import averaged
-from care_compress.train.display import Display, Silent, TrainingDisplay
+from care_compress.train.display import Silent, TrainingDisplay
 from care_compress.train.distributed import World, distribute, synchronise_norms
 from care_compress.train.mixing import mix
 from care_compress.train.objective import Objective, soft_targets
@@ -94,7 +94,7 @@ def _train(
     course: Course,
     checkpoint: Path,
     world: World,
-    display: Display,
+    display: Silent,
 ) -> None:
     """The remaining steps, with validation and checkpoints in between."""
     plan = course.plan
@@ -133,7 +133,7 @@ def set_up(model: nn.Module, plan: TrainSection, world: World) -> Trainee:
     )
 
 
-def _display(world: World, console: Console, folder: Path, start: int, total: int) -> Display:
+def _display(world: World, console: Console, folder: Path, start: int, total: int) -> Silent:
     if not world.is_main:
         return Silent()
     return TrainingDisplay(console, folder / "tensorboard", start, total)
@@ -146,7 +146,7 @@ def train_step(
     batch: Batch,
     course: Course,
     world: World,
-    display: Display,
+    display: Silent,
 ) -> None:
     """One step: pixels to floats, mix, forward, check, backward, update, average."""
     plan, step = course.plan, trainee.progress.step
@@ -216,7 +216,7 @@ def _remedy(plan: TrainSection) -> str:
     )
 
 
-def _validate(trainee: Trainee, course: Course, world: World, display: Display) -> None:
+def _validate(trainee: Trainee, course: Course, world: World, display: Silent) -> None:
     images, correct = course.validate(trainee.result)
     counts = torch.tensor([images, correct], dtype=torch.float64, device=world.device)
     images, correct = (int(count) for count in world.total(counts))
