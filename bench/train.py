@@ -43,7 +43,7 @@ def trainer_step(batch: Batch, plan: TrainSection, folder: Path) -> Callable[[],
         num_classes=CLASSES,
         seed=0,
         fingerprint="",
-        batches=lambda start: iter(()),
+        batches=lambda start: (ready for ready in (batch,)),
         prepare=partial(normalize, mean=MEAN, std=STD),
         validate=lambda model: (0, 0),
     )

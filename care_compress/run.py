@@ -48,7 +48,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def _not_writable(path: Path, error: OSError) -> RunError:
     return RunError(
         f"cannot write {path}: {error.strerror}.",
-        "free the disk or choose another --runs directory",
+        "make room there, or choose another place (--runs, --json)",
     )
 
 

@@ -8,7 +8,7 @@ where it stopped without loading what came before.
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -72,16 +72,17 @@ def evaluation_batches(
     *,
     bad: BadImages,
     indices: Sequence[int] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """These images (all, if left out) in the given order; the last batch may be smaller."""
     chosen = range(len(samples)) if indices is None else indices
     keys = (
         [(0, 0, index) for index in chosen[first : first + batch_size]]
         for first in range(0, len(chosen), batch_size)
     )
-    for batch in batches(samples, transform, keys, data, bad):
-        if len(batch.labels):  # a batch of bad images only has nothing to evaluate
-            yield batch
+    with contextlib.closing(batches(samples, transform, keys, data, bad)) as loaded:
+        for batch in loaded:
+            if len(batch.labels):  # a batch of bad images only has nothing to evaluate
+                yield batch
 
 
 def training_batches(
@@ -96,7 +97,7 @@ def training_batches(
     bad: BadImages,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches of steps `start_step` to `total_steps`, over as many epochs as that takes.
 
     `batch_size` counts the images of all processes together. The global batch of a step is the
@@ -106,13 +107,14 @@ def training_batches(
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
     keys = _training_keys(len(samples), batch_size, per_epoch, seed, start_step, total_steps)
     shares = (global_batch[share] for global_batch in keys)
-    for batch in batches(samples, transform, shares, data, bad):
-        if not len(batch.labels):
-            raise DataError(
-                "a training batch holds nothing but images that cannot be decoded.",
-                "check data.source, or turn data.skip_bad_images off to see the first of them",
-            )
-        yield batch
+    with contextlib.closing(batches(samples, transform, shares, data, bad)) as loaded:
+        for batch in loaded:
+            if not len(batch.labels):
+                raise DataError(
+                    "a training batch holds nothing but images that cannot be decoded.",
+                    "check data.source, or turn data.skip_bad_images off to see the first of them",
+                )
+            yield batch
 
 
 def _training_keys(
@@ -133,7 +135,7 @@ def batches(
     keys: Iterable[list[Key]],
     data: DataSection,
     bad: BadImages,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """One batch for each list of (seed, epoch, index); closing the iterator ends the workers."""
     loader = DataLoader(
         _Decoding(samples, transform, data.skip_bad_images),

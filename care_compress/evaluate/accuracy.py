@@ -1,5 +1,6 @@
 """Top-1 and top-5 of any predictor, streaming: memory does not grow with the number of images."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def measure_accuracy(
     def prepare(images_BCHW: Tensor) -> Tensor:
         return normalize(images_BCHW.to(device), data.mean, data.std)
 
-    with evaluation_progress(console, len(indices)) as advance:
+    with contextlib.closing(batches), evaluation_progress(console, len(indices)) as advance:
         return count_correct(predict, batches, prepare, advance)
 
 

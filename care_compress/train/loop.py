@@ -4,8 +4,9 @@ Everything random is a function of (seed, step) or (seed, epoch, image), never o
 got there. So a run killed at any moment and started again ends, on a CPU, with the same bits.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Course:
     num_classes: int
     seed: int
     fingerprint: str  # of everything that decides the weights
-    batches: Callable[[int], Iterable[Batch]]  # from a step to the end
+    batches: Callable[[int], Generator[Batch]]  # from a step to the end
     prepare: Callable[[Tensor], Tensor]  # uint8 pixels to normalised float32
     validate: Callable[[nn.Module], tuple[int, int]]  # (images, correct) of this process's share
 
@@ -101,15 +102,16 @@ def _train(
     runner = distribute(trainee.model, world).train()
     if world.is_main and trainee.progress.step == 0:
         trainee.save(checkpoint, course.fingerprint)
-    for batch in course.batches(trainee.progress.step):
-        train_step(trainee, runner, objective, batch, course, world, display)
-        done = trainee.progress.step
-        finished = done == course.total_steps
-        if finished or done % (plan.validate_epochs * course.steps_per_epoch) == 0:
-            _validate(trainee, course, world, display)
-            runner.train()
-        if world.is_main and (finished or done % plan.checkpoint_steps == 0):
-            trainee.save(checkpoint, course.fingerprint)
+    with contextlib.closing(course.batches(trainee.progress.step)) as batches:
+        for batch in batches:
+            train_step(trainee, runner, objective, batch, course, world, display)
+            done = trainee.progress.step
+            finished = done == course.total_steps
+            if finished or done % (plan.validate_epochs * course.steps_per_epoch) == 0:
+                _validate(trainee, course, world, display)
+                runner.train()
+            if world.is_main and (finished or done % plan.checkpoint_steps == 0):
+                trainee.save(checkpoint, course.fingerprint)
 
 
 def set_up(model: nn.Module, plan: TrainSection, world: World) -> Trainee:

@@ -16,8 +16,7 @@ from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
 from care_compress.recipe import DistillSection, Recipe, TrainSection
 from care_compress.run import fingerprint, sha256_file
-from care_compress.runtime.on_onnxruntime import OnnxPredictor
-from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.predictor import Predictor
 from care_compress.train.distributed import World
 from care_compress.train.loop import Course, fit
@@ -43,9 +42,10 @@ def train_network(
     _check_share(plan, world)
     start = starting_point(recipe, len(samples.classes))
     teacher = open_teacher(plan.distill, len(samples.classes), world)
+    per_epoch = steps_per_epoch(samples, plan.batch_size)
     course = Course(
         plan=plan,
-        steps_per_epoch=steps_per_epoch(samples, plan.batch_size),
+        steps_per_epoch=per_epoch,
         num_classes=len(samples.classes),
         seed=recipe.seed,
         fingerprint=training_fingerprint(recipe, samples),
@@ -56,7 +56,7 @@ def train_network(
             recipe.data,
             seed=recipe.seed,
             start_step=start,
-            total_steps=plan.epochs * steps_per_epoch(samples, plan.batch_size),
+            total_steps=plan.epochs * per_epoch,
             bad=bad,
             rank=world.rank,
             world_size=world.size,
@@ -94,12 +94,7 @@ def open_teacher(
     """The teacher of a recipe: a CARE checkpoint or an ONNX classifier."""
     if distill is None:
         return None
-    teacher: Predictor
-    if distill.teacher.endswith(".onnx"):
-        teacher = OnnxPredictor(Path(distill.teacher))
-    else:
-        model = load_checkpoint(distill.teacher)
-        teacher = TorchPredictor(model, model.num_classes, world.device)
+    teacher = open_predictor(distill.teacher, world.device)
     check_teacher(teacher, num_classes)
     return teacher
 
