@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from care_compress.data.loader import BadImages, evaluation_batches
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform, normalize
-from care_compress.recipe import DataSection
+from care_compress.sections import DataSection
 
 SIZE = (500, 375)  # the usual ImageNet image
 CLASSES = 10

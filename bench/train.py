@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from care_compress.data.loader import Batch
 from care_compress.data.transforms import normalize
 from care_compress.model.care import build_model
-from care_compress.recipe import AugmentSection, TrainSection
+from care_compress.sections import AugmentSection, TrainSection
 from care_compress.train.display import TrainingDisplay
 from care_compress.train.distributed import World
 from care_compress.train.loop import Course, set_up, train_step

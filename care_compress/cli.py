@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from care_compress.errors import CareError
-from care_compress.recipe import RECIPES_DIR, DataSection, load_recipe, parse_section, recipe_files
+from care_compress.recipe import RECIPES_DIR, load_recipe, parse_section, recipe_files
+from care_compress.sections import DataSection
 
 app = typer.Typer(
     help="Make a float CARE Transformer small and fast on edge devices. "

@@ -41,6 +41,10 @@ class BadImageError(DataError):
     """One image that cannot be decoded."""
 
 
+class CalibrationError(CareError):
+    """Calibration images that are missing, or that the float model cannot digest."""
+
+
 class TrainingError(CareError):
     """Training that cannot go on: a non-finite loss, or a state that does not fit."""
 

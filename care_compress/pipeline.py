@@ -1,6 +1,6 @@
 """The whole product in one place: from a recipe to results, stage after stage.
 
-    recipe -> float model (trained, or loaded) -> rewrite -> evaluate -> results.json
+    recipe -> float model (trained, or loaded) -> rewrite -> quantize -> (train) -> results.json
 
 Each stage takes its own section of the recipe and the previous stage's value, and leaves what it
 made in the run directory.
@@ -23,19 +23,28 @@ from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import Accuracy, measure_accuracy, spread_indices
-from care_compress.evaluate.display import rewrite_table
-from care_compress.model.care import Care
+from care_compress.evaluate.paired import Paired, measure_pair
+from care_compress.evaluate.tables import quantized_table, rewrite_table
+from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare
-from care_compress.model.rewrite import RewriteStep, rewrite_in_steps
+from care_compress.model.rewrite import RewriteStep, rewrite, rewrite_in_steps
+from care_compress.quantize.artifact import load_quantized, save_quantized
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.ptq import planned, quantize_network
+from care_compress.quantize.qat import train_quantized
+from care_compress.quantize.selection import CalibrationSet, deep_features, select_images
+from care_compress.quantize.spec import Plan
 from care_compress.recipe import Recipe
 from care_compress.run import Run, sha256_file
 from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.runtime.opening import open_predictor
 from care_compress.train.distributed import World, join_world
+from care_compress.train.loop import Validate
 from care_compress.train.network import train_network
 
-# What an int8 recipe asks for beyond this version; shrinks as the stages arrive.
-PENDING_STAGES = ("quantize", "export", "compare")
+# What a quantized recipe asks for beyond this version; shrinks as the stages arrive.
+PENDING_STAGES = ("export", "compare")
 
 
 @dataclass
@@ -54,21 +63,53 @@ class Workshop:
         """Time one stage."""
         began = time.monotonic()
         yield
-        self.seconds[name] = round(time.monotonic() - began, 2)
+        spent = self.seconds.get(name, 0.0) + time.monotonic() - began
+        self.seconds[name] = round(spent, 2)
+
+
+@dataclass
+class Candidate:
+    """A compressed model and how it did beside the float one."""
+
+    name: str  # ptq, qat
+    model: QuantizedCare
+    path: Path
+    paired: Paired
 
 
 def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[str, Any]:
     """Run every stage of a recipe; the results, as they stand in ``results.json``."""
     with join_world() as world, _opened(Run(runs, name), recipe, world) as run:
         shop = Workshop(recipe, run, world, console if world.is_main else Console(quiet=True))
-        _announce(shop)
+        shop.console.print(f"[bold]{recipe.name}[/]: {escape(recipe.claim)}")
+        check_plan(recipe)
         validation = open_samples(recipe.data, "val")
         model = float_model(shop, validation)
-        if not world.is_main:
-            return {}
         compact, steps = rewritten(shop, model)
-        accuracy = evaluated(shop, compact, validation)
-        return report(shop, validation, steps, accuracy)
+        if recipe.quantize is None:
+            return report_float(shop, validation, steps, evaluated(shop, compact, validation))
+        tried = [quantized(shop, compact, validation)]
+        if recipe.quantize.qat is not None:
+            tried.append(trained_quantized(shop, tried[0].model, compact, validation))
+        return report_quantized(shop, validation, steps, tried)
+
+
+def check_plan(recipe: Recipe) -> None:
+    """Refuse rules that no site or target can follow, before anything is trained."""
+    if recipe.quantize is not None:
+        plan_recipe(recipe)
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """The plan of a recipe; needs its network's shape, no data."""
+    assert recipe.quantize is not None
+    if recipe.model.checkpoint is not None:
+        model = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
+    else:
+        assert recipe.model.arch is not None
+        model = build_model(recipe.model.arch)
+    compact = rewrite(model, recipe.rewrite)
+    return planned(compact, recipe.quantize, recipe.data.resolution)[1]
 
 
 def float_model(shop: Workshop, validation: Samples) -> Care:
@@ -101,14 +142,18 @@ def trained(shop: Workshop, validation: Samples) -> Care:
             "add the missing class folders, or list all classes in data.classes",
         )
 
-    def validate(candidate: nn.Module) -> tuple[int, int]:
-        chosen = spread_indices(len(validation), recipe.evaluate.images)
-        accuracy = _measure(shop, candidate, validation, chosen[slice(*world.share(len(chosen)))])
-        return accuracy.images, accuracy.correct
-
+    distill = recipe.train.distill
+    teacher = None if distill is None else open_predictor(distill.teacher, world.device)
     with shop.stage("train"):
         model, progress = train_network(
-            recipe, samples, validate, run.path / "float", world, shop.console, shop.bad
+            recipe,
+            samples,
+            teacher,
+            _validating(shop, validation),
+            run.path / "float",
+            world,
+            shop.console,
+            shop.bad,
         )
     if world.is_main:
         run.record_input("training_images", samples.fingerprint())
@@ -139,16 +184,137 @@ def evaluated(shop: Workshop, model: CompactCare, validation: Samples) -> Accura
         return _measure(shop, model, validation, chosen)
 
 
-def report(
+def quantized(shop: Workshop, compact: CompactCare, validation: Samples) -> Candidate:
+    """PTQ on calibration images of the training split; kept in ``ptq/``."""
+    recipe, section, world = shop.recipe, shop.recipe.quantize, shop.world
+    assert section is not None
+    path = shop.run.path / "ptq" / "model.safetensors"
+    if world.is_main:
+        compact.to(world.device)
+        chosen = calibration_images(shop, compact)
+        with shop.stage("ptq"):
+            result = quantize_network(
+                compact,
+                section,
+                recipe.data.resolution,
+                recipe.seed,
+                lambda: chosen.batches(recipe.data, section.calibrate.batch_size, world.device),
+            )
+        save_quantized(result.model.cpu(), section, recipe.rewrite, path)
+        shop.run.record_output(path)
+        compact.cpu()
+    world.wait()
+    model = load_quantized(path)
+    return Candidate("ptq", model, path, _compared(shop, compact, model, validation))
+
+
+def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:
+    """Choose them, and write the list into the run."""
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None
+    samples = open_samples(recipe.data, "train")
+    with shop.stage("select"):
+        features = deep_features(compact, samples, recipe.data)
+        chosen = select_images(samples, section.calibrate, recipe.seed, features)
+        path = shop.run.write_json("calibration.json", chosen.listing())
+    shop.run.record_input(
+        "calibration",
+        {"list": path.name, "sha256": sha256_file(path), "images": len(chosen.indices)},
+    )
+    shop.console.print(
+        f"calibrating on {len(chosen.indices)} training images ({escape(chosen.method)})"
+    )
+    return chosen
+
+
+def trained_quantized(
+    shop: Workshop, start: QuantizedCare, compact: CompactCare, validation: Samples
+) -> Candidate:
+    """QAT from the PTQ result; kept in ``qat/``."""
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None and section.qat is not None
+    folder = shop.run.path / "qat"
+    with shop.stage("qat"):
+        model, progress = train_quantized(
+            start,
+            compact,
+            recipe,
+            section.qat,
+            open_samples(recipe.data, "train"),
+            _validating(shop, validation),
+            folder,
+            shop.world,
+            shop.console,
+            shop.bad,
+        )
+    path = folder / "model.safetensors"
+    if shop.world.is_main:
+        save_quantized(model, section, recipe.rewrite, path)
+        shop.run.record_output(path)
+        shop.run.write_json("qat/history.json", {"validations": progress.history})
+    return Candidate("qat", model, path, _compared(shop, compact, model, validation))
+
+
+def report_float(
     shop: Workshop, validation: Samples, steps: list[RewriteStep], accuracy: Accuracy
 ) -> dict[str, Any]:
-    """Write ``results.json`` and say what came out."""
-    recipe, run, console = shop.recipe, shop.run, shop.console
+    """Results of a recipe without a quantize section."""
+    results = _results(shop, validation, steps, accuracy)
+    _finish(shop, results)
+    shop.console.print(
+        f"[bold]top-1 {accuracy.top1:.2f} %[/]  top-5 {accuracy.top5:.2f} %  "
+        f"on {accuracy.images:,} images (float32)"
+    )
+    return results
+
+
+def report_quantized(
+    shop: Workshop, validation: Samples, steps: list[RewriteStep], tried: list[Candidate]
+) -> dict[str, Any]:
+    """Results of a quantized recipe: the last candidate, unless it ended below the first."""
+    best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
+    plan = best.model.plan
     results = {
-        "run": run.name,
+        **_results(shop, validation, steps, best.paired.candidate),
+        "float": {
+            "top1": best.paired.baseline.top1,
+            "top5": best.paired.baseline.top5,
+        },
+        "kept": best.name,
+        "model": str(best.path.relative_to(shop.run.path)),
+        "candidates": {candidate.name: candidate.paired.as_json() for candidate in tried},
+        "plan": {
+            "target": plan.target,
+            "macs": plan.macs_by_precision(),
+            "energy_mj": plan.energy_mj,
+        },
+        "pending_stages": list(PENDING_STAGES),
+    }
+    _finish(shop, results)
+    named = [(candidate.name, candidate.paired) for candidate in tried]
+    shop.console.print(quantized_table(named, best.name))
+    if best is not tried[-1]:
+        shop.console.print(
+            f"[yellow]{tried[-1].name} ended below {best.name}[/], so the {best.name} weights "
+            "are kept; try a lower quantize.qat.learning_rate"
+        )
+    shop.console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
+    shop.console.print(
+        f"Accuracy is that of the simulation: {' and '.join(PENDING_STAGES)} are not part of this "
+        "version."
+    )
+    return results
+
+
+def _results(
+    shop: Workshop, validation: Samples, steps: list[RewriteStep], accuracy: Accuracy
+) -> dict[str, Any]:
+    """What every kind of recipe reports."""
+    recipe = shop.recipe
+    return {
+        "run": shop.run.name,
         "recipe": recipe.name,
-        "precision": "fp32",
-        "pending_stages": list(PENDING_STAGES) if recipe.precision != "fp32" else [],
+        "precision": recipe.precision,
         "accuracy": {"images": accuracy.images, "top1": accuracy.top1, "top5": accuracy.top5},
         "rewrites": [{"name": step.name, **asdict(step.cost)} for step in steps],
         "data": {
@@ -159,29 +325,47 @@ def report(
         },
         "seconds": shop.seconds,
     }
-    path = run.write_json("results.json", results)
+
+
+def _finish(shop: Workshop, results: dict[str, Any]) -> None:
+    """Write ``results.json`` and say where."""
+    if not shop.world.is_main:
+        return
+    path = shop.run.write_json("results.json", results)
     if len(shop.bad):
-        console.print(f"[yellow]{len(shop.bad)} images could not be decoded and were skipped")
-    console.print(
-        f"[bold]top-1 {accuracy.top1:.2f} %[/]  top-5 {accuracy.top5:.2f} %  "
-        f"on {accuracy.images:,} images (float32)"
-    )
-    console.print(f"results: {escape(str(path))}", soft_wrap=True)
-    if recipe.precision != "fp32":
-        console.print(
-            f"[yellow]This is the FLOAT model.[/] {recipe.name} also asks for "
-            f"{', '.join(PENDING_STAGES)}, which this version does not do yet."
-        )
-    return results
+        shop.console.print(f"[yellow]{len(shop.bad)} images could not be decoded and were skipped")
+    shop.console.print(f"results: {escape(str(path))}", soft_wrap=True)
 
 
-def _announce(shop: Workshop) -> None:
-    recipe = shop.recipe
-    shop.console.print(f"[bold]{recipe.name}[/]: {escape(recipe.claim)}")
-    if recipe.precision != "fp32":
-        shop.console.print(
-            f"[yellow]{recipe.precision} stages ({', '.join(PENDING_STAGES)}) are not part of this "
-            "version: what runs now is the float model they will start from."
+def _validating(shop: Workshop, validation: Samples) -> Validate:
+    """What a training calls to know how it is doing; each process counts its share."""
+
+    def validate(candidate: nn.Module) -> tuple[int, int]:
+        chosen = spread_indices(len(validation), shop.recipe.evaluate.images)
+        share = chosen[slice(*shop.world.share(len(chosen)))]
+        accuracy = _measure(shop, candidate, validation, share)
+        return accuracy.images, accuracy.correct
+
+    return validate
+
+
+def _compared(
+    shop: Workshop, compact: CompactCare, model: nn.Module, validation: Samples
+) -> Paired:
+    """The quantized model beside the float one, on the validation images."""
+    recipe, device = shop.recipe, shop.world.device
+    classes = len(validation.classes)
+    with shop.stage("evaluate"):
+        return measure_pair(
+            TorchPredictor(compact, classes, device),
+            TorchPredictor(model, classes, device),
+            validation,
+            recipe.data,
+            batch_size=recipe.evaluate.batch_size,
+            indices=spread_indices(len(validation), recipe.evaluate.images),
+            bad=shop.bad,
+            console=shop.console,
+            device=device,
         )
 
 

@@ -13,129 +13,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from care_compress.errors import RecipeError
+from care_compress.quantization_sections import QuantizeSection
+from care_compress.sections import (
+    BudgetSection,
+    DataSection,
+    EvaluateSection,
+    ModelSection,
+    RewriteSection,
+    Section,
+    TrainSection,
+)
 
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
 
-Arch = Literal["care_nano", "care_s0", "care_s1", "care_s2"]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys refused, types not coerced, values frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
+Precision = Literal["fp32", "fp16", "bf16", "int8", "w4a8", "w4a4", "mixed"]
 AnySection = TypeVar("AnySection", bound=Section)
-
-
-class ModelSection(Section):
-    """Which float network to start from."""
-
-    checkpoint: str | None = Field(
-        None, description="a file, builtin:NAME, or nothing to train from scratch"
-    )
-    arch: Arch | None = Field(None, description="care_nano, care_s0, ...; inferred if left out")
-
-
-class DataSection(Section):
-    """Which images, and how a file becomes the network's input."""
-
-    source: str = Field("builtin:shapes", description="builtin:, folder, zip, hf: or wds: source")
-    resolution: Annotated[int, Field(ge=32, le=2048)] = 224
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    classes: str | None = Field(None, description="file with one class name per line, in order")
-    exif_rotate: bool = False
-    skip_bad_images: bool = False
-    workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
-        None, description="decoding processes; chosen from the source and the cores if left out"
-    )
-
-
-class RewriteSection(Section):
-    """Which exact rewrites to apply (see `care_compress.model.rewrite`)."""
-
-    fold_stem: bool = True
-    fold_norms: bool = Field(
-        True, description="exact in float, ruinous in front of a quantized 1x1: off for int8"
-    )
-    merge_heads: bool = True
-    fold_depthwise_bias: bool = True
-    pool_last_depthwise: bool = True
-    fuse_normaliser: bool = True
-
-
-class AugmentSection(Section):
-    """Random changes to training images; all of them drawn from (seed, epoch, image)."""
-
-    scale: tuple[Positive, Positive] = (0.08, 1.0)
-    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    flip: Fraction = 0.5
-    jitter: Fraction = Field(0.0, description="strength of brightness, contrast and saturation")
-    erase: Fraction = Field(0.0, description="probability of erasing a random rectangle")
-    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="beta parameter, 0 = off")
-    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="beta parameter, 0 = off")
-
-    @model_validator(mode="after")
-    def _ranges_rise(self) -> "AugmentSection":
-        if not self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("scale must be [least, most] share of the image, at most 1")
-        if not self.ratio[0] <= self.ratio[1]:
-            raise ValueError("ratio must be [least, most] width over height")
-        return self
-
-
-class DistillSection(Section):
-    """A teacher for the distillation head."""
-
-    teacher: str = Field(description="a CARE checkpoint or an .onnx classifier")
-    kind: Literal["hard", "soft"] = "hard"
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-    temperature: Positive = 1.0
-
-
-class TrainSection(Section):
-    """How to train the float network; also the loop that QAT runs in."""
-
-    epochs: Count
-    batch_size: Count = Field(description="over all processes together")
-    learning_rate: Positive
-    schedule: Literal["cosine", "one_cycle"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    final_lr_fraction: Fraction = 0.01
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    label_smoothing: Fraction = 0.1
-    drop_path: Fraction = 0.0
-    clip_grad_norm: Positive | None = None
-    ema_decay: Fraction | None = Field(None, description="weight averaging, warmed up")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    checkpoint_steps: Count = Field(200, description="a killed run loses at most this many steps")
-    validate_epochs: Count = Field(1, description="epochs between validations")
-    augment: AugmentSection = AugmentSection()
-    distill: DistillSection | None = None
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> "TrainSection":
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs must be smaller than epochs ({self.epochs})")
-        return self
-
-
-class EvaluateSection(Section):
-    """How the result is measured."""
-
-    batch_size: Count = 256
-    images: Count | None = Field(
-        None, description="N evenly spaced validation images; all if left out"
-    )
 
 
 class Recipe(Section):
@@ -143,12 +38,14 @@ class Recipe(Section):
 
     name: str
     claim: str = Field(description="what this recipe promises, one sentence")
-    precision: Literal["fp32", "int8"] = "fp32"
+    precision: Precision = "fp32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     train: TrainSection | None = None
     rewrite: RewriteSection = RewriteSection()
+    quantize: QuantizeSection | None = None
+    budget: BudgetSection = BudgetSection()
     evaluate: EvaluateSection = EvaluateSection()
 
     @model_validator(mode="after")
@@ -157,6 +54,17 @@ class Recipe(Section):
             raise ValueError("there is neither model.checkpoint nor a train section to make one")
         if self.model.checkpoint is None and self.model.arch is None:
             raise ValueError("model.arch is needed to train from scratch")
+        return self
+
+    @model_validator(mode="after")
+    def _precision_fits(self) -> "Recipe":
+        if (self.precision == "fp32") != (self.quantize is None):
+            raise ValueError("a quantize section goes with a precision other than fp32")
+        search = self.quantize and (
+            self.quantize.search or (self.quantize.nncf and self.quantize.nncf.accuracy_control)
+        )
+        if search and self.budget.max_top1_drop is None:
+            raise ValueError("the search for bits needs budget.max_top1_drop")
         return self
 
 

@@ -16,7 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
 from care_compress.errors import RunError
 from care_compress.recipe import Recipe
@@ -73,6 +75,16 @@ def sha256_file(path: Path) -> str:
 def fingerprint(value: object) -> str:
     """Hex digest of plain data; equal data, equal digest, on any machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Hex digest of named tensors: names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Run:

@@ -12,7 +12,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import Field, field_validator, model_validator
 
 from care_compress.errors import RecipeError
-from care_compress.recipe import RECIPES_DIR, Section, parse, read_yaml
+from care_compress.recipe import RECIPES_DIR, parse, read_yaml
+from care_compress.sections import Section
 
 TARGETS_DIR = RECIPES_DIR / "targets"
 

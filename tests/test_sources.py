@@ -13,7 +13,7 @@ from PIL import Image
 
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import BadImageError, DataError
-from care_compress.recipe import DataSection
+from care_compress.sections import DataSection
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10-imagefolder.zip"
 

@@ -20,7 +20,8 @@ from care_compress.data.loader import Batch
 from care_compress.errors import CareError, TrainingError
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
-from care_compress.recipe import AugmentSection, DistillSection, TrainSection, load_recipe
+from care_compress.recipe import load_recipe
+from care_compress.sections import AugmentSection, DistillSection, TrainSection
 from care_compress.train.averaging import averaged
 from care_compress.train.display import Silent
 from care_compress.train.distributed import World
@@ -194,7 +195,9 @@ def test_an_infinite_gradient_never_reaches_the_weights(images: Path) -> None:
     trainee = set_up(care_compress.build_model("care_nano", 4), section, World())
     before = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
 
-    def exploding(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> Outcome:
+    def exploding(
+        model: nn.Module, x: torch.Tensor, targets: torch.Tensor, progress: float
+    ) -> Outcome:
         logits, _ = model(x)
         return Outcome((logits * 0).sqrt().sum(), logits.detach())  # finite, its slope is not
 
@@ -319,11 +322,11 @@ def test_the_distillation_head_follows_the_teacher_by_its_weight() -> None:
 
     hard = DistillSection(teacher="x", kind="hard", weight=0.25)
     student = lambda x: (logits, distilled)  # noqa: E731
-    loss = Classification(hard, Teacher())(student, torch.zeros(4, 3, 8, 8), targets).loss
+    loss = Classification(hard, Teacher())(student, torch.zeros(4, 3, 8, 8), targets, 0.0).loss
     expected = 0.75 * F.cross_entropy(logits, torch.arange(4))
     expected = expected + 0.25 * F.cross_entropy(distilled, taught.argmax(dim=1))
     torch.testing.assert_close(loss, expected)
-    alone = Classification(None, None)(student, torch.zeros(4, 3, 8, 8), targets).loss
+    alone = Classification(None, None)(student, torch.zeros(4, 3, 8, 8), targets, 0.0).loss
     both = F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(distilled, torch.arange(4))
     torch.testing.assert_close(alone, both / 2)
 

@@ -21,7 +21,7 @@ from care_compress.data.listing import (
 )
 from care_compress.data.rawfile import opened, read_at
 from care_compress.errors import DataError
-from care_compress.recipe import DataSection
+from care_compress.sections import DataSection
 
 LOCAL_HEADER = struct.Struct("<26xHH")  # its last fields: the lengths of the name and the extras
 ENCRYPTED = 0x1

@@ -17,7 +17,7 @@ from care_compress.data.listing import (
     class_order,
 )
 from care_compress.errors import DataError
-from care_compress.recipe import DataSection
+from care_compress.sections import DataSection
 
 IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".gif", b".tif", b".tiff")
 LAYOUT = "arrange the images as train/<class>/... and val/<class>/..., or <class>/... alone"

@@ -16,7 +16,7 @@ from care_compress.data.listing import (
     summary,
 )
 from care_compress.errors import DataError
-from care_compress.recipe import DataSection
+from care_compress.sections import DataSection
 
 if TYPE_CHECKING:
     import datasets

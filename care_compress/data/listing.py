@@ -18,7 +18,7 @@ from PIL import Image
 
 from care_compress.data.decode import FIX, decode
 from care_compress.errors import BadImageError, DataError
-from care_compress.recipe import DataSection
+from care_compress.sections import DataSection
 
 Split = Literal["train", "val"]
 

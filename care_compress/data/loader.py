@@ -23,7 +23,7 @@ from care_compress.data.samples import Samples
 from care_compress.data.transforms import Key, Transform
 from care_compress.errors import BadImageError, CareError, DataError
 from care_compress.machine import usable_cores
-from care_compress.recipe import DataSection
+from care_compress.sections import DataSection
 
 MAX_WORKERS = 8  # when data.workers is left out; more starve the process that feeds the network
 

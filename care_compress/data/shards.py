@@ -28,7 +28,7 @@ from care_compress.data.listing import (
 )
 from care_compress.data.rawfile import opened, read_at
 from care_compress.errors import DataError
-from care_compress.recipe import DataSection
+from care_compress.sections import DataSection
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_KEYS = ("cls", "label")  # of a .json

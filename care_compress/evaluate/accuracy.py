@@ -16,10 +16,10 @@ from care_compress.data.sources import check_classes, open_samples
 from care_compress.data.transforms import EvalTransform, normalize
 from care_compress.errors import DataError
 from care_compress.evaluate.display import evaluation_progress
-from care_compress.recipe import DataSection
+from care_compress.predictor import Predictor
 from care_compress.run import write_text
 from care_compress.runtime.opening import open_predictor
-from care_compress.runtime.predictor import Predictor
+from care_compress.sections import DataSection
 
 CPU = torch.device("cpu")
 

@@ -69,6 +69,14 @@ def linear_attention(q_BhdN: Tensor, k_BhdN: Tensor, v_BhdN: Tensor) -> Tensor:
     return (vk_Bhdd @ q) / normaliser_Bh1N
 
 
+class Sum(nn.Module):
+    """A residual addition; a module, so that quantization can name it."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """X + y."""
+        return x + y
+
+
 class TokenMixer(nn.Module):
     """Splits channels into memory and three groups; mixes tokens within the groups.
 
@@ -143,20 +151,25 @@ class Interaction(nn.Module):
         self.inter1_fc1 = nn.Conv2d(features, hidden1, 1)
         self.inter1_conv = nn.Conv2d(hidden1, hidden1, 3, padding=1, groups=hidden1)
         self.inter1_fc2 = nn.Conv2d(hidden1, features, 1)
+        self.inter1_add = Sum()
         self.inter2_norm = nn.BatchNorm2d(width)
         self.inter2_fc1 = nn.Conv2d(width, hidden2, 1)
         self.inter2_conv = nn.Conv2d(hidden2, hidden2, 3, padding=1, groups=hidden2)
         # The network's last interaction ends with its depthwise convolution.
         self.inter2_fc2 = None if last else nn.Conv2d(hidden2, width, 1)
+        self.inter2_add = None if last else Sum()
 
     def forward(self, memory: Tensor, features: Tensor) -> Tensor:
         """Mix channels of the features, then of everything."""
         x = F.gelu(self.inter1_fc1(self.inter1_norm(features)))
-        features = features + self.inter1_fc2(self.inter1_conv(x))
+        features = self.inter1_add(features, self.inter1_fc2(self.inter1_conv(x)))
         everything = torch.cat([memory, features], dim=1)
         x = F.gelu(self.inter2_fc1(self.inter2_norm(everything)))
         out: Tensor = self.inter2_conv(x)
-        return out if self.inter2_fc2 is None else everything + self.inter2_fc2(out)
+        if self.inter2_fc2 is None or self.inter2_add is None:
+            return out
+        out = self.inter2_add(everything, self.inter2_fc2(out))
+        return out
 
 
 class Block(nn.Module):
@@ -170,16 +183,18 @@ class Block(nn.Module):
         self.inter_layer = Interaction(group, ratios, last)
         self.drop_path = drop
         self.gamma = None if last else nn.Parameter(torch.full((4 * group,), 1e-1))
+        self.add = None if last else Sum()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """One block; the last block of the network returns its hidden features bare."""
         out: Tensor = self.inter_layer(*self.token_mixer(x_BCHW))
-        if self.gamma is None:
+        if self.gamma is None or self.add is None:
             return out
         out = out * self.gamma.view(-1, 1, 1)
         if self.training and self.drop_path > 0:
             out = drop_path(out, self.drop_path)
-        return x_BCHW + out
+        out = self.add(x_BCHW, out)
+        return out
 
 
 def drop_path(x_BCHW: Tensor, probability: float) -> Tensor:

@@ -1,7 +1,7 @@
 """CARE for inference: the same function in a form that exports cleanly and can be rewritten.
 
 `CompactCare` starts as a copy of a `Care`; the rewrites in `care_compress.model.rewrite` replace
-its parts. Shape suffixes as in `care_compress.model.care`; e is d plus one row that counts tokens.
+its parts. Shape suffixes as in `care_compress.model.care`.
 """
 
 import copy
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from care_compress.errors import CareError
+from care_compress.model.attention import AttentionCore
 from care_compress.model.care import (
-    ATTENTION_EPS,
     Block,
     Care,
     Head,
+    Interaction,
     Stage,
     TokenMixer,
     check_input_size,
-    positive_features,
 )
 
 
@@ -31,7 +31,9 @@ class SlicedMixer(TokenMixer):
     is one. Training keeps the split, whose backward pass is a single concatenation.
     """
 
-    fused_normaliser = False
+    def __init__(self, group: int, head_dim: int | None) -> None:
+        super().__init__(group, head_dim)
+        self.core = None if head_dim is None else AttentionCore()
 
     @classmethod
     def of(cls, mixer: TokenMixer) -> "SlicedMixer":
@@ -55,23 +57,75 @@ class SlicedMixer(TokenMixer):
         return qk[:, :heads], qk[:, heads:]
 
     def mix_tokens(self, q_BhdN: Tensor, k_BhdN: Tensor, v_BhdN: Tensor) -> Tensor:
-        """Attention with numerator and denominator from one product, if so rewritten."""
-        if not self.fused_normaliser:
-            return super().mix_tokens(q_BhdN, k_BhdN, v_BhdN)
-        return fused_linear_attention(q_BhdN, k_BhdN, v_BhdN)
+        """The attention core in the form a rewrite chose."""
+        assert self.core is not None
+        out: Tensor = self.core(q_BhdN, k_BhdN, v_BhdN)
+        return out
 
 
-def fused_linear_attention(q_BhdN: Tensor, k_BhdN: Tensor, v_BhdN: Tensor) -> Tensor:
-    """Linear attention with [v, 1] as the operand: the extra row of the product is the normaliser.
+class CompactInteraction(Interaction):
+    """`Interaction` with a place for a rotation between each depthwise conv and its second 1x1."""
 
-    [v; 1] k^T q / N = [numerator; q . mean(k)]. The division by N stays: dropping it is exact only
-    with eps * N, and float16 needs the smaller numbers.
+    def __init__(self, source: Interaction) -> None:
+        nn.Module.__init__(self)
+        for name, child in source.named_children():
+            self.add_module(name, child)
+        for name in ("inter2_fc2", "inter2_add"):  # the last interaction has neither
+            if not hasattr(self, name):
+                setattr(self, name, None)
+        self.inter1_rotation: nn.Module = nn.Identity()
+        self.inter2_rotation: nn.Module = nn.Identity()
+
+    def forward(self, memory: Tensor, features: Tensor) -> Tensor:
+        """Mix channels of the features, then of everything."""
+        x: Tensor = F.gelu(self.inter1_fc1(self.inter1_norm(features)))
+        x = self.inter1_fc2(self.inter1_rotation(self.inter1_conv(x)))
+        everything = torch.cat([memory, self.inter1_add(features, x)], dim=1)
+        x = F.gelu(self.inter2_fc1(self.inter2_norm(everything)))
+        x = self.inter2_conv(x)
+        if self.inter2_fc2 is None or self.inter2_add is None:
+            return x
+        x = self.inter2_add(everything, self.inter2_fc2(self.inter2_rotation(x)))
+        return x
+
+
+class ChannelAffine(nn.Module):
+    """y_c = scale_c x_c + shift_c: a BatchNorm in eval mode, and the scale site in front of a 1x1.
+
+    In a quantized graph it is one multiply-add that fuses into the quantize behind it.
     """
-    q, k = positive_features(q_BhdN), positive_features(k_BhdN)
-    v1_BheN = torch.cat([v_BhdN, torch.ones_like(v_BhdN[:, :, :1])], dim=2)
-    v1k_Bhed = v1_BheN @ k.transpose(-1, -2) / q.shape[-1]
-    both_BheN = v1k_Bhed @ q
-    return both_BheN[:, :, :-1] / (both_BheN[:, :, -1:] + ATTENTION_EPS)
+
+    def __init__(self, scale_C: Tensor, shift_C: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale_C.detach().view(-1, 1, 1).float().clone())
+        self.shift = nn.Parameter(shift_C.detach().view(-1, 1, 1).float().clone())
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Scale and shift every channel."""
+        return x_BCHW * self.scale + self.shift
+
+
+class Rotation(nn.Module):
+    """An orthogonal map within blocks of channels: y = H x, as a grouped 1x1 convolution.
+
+    H is a Hadamard matrix over sqrt(block), so outlier channels spread over their block. The
+    layer behind it takes W H^T and the product stays what it was. It runs in float.
+    """
+
+    def __init__(self, channels: int, block: int) -> None:
+        super().__init__()
+        hadamard = torch.ones(1, 1)
+        while len(hadamard) < block:
+            top = torch.cat([hadamard, hadamard], dim=1)
+            hadamard = torch.cat([top, torch.cat([hadamard, -hadamard], dim=1)])
+        self.block = block
+        matrix = (hadamard / block**0.5).repeat(channels // block, 1)
+        self.weight = nn.Parameter(matrix[:, :, None, None], requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Rotate every block of channels."""
+        return F.conv2d(x_BCHW, self.weight, self.bias, groups=len(self.bias) // self.block)
 
 
 class GlobalMean(nn.Module):
@@ -158,6 +212,7 @@ class CompactCare(nn.Module):
         self.stages = source.stages
         for block in blocks(self):
             block.token_mixer = SlicedMixer.of(block.token_mixer)
+            block.inter_layer = CompactInteraction(block.inter_layer)
         self.pool: nn.Module = GlobalMean()
         self.heads: nn.Module = TwinHeads(source.head, source.dist_head)
         self.requires_grad_(False)
@@ -169,9 +224,10 @@ class CompactCare(nn.Module):
                 "the fourth stage output no longer exists: its depthwise is part of the pool.",
                 "rewrite with pool_last_depthwise off",
             )
-        return self._stages(x_BCHW)
+        return self.stage_outputs(x_BCHW)
 
-    def _stages(self, x_BCHW: Tensor) -> list[Tensor]:
+    def stage_outputs(self, x_BCHW: Tensor) -> list[Tensor]:
+        """What each stage hands on; the fourth may still lack the depthwise that moved on."""
         check_input_size(x_BCHW)
         outputs = [self.stem(x_BCHW)]
         for stage in self.stages:
@@ -180,7 +236,11 @@ class CompactCare(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, K)."""
-        logits: Tensor = self.heads(self.pool(self._stages(x_BCHW)[-1]))
+        return self.classify(self.stage_outputs(x_BCHW)[-1])
+
+    def classify(self, features_BCHW: Tensor) -> Tensor:
+        """Logits of what the fourth stage hands on."""
+        logits: Tensor = self.heads(self.pool(features_BCHW))
         return logits
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from care_compress.errors import CareError
+from care_compress.model.attention import FusedCore
 from care_compress.model.care import Care
 from care_compress.model.compact import (
     CompactCare,
@@ -24,7 +25,7 @@ from care_compress.model.compact import (
     stages,
 )
 from care_compress.model.cost import Cost, measure_cost
-from care_compress.recipe import RewriteSection
+from care_compress.sections import RewriteSection
 
 
 def rewrite(model: Care, switches: RewriteSection | None = None) -> CompactCare:
@@ -73,7 +74,7 @@ def _chosen(switches: RewriteSection | None) -> Iterator[tuple[str, Callable[[Co
 def fold_stem(model: CompactCare) -> None:
     """Stem convolution then BatchNorm: W' = a W, b' = a b + c, per output channel."""
     conv = _conv(model.stem[0])
-    scale, shift = _affine(model.stem[1])
+    scale, shift = norm_as_affine(model.stem[1])
     bias = conv.bias.double() if conv.bias is not None else torch.zeros_like(scale)
     assign(conv, conv.weight.double() * scale.view(-1, 1, 1, 1), bias * scale + shift)
     model.stem = nn.Sequential(conv)
@@ -132,7 +133,8 @@ def fuse_normaliser(model: CompactCare) -> None:
     """Attention numerator and denominator from one matrix product."""
     for block in blocks(model):
         assert isinstance(block.token_mixer, SlicedMixer)
-        block.token_mixer.fused_normaliser = True
+        if block.token_mixer.core is not None:
+            block.token_mixer.core = FusedCore()
 
 
 REWRITES: dict[str, Callable[[CompactCare], None]] = {
@@ -150,7 +152,7 @@ def _conv(module: nn.Module) -> nn.Conv2d:
     return module
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def norm_as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """BatchNorm in eval mode as y = scale x + shift, in float64."""
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None and norm.running_var is not None
@@ -159,7 +161,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _fold_norm_forward(norm: nn.Module, conv: nn.Conv2d) -> None:
-    scale, shift = _affine(norm)
+    scale, shift = norm_as_affine(norm)
     weight = conv.weight.double()
     assert conv.bias is not None and not any(conv.padding)
     bias = conv.bias.double() + (weight * shift.view(1, -1, 1, 1)).sum(dim=(1, 2, 3))

@@ -5,9 +5,9 @@ import torch
 from care_compress.errors import TargetError
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
 from care_compress.model.rewrite import rewrite
+from care_compress.predictor import Predictor
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_torch import TorchPredictor
-from care_compress.runtime.predictor import Predictor
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
 

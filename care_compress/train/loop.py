@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from care_compress.data.loader import Batch
 from care_compress.errors import TrainingError
-from care_compress.recipe import TrainSection
+from care_compress.sections import TrainSection
 from care_compress.train.averaging import averaged
 from care_compress.train.display import Silent, TrainingDisplay
 from care_compress.train.distributed import World, distribute, synchronise_norms
@@ -30,7 +30,31 @@ from care_compress.train.state import Progress, Trainee, forget, step_back
 STEP_STREAM = 2  # keeps the per-step seeds apart from the other users of the recipe's seed
 DIVERGED = 3.0  # times the first loss, or that of a uniform guess
 GUARD_STEPS = 50  # steps before the divergence guard speaks
+# A model in, (images, correct) of this process's share of the validation images out.
+Validate = Callable[[nn.Module], tuple[int, int]]
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a weight decay and a rate relative to the schedule's."""
+
+    parameters: list[nn.Parameter]
+    weight_decay: float = 0.0
+    rate: float = 1.0
+    until: float = 1.0  # part of the training after which they stay as they are
+
+
+def decayed_and_free(model: nn.Module, plan: TrainSection) -> list[ParameterGroup]:
+    """Matrices decay; weight decay pulls norms, biases and layer scales towards nothing useful."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        ParameterGroup([p for p in trained if p.dim() > 1], plan.weight_decay),
+        ParameterGroup([p for p in trained if p.dim() <= 1]),
+    ]
+
+
+Groups = Callable[[nn.Module, TrainSection], list[ParameterGroup]]
 
 
 @dataclass(frozen=True)
@@ -44,12 +68,13 @@ class Course:
     fingerprint: str  # of everything that decides the weights
     batches: Callable[[int], Generator[Batch]]  # from a step to the end
     prepare: Callable[[Tensor], Tensor]  # uint8 pixels to normalised float32
-    validate: Callable[[nn.Module], tuple[int, int]]  # (images, correct) of this process's share
+    validate: Validate
+    groups: Groups = decayed_and_free
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole training."""
-        return self.plan.epochs * self.steps_per_epoch
+        return self.plan.total_steps(self.steps_per_epoch)
 
 
 def fit(
@@ -62,7 +87,7 @@ def fit(
 ) -> Trainee:
     """Train to the end, resuming from `folder` if the same training was cut off there."""
     checkpoint = folder / "train_state.pt"
-    trainee = set_up(model, course.plan, world)
+    trainee = set_up(model, course.plan, world, course.groups)
     resumed = trainee.resume(checkpoint, course.fingerprint)
     world.wait()  # nobody may touch the state before everybody has read it
     if trainee.progress.step == course.total_steps:
@@ -114,21 +139,28 @@ def _train(
                 trainee.save(checkpoint, course.fingerprint)
 
 
-def set_up(model: nn.Module, plan: TrainSection, world: World) -> Trainee:
+def set_up(
+    model: nn.Module,
+    plan: TrainSection,
+    world: World,
+    groups: Groups = decayed_and_free,
+) -> Trainee:
     """The model on its device with optimizer, scaler and average, before the first step."""
     layout = torch.channels_last
     model = synchronise_norms(model, world)
     model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
-    # Weight decay pulls norms, biases and layer scales towards values that mean nothing.
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    free = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": plan.weight_decay},
-        {"params": free, "weight_decay": 0.0},
+    optimized: list[dict[str, Any]] = [
+        {
+            "params": group.parameters,
+            "weight_decay": group.weight_decay,
+            "rate": group.rate,
+            "until": group.until,
+        }
+        for group in groups(model, plan)
     ]
     return Trainee(
         model=model,
-        optimizer=torch.optim.AdamW(groups, lr=plan.learning_rate, fused=True),
+        optimizer=torch.optim.AdamW(optimized, lr=plan.learning_rate, fused=True),
         scaler=torch.amp.GradScaler(world.device.type, enabled=plan.precision == "fp16"),
         average=None if plan.ema_decay is None else averaged(model, plan.ema_decay),
         progress=Progress(),
@@ -159,16 +191,18 @@ def train_step(
     targets = soft_targets(labels, course.num_classes, plan.label_smoothing)
     images, targets = mix(images, targets, plan.augment, course.seed, step)
 
+    progress = step / course.total_steps
     half = HALF_PRECISION.get(plan.precision)
     with torch.autocast(world.device.type, half, enabled=half is not None):
-        outcome = objective(runner, images, targets)
+        outcome = objective(runner, images, targets, progress)
     # The loss of the global batch, so that every process takes the same way out of a bad one.
     loss = float(world.total(outcome.loss.detach().clone())) / world.size
     _check_loss(trainee.progress, loss, course)
 
     rate = learning_rate(step, course.steps_per_epoch, plan)
     for group in trainee.optimizer.param_groups:
-        group["lr"] = rate
+        # A rate of zero moves nothing: AdamW's decay is multiplied by it too.
+        group["lr"] = rate * group["rate"] if progress < group["until"] else 0.0
     trainee.optimizer.zero_grad()
     trainee.scaler.scale(outcome.loss).backward()  # type: ignore[no-untyped-call]
     trainee.scaler.unscale_(trainee.optimizer)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from care_compress.recipe import AugmentSection
+from care_compress.sections import AugmentSection
 
 MIXING_STREAM = 1  # keeps these draws apart from the loader's, which share the seed
 

@@ -1,12 +1,10 @@
 """Training the float network that a recipe describes."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from care_compress.data.loader import BadImages, steps_per_epoch, training_batches
 from care_compress.data.samples import Samples
@@ -14,12 +12,12 @@ from care_compress.data.transforms import TrainTransform, normalize
 from care_compress.errors import DataError, TrainingError
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
-from care_compress.recipe import DistillSection, Recipe, TrainSection
+from care_compress.predictor import Predictor
+from care_compress.recipe import Recipe
 from care_compress.run import fingerprint, sha256_file
-from care_compress.runtime.opening import open_predictor
-from care_compress.runtime.predictor import Predictor
+from care_compress.sections import TrainSection
 from care_compress.train.distributed import World
-from care_compress.train.loop import Course, fit
+from care_compress.train.loop import Course, Groups, Validate, decayed_and_free, fit
 from care_compress.train.objective import Classification, check_teacher
 from care_compress.train.state import Progress
 
@@ -30,7 +28,8 @@ WATCHING = {"checkpoint_steps", "validate_epochs"}
 def train_network(
     recipe: Recipe,
     samples: Samples,
-    validate: Callable[[nn.Module], tuple[int, int]],
+    teacher: Predictor | None,
+    validate: Validate,
     folder: Path,
     world: World,
     console: Console,
@@ -39,31 +38,11 @@ def train_network(
     """Train as the recipe says; the result is in eval mode on the CPU."""
     plan = recipe.train
     assert plan is not None
-    _check_share(plan, world)
     start = starting_point(recipe, len(samples.classes))
-    teacher = open_teacher(plan.distill, len(samples.classes), world)
-    per_epoch = steps_per_epoch(samples, plan.batch_size)
-    course = Course(
-        plan=plan,
-        steps_per_epoch=per_epoch,
-        num_classes=len(samples.classes),
-        seed=recipe.seed,
-        fingerprint=training_fingerprint(recipe, samples),
-        batches=lambda start: training_batches(
-            samples,
-            TrainTransform(recipe.data.resolution, plan.augment, recipe.data.exif_rotate),
-            plan.batch_size,
-            recipe.data,
-            seed=recipe.seed,
-            start_step=start,
-            total_steps=plan.epochs * per_epoch,
-            bad=bad,
-            rank=world.rank,
-            world_size=world.size,
-        ),
-        prepare=partial(normalize, mean=recipe.data.mean, std=recipe.data.std),
-        validate=validate,
-    )
+    if teacher is not None:
+        check_teacher(teacher, len(samples.classes))
+    decides = training_fingerprint(recipe, samples)
+    course = course_of(plan, recipe, samples, decides, validate, world, bad)
     trainee = fit(start, Classification(plan.distill, teacher), course, folder, world, console)
     trained = Care(start.arch, start.num_classes)
     trained.load_state_dict(trainee.result.state_dict())
@@ -88,15 +67,42 @@ def starting_point(recipe: Recipe, num_classes: int) -> Care:
     return model
 
 
-def open_teacher(
-    distill: DistillSection | None, num_classes: int, world: World
-) -> Predictor | None:
-    """The teacher of a recipe: a CARE checkpoint or an ONNX classifier."""
-    if distill is None:
-        return None
-    teacher = open_predictor(distill.teacher, world.device)
-    check_teacher(teacher, num_classes)
-    return teacher
+def course_of(
+    plan: TrainSection,
+    recipe: Recipe,
+    samples: Samples,
+    decides: str,
+    validate: Validate,
+    world: World,
+    bad: BadImages,
+    groups: Groups = decayed_and_free,
+) -> Course:
+    """What the loop works on: `plan` over the recipe's training images."""
+    _check_share(plan, world)
+    per_epoch = steps_per_epoch(samples, plan.batch_size)
+    total = plan.total_steps(per_epoch)
+    return Course(
+        plan=plan,
+        steps_per_epoch=per_epoch,
+        num_classes=len(samples.classes),
+        seed=recipe.seed,
+        fingerprint=decides,
+        batches=lambda start: training_batches(
+            samples,
+            TrainTransform(recipe.data.resolution, plan.augment, recipe.data.exif_rotate),
+            plan.batch_size,
+            recipe.data,
+            seed=recipe.seed,
+            start_step=start,
+            total_steps=total,
+            bad=bad,
+            rank=world.rank,
+            world_size=world.size,
+        ),
+        prepare=partial(normalize, mean=recipe.data.mean, std=recipe.data.std),
+        validate=validate,
+        groups=groups,
+    )
 
 
 def training_fingerprint(recipe: Recipe, samples: Samples) -> str:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from care_compress.errors import TrainingError
-from care_compress.recipe import DistillSection
-from care_compress.runtime.predictor import Predictor
+from care_compress.predictor import Predictor
+from care_compress.sections import DistillSection
 
 
 class Outcome(NamedTuple):
@@ -23,9 +23,11 @@ class Outcome(NamedTuple):
 
 
 class Objective(Protocol):
-    """Maps (model, images, soft targets) to a loss."""
+    """Maps (model, images, soft targets, part of the training done) to a loss."""
 
-    def __call__(self, model: nn.Module, images_BCHW: Tensor, targets_BK: Tensor) -> Outcome:
+    def __call__(
+        self, model: nn.Module, images_BCHW: Tensor, targets_BK: Tensor, progress: float
+    ) -> Outcome:
         """Run the model forward and return the loss to minimise."""
         ...
 
@@ -41,7 +43,9 @@ class Classification:
         self.distill = distill
         self.teacher = teacher
 
-    def __call__(self, model: nn.Module, images_BCHW: Tensor, targets_BK: Tensor) -> Outcome:
+    def __call__(
+        self, model: nn.Module, images_BCHW: Tensor, targets_BK: Tensor, progress: float
+    ) -> Outcome:
         """Loss of a CARE in training mode, which returns both heads."""
         logits, distilled = model(images_BCHW)
         labelled = F.cross_entropy(logits, targets_BK)

@@ -2,7 +2,7 @@
 
 import math
 
-from care_compress.recipe import TrainSection
+from care_compress.sections import TrainSection
 
 ONE_CYCLE_START = 1 / 25  # where one-cycle begins, as a fraction of its peak
 
@@ -14,7 +14,7 @@ def learning_rate(step: int, steps_per_epoch: int, plan: TrainSection) -> float:
     """
     peak, final = plan.learning_rate, plan.learning_rate * plan.final_lr_fraction
     warmup = round(plan.warmup_epochs * steps_per_epoch)
-    total = plan.epochs * steps_per_epoch
+    total = plan.total_steps(steps_per_epoch)
     if step < warmup:
         if plan.schedule == "one_cycle":
             return _cosine(peak * ONE_CYCLE_START, peak, step / warmup)

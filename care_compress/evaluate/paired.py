@@ -1,0 +1,138 @@
+"""A model beside its baseline on the same images: drop with its interval, agreement, distance."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from care_compress.data.loader import BadImages, Batch, evaluation_batches
+from care_compress.data.samples import Samples
+from care_compress.data.transforms import EvalTransform, normalize
+from care_compress.errors import DataError
+from care_compress.evaluate.accuracy import Accuracy
+from care_compress.evaluate.display import evaluation_progress
+from care_compress.predictor import Predictor
+from care_compress.sections import DataSection
+
+NORMAL_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Counts over images that both models answered."""
+
+    baseline: Accuracy
+    candidate: Accuracy
+    lost: int  # right before, wrong now
+    gained: int  # wrong before, right now
+    agreeing: int  # same answer, right or wrong
+    signal: float  # sum of squared baseline logits
+    noise: float  # sum of squared logit differences
+
+    @property
+    def drop(self) -> float:
+        """Baseline top-1 minus candidate top-1, in points."""
+        return 100 * (self.lost - self.gained) / self.baseline.images
+
+    @property
+    def drop_ci95(self) -> tuple[float, float]:
+        """95 % interval of the drop for paired proportions.
+
+        Var = (lost + gained - (lost - gained)^2 / n) / n^2: only images whose answer changed sides
+        count, so it is far narrower than the intervals of the two accuracies.
+        """
+        n = self.baseline.images
+        changed, net = self.lost + self.gained, self.lost - self.gained
+        half = NORMAL_95 * math.sqrt(max(0.0, changed - net**2 / n)) / n
+        return self.drop - 100 * half, self.drop + 100 * half
+
+    @property
+    def agreement(self) -> float:
+        """Percent of images with the same answer."""
+        return 100 * self.agreeing / self.baseline.images
+
+    @property
+    def sqnr_db(self) -> float:
+        """Logit signal over quantization noise."""
+        return math.inf if self.noise == 0 else 10 * math.log10(self.signal / self.noise)
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers as ``results.json`` holds them; points in percent."""
+        return {
+            "images": self.candidate.images,
+            "top1": self.candidate.top1,
+            "top5": self.candidate.top5,
+            "drop": self.drop,
+            "drop_ci95": list(self.drop_ci95),
+            "agreement": self.agreement,
+            "sqnr_db": None if self.noise == 0 else self.sqnr_db,
+        }
+
+
+def measure_pair(
+    baseline: Predictor,
+    candidate: Predictor,
+    samples: Samples,
+    data: DataSection,
+    *,
+    batch_size: int,
+    indices: Sequence[int],
+    bad: BadImages,
+    console: Console,
+    device: torch.device,
+) -> Paired:
+    """Both models on these images, decoded once."""
+    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
+    batches = evaluation_batches(samples, transform, batch_size, data, bad=bad, indices=indices)
+
+    def prepare(images_BCHW: Tensor) -> Tensor:
+        return normalize(images_BCHW.to(device), data.mean, data.std)
+
+    with contextlib.closing(batches), evaluation_progress(console, len(indices)) as advance:
+        return count_pairs(baseline, candidate, batches, prepare, advance)
+
+
+@torch.inference_mode()
+def count_pairs(
+    baseline: Callable[[Tensor], Tensor],
+    candidate: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    prepare: Callable[[Tensor], Tensor],
+    progress: Callable[[int], None] = lambda images: None,
+) -> Paired:
+    """Run both over all batches and count."""
+    images = lost = gained = agreeing = 0
+    right, in_top5 = [0, 0], [0, 0]
+    signal = noise = 0.0
+    for batch in batches:
+        pixels = prepare(batch.images)
+        before, after = baseline(pixels).cpu(), candidate(pixels).cpu()
+        hits = []
+        for which, logits in enumerate((before, after)):
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+            hits.append(ranked[:, 0])
+            right[which] += int(ranked[:, 0].sum())
+            in_top5[which] += int(ranked.sum())
+        images += len(batch.labels)
+        lost += int((hits[0] & ~hits[1]).sum())
+        gained += int((~hits[0] & hits[1]).sum())
+        agreeing += int((before.argmax(dim=1) == after.argmax(dim=1)).sum())
+        signal += float(before.double().square().sum())
+        noise += float((before.double() - after.double()).square().sum())
+        progress(len(batch.labels))
+    if not images:
+        raise DataError("there was no image to evaluate.", "check the source and its val split")
+    return Paired(
+        Accuracy(images, right[0], in_top5[0]),
+        Accuracy(images, right[1], in_top5[1]),
+        lost,
+        gained,
+        agreeing,
+        signal,
+        noise,
+    )

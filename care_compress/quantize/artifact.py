@@ -1,0 +1,64 @@
+"""A quantized model as a file: weights, scales and what is needed to build the graph again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from care_compress.errors import CheckpointError
+from care_compress.model.care import build_model
+from care_compress.model.rewrite import rewrite
+from care_compress.quantization_sections import QuantizeSection
+from care_compress.quantize.placement import QuantizedCare, simulate
+from care_compress.quantize.ptq import planned
+from care_compress.run import atomic_file
+from care_compress.sections import RewriteSection
+
+HEADER = "care_compress_quantized"
+
+
+def save_quantized(
+    model: QuantizedCare, section: QuantizeSection, rewrites: RewriteSection, path: Path
+) -> None:
+    """Write the model; its header holds everything but the numbers."""
+    about = {
+        "arch": model.arch,
+        "num_classes": model.num_classes,
+        "resolution": model.plan.resolution,
+        "rewrite": rewrites.model_dump(mode="json"),
+        "quantize": section.model_dump(mode="json"),
+    }
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    content = save(tensors, metadata={HEADER: json.dumps(about, sort_keys=True)})
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def quantized_header(path: Path) -> dict[str, Any] | None:
+    """What a quantized model says about itself; None for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(HEADER)
+    except (OSError, SafetensorError):
+        return None
+    return None if header is None else dict(json.loads(header))
+
+
+def load_quantized(path: Path) -> QuantizedCare:
+    """The quantized model in simulation, ready to run."""
+    about = quantized_header(path)
+    if about is None:
+        raise CheckpointError(
+            f"{path} is no quantized model.", "give one from runs/<name>/ptq or qat"
+        )
+    section = QuantizeSection.model_validate_json(json.dumps(about["quantize"]))
+    rewrites = RewriteSection.model_validate_json(json.dumps(about["rewrite"]))
+    with torch.random.fork_rng():
+        network = rewrite(build_model(about["arch"], about["num_classes"]), rewrites)
+    network, plan = planned(network, section, about["resolution"])
+    model = simulate(network, plan)
+    model.load_state_dict(load_file(path), strict=True)
+    return model

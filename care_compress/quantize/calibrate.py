@@ -1,0 +1,88 @@
+"""Ranges of all quantizers: one streaming pass for activations, and the weights as they stand."""
+
+from collections.abc import Callable, Generator, Iterable
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from care_compress.errors import CalibrationError
+from care_compress.quantize.fakequant import IntQuantizer
+from care_compress.quantize.observers import make_observer, weight_scale
+from care_compress.quantize.placement import QuantizedCare, site_of
+
+# Starts a new pass over the calibration images: normalised float batches.
+Batches = Callable[[], Generator[Tensor]]
+
+
+@torch.inference_mode()
+def calibrate(quantized: QuantizedCare, batches: Iterable[Tensor], percentile: float) -> None:
+    """Set every scale and zero point, and switch the simulation on."""
+    quantized.enable(False)
+    watched = [q for q in quantized.integers() if q.operand != "weight"]
+    for quantizer in watched:
+        quantizer.observer = make_observer(quantizer, percentile).to(quantizer.scale.device)
+    seen = 0
+    for images in batches:
+        logits = quantized(images)
+        if not bool(torch.isfinite(logits).all()):
+            raise _not_finite(quantized, images)
+        seen += len(images)
+    if not seen:
+        raise CalibrationError(
+            "there is no calibration image.", "check quantize.calibrate and the training split"
+        )
+    for quantizer in watched:
+        assert quantizer.observer is not None
+        quantizer.set_qparams(*quantizer.observer.calculate_qparams())
+        quantizer.observer = None
+    set_weight_scales(quantized)
+    quantized.enable(True)
+
+
+def set_weight_scales(quantized: QuantizedCare) -> None:
+    """Scales of all integer weights, from the weights as they stand."""
+    for quantizer in quantized.integers("weight"):
+        scale = weight_scale(quantizer, quantized.weight(quantizer.site))
+        quantizer.set_qparams(scale, torch.zeros_like(quantizer.zero_point))
+
+
+class _FirstNonFinite(Interpreter):
+    """Runs the graph node by node until a value is no number."""
+
+    found: Node | None = None
+
+    def run_node(self, n: Node) -> object:
+        out = super().run_node(n)
+        bad = isinstance(out, Tensor) and not bool(torch.isfinite(out).all())
+        if bad and self.found is None:
+            self.found = n
+        return out
+
+
+def _not_finite(quantized: QuantizedCare, images: Tensor) -> CalibrationError:
+    run = _FirstNonFinite(quantized.graph)
+    run.run(images)
+    assert run.found is not None
+    node = run.found
+    if node.op == "placeholder":
+        where = "the input images"
+    elif node.op == "get_attr":
+        where = f"the parameter {str(node.target).removeprefix('network.')}"
+    else:
+        where = f"{site_of(node)} ({node.name})"
+    return CalibrationError(
+        f"the float model computes NaN or infinity; the first comes from {where}.",
+        "check the checkpoint, and data.mean and data.std",
+    )
+
+
+def learned_settled(quantized: QuantizedCare) -> None:
+    """Stop learning everywhere and fold what was learned into the scales."""
+    for quantizer in quantized.integers():
+        _settle(quantizer)
+
+
+def _settle(quantizer: IntQuantizer) -> None:
+    quantizer.learn(False)
+    quantizer.settle()

@@ -1,0 +1,270 @@
+"""Exact rescalings in front of a quantized 1x1: where CARE's accuracy is won or lost.
+
+A 1x1 conv takes its input from something that acts on each channel alone and linearly: the
+pre-norm BatchNorm (RepQuant's scale reparameterization, arXiv 2402.05628) or the depthwise conv of
+an interaction. So each channel can be shifted and scaled for free,
+
+    x'_c = (x_c - m_c) / s_c,    W'[:, c] = W[:, c] s_c,    b' = b + sum_c W[:, c] m_c,
+
+with m_c = (max x_c + min x_c) / 2 and s_c = max|x_c - m_c|^alpha / max|W[:, c]|^(1 - alpha).
+alpha = 1 makes every channel fill the activation range (as a scale per channel would), alpha = 0
+every column of the weight. ``search`` takes the alpha, or no scaling at all, whose quantized
+product is nearest to the float one on sampled rows.
+"""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from care_compress.model.care import Interaction
+from care_compress.model.compact import (
+    ChannelAffine,
+    CompactCare,
+    CompactInteraction,
+    Rotation,
+    assign,
+    blocks,
+    stages,
+)
+from care_compress.model.rewrite import norm_as_affine
+from care_compress.quantize.spec import Plan, TensorSpec
+from care_compress.quantize.statistics import InputStatistics
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+CLIPS = (1.0, 0.85, 0.7, 0.55)  # ranges tried for inputs that will be clipped
+TINY = 1e-8
+LARGEST_ROTATION = 32
+
+Alpha = float | Literal["trained", "off", "search"]
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """x'_c = (x_c - shift_c) / scale_c, and the alpha that made it (None: as it was)."""
+
+    scale: Tensor  # (C,)
+    shift: Tensor  # (C,)
+    alpha: float | None
+
+
+def norms_to_affine(model: CompactCare) -> None:
+    """Freeze every BatchNorm that is left into the multiply-add it is in eval mode."""
+    for block in blocks(model):
+        for name in ("inter1_norm", "inter2_norm"):
+            norm = getattr(block.inter_layer, name)
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(block.inter_layer, name, ChannelAffine(*norm_as_affine(norm)))
+    for stage in stages(model):
+        if stage.downsample is not None and isinstance(stage.downsample[0], nn.BatchNorm2d):
+            stage.downsample[0] = ChannelAffine(*norm_as_affine(stage.downsample[0]))
+    model.requires_grad_(False)
+
+
+def rotate(model: CompactCare, plan: Plan) -> None:
+    """Hadamard-rotate the inputs of 1x1 convs that will have fewer than 8 bits.
+
+    Hadamard-then-smooth (QuantVGGT): x' = H x spreads outliers within a block of channels, then
+    the rescaling above evens out what is left. W' = W H^T, exactly.
+    """
+    for block_index, block in _interactions(model):
+        for half in ("inter1", "inter2"):
+            for layer_name, place in ((f"{half}_fc1", "norm"), (f"{half}_fc2", "rotation")):
+                layer = getattr(block, layer_name)
+                name = f"{block_index}.inter_layer.{layer_name}"
+                if layer is None or not _narrow(plan.of(name).input):
+                    continue
+                channels = layer.in_channels
+                size = min(LARGEST_ROTATION, channels & -channels)
+                rotation = Rotation(channels, size).to(layer.weight.device)
+                _turn_weight(layer, rotation)
+                before = getattr(block, f"{half}_{place}")
+                if isinstance(before, ChannelAffine):
+                    _absorb(rotation, before)
+                setattr(block, f"{half}_{place}", rotation)
+
+
+def _interactions(model: CompactCare) -> list[tuple[str, CompactInteraction]]:
+    return [
+        (name.removesuffix(".inter_layer"), module)
+        for name, module in model.named_modules()
+        if isinstance(module, CompactInteraction)
+    ]
+
+
+def _narrow(spec: TensorSpec) -> bool:
+    return isinstance(spec.bits, int) and spec.bits < 8
+
+
+@torch.no_grad()
+def _turn_weight(layer: nn.Conv2d, rotation: Rotation) -> None:
+    """W' = W H^T, block by block."""
+    weight = layer.weight.flatten(1)
+    blocked = weight.reshape(len(weight), -1, rotation.block)
+    matrix = rotation.weight[: rotation.block, :, 0, 0]
+    turned = (blocked.double() @ matrix.double().T).reshape(layer.weight.shape)
+    layer.weight.copy_(turned)
+
+
+@torch.no_grad()
+def _absorb(rotation: Rotation, affine: ChannelAffine) -> None:
+    """H (a x + b) = (H a) x + H b, so the scale site costs nothing beside a rotation."""
+    scale, shift = affine.scale.flatten(), affine.shift.flatten()
+    within = scale.reshape(-1, rotation.block)
+    rows = within.repeat_interleave(rotation.block, dim=0)
+    offsets = shift.reshape(-1, rotation.block).repeat_interleave(rotation.block, dim=0)
+    rotation.bias.copy_((rotation.weight[:, :, 0, 0] * offsets).sum(dim=1))
+    rotation.weight.mul_(rows[:, :, None, None])
+
+
+def equalized_layers(plan: Plan, prescale: Alpha, equalize: Alpha) -> dict[str, Alpha]:
+    """The layers whose integer input can be rescaled exactly, with the alpha asked for."""
+    chosen: dict[str, Alpha] = {}
+    for decision in plan.decisions:
+        site = decision.site
+        if not decision.input.is_integer:
+            continue
+        if site.prescaled and prescale != "trained":
+            # One scale per channel at the scale site is alpha = 1: the weight takes the scales.
+            chosen[site.name] = 1.0 if decision.input.granularity == "channel" else prescale
+        if site.name.endswith("_fc2") and equalize != "off":
+            chosen[site.name] = equalize
+    return chosen
+
+
+def give_biases(model: CompactCare, names: Iterable[str]) -> None:
+    """A bias of zeros for every depthwise conv whose output may be shifted later.
+
+    So the structure of a quantized model follows from its recipe, whatever a search finds.
+    """
+    for name in names:
+        producer = producer_of(model, name)
+        if isinstance(producer, nn.Conv2d) and producer.bias is None:
+            zeros = torch.zeros(producer.out_channels, device=producer.weight.device)
+            producer.bias = nn.Parameter(zeros, requires_grad=False)
+
+
+@torch.no_grad()
+def rescale(
+    model: CompactCare, plan: Plan, name: str, alpha: Alpha, seen: InputStatistics
+) -> float | None:
+    """Rescale one layer's input exactly; the alpha used, or None if it stays as it was."""
+    layer = model.get_submodule(name)
+    producer = producer_of(model, name)
+    assert isinstance(layer, nn.Conv2d)
+    if producer is None:
+        return None
+    decision = plan.of(name)
+    assert decision.weight is not None
+    if alpha == "search":
+        chosen = _search(layer, seen, decision.input, decision.weight)
+    else:
+        assert isinstance(alpha, float)
+        chosen = _rescaling(layer, seen, alpha, centred=True)
+    if chosen is None:
+        return None
+    apply(producer, layer, chosen)
+    return chosen.alpha
+
+
+def producer_of(model: CompactCare, name: str) -> nn.Module | None:
+    """What acts per channel and linearly in front of a layer; None if it was folded away."""
+    parent_name, leaf = name.rsplit(".", 1)
+    parent = model.get_submodule(parent_name)
+    if not isinstance(parent, Interaction):  # the 2x2 conv of a downsampling pair
+        before: nn.Module | None = getattr(parent, "0", None) if leaf == "1" else None
+    elif leaf.endswith("fc1"):
+        before = getattr(parent, leaf.replace("fc1", "norm"))
+    else:
+        rotation = getattr(parent, leaf.replace("fc2", "rotation"))
+        turned = isinstance(rotation, Rotation)
+        before = rotation if turned else getattr(parent, leaf.replace("fc2", "conv"))
+    return before if isinstance(before, ChannelAffine | Rotation | nn.Conv2d) else None
+
+
+@torch.no_grad()
+def apply(producer: nn.Module, layer: nn.Conv2d, rescaling: Rescaling) -> None:
+    """Divide where the channels are made, multiply where they are read."""
+    scale, shift = rescaling.scale.double(), rescaling.shift.double()
+    weight = layer.weight.double()
+    assert layer.bias is not None
+    bias = layer.bias.double() + (weight * shift.view(1, -1, 1, 1)).sum(dim=(1, 2, 3))
+    assign(layer, weight * scale.view(1, -1, 1, 1), bias)
+    if isinstance(producer, ChannelAffine):
+        new_shift = (producer.shift.double() - shift.view(-1, 1, 1)) / scale.view(-1, 1, 1)
+        producer.scale.copy_(producer.scale.double() / scale.view(-1, 1, 1))
+        producer.shift.copy_(new_shift)
+        return
+    assert isinstance(producer, nn.Conv2d | Rotation)
+    old = torch.zeros_like(shift) if producer.bias is None else producer.bias.double()
+    producer.weight.copy_(producer.weight.double() / scale.view(-1, 1, 1, 1))
+    producer.bias = nn.Parameter(((old - shift) / scale).float(), requires_grad=False)
+
+
+def _rescaling(layer: nn.Conv2d, seen: InputStatistics, alpha: float, centred: bool) -> Rescaling:
+    assert seen.low is not None and seen.high is not None
+    shift = (seen.low + seen.high) / 2 if centred else torch.zeros_like(seen.low)
+    reach = torch.maximum(seen.high - shift, shift - seen.low).clamp(min=TINY)
+    columns = layer.weight.abs().amax(dim=(0, 2, 3)).clamp(min=TINY)
+    scale = reach**alpha / columns ** (1 - alpha)
+    scale = scale / scale.log().mean().exp()  # a common factor means nothing
+    return Rescaling(scale.clamp(min=TINY), shift, alpha)
+
+
+def _search(
+    layer: nn.Conv2d, seen: InputStatistics, input_: TensorSpec, weight: TensorSpec
+) -> Rescaling | None:
+    rows, matrix = seen.sample(), layer.weight.flatten(1)
+    positions = matrix.shape[1] // layer.in_channels
+    best: Rescaling | None = None
+    least = product_error(rows, matrix, input_, weight)
+    for alpha, centred in itertools.product(ALPHAS, (False, True)):
+        candidate = _rescaling(layer, seen, alpha, centred)
+        scale = candidate.scale.repeat_interleave(positions)
+        shift = candidate.shift.repeat_interleave(positions)
+        error = product_error((rows - shift) / scale, matrix * scale, input_, weight)
+        if error < least:
+            best, least = candidate, error
+    return best
+
+
+def product_error(rows: Tensor, matrix: Tensor, input_: TensorSpec, weight: TensorSpec) -> float:
+    """Variance of the quantized product's error, at the best of a few input ranges.
+
+    Its mean does not count: bias correction takes that away.
+    """
+    wanted, rounded = rows @ matrix.T, _quantize_weight(matrix, weight)
+    low, high = float(rows.min().clamp(max=0)), float(rows.max().clamp(min=0))
+    errors = []
+    for clip in CLIPS if input_.range == "mse" else CLIPS[:1]:
+        error = _quantize_rows(rows, low * clip, high * clip, input_) @ rounded.T - wanted
+        errors.append(float((error - error.mean(dim=0)).square().sum()))
+    return min(errors)
+
+
+def _quantize_rows(rows: Tensor, low: float, high: float, spec: TensorSpec) -> Tensor:
+    levels = spec.quant_max - spec.quant_min
+    if spec.symmetric:
+        scale = max(max(-low, high) / (levels / 2), TINY)
+        zero_point = 0
+    else:
+        scale = max((high - low) / levels, TINY)
+        zero_point = min(max(spec.quant_min - round(low / scale), spec.quant_min), spec.quant_max)
+    return torch.fake_quantize_per_tensor_affine(
+        rows, scale, zero_point, spec.quant_min, spec.quant_max
+    )
+
+
+def _quantize_weight(matrix: Tensor, spec: TensorSpec) -> Tensor:
+    if not spec.is_integer:
+        return matrix
+    rows = matrix if spec.group is None else matrix.reshape(-1, spec.group)
+    scale = rows.abs().amax(dim=1).clamp(min=TINY) / spec.quant_max
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    quantized = torch.fake_quantize_per_channel_affine(
+        rows, scale, zero, 0, spec.quant_min, spec.quant_max
+    )
+    return quantized.reshape(matrix.shape)

@@ -1,0 +1,193 @@
+"""Simulated quantization of one tensor: the module that stands on every quantized edge.
+
+x_q = clamp(round(x / s) + z, q_min, q_max), x^ = s (x_q - z). The same module is calibrated (an
+observer is attached to it), simulated, learned (LSQ+, arXiv 2004.09576) and at last lowered to
+integer operations by torchao, so that what was trained is what is exported.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
+
+from care_compress.quantize.spec import TensorSpec
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+SMALLEST_GAIN = 1e-2  # a learned scale shrinks at most this far, and never through zero
+
+
+class TensorQuantizer(FakeQuantizeBase):
+    """Base: which tensor of which site, and whether it acts."""
+
+    def __init__(self, spec: TensorSpec, site: str, operand: str) -> None:
+        super().__init__()
+        self.spec = spec
+        self.site = site
+        self.operand = operand
+        self.enabled = True
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point; only integers have them."""
+        raise NotImplementedError
+
+
+class HalfRounding(TensorQuantizer):
+    """Rounds to a 16-bit float and back: a site computed in bf16 or fp16 reads this."""
+
+    def __init__(self, spec: TensorSpec, site: str, operand: str, **_: Any) -> None:
+        super().__init__(spec, site, operand)
+        self.half = HALF[str(spec.bits)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X as the half type holds it."""
+        return x.to(self.half).to(x.dtype) if self.enabled else x
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Torchao's hook: lower this module call to two casts."""
+        with model.graph.inserting_before(node):
+            to = torch.ops.aten.to.dtype
+            narrow = model.graph.call_function(to, (node.args[0], self.half))
+            wide = model.graph.call_function(to, (narrow, torch.float32))
+        node.replace_all_uses_with(wide)
+        model.graph.erase_node(node)
+
+
+class IntQuantizer(TensorQuantizer):
+    """Integer fake quantization with a scale per tensor or per index of one axis.
+
+    Learned are a gain on the scale and a shift of the zero point, both relative: a step of one
+    learning rate means the same for a weight of 1e-3 and an activation of 10. Gradients are scaled
+    by 1 / sqrt(elements * q_max), as LSQ does.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: TensorSpec, site: str, operand: str, scales: int, **_: Any) -> None:
+        super().__init__(spec, site, operand)
+        per_channel = spec.granularity != "tensor"
+        self.qscheme = {
+            (False, True): torch.per_tensor_symmetric,
+            (False, False): torch.per_tensor_affine,
+            (True, True): torch.per_channel_symmetric,
+            (True, False): torch.per_channel_affine,
+        }[per_channel, spec.symmetric]
+        self.per_channel = per_channel
+        self.dtype = spec.dtype
+        self.ch_axis = spec.axis
+        self.quant_min, self.quant_max = spec.quant_min, spec.quant_max
+        self.observer: ObserverBase | None = None
+        self.learning = False
+        self.register_buffer("scale", torch.ones(scales))
+        self.register_buffer("zero_point", torch.zeros(scales, dtype=torch.int32))
+        self.gain = nn.Parameter(torch.ones(scales), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros(scales), requires_grad=False)
+
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Take these ranges; what was learned on top of others is gone."""
+        with torch.no_grad():
+            self.scale.copy_(scale.reshape(-1))
+            self.zero_point.copy_(zero_point.reshape(-1).clamp(self.quant_min, self.quant_max))
+            self.gain.fill_(1.0)
+            self.shift.zero_()
+
+    def learn(self, on: bool) -> None:
+        """Start or stop learning gain and shift."""
+        self.learning = on
+        self.gain.requires_grad_(on)
+        self.shift.requires_grad_(on and not self.spec.symmetric)
+
+    @torch.no_grad()
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The scale and integer zero point that hold now."""
+        zero_point = (self.zero_point + self.shift).round().clamp(self.quant_min, self.quant_max)
+        return self.scale * self.gain.clamp(min=SMALLEST_GAIN), zero_point.int()
+
+    def settle(self) -> None:
+        """Fold what was learned into scale and zero point."""
+        self.set_qparams(*self.calculate_qparams())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe, or simulate, or let pass."""
+        if self.observer is not None:
+            self.observer(x.detach())
+            return x
+        if not self.enabled:
+            return x
+        if self.learning and torch.is_grad_enabled():
+            return self._learnable(x.float())
+        scale, zero_point = self.calculate_qparams()
+        return self._simulate(x, scale, zero_point)
+
+    def _simulate(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        low, high = self.quant_min, self.quant_max
+        if self.per_channel:
+            return torch.fake_quantize_per_channel_affine(
+                x, scale, zero_point, self.ch_axis, low, high
+            )
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+
+    def _learnable(self, x: Tensor) -> Tensor:
+        scale = self.scale * self.gain.clamp(min=SMALLEST_GAIN)
+        zero_point = self.zero_point + self.shift
+        factor = (x.numel() * max(abs(self.quant_min), self.quant_max)) ** -0.5
+        low, high = self.quant_min, self.quant_max
+        if self.per_channel:
+            return torch._fake_quantize_learnable_per_channel_affine(
+                x, scale, zero_point, self.ch_axis, low, high, factor
+            )
+        return torch._fake_quantize_learnable_per_tensor_affine(
+            x, scale, zero_point, low, high, factor
+        )
+
+
+class GroupQuantizer(IntQuantizer):
+    """A weight whose input channels share a scale in groups: (O, C, ...) as (O * C / g, g)."""
+
+    def _simulate(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        rows = x.reshape(len(scale), -1)
+        return super()._simulate(rows, scale, zero_point).reshape(x.shape)
+
+    def _learnable(self, x: Tensor) -> Tensor:
+        return super()._learnable(x.reshape(len(self.scale), -1)).reshape(x.shape)
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Torchao's hook: lower to reshape, quantize, dequantize, reshape."""
+        scale, zero_point = self.calculate_qparams()
+        source = node.args[0]
+        assert isinstance(source, Node)
+        name = str(node.target)
+        model.register_buffer(f"{name}_scale", scale)
+        model.register_buffer(f"{name}_zero_point", zero_point)
+        ops = torch.ops.quantized_decomposed
+        graph = model.graph
+        with graph.inserting_before(node):
+            parameters = (
+                graph.get_attr(f"{name}_scale"),
+                graph.get_attr(f"{name}_zero_point"),
+                0,
+                self.quant_min,
+                self.quant_max,
+                torch.int8,
+            )
+            reshape = torch.ops.aten.reshape.default
+            rows = graph.call_function(reshape, (source, [len(scale), -1]))
+            quantized = graph.call_function(ops.quantize_per_channel.default, (rows, *parameters))
+            back = graph.call_function(ops.dequantize_per_channel.default, (quantized, *parameters))
+            out = graph.call_function(reshape, (back, list(source.meta["val"].shape)))
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+
+
+def make_quantizer(spec: TensorSpec, site: str, operand: str, shape: torch.Size) -> Any:
+    """A constructor, in the form torchao wants, for the quantizer of a tensor of this shape."""
+    if not spec.is_integer:
+        return HalfRounding.with_args(spec=spec, site=site, operand=operand)
+    if spec.granularity == "group":
+        assert spec.group is not None
+        scales = shape[0] * (shape[1] // spec.group)
+        return GroupQuantizer.with_args(spec=spec, site=site, operand=operand, scales=scales)
+    scales = 1 if spec.granularity == "tensor" else shape[spec.axis]
+    return IntQuantizer.with_args(spec=spec, site=site, operand=operand, scales=scales)

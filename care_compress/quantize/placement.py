@@ -1,0 +1,191 @@
+"""Putting the plan into the graph: torchao PT2E with a `Quantizer` of our own.
+
+`simulate` exports a `CompactCare` and lets torchao insert our quantizers where the plan says.
+The result computes with simulated integers, can be trained, and `lower` turns it into real ones.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from care_compress.model.compact import CompactCare
+from care_compress.quantize.fakequant import IntQuantizer, TensorQuantizer, make_quantizer
+from care_compress.quantize.quiet import quiet
+from care_compress.quantize.spec import FLOAT, Decision, Plan, TensorSpec
+
+ROOT = "network"  # the CompactCare inside the exported wrapper
+_PRODUCTS = (
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.linear.default,
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.add.Tensor,
+)
+_VIEWS = (torch.ops.aten.transpose.int,)
+
+
+class QuantizedCare(nn.Module):
+    """A CARE whose planned tensors are quantized in simulation.
+
+    In training mode it returns (logits, stage outputs), in eval mode the logits.
+    """
+
+    def __init__(self, graph: GraphModule, plan: Plan, arch: str, num_classes: int) -> None:
+        super().__init__()
+        self.graph = graph
+        self.plan = plan
+        self.arch = arch
+        self.num_classes = num_classes
+
+    def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Logits (B, K)."""
+        logits: Tensor
+        logits, *features = self.graph(x_BCHW)
+        return (logits, features) if self.training else logits
+
+    def train(self, mode: bool = True) -> "QuantizedCare":
+        """Only this module has modes: an exported graph is the same in both."""
+        self.training = mode
+        return self
+
+    def quantizers(self, site: str | None = None) -> Iterator[TensorQuantizer]:
+        """All quantizers, or those of one site, in the order of the graph."""
+        for module in self.graph.children():
+            if isinstance(module, TensorQuantizer) and site in (None, module.site):
+                yield module
+
+    def integers(self, operand: str | None = None) -> Iterator[IntQuantizer]:
+        """The integer quantizers; of weights only with ``operand="weight"``."""
+        for quantizer in self.quantizers():
+            if isinstance(quantizer, IntQuantizer) and operand in (None, quantizer.operand):
+                yield quantizer
+
+    def enable(self, on: bool) -> None:
+        """Switch the whole simulation on or off; off, it is the float model."""
+        for quantizer in self.quantizers():
+            quantizer.enabled = on
+
+    def weight(self, site: str) -> nn.Parameter:
+        """The float weight of a site."""
+        found = self.graph.get_parameter(f"{ROOT}.{site}.weight")
+        return found
+
+
+class _WithFeatures(nn.Module):
+    """Returns the stage outputs beside the logits, for distillation."""
+
+    def __init__(self, network: CompactCare) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
+        features = self.network.stage_outputs(x_BCHW)
+        return (self.network.classify(features[-1]), *features)
+
+
+class PlanQuantizer(Quantizer):
+    """Annotates the exported graph with the plan's decisions, found by module name."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.decisions = {decision.site.name: decision for decision in plan.decisions}
+        self.placed: set[str] = set()
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Write each decision on the node that computes its site."""
+        for node in list(model.graph.nodes):
+            decision = self.decisions.get(site_of(node)) if node.target in _PRODUCTS else None
+            if decision is None:
+                continue
+            self.placed.add(decision.site.name)
+            if node.target is torch.ops.aten.matmul.default:
+                self._annotate_product(node, decision)
+            else:
+                self._annotate_inputs(node, decision)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Every site must have been found; a lost one would silently stay in float."""
+        lost = set(self.decisions) - self.placed
+        assert not lost, f"sites without a node: {sorted(lost)}"
+
+    def _annotate_inputs(self, node: Node, decision: Decision) -> None:
+        """Quantizers on the node's own input edges."""
+        weighted = decision.weight is not None
+        operands = ("input", "weight") if weighted else ("left", "right")
+        specs = (decision.input, decision.weight if weighted else decision.input)
+        qspecs = {}
+        for argument, operand, spec in zip(node.args, operands, specs, strict=False):
+            assert isinstance(argument, Node) and spec is not None
+            if spec != FLOAT:
+                qspecs[argument] = _qspec(spec, decision.site.name, operand, argument)
+        _annotate(node, QuantizationAnnotation(input_qspec_map=qspecs))
+
+    def _annotate_product(self, node: Node, decision: Decision) -> None:
+        """Quantizers where the factors are made, so that every reader sees the same integers."""
+        if decision.input == FLOAT:
+            return
+        for argument, operand in zip(node.args, ("left", "right"), strict=True):
+            assert isinstance(argument, Node)
+            made = argument
+            while made.target in _VIEWS:
+                assert isinstance(made.args[0], Node)
+                made = made.args[0]
+            qspec = _qspec(decision.input, decision.site.name, operand, made)
+            _annotate(made, QuantizationAnnotation(output_qspec=qspec))
+
+
+def simulate(network: CompactCare, plan: Plan) -> QuantizedCare:
+    """The network with the plan's quantizers in place, not calibrated yet."""
+    size = plan.resolution
+    example = torch.zeros(2, 3, size, size)
+    batch = torch.export.Dim("batch", min=1)
+    with quiet():
+        program = torch.export.export(
+            _WithFeatures(copy.deepcopy(network)), (example,), dynamic_shapes=({0: batch},)
+        )
+        graph = prepare_qat_pt2e(program.module(check_guards=False), PlanQuantizer(plan))
+    return QuantizedCare(graph, plan, network.arch, network.num_classes).eval()
+
+
+def lower(quantized: QuantizedCare) -> GraphModule:
+    """Real integers: weights stored as int8, quantize and dequantize as operations, logits only."""
+    with quiet():
+        graph = copy.deepcopy(quantized.graph)
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    output.args = (output.args[0][0],)
+    graph.graph.set_codegen(CodeGen())  # the exporter's own would still unpack five outputs
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    with quiet():
+        lowered: GraphModule = convert_pt2e(graph, fold_quantize=True)
+    return lowered
+
+
+def site_of(node: Node) -> str:
+    """The module a node was exported from, as the plan names it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return str(path).removeprefix(f"{ROOT}.")
+
+
+def _qspec(spec: TensorSpec, site: str, operand: str, source: Node) -> QuantizationSpec:
+    shape = source.meta["val"].shape
+    return QuantizationSpec(
+        dtype=spec.dtype,
+        observer_or_fake_quant_ctr=make_quantizer(spec, site, operand, shape),
+    )
+
+
+def _annotate(node: Node, annotation: QuantizationAnnotation) -> None:
+    annotation._annotated = True
+    node.meta[Q_ANNOTATION_KEY] = annotation

@@ -1,0 +1,178 @@
+"""From a recipe's ordered rules and a target's limits to a decision for every site.
+
+Pure: no data, no weights, so ``care-compress plan`` answers at once. The same plan then drives
+PTQ, QAT and export.
+"""
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from care_compress.errors import RecipeError
+from care_compress.model.compact import CompactCare
+from care_compress.quantization_sections import RuleSection, TensorSection
+from care_compress.quantize.sites import find_sites, kept_in_float
+from care_compress.quantize.spec import FLOAT, Decision, Granularity, Plan, Site, TensorSpec
+from care_compress.target import Target
+
+ATTENTION_PRODUCTS = ("attention.kv", "attention.out")
+CHANNEL_AXIS = 1  # of (B, C, H, W); also the heads of (B, h, d, N)
+
+
+def make_plan(
+    model: CompactCare, rules: Sequence[RuleSection], target: Target | None, resolution: int
+) -> Plan:
+    """Decide for every site; `RecipeError` if a rule matches nothing or the target cannot."""
+    sites = find_sites(model, resolution)
+    for number, rule in enumerate(rules, 1):
+        if not any(matches(rule, site) for site in sites):
+            raise _matches_nothing(number, rule, sites)
+    return Plan(
+        decisions=tuple(_decide(site, rules, target) for site in sites),
+        kept=kept_in_float(model),
+        target=target.name if target else None,
+        resolution=resolution,
+    )
+
+
+def matches(rule: RuleSection, site: Site) -> bool:
+    """Whether every selector of the rule fits the site."""
+    named = ((rule.role, site.role), (rule.branch, site.branch or ""), (rule.site, site.name))
+    if any(wanted is not None and not fnmatchcase(is_, wanted) for wanted, is_ in named):
+        return False
+    numbered = ((rule.stage, site.stage), (rule.block, site.block))
+    return not any(wanted is not None and wanted != is_ for wanted, is_ in numbered)
+
+
+def _decide(site: Site, rules: Sequence[RuleSection], target: Target | None) -> Decision:
+    input_, weight = FLOAT, FLOAT if site.weighted else None
+    input_rule = weight_rule = 0
+    for number, rule in enumerate(rules, 1):
+        if not matches(rule, site):
+            continue
+        if rule.input is not None:
+            input_, input_rule = _input_spec(site, rule.input, number, target), number
+        if rule.weight is not None and site.weighted:
+            weight, weight_rule = _weight_spec(site, rule.weight, number, target), number
+    return Decision(site, input_, weight, input_rule, weight_rule)
+
+
+def _input_spec(
+    site: Site, wanted: TensorSection, number: int, target: Target | None
+) -> TensorSpec:
+    if not isinstance(wanted.bits, int):
+        return _float_spec(site, wanted, number, target)
+    where = f"rule {number} for {site.name}:"
+    limits = target.activations if target else None
+    if target and wanted.bits != 8:
+        raise RecipeError(
+            f"{where} {target.name} has no {wanted.bits}-bit activations.",
+            "use 8, or quantize.target: null to simulate what no runtime executes",
+        )
+    symmetric = (
+        wanted.symmetric if wanted.symmetric is not None else bool(limits and limits.symmetric)
+    )
+    if limits and limits.symmetric and not symmetric:
+        raise RecipeError(
+            f"{where} {target.name if target else ''} takes no zero point other than 0.",
+            "set symmetric: true, or leave it out",
+        )
+    if wanted.group is not None:
+        raise RecipeError(f"{where} activations have no groups.", "set group for the weight")
+    granularity = _input_granularity(site, wanted, where, target)
+    if granularity == "channel" and wanted.range not in ("min_max", "moving_average"):
+        raise RecipeError(
+            f"{where} a range by {wanted.range} is per tensor.",
+            "use range: min_max with granularity: channel (clipping costs 2 dB there)",
+        )
+    return TensorSpec(
+        bits=wanted.bits,
+        granularity=granularity,
+        axis=CHANNEL_AXIS,
+        symmetric=symmetric,
+        range=wanted.range,
+    )
+
+
+def _input_granularity(
+    site: Site, wanted: TensorSection, where: str, target: Target | None
+) -> Granularity:
+    """Per channel only where the scales can leave the product again."""
+    allowed = target is None or target.activations.per_channel_depthwise
+    able = site.role == "depthwise" or site.prescaled or site.role in ATTENTION_PRODUCTS
+    if wanted.granularity is None:
+        return "channel" if site.role == "depthwise" and allowed else "tensor"
+    if wanted.granularity == "channel" and not able:
+        raise RecipeError(
+            f"{where} a product over channels needs one input scale.",
+            "granularity: channel is for depthwise convs, pre-normed 1x1 convs and attention heads",
+        )
+    if wanted.granularity == "channel" and not allowed and not site.prescaled:
+        raise RecipeError(
+            f"{where} {target.name if target else ''} takes one scale per activation tensor.",
+            "leave granularity out, and it is per channel only where the target allows it",
+        )
+    return wanted.granularity
+
+
+def _weight_spec(
+    site: Site, wanted: TensorSection, number: int, target: Target | None
+) -> TensorSpec:
+    if not isinstance(wanted.bits, int):
+        return _float_spec(site, wanted, number, target)
+    where = f"rule {number} for {site.name}:"
+    if target and wanted.bits not in target.weights.bits:
+        able = " or ".join(str(bits) for bits in target.weights.bits)
+        raise RecipeError(
+            f"{where} {target.name} has no {wanted.bits}-bit weights.",
+            f"use {able}, or quantize.target: null to simulate what it does not execute",
+        )
+    if wanted.symmetric is False:
+        raise RecipeError(
+            f"{where} weights are symmetric on every target.", "drop symmetric: false"
+        )
+    if wanted.range in ("moving_average", "entropy", "percentile"):
+        raise RecipeError(
+            f"{where} a weight is no stream of values.", "use range: min_max or mse for weights"
+        )
+    if wanted.group is not None and site.channels % wanted.group:
+        raise RecipeError(
+            f"{where} its {site.channels} input channels do not divide into groups of "
+            f"{wanted.group}.",
+            "choose a divisor, or select fewer sites",
+        )
+    granularity: Granularity = wanted.granularity or "channel"
+    return TensorSpec(
+        bits=wanted.bits,
+        granularity="group" if wanted.group else granularity,
+        group=wanted.group,
+        range=wanted.range,
+    )
+
+
+def _float_spec(
+    site: Site, wanted: TensorSection, number: int, target: Target | None
+) -> TensorSpec:
+    if wanted.bits in ("fp16", "bf16") and target and target.float_type != wanted.bits:
+        raise RecipeError(
+            f"rule {number} for {site.name}: {target.name} runs floats in {target.float_type}.",
+            f"use float, or quantize.target: null to simulate {wanted.bits}",
+        )
+    assert not isinstance(wanted.bits, int)
+    return TensorSpec(wanted.bits)
+
+
+def _matches_nothing(number: int, rule: RuleSection, sites: Sequence[Site]) -> RecipeError:
+    given = rule.model_dump(exclude={"weight", "input"}, exclude_none=True)
+    fix = "run care-compress plan to see every site"
+    for key in ("role", "branch", "site"):
+        wanted = given.get(key)
+        known = sorted({getattr(site, "name" if key == "site" else key) or "" for site in sites})
+        if wanted is None or any(fnmatchcase(name, wanted) for name in known):
+            continue
+        near = difflib.get_close_matches(wanted, known, n=1)
+        fix = f"did you mean {near[0]}?" if near else fix
+        if key != "site" and not near:
+            fix = f"known {key}s: {', '.join(name for name in known if name)}"
+    selector = ", ".join(f"{key}: {value}" for key, value in given.items())
+    return RecipeError(f"rule {number} ({selector}) matches no site.", fix)

@@ -1,0 +1,149 @@
+"""Quantization-aware training: the PTQ result, trained by the loop that trains float networks.
+
+Weights, biases, scales and zero points (LSQ+, arXiv 2004.09576) follow the float model: its logits
+and its stage outputs. There is no BatchNorm left to go wrong: pre-norms are affine by now.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from care_compress.data.loader import BadImages
+from care_compress.data.samples import Samples
+from care_compress.model.compact import CompactCare
+from care_compress.quantization_sections import QatSection
+from care_compress.quantize.fakequant import IntQuantizer
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.quiet import quiet
+from care_compress.recipe import Recipe
+from care_compress.run import fingerprint, state_digest
+from care_compress.sections import TrainSection
+from care_compress.train.distributed import World
+from care_compress.train.loop import ParameterGroup, Validate, fit
+from care_compress.train.network import WATCHING, course_of
+from care_compress.train.objective import Outcome
+from care_compress.train.state import Progress
+
+
+def train_quantized(
+    model: QuantizedCare,
+    teacher: CompactCare,
+    recipe: Recipe,
+    section: QatSection,
+    samples: Samples,
+    validate: Validate,
+    folder: Path,
+    world: World,
+    console: Console,
+    bad: BadImages,
+) -> tuple[QuantizedCare, Progress]:
+    """Train `model` to follow `teacher`; the result is settled, in eval mode, on the CPU."""
+    model.requires_grad_(True)
+    for quantizer in model.integers():
+        quantizer.learn(True)
+    objective = FollowFloat(teacher.to(world.device).eval(), section)
+    decides = fingerprint(
+        {
+            "qat": section.model_dump(mode="json", exclude=WATCHING),
+            "start": state_digest(model.state_dict()),
+            "teacher": state_digest(teacher.state_dict()),
+            "data": recipe.data.model_dump(mode="json", exclude={"workers", "crop_pct"}),
+            "samples": samples.content_digest(),
+            "seed": recipe.seed,
+        }
+    )
+    course = course_of(section, recipe, samples, decides, validate, world, bad, _groups)
+    with quiet():
+        trainee = fit(model, objective, course, folder, world, console)
+    trained = trainee.result.cpu().eval()
+    teacher.cpu()
+    assert isinstance(trained, QuantizedCare)
+    trained.requires_grad_(False)
+    for quantizer in trained.integers():
+        quantizer.learn(False)
+        quantizer.settle()
+    return trained, trainee.progress
+
+
+class FollowFloat:
+    """Distance of a quantized model from its float teacher.
+
+    loss = (1 - labels) T^2 KL(teacher / T || student / T) + labels CE
+         + features mean_i ||f_i - t_i||^2 / ||t_i||^2 + lambda(t) dampening
+
+    lambda rises as a cosine from 0: late in training it pulls weights that oscillate between two
+    integers towards the nearer one (arXiv 2203.11086), ||s w_int - clip(w)||^2 over steps squared.
+    """
+
+    def __init__(self, teacher: CompactCare, section: QatSection) -> None:
+        self.teacher = teacher
+        self.section = section
+
+    def __call__(
+        self, model: nn.Module, images_BCHW: Tensor, targets_BK: Tensor, progress: float
+    ) -> Outcome:
+        """Run student and teacher on the same images."""
+        section = self.section
+        with torch.no_grad():
+            taught = self.teacher.stage_outputs(images_BCHW)
+            taught_BK = self.teacher.classify(taught[-1])
+        logits_BK, features = model(images_BCHW)
+        loss = (1 - section.labels) * _divergence(logits_BK, taught_BK, section.temperature)
+        if section.labels:
+            loss = loss + section.labels * F.cross_entropy(logits_BK, targets_BK)
+        if section.features:
+            distances = [_distance(f, t) for f, t in zip(features, taught, strict=True)]
+            loss = loss + section.features * torch.stack(distances).mean()
+        weight = section.dampening * (1 - math.cos(math.pi * progress)) / 2
+        if weight:
+            student = model if isinstance(model, QuantizedCare) else model.module  # of DDP
+            assert isinstance(student, QuantizedCare)
+            loss = loss + weight * dampening(student)
+        return Outcome(loss, logits_BK.detach())
+
+
+def _divergence(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
+    student = F.log_softmax(student_BK.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_BK.float() / temperature, dim=1)
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
+
+
+def _distance(student: Tensor, teacher: Tensor) -> Tensor:
+    squared = (student.float() - teacher.float()).square().mean()
+    return squared / teacher.float().square().mean().clamp(min=1e-12)
+
+
+def dampening(model: QuantizedCare) -> Tensor:
+    """Mean over all integer weights of their squared distance to the grid, in steps."""
+    distances, count = [], 0
+    for quantizer in model.integers("weight"):
+        scale = quantizer.calculate_qparams()[0][:, None]
+        steps = model.weight(quantizer.site).reshape(len(scale), -1) / scale
+        inside = steps.clamp(quantizer.quant_min, quantizer.quant_max)
+        distances.append((inside - inside.detach().round()).square().sum())
+        count += steps.numel()
+    return torch.stack(distances).sum() / max(1, count)
+
+
+def _groups(model: nn.Module, plan: TrainSection) -> list[ParameterGroup]:
+    """Weights decay, the rest does not; what quantizers learn moves faster and stops earlier."""
+    assert isinstance(model, QuantizedCare) and isinstance(plan, QatSection)
+    learned = [
+        parameter
+        for quantizer in model.quantizers()
+        if isinstance(quantizer, IntQuantizer)
+        for parameter in quantizer.parameters()
+        if parameter.requires_grad
+    ]
+    apart = {id(parameter) for parameter in learned}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    return [
+        ParameterGroup([p for p in rest if p.dim() > 1 and p.shape[1] > 1], plan.weight_decay),
+        ParameterGroup([p for p in rest if not (p.dim() > 1 and p.shape[1] > 1)]),
+        ParameterGroup(learned, rate=plan.scale_rate, until=plan.freeze_scales),
+    ]

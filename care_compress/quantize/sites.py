@@ -1,0 +1,118 @@
+"""Where a CARE can be quantized: every convolution, product and addition, by its module's name."""
+
+import copy
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from care_compress.model.attention import AttentionCore, Product
+from care_compress.model.care import Sum
+from care_compress.model.compact import ChannelAffine, CompactCare, GlobalMean, PooledDepthwise
+from care_compress.quantize.spec import Kept, Site
+
+# Module names below a block to (branch, role).
+_IN_BLOCK = {
+    "token_mixer.dwconv1": ("mixer.dw3", "depthwise"),
+    "token_mixer.dwconv2": ("mixer.dw7", "depthwise"),
+    "token_mixer.dwconvatt_1": ("mixer.att", "depthwise"),
+    "token_mixer.dwconvatt_2": ("mixer.att", "depthwise"),
+    "token_mixer.qk": ("mixer.att", "attention.qk"),
+    "token_mixer.core.kv": ("mixer.att", "attention.kv"),
+    "token_mixer.core.out": ("mixer.att", "attention.out"),
+    "inter_layer.inter1_fc1": ("inter1", "pointwise"),
+    "inter_layer.inter1_conv": ("inter1", "depthwise"),
+    "inter_layer.inter1_fc2": ("inter1", "pointwise"),
+    "inter_layer.inter1_add": ("inter1", "residual_add"),
+    "inter_layer.inter2_fc1": ("inter2", "pointwise"),
+    "inter_layer.inter2_conv": ("inter2", "depthwise"),
+    "inter_layer.inter2_fc2": ("inter2", "pointwise"),
+    "inter_layer.inter2_add": ("inter2", "residual_add"),
+    "add": ("block", "residual_add"),
+}
+_PLACE = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)\.(.+)|downsample\.\d+)$")
+
+
+def find_sites(model: CompactCare, resolution: int) -> tuple[Site, ...]:
+    """Every quantizable operation, in the order of the forward pass."""
+    macs = _macs_by_module(model, resolution)
+    return tuple(
+        _site(name, module, macs.get(name, 0))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear | Product | Sum)
+    )
+
+
+def _site(name: str, module: nn.Module, macs: int) -> Site:
+    stage, block, branch, role = _place(name)
+    weighted = isinstance(module, nn.Conv2d | nn.Linear)
+    channels = 0
+    if isinstance(module, nn.Conv2d):
+        channels = module.in_channels // module.groups
+    elif isinstance(module, nn.Linear):
+        channels = module.in_features
+    return Site(
+        name=name,
+        role=role,
+        stage=stage,
+        block=block,
+        branch=branch,
+        macs=macs,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        channels=channels,
+        prescaled=name.endswith(("inter1_fc1", "inter2_fc1")) or role == "downsample",
+        weighted=weighted,
+    )
+
+
+def _place(name: str) -> tuple[int | None, int | None, str | None, str]:
+    """(stage, block, branch, role) of a module name."""
+    if name.startswith("stem."):
+        return None, None, None, "stem"
+    if name.startswith("heads."):
+        return None, None, None, "head"
+    found = _PLACE.match(name)
+    assert found is not None, name
+    stage, block, below = found.groups()
+    if block is None:
+        return int(stage), None, None, "downsample"
+    branch, role = _IN_BLOCK[below]
+    return int(stage), int(block), branch, role
+
+
+def kept_in_float(model: CompactCare) -> tuple[Kept, ...]:
+    """What no rule can quantize, and why."""
+    modules = list(model.modules())
+    attention = sum(isinstance(module, AttentionCore) for module in modules)
+    norms = sum(isinstance(module, ChannelAffine | nn.BatchNorm2d) for module in modules)
+    return tuple(_kept(model, modules, attention, norms))
+
+
+def _kept(
+    model: CompactCare, modules: list[nn.Module], attention: int, norms: int
+) -> Iterator[Kept]:
+    if norms:
+        why = "one multiply-add per channel in front of a quantize, which it fuses into"
+        yield Kept("pre-norm scale and shift", norms, why)
+    interactions = sum(isinstance(module, Sum) for module in modules)
+    yield Kept("GELU and layer scale", interactions, "element-wise, in the epilogue of a conv")
+    if attention:
+        why = "exp and division: 8 bits of the divisor cost 14 dB"
+        yield Kept("attention feature map and normaliser", attention, why)
+    if isinstance(model.pool, GlobalMean | PooledDepthwise):
+        yield Kept("global pool, GELU, LayerNorm", 1, "one vector per image; 0.1 % of the work")
+
+
+def _macs_by_module(model: CompactCare, resolution: int) -> dict[str, int]:
+    """MACs of one image, by module; counted on shapes alone."""
+    shadow = copy.deepcopy(model).to("meta").eval()
+    image = torch.zeros(1, 3, resolution, resolution, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        shadow(image)
+    root = type(shadow).__name__ + "."
+    return {
+        module.removeprefix(root): sum(counts.values()) // 2
+        for module, counts in flops.get_flop_counts().items()
+    }

@@ -1,0 +1,173 @@
+"""The vocabulary of quantization: what a tensor becomes, where, and who decided.
+
+A `Site` is one operation that can run in integers. A `TensorSpec` says what one of its tensors
+becomes; a `Decision` holds both for a site, with the rules that decided; a `Plan` is all of them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from care_compress.quantization_sections import RangeMethod
+
+Granularity = Literal["tensor", "channel", "group"]
+Half = Literal["fp16", "bf16"]
+
+# Energy of one operation, 45 nm, picojoules: (multiply, add).
+ENERGY_PJ = {"float": (3.7, 0.9), "fp16": (1.1, 0.4), "bf16": (1.1, 0.4)}
+INT8_MULTIPLY_PJ, INT32_ADD_PJ = 0.2, 0.1
+WIDTH = {"float": 32, "fp16": 16, "bf16": 16}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor's representation; ``bits`` is an integer width, or names a float type.
+
+    ``axis`` is the dimension with a scale for each index: 0 for the (O, C, k, k) weight of a conv,
+    1 for the (B, C, H, W) input of a depthwise. ``group`` input channels of a weight share a scale.
+    """
+
+    bits: int | Literal["float"] | Half
+    granularity: Granularity = "tensor"
+    axis: int = 0
+    group: int | None = None
+    symmetric: bool = True
+    range: RangeMethod = "min_max"
+
+    @property
+    def is_integer(self) -> bool:
+        """Multiplied as integers, not as some float."""
+        return isinstance(self.bits, int)
+
+    @property
+    def width(self) -> int:
+        """Bits of storage."""
+        return self.bits if isinstance(self.bits, int) else WIDTH[self.bits]
+
+    @property
+    def quant_min(self) -> int:
+        """Smallest integer: -128 for symmetric 8 bits, 0 for asymmetric."""
+        assert isinstance(self.bits, int)
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def quant_max(self) -> int:
+        """Largest integer: 127 or 255 for 8 bits."""
+        assert isinstance(self.bits, int)
+        return self.quant_min + (1 << self.bits) - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The integer type it is stored in; four bits take the lower half of one."""
+        return torch.int8 if self.symmetric else torch.uint8
+
+    def __str__(self) -> str:
+        if not self.is_integer:
+            return str(self.bits)
+        where = f"group {self.group}" if self.granularity == "group" else self.granularity
+        kind = "s" if self.symmetric else "u"
+        clip = "" if self.range == "min_max" else f", {self.range}"
+        return f"{kind}{self.bits} per {where}{clip}"
+
+
+FLOAT = TensorSpec("float")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operation that can run in integers, named as its module is."""
+
+    name: str  # stages.2.blocks.0.inter_layer.inter1_fc1
+    role: str  # pointwise
+    stage: int | None  # 2
+    block: int | None  # 0
+    branch: str | None  # inter1
+    macs: int
+    parameters: int
+    channels: int  # input channels, which groups of a weight must divide
+    prescaled: bool  # its input comes from a pre-norm, the scale-reparameterization site
+    weighted: bool  # it multiplies a weight; the others multiply or add two activations
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one site, and the numbers of the rules that said so (0: no rule did)."""
+
+    site: Site
+    input: TensorSpec
+    weight: TensorSpec | None
+    input_rule: int
+    weight_rule: int
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything of the site leaves float."""
+        return self.input != FLOAT or (self.weight is not None and self.weight != FLOAT)
+
+    @property
+    def precision(self) -> str:
+        """How the product is computed: ``w8a8``, ``w4a16``, ``float``."""
+        if self.site.role == "residual_add" or self.weight is None:
+            return str(self.input.bits) if not self.input.is_integer else f"a{self.input.width}"
+        if not self.input.is_integer and not self.weight.is_integer:
+            return str(self.input.bits)
+        return f"w{self.weight.width}a{self.input.width}"
+
+    @property
+    def energy_pj(self) -> float:
+        """Estimate for the site's MACs; below 8 bits by the product of the widths."""
+        left = self.weight or self.input
+        if left.is_integer and self.input.is_integer:
+            multiply = INT8_MULTIPLY_PJ * left.width * self.input.width / 64
+            return self.site.macs * (multiply + INT32_ADD_PJ)
+        # A product runs in the wider of its two types: int weights are expanded first.
+        kind = self.input.bits if not self.input.is_integer else left.bits
+        return self.site.macs * sum(ENERGY_PJ[str(kind)])
+
+    @property
+    def bit_operations(self) -> int:
+        """MACs times both widths: the usual measure of mixed precision."""
+        left = self.weight or self.input
+        return self.site.macs * left.width * self.input.width
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Operations that stay in float by nature, and why."""
+
+    what: str
+    count: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every site with its decision, in the order of the network."""
+
+    decisions: tuple[Decision, ...]
+    kept: tuple[Kept, ...]
+    target: str | None
+    resolution: int
+
+    def of(self, name: str) -> Decision:
+        """The decision for the site called `name`."""
+        return next(decision for decision in self.decisions if decision.site.name == name)
+
+    @property
+    def macs(self) -> int:
+        """Of all sites."""
+        return sum(decision.site.macs for decision in self.decisions)
+
+    @property
+    def energy_mj(self) -> float:
+        """Estimate for one image, in millijoules."""
+        return sum(decision.energy_pj for decision in self.decisions) * 1e-9
+
+    def macs_by_precision(self) -> dict[str, int]:
+        """MACs for each precision, most first."""
+        totals: dict[str, int] = {}
+        for decision in self.decisions:
+            if decision.site.macs:
+                totals[decision.precision] = totals.get(decision.precision, 0) + decision.site.macs
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))

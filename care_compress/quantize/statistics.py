@@ -1,0 +1,83 @@
+"""What flows into each 1x1: channel ranges and a small sample of rows, in one streaming pass."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from care_compress.model.compact import CompactCare
+
+ROWS = 2048  # sampled rows per layer over all images; what the search for alpha is judged on
+ROWS_PER_IMAGE = 4
+
+
+@dataclass
+class InputStatistics:
+    """Of one layer's input: per channel the smallest and largest value, and sampled rows."""
+
+    low: Tensor | None = None  # (C,)
+    high: Tensor | None = None  # (C,)
+    rows: list[Tensor] = field(default_factory=list)  # each (n, C * kernel positions)
+    count: int = 0
+
+    def add(self, layer: nn.Conv2d, x_BCHW: Tensor) -> None:
+        """Take in one batch."""
+        low, high = torch.aminmax(x_BCHW.transpose(0, 1).flatten(1), dim=1)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        if self.count < ROWS:
+            rows = _rows(layer, x_BCHW)
+            self.rows.append(rows)
+            self.count += len(rows)
+
+    def sample(self) -> Tensor:
+        """All sampled rows."""
+        return torch.cat(self.rows)
+
+
+def _rows(layer: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
+    """Some rows that the layer multiplies with its flattened weight: a few per image."""
+    kernel = layer.kernel_size
+    if kernel == (1, 1):
+        columns = x_BCHW.flatten(2)
+    else:
+        columns = F.unfold(x_BCHW, (kernel[0], kernel[1]), stride=layer.stride)
+    positions = columns.shape[2]
+    # A stride coprime to any image width, and another start for each image.
+    start = torch.arange(len(columns), device=columns.device) * 7919
+    steps = torch.arange(ROWS_PER_IMAGE, device=columns.device) * 104729
+    chosen = (start[:, None] + steps) % positions
+    return (
+        columns.gather(2, chosen[:, None].expand(-1, columns.shape[1], -1))
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
+
+
+@torch.inference_mode()
+def observe(
+    model: CompactCare, batches: Iterable[Tensor], names: Iterable[str]
+) -> dict[str, InputStatistics]:
+    """Run the float model once over all batches, watching the inputs of the named layers."""
+    found = {name: InputStatistics() for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(_watch(statistics))
+        for name, statistics in found.items()
+    ]
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _watch(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        statistics.add(layer, inputs[0])
+
+    return hook
