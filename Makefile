@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 RECIPE ?= int8_qat
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize doctor test check recipes bench-data bench-train clean
+.PHONY: help setup quantize doctor test check recipes bench-data bench-train bench-quantize clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -46,6 +46,9 @@ bench-data: $(VENV)/.dev ## images/s of the loader beside a plain PIL + DataLoad
 
 bench-train: $(VENV)/.dev ## images/s of the trainer beside bare forward + backward + step
 	@$(BIN)/python bench/train.py
+
+bench-quantize: $(VENV)/.dev ## cost of a QAT step and of calibration beside the float model
+	@$(BIN)/python bench/quantize.py
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

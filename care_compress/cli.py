@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from care_compress.errors import CareError
-from care_compress.recipe import RECIPES_DIR, load_recipe, parse_section, recipe_files
+from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, parse_section, recipe_files
 from care_compress.sections import DataSection
 
 app = typer.Typer(
@@ -26,44 +26,113 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def quantize(
-    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a .yaml file")],
-    ckpt: Annotated[str | None, typer.Option(help="model.checkpoint: file or builtin:NAME")] = None,
-    arch: Annotated[str | None, typer.Option(help="model.arch; inferred if left out")] = None,
-    data: Annotated[str | None, typer.Option(help="data.source: folder, zip, hf:, wds:")] = None,
-    res: Annotated[int | None, typer.Option(help="data.resolution")] = None,
-    crop: Annotated[float | None, typer.Option(help="data.crop_pct")] = None,
-    skip_bad_images: Annotated[
-        bool, typer.Option("--skip-bad-images", help="data.skip_bad_images: count them and go on")
-    ] = False,
-    val_fraction: Annotated[float | None, typer.Option(help="data.val_fraction")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value, repeatable")
-    ] = None,
-    # Not --run: torchrun would take that for an abbreviation of its own --run-path.
-    name: Annotated[str | None, typer.Option(help="run name; the recipe's if left out")] = None,
-    runs: Annotated[Path, typer.Option(help="where run directories live")] = Path("runs"),
-) -> None:
-    """Run a recipe from its float model to results."""
-    shorthands = {
-        "model.checkpoint": ckpt,
-        "model.arch": arch,
-        "data.source": data,
-        "data.resolution": res,
-        "data.crop_pct": crop,
-        "data.skip_bad_images": skip_bad_images or None,
-        "data.val_fraction": val_fraction,
-    }
-    given = {key: value for key, value in shorthands.items() if value is not None}
-    chosen = load_recipe(recipe, set_ or [], given)
-    run = name or chosen.name
+RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or a .yaml file")]
+Checkpoint = Annotated[str | None, typer.Option(help="model.checkpoint: file or builtin:NAME")]
+ArchName = Annotated[str | None, typer.Option(help="model.arch; inferred if left out")]
+Source = Annotated[str | None, typer.Option(help="data.source: folder, zip, hf:, wds:")]
+Resolution = Annotated[int | None, typer.Option(help="data.resolution")]
+Crop = Annotated[float | None, typer.Option(help="data.crop_pct")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad-images", help="data.skip_bad_images: count them and go on")
+]
+ValFraction = Annotated[float | None, typer.Option(help="data.val_fraction")]
+Override = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable")]
+# Not --run: torchrun would take that for an abbreviation of its own --run-path.
+RunName = Annotated[str | None, typer.Option(help="run name; the recipe's if left out")]
+Runs = Annotated[Path, typer.Option(help="where run directories live")]
+
+
+def _chosen(recipe: str, overrides: list[str] | None, **shorthands: object) -> Recipe:
+    """The recipe with the values given on the command line; ``__`` stands for a dot."""
+    given = {key.replace("__", "."): value for key, value in shorthands.items()}
+    return load_recipe(recipe, overrides or [], {k: v for k, v in given.items() if v is not None})
+
+
+def _run_name(name: str | None, recipe: Recipe) -> str:
+    run = name or recipe.name
     if Path(run).name != run or run.startswith("."):
         raise CareError(f"{run!r} is no run name.", "use a plain name, and --runs for the folder")
+    return run
+
+
+@app.command()
+def quantize(
+    recipe: RecipeName,
+    ckpt: Checkpoint = None,
+    arch: ArchName = None,
+    data: Source = None,
+    res: Resolution = None,
+    crop: Crop = None,
+    skip_bad_images: SkipBad = False,
+    val_fraction: ValFraction = None,
+    set_: Override = None,
+    name: RunName = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Run a recipe from its float model to results."""
+    chosen = _chosen(
+        recipe,
+        set_,
+        model__checkpoint=ckpt,
+        model__arch=arch,
+        data__source=data,
+        data__resolution=res,
+        data__crop_pct=crop,
+        data__skip_bad_images=skip_bad_images or None,
+        data__val_fraction=val_fraction,
+    )
+    run = _run_name(name, chosen)
 
     from care_compress.pipeline import run_recipe
 
     run_recipe(chosen, runs, run, Console())
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    ckpt: Checkpoint = None,
+    arch: ArchName = None,
+    res: Resolution = None,
+    set_: Override = None,
+    json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Show what a recipe makes of every layer, and which rule decided; needs no data."""
+    chosen = _chosen(recipe, set_, model__checkpoint=ckpt, model__arch=arch, data__resolution=res)
+
+    from care_compress.pipeline import show_plan
+
+    show_plan(chosen, json, Console())
+
+
+@app.command()
+def sensitivity(
+    recipe: RecipeName,
+    ckpt: Checkpoint = None,
+    arch: ArchName = None,
+    data: Source = None,
+    res: Resolution = None,
+    crop: Crop = None,
+    set_: Override = None,
+    images: Annotated[int, typer.Option(min=1, help="validation images per measurement")] = 256,
+    name: RunName = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Measure which site costs accuracy: each quantized alone, and each left alone out."""
+    chosen = _chosen(
+        recipe,
+        set_,
+        model__checkpoint=ckpt,
+        model__arch=arch,
+        data__source=data,
+        data__resolution=res,
+        data__crop_pct=crop,
+    )
+    run = _run_name(name or f"{chosen.name}_sensitivity", chosen)
+
+    from care_compress.study import run_sensitivity
+
+    run_sensitivity(chosen, runs, run, images, Console())
 
 
 @app.command()

@@ -21,7 +21,7 @@ from care_compress import machine
 from care_compress.data.loader import BadImages
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
-from care_compress.errors import DataError
+from care_compress.errors import DataError, RecipeError
 from care_compress.evaluate.accuracy import Accuracy, measure_accuracy, spread_indices
 from care_compress.evaluate.paired import Paired, measure_pair
 from care_compress.evaluate.tables import quantized_table, rewrite_table
@@ -31,6 +31,7 @@ from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import RewriteStep, rewrite, rewrite_in_steps
 from care_compress.quantize.artifact import load_quantized, save_quantized
 from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.plan_table import plan_as_json, print_plan
 from care_compress.quantize.ptq import planned, quantize_network
 from care_compress.quantize.qat import train_quantized
 from care_compress.quantize.selection import CalibrationSet, deep_features, select_images
@@ -79,7 +80,7 @@ class Candidate:
 
 def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[str, Any]:
     """Run every stage of a recipe; the results, as they stand in ``results.json``."""
-    with join_world() as world, _opened(Run(runs, name), recipe, world) as run:
+    with join_world() as world, opened(Run(runs, name), recipe, world) as run:
         shop = Workshop(recipe, run, world, console if world.is_main else Console(quiet=True))
         shop.console.print(f"[bold]{recipe.name}[/]: {escape(recipe.claim)}")
         check_plan(recipe)
@@ -110,6 +111,20 @@ def plan_recipe(recipe: Recipe) -> Plan:
         model = build_model(recipe.model.arch)
     compact = rewrite(model, recipe.rewrite)
     return planned(compact, recipe.quantize, recipe.data.resolution)[1]
+
+
+def show_plan(recipe: Recipe, as_json: bool, console: Console) -> None:
+    """Print the plan of a recipe."""
+    if recipe.quantize is None or recipe.quantize.backend != "torchao":
+        raise RecipeError(
+            f"{recipe.name} has no plan of ours: it is a float recipe, or NNCF places by itself.",
+            "plan one with quantize.rules, such as int8_qat",
+        )
+    plan = plan_recipe(recipe)
+    if as_json:
+        console.print_json(data=plan_as_json(plan))
+    else:
+        print_plan(plan, recipe.quantize.rules, console)
 
 
 def float_model(shop: Workshop, validation: Samples) -> Care:
@@ -370,7 +385,7 @@ def _compared(
 
 
 @contextlib.contextmanager
-def _opened(run: Run, recipe: Recipe, world: World) -> Iterator[Run]:
+def opened(run: Run, recipe: Recipe, world: World) -> Iterator[Run]:
     """Only the main process holds and writes the run directory."""
     if not world.is_main:
         yield run

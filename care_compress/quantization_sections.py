@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from care_compress.sections import Count, Fraction, Positive, Section, TrainSection
+from care_compress.sections import AugmentSection, Count, Fraction, Positive, Section, TrainSection
 
 Bits = Literal["float", "fp16", "bf16", 8, 6, 4]
 RangeMethod = Literal["min_max", "moving_average", "percentile", "mse", "entropy"]
@@ -81,6 +81,7 @@ class QatSection(TrainSection):
     label_smoothing: Fraction = 0.0
     labels: Unit = Field(0.0, description="weight of the labels beside the float model's logits")
     temperature: Positive = 2.0
+    augment: AugmentSection = AugmentSection(scale=(0.5, 1.0))
     features: Annotated[float, Field(ge=0)] = Field(
         1.0, description="weight of the distance between the stage outputs"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -45,6 +45,7 @@ HARMLESS_TYPES: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]
+QUANTIZED_HEADER = "care_compress_quantized"  # metadata key of files that are no float model
 
 
 def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
@@ -119,6 +120,12 @@ def _checked(tensor: Tensor, name: str, path: Path) -> Tensor:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
+        with safe_open(path, framework="pt") as file:
+            quantized = QUANTIZED_HEADER in (file.metadata() or {})
+        if quantized:
+            raise CheckpointError(
+                f"{path} is already quantized.", "start from the float checkpoint it was made of"
+            )
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error

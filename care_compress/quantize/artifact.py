@@ -10,14 +10,13 @@ from safetensors.torch import load_file, save
 
 from care_compress.errors import CheckpointError
 from care_compress.model.care import build_model
+from care_compress.model.checkpoint import QUANTIZED_HEADER
 from care_compress.model.rewrite import rewrite
 from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
 from care_compress.run import atomic_file
 from care_compress.sections import RewriteSection
-
-HEADER = "care_compress_quantized"
 
 
 def save_quantized(
@@ -32,7 +31,7 @@ def save_quantized(
         "quantize": section.model_dump(mode="json"),
     }
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    content = save(tensors, metadata={HEADER: json.dumps(about, sort_keys=True)})
+    content = save(tensors, metadata={QUANTIZED_HEADER: json.dumps(about, sort_keys=True)})
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 
@@ -41,7 +40,7 @@ def quantized_header(path: Path) -> dict[str, Any] | None:
     """What a quantized model says about itself; None for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER)
+            header = (file.metadata() or {}).get(QUANTIZED_HEADER)
     except (OSError, SafetensorError):
         return None
     return None if header is None else dict(json.loads(header))

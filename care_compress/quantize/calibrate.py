@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from care_compress.errors import CalibrationError
-from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.observers import make_observer, weight_scale
 from care_compress.quantize.placement import QuantizedCare, site_of
 
@@ -75,14 +74,3 @@ def _not_finite(quantized: QuantizedCare, images: Tensor) -> CalibrationError:
         f"the float model computes NaN or infinity; the first comes from {where}.",
         "check the checkpoint, and data.mean and data.std",
     )
-
-
-def learned_settled(quantized: QuantizedCare) -> None:
-    """Stop learning everywhere and fold what was learned into the scales."""
-    for quantizer in quantized.integers():
-        _settle(quantizer)
-
-
-def _settle(quantizer: IntQuantizer) -> None:
-    quantizer.learn(False)
-    quantizer.settle()

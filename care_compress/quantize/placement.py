@@ -6,6 +6,7 @@ The result computes with simulated integers, can be trained, and `lower` turns i
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,9 @@ class PlanQuantizer(Quantizer):
         qspecs = {}
         for argument, operand, spec in zip(node.args, operands, specs, strict=False):
             assert isinstance(argument, Node) and spec is not None
+            if decision.site.prescaled and operand == "input":
+                # The scale site has taken the scale of each channel already: one remains.
+                spec = replace(spec, granularity="tensor")
             if spec != FLOAT:
                 qspecs[argument] = _qspec(spec, decision.site.name, operand, argument)
         _annotate(node, QuantizationAnnotation(input_qspec_map=qspecs))
@@ -188,4 +192,6 @@ def _qspec(spec: TensorSpec, site: str, operand: str, source: Node) -> Quantizat
 
 def _annotate(node: Node, annotation: QuantizationAnnotation) -> None:
     annotation._annotated = True
+    # torchao would share one quantizer among all readers of a tensor, whatever their bits.
+    annotation.allow_implicit_sharing = False
     node.meta[Q_ANNOTATION_KEY] = annotation

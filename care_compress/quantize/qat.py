@@ -42,9 +42,7 @@ def train_quantized(
     bad: BadImages,
 ) -> tuple[QuantizedCare, Progress]:
     """Train `model` to follow `teacher`; the result is settled, in eval mode, on the CPU."""
-    model.requires_grad_(True)
-    for quantizer in model.integers():
-        quantizer.learn(True)
+    prepare_to_learn(model)
     objective = FollowFloat(teacher.to(world.device).eval(), section)
     decides = fingerprint(
         {
@@ -56,7 +54,7 @@ def train_quantized(
             "seed": recipe.seed,
         }
     )
-    course = course_of(section, recipe, samples, decides, validate, world, bad, _groups)
+    course = course_of(section, recipe, samples, decides, validate, world, bad, parameter_groups)
     with quiet():
         trainee = fit(model, objective, course, folder, world, console)
     trained = trainee.result.cpu().eval()
@@ -67,6 +65,13 @@ def train_quantized(
         quantizer.learn(False)
         quantizer.settle()
     return trained, trainee.progress
+
+
+def prepare_to_learn(model: QuantizedCare) -> None:
+    """Let every parameter and every scale move."""
+    model.requires_grad_(True)
+    for quantizer in model.integers():
+        quantizer.learn(True)
 
 
 class FollowFloat:
@@ -130,7 +135,7 @@ def dampening(model: QuantizedCare) -> Tensor:
     return torch.stack(distances).sum() / max(1, count)
 
 
-def _groups(model: nn.Module, plan: TrainSection) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, plan: TrainSection) -> list[ParameterGroup]:
     """Weights decay, the rest does not; what quantizers learn moves faster and stops earlier."""
     assert isinstance(model, QuantizedCare) and isinstance(plan, QatSection)
     learned = [

@@ -9,8 +9,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from care_compress.model.attention import AttentionCore, Product
-from care_compress.model.care import Sum
-from care_compress.model.compact import ChannelAffine, CompactCare, GlobalMean, PooledDepthwise
+from care_compress.model.care import Interaction, Sum
+from care_compress.model.compact import (
+    ChannelAffine,
+    CompactCare,
+    GlobalMean,
+    PooledDepthwise,
+    Rotation,
+)
 from care_compress.quantize.spec import Kept, Site
 
 # Module names below a block to (branch, role).
@@ -39,13 +45,21 @@ def find_sites(model: CompactCare, resolution: int) -> tuple[Site, ...]:
     """Every quantizable operation, in the order of the forward pass."""
     macs = _macs_by_module(model, resolution)
     return tuple(
-        _site(name, module, macs.get(name, 0))
+        _site(name, module, macs.get(name, 0), _behind_norm(model, name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear | Product | Sum)
     )
 
 
-def _site(name: str, module: nn.Module, macs: int) -> Site:
+def _behind_norm(model: CompactCare, name: str) -> bool:
+    """Whether the input comes from a pre-norm that has not been folded away."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    norm = getattr(parent, "0" if leaf == "1" else leaf.replace("fc1", "norm"), None)
+    return isinstance(norm, nn.BatchNorm2d | ChannelAffine | Rotation)
+
+
+def _site(name: str, module: nn.Module, macs: int, prescaled: bool) -> Site:
     stage, block, branch, role = _place(name)
     weighted = isinstance(module, nn.Conv2d | nn.Linear)
     channels = 0
@@ -62,7 +76,7 @@ def _site(name: str, module: nn.Module, macs: int) -> Site:
         macs=macs,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         channels=channels,
-        prescaled=name.endswith(("inter1_fc1", "inter2_fc1")) or role == "downsample",
+        prescaled=prescaled,
         weighted=weighted,
     )
 
@@ -96,8 +110,11 @@ def _kept(
     if norms:
         why = "one multiply-add per channel in front of a quantize, which it fuses into"
         yield Kept("pre-norm scale and shift", norms, why)
-    interactions = sum(isinstance(module, Sum) for module in modules)
-    yield Kept("GELU and layer scale", interactions, "element-wise, in the epilogue of a conv")
+    interactions = sum(isinstance(module, Interaction) for module in modules)
+    yield Kept("GELU", 2 * interactions, "element-wise, in the epilogue of a conv")
+    rotations = sum(isinstance(module, Rotation) for module in modules)
+    if rotations:
+        yield Kept("Hadamard rotation", rotations, "what it spreads would not fit the integers")
     if attention:
         why = "exp and division: 8 bits of the divisor cost 14 dB"
         yield Kept("attention feature map and normaliser", attention, why)

@@ -1,0 +1,164 @@
+"""What quantization costs beside the float model (`make bench-quantize`).
+
+Two ratios on CARE-S0 at 96x96, in alternating groups so that noise on the machine hits both alike:
+a QAT step (teacher, fake quantization, learned scales) over a float training step, and one pass of
+observers over calibration images over the float forward of the same images.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from care_compress.data.loader import Batch
+from care_compress.data.transforms import normalize
+from care_compress.model.care import build_model
+from care_compress.model.compact import CompactCare
+from care_compress.model.rewrite import rewrite
+from care_compress.quantization_sections import QatSection, RangeMethod, TensorSection
+from care_compress.quantize.calibrate import calibrate
+from care_compress.quantize.placement import QuantizedCare, simulate
+from care_compress.quantize.ptq import planned
+from care_compress.quantize.qat import FollowFloat, parameter_groups, prepare_to_learn
+from care_compress.recipe import load_recipe
+from care_compress.sections import TrainSection
+from care_compress.train.display import Silent
+from care_compress.train.distributed import World
+from care_compress.train.loop import Course, Groups, decayed_and_free, set_up, train_step
+from care_compress.train.objective import Classification, Objective
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLASSES, SIZE = 10, 96
+METHODS: tuple[RangeMethod, ...] = ("min_max", "percentile", "mse", "entropy")
+
+
+def networks(method: RangeMethod) -> tuple[CompactCare, QuantizedCare]:
+    """CARE-S0, rewritten, and quantized as the default recipe does with this range."""
+    recipe = load_recipe("int8_qat")
+    assert recipe.quantize is not None
+    first, *others = recipe.quantize.rules
+    rule = first.model_copy(
+        update={"input": TensorSection(bits=8, range=method, granularity="tensor")}
+    )
+    section = recipe.quantize.model_copy(update={"rules": (rule, *others)})
+    if method == "min_max":
+        section = recipe.quantize
+    compact = rewrite(build_model("care_s0", CLASSES), recipe.rewrite)
+    network, plan = planned(compact, section, SIZE)
+    return network, simulate(network, plan)
+
+
+def training_step(
+    model: torch.nn.Module,
+    objective: Objective,
+    plan: TrainSection,
+    batch: Batch,
+    groups: Groups = decayed_and_free,
+) -> Callable[[], None]:
+    """One step of the trainer's loop."""
+    course = Course(
+        plan=plan,
+        steps_per_epoch=1000,
+        num_classes=CLASSES,
+        seed=0,
+        fingerprint="",
+        batches=lambda start: (ready for ready in (batch,)),
+        prepare=partial(normalize, mean=MEAN, std=STD),
+        validate=lambda model: (0, 0),
+        groups=groups,
+    )
+    trainee = set_up(model, plan, World(), groups)
+    runner = trainee.model.train()
+    return lambda: train_step(trainee, runner, objective, batch, course, World(), Silent())
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def ratios(ours: Callable[[], None], base: Callable[[], None], rounds: int) -> list[float]:
+    """Sorted ratios of neighbouring calls whose order alternates."""
+    timed(ours), timed(base)
+    found = []
+    for number in range(rounds):
+        order = (ours, base) if number % 2 else (base, ours)
+        first, second = (timed(work) for work in order)
+        found.append(first / second if order[0] is ours else second / first)
+    return sorted(found)
+
+
+def main() -> None:
+    """Measure, print a table, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--images", type=int, default=512, help="calibration images per pass")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = {"QAT step / float training step": qat_ratios(options.batch, options.rounds)}
+    images = torch.randn(options.images, 3, SIZE, SIZE).contiguous(
+        memory_format=torch.channels_last
+    )
+    for method in METHODS:
+        name = f"calibration / float forward, {method}"
+        found[name] = calibration_ratios(torch.split(images, 32), method, options.rounds)
+    table = Table("CARE-S0, 96x96", "ratio", "quartiles")
+    for name, values in found.items():
+        quarter = len(values) // 4
+        table.add_row(
+            name,
+            f"{statistics.median(values):.2f}",
+            f"{values[quarter]:.2f} to {values[-1 - quarter]:.2f}",
+        )
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def qat_ratios(batch_size: int, rounds: int) -> list[float]:
+    """A whole QAT step, teacher included, over a whole float step."""
+    pixels = torch.randint(0, 256, (batch_size, 3, SIZE, SIZE), dtype=torch.uint8)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, CLASSES, (batch_size,))
+    batch = Batch(pixels, labels, torch.arange(batch_size))
+    plan = TrainSection(epochs=10, batch_size=batch_size, learning_rate=1e-4)
+    float_step = training_step(
+        build_model("care_s0", CLASSES), Classification(None, None), plan, batch
+    )
+    compact, model = networks("min_max")
+    calibrate(model, [normalize(pixels, MEAN, STD)], 99.99)
+    prepare_to_learn(model)
+    section = QatSection(batch_size=batch_size, dampening=0.1)
+    qat_step = training_step(model, FollowFloat(compact, section), section, batch, parameter_groups)
+    return ratios(qat_step, float_step, rounds)
+
+
+def calibration_ratios(
+    batches: tuple[Tensor, ...], method: RangeMethod, rounds: int
+) -> list[float]:
+    """One pass of observers, ranges included, over the plain forward."""
+    compact, model = networks(method)
+    compact.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for batch in batches:
+            compact(batch)
+
+    return ratios(lambda: calibrate(model, batches, 99.99), forward, rounds)
+
+
+if __name__ == "__main__":
+    main()

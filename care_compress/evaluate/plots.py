@@ -1,0 +1,77 @@
+"""Pictures of a measurement, as SVG files that a browser shows."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from care_compress.quantize.mixed import Trial
+from care_compress.quantize.sensitivity import EXACT_DB, Sensitivity
+from care_compress.run import write_text
+
+SHOWN = 40  # sites in a plot; the table and the JSON have all
+matplotlib.rcParams["svg.hashsalt"] = "care-compress"  # equal data, equal file
+
+
+def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
+    """Bars of the hardest sites: logit SQNR of each alone, and the float network without it."""
+    shown = [one for one in found if one.alone.sqnr_db < EXACT_DB][:SHOWN]
+    figure = Figure(figsize=(9, 1.2 + 0.24 * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    names = [short_name(one.site) for one in shown]
+    axes.barh(names, [one.alone.sqnr_db for one in shown], color="#3b6ea5", height=0.7)
+    if shown:
+        axes.set_xlim(left=max(0.0, shown[0].alone.sqnr_db - 10))
+    axes.invert_yaxis()
+    axes.set_xlabel("logit SQNR with only this site quantized (dB); shorter is harder")
+    axes.set_title(f"The {len(shown)} hardest of {len(found)} sites", loc="left")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_trials(trials: Sequence[Trial], max_drop: float, unit: str, path: Path) -> None:
+    """Drop over cost of every trial; the staircase is the Pareto front."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    inside = [trial for trial in trials if trial.within]
+    outside = [trial for trial in trials if not trial.within]
+    axes.scatter([t.cost for t in outside], [t.drop for t in outside], c="#c0392b", label="over")
+    axes.scatter([t.cost for t in inside], [t.drop for t in inside], c="#2a7f4f", label="within")
+    front = pareto(trials)
+    axes.step([t.cost for t in front], [t.drop for t in front], where="post", c="#555", lw=1)
+    axes.axhline(max_drop, color="#999", ls="--", lw=1)
+    axes.text(axes.get_xlim()[0], max_drop, " budget", va="bottom", color="#666")
+    axes.set_xlabel(unit)
+    axes.set_ylabel("top-1 drop (points)")
+    axes.set_title(f"{len(trials)} trials", loc="left")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def pareto(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that no other one beats in both cost and drop, by rising cost."""
+    front: list[Trial] = []
+    for trial in sorted(trials, key=lambda t: (t.cost, t.drop)):
+        if not front or trial.drop < front[-1].drop:
+            front.append(trial)
+    return front
+
+
+def short_name(site: str) -> str:
+    """``stages.2.blocks.0.inter_layer.inter1_fc1`` as ``2.0 inter1_fc1``."""
+    parts = site.split(".")
+    if parts[0] != "stages":
+        return site
+    if parts[2] != "blocks":
+        return f"{parts[1]} downsample"
+    return f"{parts[1]}.{parts[3]} {'.'.join(parts[5:]) or parts[4]}"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.StringIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    write_text(path, content.getvalue())

@@ -1,0 +1,270 @@
+"""Automatic mixed precision: bits per site, cheapest within an accuracy budget.
+
+Each site alone is measured at every precision on offer, which gives it a noise and a cost. From
+all-float, the step (one site to its next lower precision) with the most cost saved per noise added
+comes first, so a prefix of that sequence is a candidate network. Its accuracy falls with its
+length, up to noise, so bisection finds the longest prefix within the budget; what trials are left
+try single further steps. Every trial is a whole PTQ run with its real drop, bounded in number and
+minutes, and the best so far is what it ends with.
+"""
+
+import heapq
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from care_compress.model.compact import CompactCare
+from care_compress.quantization_sections import (
+    QuantizeSection,
+    RuleSection,
+    SearchSection,
+    TensorSection,
+)
+from care_compress.quantize.calibrate import Batches
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.ptq import first_images, planned, quantize_network
+from care_compress.quantize.sensitivity import logits_of, only
+from care_compress.quantize.spec import Plan
+
+NOISE_IMAGES = 96  # that a site's noise is measured on
+BATCH = 32
+LADDER = ("float", "w8a8", "w4a8", "w4a4")  # from dear to cheap
+TENSORS: dict[str, tuple[TensorSection, TensorSection]] = {  # (weight, input)
+    "float": (TensorSection(bits="float"), TensorSection(bits="float")),
+    "w8a8": (TensorSection(bits=8), TensorSection(bits=8)),
+    "w4a8": (TensorSection(bits=4, range="mse"), TensorSection(bits=8)),
+    "w4a4": (TensorSection(bits=4, range="mse"), TensorSection(bits=4, range="mse")),
+}
+
+# A quantized network in, its drop in points out.
+Judge = Callable[[QuantizedCare], float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One network that was tried."""
+
+    steps: int
+    cost: float
+    drop: float
+    within: bool
+
+
+@dataclass
+class Found:
+    """What a search ends with."""
+
+    model: QuantizedCare
+    section: QuantizeSection  # with a rule for every searched site, so that it can be run again
+    trials: list[Trial]
+
+    def trail(self) -> list[dict[str, float | int | bool]]:
+        """Every trial, in order, as plain data."""
+        return [asdict(trial) for trial in self.trials]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One site to one lower precision."""
+
+    site: str
+    precision: str
+
+
+def search_bits(
+    network: CompactCare,
+    section: QuantizeSection,
+    max_drop: float,
+    resolution: int,
+    seed: int,
+    batches: Batches,
+    judge: Judge,
+    report: Callable[[Trial], None],
+) -> Found:
+    """Search as ``quantize.search`` says."""
+    assert section.search is not None
+    deadline = time.monotonic() + 60 * section.search.minutes
+    steps = _ordered_steps(network, section, resolution, seed, batches)
+    hunt = _Hunt(network, section, steps, max_drop, resolution, seed, batches, judge, report)
+
+    def may_go_on() -> bool:
+        assert section.search is not None
+        return len(hunt.trials) < section.search.trials and time.monotonic() < deadline
+
+    low, high = 0, len(steps)  # low steps hold the budget, high + 1 are not known to
+    hunt.try_steps(range(high))  # the whole ladder may fit, and then nothing is left to search
+    if hunt.trials[-1].within:
+        return hunt.found()
+    while high - low > 1 and may_go_on():
+        middle = (low + high) // 2
+        low, high = (middle, high) if hunt.try_steps(range(middle)) else (low, middle)
+    chosen = set(range(low))
+    for number in range(low + 1, len(steps)):
+        if not may_go_on():
+            break
+        if hunt.try_steps(sorted(chosen | {number})):
+            chosen.add(number)
+    return hunt.found()
+
+
+class _Hunt:
+    """Tries networks and remembers the best."""
+
+    def __init__(
+        self,
+        network: CompactCare,
+        section: QuantizeSection,
+        steps: Sequence[Step],
+        max_drop: float,
+        resolution: int,
+        seed: int,
+        batches: Batches,
+        judge: Judge,
+        report: Callable[[Trial], None],
+    ) -> None:
+        self.network = network
+        self.section = section
+        self.steps = steps
+        self.max_drop = max_drop
+        self.resolution = resolution
+        self.seed = seed
+        self.batches = batches
+        self.judge = judge
+        self.report = report
+        self.trials: list[Trial] = []
+        self._best: tuple[float, QuantizedCare, QuantizeSection] | None = None
+
+    def try_steps(self, numbers: Sequence[int]) -> bool:
+        """Quantize with these steps taken; whether the drop is within the budget."""
+        section = _with_steps(self.section, self.steps, numbers)
+        made = quantize_network(self.network, section, self.resolution, self.seed, self.batches)
+        assert self.section.search is not None
+        cost = _cost(made.model.plan, self.section.search)
+        drop = self.judge(made.model)
+        trial = Trial(len(numbers), cost, drop, drop <= self.max_drop)
+        self.trials.append(trial)
+        self.report(trial)
+        if trial.within and (self._best is None or cost < self._best[0]):
+            self._best = (cost, made.model, section)
+        return trial.within
+
+    def found(self) -> Found:
+        """The cheapest network within the budget; the float one if there is none."""
+        if self._best is None:
+            self.try_steps(range(0))
+        assert self._best is not None, "the float network loses nothing"
+        _, model, section = self._best
+        return Found(model, section, self.trials)
+
+
+def _with_steps(
+    section: QuantizeSection, steps: Sequence[Step], numbers: Sequence[int]
+) -> QuantizeSection:
+    """The section with a rule for every searched site, after these steps."""
+    reached = {step.site: "float" for step in steps}
+    for number in numbers:
+        step = steps[number]
+        if LADDER.index(step.precision) > LADDER.index(reached[step.site]):
+            reached[step.site] = step.precision
+    rules = []
+    for site, precision in reached.items():
+        weight, input_ = TENSORS[precision]
+        rules.append(RuleSection(site=site, weight=weight, input=input_))
+    return section.model_copy(update={"rules": (*section.rules, *rules), "search": None})
+
+
+def _cost(plan: Plan, search: SearchSection) -> float:
+    if search.cost == "energy":
+        return plan.energy_mj
+    return float(sum(decision.bit_operations for decision in plan.decisions))
+
+
+def _ordered_steps(
+    network: CompactCare,
+    section: QuantizeSection,
+    resolution: int,
+    seed: int,
+    batches: Batches,
+) -> list[Step]:
+    """Every site's way down the ladder, most saving for the least noise first."""
+    assert section.search is not None
+    plan = planned(network, section, resolution)[1]
+    sites = [
+        decision.site.name
+        for decision in plan.decisions
+        if decision.site.weighted and decision.input.is_integer
+    ]
+    noise = {
+        precision: _noises(network, section, sites, precision, resolution, seed, batches)
+        for precision in LADDER[1:]
+    }
+    costs = {
+        precision: _site_costs(network, section, sites, precision, resolution)
+        for precision in LADDER
+    }
+
+    def price(site: str, rung: int) -> float:
+        """Noise added per cost saved by going from the rung above to this one."""
+        above, here = LADDER[rung - 1], LADDER[rung]
+        before = noise[above][site] if rung > 1 else 0.0
+        saved = max(costs[above][site] - costs[here][site], 1e-30)
+        return max(noise[here][site] - before, 0.0) / saved
+
+    waiting = [(price(site, 1), site, 1) for site in sites]
+    heapq.heapify(waiting)
+    steps = []
+    while waiting:
+        _, site, rung = heapq.heappop(waiting)
+        steps.append(Step(site, LADDER[rung]))
+        if rung + 1 < len(LADDER):
+            heapq.heappush(waiting, (price(site, rung + 1), site, rung + 1))
+    return steps
+
+
+def _all_at(section: QuantizeSection, sites: Sequence[str], precision: str) -> QuantizeSection:
+    steps = [Step(site, precision) for site in sites]
+    return _with_steps(section, steps, range(len(steps)))
+
+
+@torch.inference_mode()
+def _noises(
+    network: CompactCare,
+    section: QuantizeSection,
+    sites: Sequence[str],
+    precision: str,
+    resolution: int,
+    seed: int,
+    batches: Batches,
+) -> dict[str, float]:
+    """Squared logit error of each site alone at this precision."""
+    quick = {"reconstruct": None, "bias_correction": False, "norm_reestimation": False}
+    plain = _all_at(section, sites, precision).model_copy(update=quick)
+    model = quantize_network(network, plain, resolution, seed, batches).model
+    images: Sequence[Tensor] = torch.split(first_images(batches, NOISE_IMAGES), BATCH)
+    model.enable(False)
+    wanted = logits_of(model, images)
+    found = {}
+    for site in sites:
+        only(model, {site})
+        found[site] = float((logits_of(model, images) - wanted).double().square().mean())
+    return found
+
+
+def _site_costs(
+    network: CompactCare,
+    section: QuantizeSection,
+    sites: Sequence[str],
+    precision: str,
+    resolution: int,
+) -> dict[str, float]:
+    assert section.search is not None
+    plan = planned(network, _all_at(section, sites, precision), resolution)[1]
+    energy = section.search.cost == "energy"
+    decisions = {decision.site.name: decision for decision in plan.decisions}
+    return {
+        site: decisions[site].energy_pj if energy else float(decisions[site].bit_operations)
+        for site in sites
+    }

@@ -1,0 +1,98 @@
+"""A plan as a person reads it, and as JSON."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from care_compress.quantization_sections import RuleSection
+from care_compress.quantize.spec import ENERGY_PJ, Decision, Plan
+
+
+def print_plan(plan: Plan, rules: tuple[RuleSection, ...], console: Console) -> None:
+    """Every site with the rule that decided it, then the sums."""
+    for number, rule in enumerate(rules, 1):
+        console.print(f"rule {number}: {rule_text(rule)}", markup=False, highlight=False)
+    target = plan.target or "none: simulated, no runtime's limits"
+    table = Table(title=f"target {target}, {plan.resolution}x{plan.resolution}")
+    table.title_justify = "left"
+    for column in ("site", "role", "input", "weight", "rule"):
+        table.add_column(column, no_wrap=True)
+    for column in ("MACs (M)", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for decision in plan.decisions:
+        table.add_row(*_row(decision, plan))
+    # A site's name is what rules select by: it must be whole even where a terminal is narrow.
+    wide = console.width if console.is_terminal else 160
+    console.print(table, width=max(wide, 132))
+    for kept in plan.kept:
+        console.print(f"float by nature: {kept.what} ({kept.count}): {kept.why}", highlight=False)
+    _print_sums(plan, console)
+
+
+def _print_sums(plan: Plan, console: Console) -> None:
+    total = plan.macs
+    parts = [
+        f"{name} {macs / 1e6:.2f} M ({100 * macs / total:.1f} %)"
+        for name, macs in plan.macs_by_precision().items()
+    ]
+    console.print(f"[bold]MACs[/]: {', '.join(parts)}, together {total / 1e6:.2f} M")
+    in_float = total * sum(ENERGY_PJ["float"]) * 1e-9
+    console.print(
+        f"[bold]energy[/] of the products (45 nm estimate): {plan.energy_mj:.4f} mJ an image, "
+        f"{in_float / plan.energy_mj:.1f}x less than the {in_float:.4f} mJ of float32"
+    )
+
+
+def _row(decision: Decision, plan: Plan) -> tuple[str, ...]:
+    site = decision.site
+    rules = {str(rule) if rule else "-" for rule in (decision.input_rule, decision.weight_rule)}
+    if not site.weighted:
+        rules = {str(decision.input_rule) if decision.input_rule else "-"}
+    return (
+        site.name,
+        site.role,
+        str(decision.input),
+        "" if decision.weight is None else str(decision.weight),
+        ", ".join(sorted(rules)),
+        f"{site.macs / 1e6:.3f}" if site.macs else "",
+        f"{100 * site.macs / plan.macs:.2f} %" if site.macs else "",
+    )
+
+
+def rule_text(rule: RuleSection) -> str:
+    """A rule as it stands in the recipe, without what it leaves out."""
+    said = rule.model_dump(exclude_none=True, exclude_defaults=True)
+    return ", ".join(f"{key}: {_bits(value)}" for key, value in said.items())
+
+
+def _bits(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return str(value["bits"]) if len(value) == 1 else str(value).replace("'", "")
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "target": plan.target,
+        "resolution": plan.resolution,
+        "sites": [
+            {
+                "name": decision.site.name,
+                "role": decision.site.role,
+                "branch": decision.site.branch,
+                "macs": decision.site.macs,
+                "parameters": decision.site.parameters,
+                "input": str(decision.input),
+                "weight": None if decision.weight is None else str(decision.weight),
+                "input_rule": decision.input_rule,
+                "weight_rule": decision.weight_rule,
+                "precision": decision.precision,
+            }
+            for decision in plan.decisions
+        ],
+        "kept_in_float": [{"what": k.what, "count": k.count, "why": k.why} for k in plan.kept],
+        "macs": plan.macs_by_precision(),
+        "energy_mj": plan.energy_mj,
+    }

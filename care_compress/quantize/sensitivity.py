@@ -1,0 +1,114 @@
+"""Which site costs accuracy: each quantized alone, and each left alone out.
+
+Alone shows what a site does by itself, left out what the network would gain without it; where the
+two disagree, errors add up or cancel. Every finished site is written at once, so an interrupted
+measurement goes on where it stopped, and nothing is measured twice for the same content.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.run import write_text
+
+EXACT_DB = 200.0  # shown for no difference at all, which has no logarithm
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Distance of quantized logits from the float ones over some images."""
+
+    sqnr_db: float
+    kl: float
+    top1: float  # points lost
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one site does."""
+
+    site: str
+    alone: Effect
+    left_out: Effect  # of everything else
+
+
+@torch.inference_mode()
+def logits_of(model: QuantizedCare, images: Sequence[Tensor]) -> Tensor:
+    """Logits of all batches."""
+    return torch.cat([model(batch) for batch in images])
+
+
+def effect(quantized_BK: Tensor, float_BK: Tensor, labels_B: Tensor) -> Effect:
+    """SQNR of the logits, mean KL(float || quantized), and top-1 lost in points."""
+    noise = float((quantized_BK - float_BK).double().square().sum())
+    signal = float(float_BK.double().square().sum())
+    ratio = EXACT_DB if noise == 0 else 10 * torch.log10(torch.tensor(signal / noise)).item()
+    before, after = (F.log_softmax(x.double(), dim=1) for x in (float_BK, quantized_BK))
+    kl = F.kl_div(after, before, reduction="batchmean", log_target=True)
+    right = [(x.argmax(dim=1) == labels_B).double().mean() for x in (float_BK, quantized_BK)]
+    return Effect(ratio, float(kl), 100 * float(right[0] - right[1]))
+
+
+def quantized_sites(model: QuantizedCare) -> list[str]:
+    """Every site that has a quantizer, in the order of the network."""
+    return list(dict.fromkeys(quantizer.site for quantizer in model.quantizers()))
+
+
+def only(model: QuantizedCare, sites: set[str]) -> None:
+    """Quantize these sites and no other."""
+    for quantizer in model.quantizers():
+        quantizer.enabled = quantizer.site in sites
+
+
+def measure_sensitivity(
+    model: QuantizedCare,
+    images: Sequence[Tensor],
+    labels: Tensor,
+    cache: Path,
+    key: str,
+    progress: Callable[[int, int], None],
+) -> list[Sensitivity]:
+    """Measure every site, hardest first; `cache` holds what is done for this `key`."""
+    model.enable(False)
+    float_logits = logits_of(model, images)
+    sites = quantized_sites(model)
+    done = _read(cache, key)
+    for number, site in enumerate(sites):
+        progress(number, len(sites))
+        if site in done:
+            continue
+        found = {}
+        for name, chosen in (("alone", {site}), ("left_out", set(sites) - {site})):
+            only(model, chosen)
+            found[name] = asdict(effect(logits_of(model, images), float_logits, labels))
+        done[site] = found
+        content = {"key": key, "images": len(labels), "sites": done}
+        write_text(cache, json.dumps(content, indent=1) + "\n")
+    progress(len(sites), len(sites))
+    model.enable(True)
+    return hardest_first(done)
+
+
+def hardest_first(done: Mapping[str, Mapping[str, Any]]) -> list[Sensitivity]:
+    """By the SQNR that a site alone leaves, lowest first."""
+    found = [
+        Sensitivity(site, Effect(**effects["alone"]), Effect(**effects["left_out"]))
+        for site, effects in done.items()
+    ]
+    return sorted(found, key=lambda sensitivity: sensitivity.alone.sqnr_db)
+
+
+def _read(cache: Path, key: str) -> dict[str, Any]:
+    """Sites already measured for this content; none if the file is of another or damaged."""
+    try:
+        content = json.loads(cache.read_text(encoding="utf-8"))
+        return dict(content["sites"]) if content["key"] == key else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

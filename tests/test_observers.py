@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from care_compress.quantize.fakequant import IntQuantizer
+from care_compress.quantize.observers import (
+    BINS,
+    EntropyObserver,
+    HistogramObserver,
+    PercentileObserver,
+    SquaredErrorObserver,
+    make_observer,
+    weight_scale,
+)
+from care_compress.quantize.spec import TensorSpec
+
+
+def observer(kind: type[HistogramObserver], bits: int = 8, **more: float) -> HistogramObserver:
+    spec = TensorSpec(bits, symmetric=False)
+    return kind(
+        dtype=spec.dtype,
+        qscheme=torch.per_tensor_affine,
+        quant_min=spec.quant_min,
+        quant_max=spec.quant_max,
+        **more,
+    )
+
+
+def quantized(x: torch.Tensor, watcher: HistogramObserver) -> torch.Tensor:
+    scale, zero_point = watcher.calculate_qparams()
+    return torch.fake_quantize_per_tensor_affine(
+        x, float(scale), int(zero_point), watcher.quant_min, watcher.quant_max
+    )
+
+
+def heavy_tailed(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_t(3, count).astype(np.float32))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 12), st.floats(1e-3, 1e3))
+def test_a_stream_counts_what_one_look_would(seed: int, parts: int, size: float) -> None:
+    values = heavy_tailed(6000, seed) * size
+    whole, streamed = observer(SquaredErrorObserver), observer(SquaredErrorObserver)
+    whole(values)
+    for part in values.chunk(parts):
+        streamed(part)
+    assert streamed.exponent == whole.exponent
+    assert float((streamed.counts - whole.counts).abs().sum()) <= 4, "rounding at bin edges"
+    assert len(streamed.counts) == BINS, "memory does not grow with what is seen"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_squared_error_range_beats_the_extremes_where_there_are_outliers(bits: int) -> None:
+    x = heavy_tailed(50_000)
+    best = observer(SquaredErrorObserver, bits)
+    extremes = observer(PercentileObserver, bits, percentile=100.0)
+    best(x), extremes(x)
+    errors = [float((quantized(x, one) - x).square().mean()) for one in (best, extremes)]
+    assert errors[0] < errors[1] * (0.5 if bits == 4 else 0.98)
+
+
+def test_on_uniform_values_nothing_is_clipped() -> None:
+    x = torch.rand(50_000)
+    watcher = observer(SquaredErrorObserver)
+    watcher(x)
+    assert watcher.choose()[1] == pytest.approx(1.0, rel=0.03)
+
+
+@pytest.mark.parametrize("percentile", [99.0, 99.9])
+def test_the_percentile_keeps_that_share(percentile: float) -> None:
+    x = heavy_tailed(100_000)
+    watcher = observer(PercentileObserver, percentile=percentile)
+    watcher(x)
+    low, high = watcher.choose()
+    inside = float(((x >= low) & (x <= high)).float().mean()) * 100
+    assert inside == pytest.approx(percentile, abs=0.15)
+
+
+def test_entropy_clips_a_far_outlier_and_keeps_the_bulk() -> None:
+    x = torch.cat([torch.randn(50_000), torch.tensor([40.0])])
+    watcher = observer(EntropyObserver)
+    watcher(x)
+    assert 3 < watcher.choose()[1] < 39
+
+
+def test_every_range_of_a_recipe_has_an_observer_that_gives_usable_numbers() -> None:
+    for method in ("min_max", "moving_average", "percentile", "mse", "entropy"):
+        for granularity in ("tensor", "channel"):
+            if granularity == "channel" and method not in ("min_max", "moving_average"):
+                continue
+            spec = TensorSpec(8, granularity=granularity, axis=1, symmetric=False, range=method)
+            quantizer = IntQuantizer(spec, "s", "input", 1 if granularity == "tensor" else 3)
+            watcher = make_observer(quantizer, 99.99)
+            watcher(torch.randn(8, 3, 4, 4)), watcher(torch.zeros(8, 3, 4, 4))
+            scale, zero_point = watcher.calculate_qparams()
+            assert bool((scale > 0).all()) and bool(((zero_point >= 0) & (zero_point <= 255)).all())
+
+
+def test_dead_input_gives_a_scale_that_divides_by_no_zero() -> None:
+    for kind in (SquaredErrorObserver, EntropyObserver, PercentileObserver):
+        watcher = observer(kind)
+        watcher(torch.zeros(100))
+        assert float(watcher.calculate_qparams()[0]) > 0
+
+
+def test_a_weight_scale_of_least_error_is_no_worse_than_the_largest_weight() -> None:
+    weight = heavy_tailed(4096).reshape(16, 256)
+    errors = []
+    for method in ("min_max", "mse"):
+        spec = TensorSpec(4, granularity="channel", range=method)
+        quantizer = IntQuantizer(spec, "s", "weight", 16)
+        quantizer.set_qparams(weight_scale(quantizer, weight), torch.zeros(16))
+        errors.append((quantizer(weight) - weight).square().sum(dim=1))
+    assert bool((errors[1] <= errors[0]).all()) and float(errors[1].sum()) < float(errors[0].sum())

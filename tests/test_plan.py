@@ -1,0 +1,124 @@
+import pytest
+import torch
+from quantized import SIZE, network, rules
+
+from care_compress.errors import RecipeError
+from care_compress.model.checkpoint import load_checkpoint
+from care_compress.model.cost import measure_cost
+from care_compress.model.rewrite import rewrite
+from care_compress.quantization_sections import RuleSection
+from care_compress.quantize.plan import make_plan
+from care_compress.quantize.sites import find_sites
+from care_compress.quantize.spec import Plan
+from care_compress.target import load_target
+
+
+def plan(*extra: dict[str, object], target: str | None = None, alone: bool = False) -> Plan:
+    chosen = [RuleSection.model_validate(rule) for rule in extra] if alone else rules(*extra)
+    return make_plan(network(), chosen, load_target(target) if target else None, SIZE)
+
+
+def test_every_weight_and_product_is_a_site_and_their_macs_are_all_macs() -> None:
+    model = network()
+    sites = find_sites(model, SIZE)
+    weighted = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)
+    }
+    assert {site.name for site in sites if site.weighted} == weighted
+    assert sum(site.macs for site in sites) == measure_cost(model, SIZE).macs
+
+
+def test_the_last_matching_rule_decides_each_tensor() -> None:
+    found = plan(
+        {"stage": 2, "branch": "inter1", "weight": 4},
+        {"stage": 2, "block": 1, "role": "pointwise", "input": "float"},
+        {"site": "stages.2.*.inter1_fc2", "weight": 8},
+    )
+    first = found.of("stages.2.blocks.1.inter_layer.inter1_fc1")
+    assert (first.weight.bits, first.weight_rule) == (4, 5)
+    assert (first.input.bits, first.input_rule) == ("float", 6)
+    second = found.of("stages.2.blocks.1.inter_layer.inter1_fc2")
+    assert (second.weight.bits, second.weight_rule) == (8, 7)
+    other = found.of("stages.1.blocks.0.inter_layer.inter1_fc1")
+    assert (other.weight.bits, other.weight_rule, other.input_rule) == (8, 1, 1)
+
+
+def test_without_a_rule_a_site_stays_in_float_and_the_plan_says_no_rule_did_it() -> None:
+    found = plan({"role": "head", "weight": 8, "input": 8}, alone=True)
+    stem = found.of("stem.0")
+    assert not stem.quantized and stem.input_rule == stem.weight_rule == 0
+    assert found.of("heads.fc").quantized
+    assert any("attention" in kept.what for kept in found.kept)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"role": "pointwize", "weight": 8}, "did you mean pointwise"),
+        ({"branch": "mixer.dw5", "weight": 8}, "did you mean mixer.dw"),
+        ({"site": "stages.9.*", "weight": 8}, "matches no site"),
+        ({"stage": 3, "block": 7, "input": 8}, "matches no site"),
+        ({"role": "pointwise", "weight": {"bits": 4, "group": 7}}, "do not divide into groups"),
+        ({"role": "pointwise", "weight": {"bits": 8, "range": "entropy"}}, "no stream"),
+        ({"role": "head", "input": {"bits": 8, "granularity": "channel"}}, "one input scale"),
+        (
+            {"role": "depthwise", "input": {"bits": 8, "granularity": "channel", "range": "mse"}},
+            "per tensor",
+        ),
+    ],
+)
+def test_a_rule_that_cannot_hold_is_refused_with_its_number(
+    rule: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        plan(rule)
+    assert "rule 5" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "rule", "message"),
+    [
+        ("openvino-cpu", {"role": "pointwise", "input": 4}, "no 4-bit activations"),
+        ("openvino-cpu", {"role": "head", "weight": 4}, "no 4-bit weights"),
+        (
+            "tensorrt-gpu",
+            {"role": "stem", "input": {"bits": 8, "symmetric": False}},
+            "zero point other than 0",
+        ),
+        (
+            "tensorrt-gpu",
+            {"role": "depthwise", "input": {"bits": 8, "granularity": "channel"}},
+            "one scale per activation tensor",
+        ),
+        ("openvino-cpu", {"role": "stem", "input": "fp16", "weight": "fp16"}, "in fp32"),
+    ],
+)
+def test_what_a_target_cannot_execute_is_refused(
+    target: str, rule: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan(rule, target=target)
+
+
+def test_left_out_settings_follow_the_target() -> None:
+    depthwise = "stages.0.blocks.0.inter_layer.inter1_conv"
+    for target, symmetric, granularity in (
+        ("openvino-cpu", False, "channel"),
+        ("tensorrt-jetson-orin", True, "tensor"),
+        (None, False, "channel"),
+    ):
+        found = plan(target=target).of(depthwise).input
+        assert (found.symmetric, found.granularity) == (symmetric, granularity)
+
+
+def test_energy_of_care_s0_is_the_published_estimate() -> None:
+    model = rewrite(load_checkpoint("builtin:care_nano_shapes"))
+    everything = RuleSection.model_validate({"weight": 8, "input": 8})
+    whole = make_plan(model, [everything], None, 64)
+    assert whole.energy_mj == pytest.approx(whole.macs * 0.3e-9)
+    nothing = RuleSection.model_validate({"weight": "float", "input": "float"})
+    in_float = make_plan(model, [nothing], None, 64)
+    assert in_float.energy_mj == pytest.approx(in_float.macs * 4.6e-9)
+    assert set(in_float.macs_by_precision()) == {"float"}

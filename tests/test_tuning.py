@@ -1,0 +1,186 @@
+"""The exact rescalings and free corrections: that they are exact, and that they gain."""
+
+import copy
+
+import pytest
+import torch
+from quantized import (
+    SIZE,
+    W4,
+    W4A4,
+    batches,
+    images,
+    network,
+    quantized,
+    quantized_shipped,
+    section,
+    shipped_images,
+    shipped_network,
+    sqnr,
+)
+
+from care_compress.model.attention import AttentionCore, CovarianceCore, FusedCore
+from care_compress.model.compact import ChannelAffine, Rotation, blocks
+from care_compress.quantize.correct import correct
+from care_compress.quantize.equalize import (
+    Alpha,
+    equalized_layers,
+    norms_to_affine,
+    product_error,
+    rescale,
+    rotate,
+)
+from care_compress.quantize.plan import make_plan
+from care_compress.quantize.ptq import float_reference, planned
+from care_compress.quantize.spec import TensorSpec
+from care_compress.quantize.statistics import observe
+
+
+def close(value: torch.Tensor, reference: torch.Tensor) -> bool:
+    return bool((value - reference).abs().max() <= 2e-5 * reference.abs().max())
+
+
+def test_a_frozen_norm_computes_what_batch_norm_computes() -> None:
+    before, after = network(), network()
+    norms_to_affine(after)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in after.modules())
+    assert close(after(images(4)), before(images(4)))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, "search"])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_rescaling_and_rotating_change_nothing_in_float(alpha: Alpha, rotated: bool) -> None:
+    chosen = section(W4A4, prescale=alpha, equalize=alpha, hadamard=rotated)
+    model, plan = planned(network(), chosen, SIZE)
+    assert any(isinstance(m, Rotation) for m in model.modules()) == rotated
+    names = equalized_layers(plan, alpha, alpha)
+    assert len(names) > 20
+    seen = observe(model, batches(), names)
+    before = copy.deepcopy(model.state_dict())
+    for name, wanted in names.items():
+        rescale(model, plan, name, wanted, seen[name])
+    moved = [
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    ]
+    assert len(moved) > 20, "something was rescaled"
+    assert close(model(images(4)), network()(images(4)))
+
+
+def test_alpha_one_fills_the_range_of_every_channel_equally() -> None:
+    model, plan = planned(network(), section(), SIZE)
+    name = "stages.1.blocks.0.inter_layer.inter1_fc1"
+    seen = observe(model, batches(), [name])[name]
+    uneven = (seen.high - seen.low).max() / (seen.high - seen.low).min()
+    rescale(model, plan, name, 1.0, seen)
+    seen = observe(model, batches(), [name])[name]
+    reach = (seen.high - seen.low) / 2
+    assert uneven > 3 and float(reach.max() / reach.min()) == pytest.approx(1, abs=1e-3)
+    assert torch.allclose(seen.high, -seen.low, rtol=1e-3), "centred on zero"
+
+
+def test_the_scale_site_gains_most_of_all() -> None:
+    """Pre-norms folded into the 1x1 are ruinous at 4 bits; kept and rescaled they are not."""
+    x, labels = shipped_images("val", 256)
+    plain = {"prescale": "trained", "equalize": "off", "bias_correction": False}
+    right = {}
+    for name, fold, chosen in (
+        ("folded", True, section(W4, **plain)),
+        ("kept", False, section(W4, **plain)),
+        ("tuned", False, section(W4)),
+    ):
+        logits = quantized_shipped(chosen, fold_norms=fold)(x)
+        right[name] = 100 * float((logits.argmax(dim=1) == labels).float().mean())
+    assert right["kept"] > right["folded"] + 10
+    assert right["tuned"] > right["folded"] + 10
+
+
+def test_a_searched_alpha_is_never_worse_than_none_on_its_rows() -> None:
+    rows = torch.randn(512, 8) * torch.tensor([0.01, 0.1, 1, 1, 1, 1, 10, 100.0])
+    matrix = torch.randn(16, 8) / torch.tensor([0.01, 0.1, 1, 1, 1, 1, 10, 100.0])
+    spec = TensorSpec(8, symmetric=False), TensorSpec(8, granularity="channel")
+    trained = product_error(rows, matrix, *spec)
+    scale = rows.abs().amax(dim=0)
+    assert product_error(rows / scale, matrix * scale, *spec) < trained / 100
+
+
+def test_a_rotation_spreads_an_outlier_over_its_block() -> None:
+    rotation = Rotation(64, 32)
+    x = torch.zeros(1, 64, 1, 1)
+    x[0, 3] = 32.0
+    y = rotation(x)
+    assert float(y.square().sum()) == pytest.approx(32.0**2), "it keeps lengths"
+    assert float(y.abs().max()) == pytest.approx(32 / 32**0.5)
+    assert not y[0, 32:].any(), "the other block sees nothing"
+
+
+def test_rotating_only_touches_inputs_below_eight_bits() -> None:
+    model, _ = planned(network(), section(hadamard=True), SIZE)
+    assert not any(isinstance(m, Rotation) for m in model.modules())
+    model = network()
+    norms_to_affine(model)
+    rule = {"stage": 1, "role": "pointwise", "input": 4}
+    rotate(model, make_plan(model, section(rule).rules, None, SIZE))
+    places = [
+        block for block in blocks(model) if isinstance(block.inter_layer.inter1_norm, Rotation)
+    ]
+    assert len(places) == 2
+
+
+@pytest.mark.parametrize("form", [FusedCore, CovarianceCore])
+def test_attention_forms_are_one_function(form: type[AttentionCore]) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 16, 49, dtype=torch.float64) for _ in range(3))
+    assert torch.allclose(form()(q, k, v), AttentionCore()(q, k, v), rtol=1e-11, atol=1e-12)
+
+
+def test_the_covariance_form_keeps_kv_small_and_so_precise() -> None:
+    """kv is mostly mean(v) mean(k)^T; what is left needs far fewer levels."""
+    torch.manual_seed(0)
+    k, v = torch.rand(8, 2, 16, 49) + 2, torch.randn(8, 2, 16, 49) * 0.3 + 2
+    kv = v @ k.transpose(-1, -2) / 49
+    covariance = kv - v.mean(-1, keepdim=True) * k.mean(-1, keepdim=True).transpose(-1, -2)
+    assert float(covariance.abs().max()) < float(kv.abs().max()) / 20
+
+    rule = {"role": "attention.*", "weight": 8, "input": 8}
+    x, wanted = images(32, seed=5), network()(images(32, seed=5))
+    plain = quantized(section(rule, covariance=False)).model(x)
+    centred = quantized(section(rule)).model(x)
+    assert sqnr(centred, wanted) > sqnr(plain, wanted)
+
+
+def test_bias_correction_returns_the_mean_and_finds_nothing_to_do_without_error() -> None:
+    x = images(32, seed=5)
+    wanted = network()(x)
+    for norms in (False, True):
+        plain = quantized(section(W4A4, bias_correction=False)).model
+        corrected = quantized(section(W4A4, norm_reestimation=norms)).model
+        assert sqnr(corrected(x), wanted) > sqnr(plain(x), wanted) + 0.3
+    reference = float_reference(plain)
+    untouched = float_reference(plain)
+    correct(untouched, reference, x, biases=True, norms=True)
+    assert close(untouched(x), reference(x))
+
+
+def test_learned_rounding_beats_nearest_and_ends_on_the_grid() -> None:
+    x, _ = shipped_images("val", 256)
+    wanted = shipped_network()(x)
+    rule = {"role": "pointwise", "weight": {"bits": 4, "range": "mse"}}
+    nearest = quantized_shipped(section(rule))(x)
+    settings = {"steps": 100, "images": 128, "batch_size": 16}
+    model = quantized_shipped(section(rule, reconstruct=settings))
+    assert sqnr(model(x), wanted) > sqnr(nearest, wanted) + 1
+    for quantizer in model.integers("weight"):
+        if quantizer.spec.bits == 4:
+            weight = model.weight(quantizer.site)
+            assert torch.allclose(quantizer(weight), weight, atol=1e-6), quantizer.site
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    chosen = section(W4A4, reconstruct={"steps": 5, "images": 32, "batch_size": 16})
+    first, second = (quantized(chosen).model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_affine_is_one_multiply_add_per_channel() -> None:
+    affine = ChannelAffine(torch.tensor([2.0, 3.0]), torch.tensor([1.0, -1.0]))
+    assert torch.equal(affine(torch.ones(1, 2, 1, 1)).flatten(), torch.tensor([3.0, 2.0]))
