@@ -7,6 +7,7 @@ made in the run directory.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,9 +19,10 @@ from rich.markup import escape
 from torch import nn
 
 from care_compress import machine
-from care_compress.data.loader import BadImages
+from care_compress.data.loader import BadImages, evaluation_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
+from care_compress.data.transforms import EvalTransform
 from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import Accuracy, measure_accuracy, spread_indices
 from care_compress.evaluate.paired import Paired, measure_pair
@@ -29,11 +31,26 @@ from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import RewriteStep, rewrite, rewrite_in_steps
+from care_compress.predictor import Predictor
+from care_compress.quantization_sections import NncfSection
 from care_compress.quantize.artifact import load_quantized, save_quantized
-from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.calibrate import Batches
+from care_compress.quantize.nncf_backend import (
+    CONTROL_IMAGES,
+    AccuracyControl,
+    Calibration,
+    quantize_openvino,
+)
+from care_compress.quantize.nncf_qat import train_openvino
+from care_compress.quantize.openvino_library import load_nncf
 from care_compress.quantize.ptq import planned, quantize_network
 from care_compress.quantize.qat import train_quantized
-from care_compress.quantize.selection import CalibrationSet, deep_features, select_images
+from care_compress.quantize.selection import (
+    CalibrationSet,
+    deep_features,
+    read_list,
+    select_images,
+)
 from care_compress.quantize.spec import Plan
 from care_compress.recipe import Recipe
 from care_compress.run import Run, sha256_file
@@ -42,7 +59,10 @@ from care_compress.runtime.opening import open_predictor
 from care_compress.train.distributed import World, join_world
 from care_compress.train.loop import Validate
 from care_compress.train.network import train_network
+from care_compress.train.state import Progress
 
+# How each backend keeps its models.
+MODEL_FILES = {"torchao": "model.safetensors", "nncf": "model.xml"}
 # What a quantized recipe asks for beyond this version; shrinks as the stages arrive.
 PENDING_STAGES = ("export", "compare")
 
@@ -72,9 +92,9 @@ class Candidate:
     """A compressed model and how it did beside the float one."""
 
     name: str  # ptq, qat
-    model: QuantizedCare
     path: Path
     paired: Paired
+    plan: Plan | None  # of a backend that leaves its placement to the recipe's rules
 
 
 def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[str, Any]:
@@ -90,13 +110,17 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
             return report_float(shop, validation, steps, evaluated(shop, compact, validation))
         tried = [quantized(shop, compact, validation)]
         if recipe.quantize.qat is not None:
-            tried.append(trained_quantized(shop, tried[0].model, compact, validation))
+            tried.append(trained_quantized(shop, tried[0], compact, validation))
         return report_quantized(shop, validation, steps, tried)
 
 
 def check_plan(recipe: Recipe) -> None:
     """Refuse rules that no site or target can follow, before anything is trained."""
-    if recipe.quantize is not None:
+    if recipe.quantize is None:
+        return
+    if recipe.quantize.backend == "nncf":
+        load_nncf()  # there are no rules; what can be missing is NNCF
+    else:
         plan_recipe(recipe)
 
 
@@ -186,26 +210,89 @@ def evaluated(shop: Workshop, model: CompactCare, validation: Samples) -> Accura
 
 def quantized(shop: Workshop, compact: CompactCare, validation: Samples) -> Candidate:
     """PTQ on calibration images of the training split; kept in ``ptq/``."""
-    recipe, section, world = shop.recipe, shop.recipe.quantize, shop.world
+    section, world = shop.recipe.quantize, shop.world
     assert section is not None
-    path = shop.run.path / "ptq" / "model.safetensors"
+    path = shop.run.path / "ptq" / MODEL_FILES[section.backend]
     if world.is_main:
         compact.to(world.device)
         chosen = calibration_images(shop, compact)
         with shop.stage("ptq"):
-            result = quantize_network(
-                compact,
-                section,
-                recipe.data.resolution,
-                recipe.seed,
-                lambda: chosen.batches(recipe.data, section.calibrate.batch_size, world.device),
-            )
-        save_quantized(result.model.cpu(), section, recipe.rewrite, path)
+            if section.backend == "nncf":
+                _ptq_by_nncf(shop, compact, chosen, validation, path)
+            else:
+                _ptq_by_torchao(shop, compact, chosen, path)
         shop.run.record_output(path)
         compact.cpu()
     world.wait()
-    model = load_quantized(path)
-    return Candidate("ptq", model, path, _compared(shop, compact, model, validation))
+    return _candidate(shop, "ptq", path, compact, validation)
+
+
+def _ptq_by_torchao(
+    shop: Workshop, compact: CompactCare, chosen: CalibrationSet, path: Path
+) -> None:
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None
+    batches = _passes(shop, chosen)
+    result = quantize_network(compact, section, recipe.data.resolution, recipe.seed, batches)
+    save_quantized(result.model.cpu(), section, recipe.rewrite, path)
+
+
+def _ptq_by_nncf(
+    shop: Workshop, compact: CompactCare, chosen: CalibrationSet, validation: Samples, path: Path
+) -> None:
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None
+    nncf = section.nncf or NncfSection()
+    control = _accuracy_control(shop, validation) if nncf.accuracy_control else None
+    calibration = _counted(shop, chosen)
+    quantize_openvino(compact, nncf, recipe.data.resolution, calibration, control, path)
+
+
+def _accuracy_control(shop: Workshop, validation: Samples) -> AccuracyControl:
+    """Evenly spaced validation images, kept as pixels: the search looks at them many times."""
+    recipe = shop.recipe
+    wanted = min(CONTROL_IMAGES, recipe.evaluate.images or CONTROL_IMAGES)
+    transform = EvalTransform(recipe.data.resolution, recipe.data.crop_pct, recipe.data.exif_rotate)
+    batches = evaluation_batches(
+        validation,
+        transform,
+        recipe.evaluate.batch_size,
+        recipe.data,
+        bad=shop.bad,
+        indices=spread_indices(len(validation), wanted),
+    )
+    with contextlib.closing(batches):
+        items = [(batch.images, batch.labels) for batch in batches]
+    assert recipe.budget.max_top1_drop is not None  # the recipe's own check
+    return AccuracyControl(recipe.budget.max_top1_drop, items, recipe.data)
+
+
+def _passes(shop: Workshop, chosen: CalibrationSet) -> Batches:
+    """What starts a pass over the calibration images."""
+    data, section = shop.recipe.data, shop.recipe.quantize
+    assert section is not None
+    size = section.calibrate.batch_size
+    return lambda: chosen.batches(data, size, shop.world.device)
+
+
+def _counted(shop: Workshop, chosen: CalibrationSet) -> Calibration:
+    section = shop.recipe.quantize
+    assert section is not None
+    count = math.ceil(len(chosen.indices) / section.calibrate.batch_size)
+    return Calibration(_passes(shop, chosen), count)
+
+
+def _candidate(
+    shop: Workshop, name: str, path: Path, compact: CompactCare, validation: Samples
+) -> Candidate:
+    """What was written, read again and measured beside the float model."""
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None
+    plan = None
+    if section.backend == "torchao":
+        plan = planned(compact, section, recipe.data.resolution)[1]
+    model = open_predictor(str(path), shop.world.device)
+    return Candidate(name, path, _compared(shop, compact, model, validation), plan)
 
 
 def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:
@@ -228,31 +315,64 @@ def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:
 
 
 def trained_quantized(
-    shop: Workshop, start: QuantizedCare, compact: CompactCare, validation: Samples
+    shop: Workshop, start: Candidate, compact: CompactCare, validation: Samples
 ) -> Candidate:
     """QAT from the PTQ result; kept in ``qat/``."""
-    recipe, section = shop.recipe, shop.recipe.quantize
-    assert section is not None and section.qat is not None
-    folder = shop.run.path / "qat"
+    section = shop.recipe.quantize
+    assert section is not None
+    path = shop.run.path / "qat" / MODEL_FILES[section.backend]
     with shop.stage("qat"):
-        model, progress = train_quantized(
-            start,
-            compact,
-            recipe,
-            section.qat,
-            open_samples(recipe.data, "train"),
-            _validating(shop, validation),
-            folder,
-            shop.world,
-            shop.console,
-            shop.bad,
-        )
-    path = folder / "model.safetensors"
+        train = _qat_by_nncf if section.backend == "nncf" else _qat_by_torchao
+        progress = train(shop, start, compact, validation, path)
     if shop.world.is_main:
-        save_quantized(model, section, recipe.rewrite, path)
         shop.run.record_output(path)
         shop.run.write_json("qat/history.json", {"validations": progress.history})
-    return Candidate("qat", model, path, _compared(shop, compact, model, validation))
+    shop.world.wait()
+    return _candidate(shop, "qat", path, compact, validation)
+
+
+def _qat_by_torchao(
+    shop: Workshop, start: Candidate, compact: CompactCare, validation: Samples, path: Path
+) -> Progress:
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None and section.qat is not None
+    model, progress = train_quantized(
+        load_quantized(start.path),
+        compact,
+        recipe,
+        section.qat,
+        open_samples(recipe.data, "train"),
+        _validating(shop, validation),
+        path.parent,
+        shop.world,
+        shop.console,
+        shop.bad,
+    )
+    if shop.world.is_main:
+        save_quantized(model, section, recipe.rewrite, path)
+    return progress
+
+
+def _qat_by_nncf(
+    shop: Workshop, start: Candidate, compact: CompactCare, validation: Samples, path: Path
+) -> Progress:
+    """From PTQ's calibration images, not its file: an OpenVINO model cannot be trained."""
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None and section.qat is not None
+    samples = open_samples(recipe.data, "train")
+    return train_openvino(
+        compact,
+        section.qat,
+        section.nncf or NncfSection(),
+        recipe,
+        _counted(shop, read_list(shop.run.path / "calibration.json", samples)),
+        samples,
+        _validating(shop, validation),
+        path,
+        shop.world,
+        shop.console,
+        shop.bad,
+    )
 
 
 def report_float(
@@ -273,21 +393,19 @@ def report_quantized(
 ) -> dict[str, Any]:
     """Results of a quantized recipe: the last candidate, unless it ended below the first."""
     best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
-    plan = best.model.plan
+    section = shop.recipe.quantize
+    assert section is not None
     results = {
         **_results(shop, validation, steps, best.paired.candidate),
         "float": {
             "top1": best.paired.baseline.top1,
             "top5": best.paired.baseline.top5,
         },
+        "backend": section.backend,
         "kept": best.name,
         "model": str(best.path.relative_to(shop.run.path)),
         "candidates": {candidate.name: candidate.paired.as_json() for candidate in tried},
-        "plan": {
-            "target": plan.target,
-            "macs": plan.macs_by_precision(),
-            "energy_mj": plan.energy_mj,
-        },
+        **({} if best.plan is None else {"plan": _plan_in_short(best.plan)}),
         "pending_stages": list(PENDING_STAGES),
     }
     _finish(shop, results)
@@ -299,11 +417,20 @@ def report_quantized(
             "are kept; try a lower quantize.qat.learning_rate"
         )
     shop.console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
+    measured = "the file" if section.backend == "nncf" else "the simulation"
     shop.console.print(
-        f"Accuracy is that of the simulation: {' and '.join(PENDING_STAGES)} are not part of this "
+        f"Accuracy is that of {measured}: {' and '.join(PENDING_STAGES)} are not part of this "
         "version."
     )
     return results
+
+
+def _plan_in_short(plan: Plan) -> dict[str, Any]:
+    return {
+        "target": plan.target,
+        "macs": plan.macs_by_precision(),
+        "energy_mj": plan.energy_mj,
+    }
 
 
 def _results(
@@ -350,7 +477,7 @@ def _validating(shop: Workshop, validation: Samples) -> Validate:
 
 
 def _compared(
-    shop: Workshop, compact: CompactCare, model: nn.Module, validation: Samples
+    shop: Workshop, compact: CompactCare, model: Predictor, validation: Samples
 ) -> Paired:
     """The quantized model beside the float one, on the validation images."""
     recipe, device = shop.recipe, shop.world.device
@@ -358,7 +485,7 @@ def _compared(
     with shop.stage("evaluate"):
         return measure_pair(
             TorchPredictor(compact, classes, device),
-            TorchPredictor(model, classes, device),
+            model,
             validation,
             recipe.data,
             batch_size=recipe.evaluate.batch_size,
