@@ -138,27 +138,37 @@ def _without_compiler() -> None:
 
 
 class _FakeQuantize(nn.Module):
-    """torch's fake quantization without its switches, which an exporter cannot look through."""
+    """A fake quantizer as quantize and dequantize.
+
+    torch's own has switches, which an exporter cannot look through, and an operation that has no
+    shape function.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, source: Any) -> None:
         super().__init__()
-        self.register_buffer("scale", source.scale.detach().clone())
-        self.register_buffer("zero_point", source.zero_point.detach().to(torch.int32).clone())
-        self.limits = (
-            int(source.activation_post_process.quant_min),
-            int(source.activation_post_process.quant_max),
-        )
-        self.axis = int(source.ch_axis) if source.is_per_channel else None
+        self.register_buffer("scale", source.scale.detach().float().flatten())
+        self.register_buffer("zero_point", source.zero_point.detach().to(torch.int64).flatten())
+        limits = source.activation_post_process
+        low, high = int(limits.quant_min), int(limits.quant_max)
+        self.grid = (low, high, torch.int8 if low < 0 else torch.uint8)
+        self.axis = int(source.ch_axis)
+        self.alone = None if len(self.scale) > 1 else (float(self.scale), int(self.zero_point))
 
     def forward(self, x: Tensor) -> Tensor:
         """Round to the grid."""
-        if self.axis is None:
-            return torch.fake_quantize_per_tensor_affine(
-                x, self.scale, self.zero_point, *self.limits
-            )
-        return torch.fake_quantize_per_channel_affine(
-            x, self.scale, self.zero_point, self.axis, *self.limits
+        ops = torch.ops.quantized_decomposed
+        if self.alone is not None:
+            integers = ops.quantize_per_tensor(x, *self.alone, *self.grid)
+            back: Tensor = ops.dequantize_per_tensor(integers, *self.alone, *self.grid)
+            return back
+        where = (self.scale, self.zero_point, self.axis)
+        back = ops.dequantize_per_channel(
+            ops.quantize_per_channel(x, *where, *self.grid), *where, *self.grid
         )
+        return back
 
 
 def _exportable(model: nn.Module, resolution: int) -> nn.Module:
@@ -172,7 +182,7 @@ def _exportable(model: nn.Module, resolution: int) -> nn.Module:
         from nncf.torch.function_hook.wrapper import get_hook_storage
         from torch.ao.quantization import FakeQuantize
 
-        copied = copy.deepcopy(model)
+        copied: nn.Module = copy.deepcopy(model)
         example = torch.zeros(2, 3, resolution, resolution)
         copied = nncf.strip(copied, do_copy=False, example_input=example).eval()
         hooks = get_hook_storage(copied)
