@@ -140,6 +140,7 @@ def to_openvino(model: nn.Module, resolution: int) -> Any:
     with silent(), torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
         converted = openvino.convert_model(program)
+    converted.set_friendly_name("care")  # otherwise numbered through the process
     converted.inputs[0].get_tensor().set_names({"images"})
     converted.outputs[0].get_tensor().set_names({"logits"})
     return converted

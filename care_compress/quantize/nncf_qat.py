@@ -180,13 +180,18 @@ def _exportable(model: nn.Module, resolution: int) -> nn.Module:
     nncf = load_nncf()
     with silent():
         from nncf.torch.function_hook.wrapper import get_hook_storage
+        from nncf.torch.quantization.layers import BaseQuantizer
+        from nncf.torch.quantization.strip import convert_to_torch_fakequantizer
         from torch.ao.quantization import FakeQuantize
 
         copied: nn.Module = copy.deepcopy(model)
         example = torch.zeros(2, 3, resolution, resolution)
         copied = nncf.strip(copied, do_copy=False, example_input=example).eval()
         hooks = get_hook_storage(copied)
-        for name, hook in list(hooks.named_hooks()):
+        # NNCF's own strip overlooks quantizers that several places share.
+        for name, hook in list(hooks.named_modules(remove_duplicate=False)):
+            if isinstance(hook, BaseQuantizer):
+                hook = convert_to_torch_fakequantizer(hook)
             if isinstance(hook, FakeQuantize):
                 hooks.set_submodule(name, _FakeQuantize(hook))
     return copied
