@@ -6,76 +6,36 @@ Each stage takes its own section of the recipe and the previous stage's value, a
 made in the run directory.
 """
 
-import contextlib
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from torch import nn
 
-from care_compress import machine
-from care_compress.data.loader import BadImages
+from care_compress.compression import Candidate, quantized, trained_quantized
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import DataError, RecipeError
-from care_compress.evaluate.accuracy import Accuracy, measure_accuracy, spread_indices
-from care_compress.evaluate.paired import Paired, measure_pair
+from care_compress.evaluate.accuracy import Accuracy, spread_indices
 from care_compress.evaluate.tables import quantized_table, rewrite_table
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import RewriteStep, rewrite, rewrite_in_steps
-from care_compress.quantize.artifact import load_quantized, save_quantized
-from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.openvino_library import load_nncf
 from care_compress.quantize.plan_table import plan_as_json, print_plan
-from care_compress.quantize.ptq import planned, quantize_network
-from care_compress.quantize.qat import train_quantized
-from care_compress.quantize.selection import CalibrationSet, deep_features, select_images
+from care_compress.quantize.ptq import planned
 from care_compress.quantize.spec import Plan
 from care_compress.recipe import Recipe
 from care_compress.run import Run, sha256_file
-from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.opening import open_predictor
-from care_compress.train.distributed import World, join_world
-from care_compress.train.loop import Validate
+from care_compress.train.distributed import join_world
 from care_compress.train.network import train_network
+from care_compress.workshop import Workshop, measured, opened, validating
 
 # What a quantized recipe asks for beyond this version; shrinks as the stages arrive.
 PENDING_STAGES = ("export", "compare")
-
-
-@dataclass
-class Workshop:
-    """What every stage may use: the recipe, the run it writes to, and who is watching."""
-
-    recipe: Recipe
-    run: Run
-    world: World
-    console: Console
-    bad: BadImages = field(default_factory=BadImages)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one stage."""
-        began = time.monotonic()
-        yield
-        spent = self.seconds.get(name, 0.0) + time.monotonic() - began
-        self.seconds[name] = round(spent, 2)
-
-
-@dataclass
-class Candidate:
-    """A compressed model and how it did beside the float one."""
-
-    name: str  # ptq, qat
-    model: QuantizedCare
-    path: Path
-    paired: Paired
 
 
 def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[str, Any]:
@@ -91,13 +51,17 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
             return report_float(shop, validation, steps, evaluated(shop, compact, validation))
         tried = [quantized(shop, compact, validation)]
         if recipe.quantize.qat is not None:
-            tried.append(trained_quantized(shop, tried[0].model, compact, validation))
+            tried.append(trained_quantized(shop, tried[0], compact, validation))
         return report_quantized(shop, validation, steps, tried)
 
 
 def check_plan(recipe: Recipe) -> None:
     """Refuse rules that no site or target can follow, before anything is trained."""
-    if recipe.quantize is not None:
+    if recipe.quantize is None:
+        return
+    if recipe.quantize.backend == "nncf":
+        load_nncf()  # there are no rules; what can be missing is NNCF
+    else:
         plan_recipe(recipe)
 
 
@@ -164,7 +128,7 @@ def trained(shop: Workshop, validation: Samples) -> Care:
             recipe,
             samples,
             teacher,
-            _validating(shop, validation),
+            validating(shop, validation),
             run.path / "float",
             world,
             shop.console,
@@ -196,78 +160,7 @@ def evaluated(shop: Workshop, model: CompactCare, validation: Samples) -> Accura
     """Top-1 and top-5 on the validation images."""
     with shop.stage("evaluate"):
         chosen = spread_indices(len(validation), shop.recipe.evaluate.images)
-        return _measure(shop, model, validation, chosen)
-
-
-def quantized(shop: Workshop, compact: CompactCare, validation: Samples) -> Candidate:
-    """PTQ on calibration images of the training split; kept in ``ptq/``."""
-    recipe, section, world = shop.recipe, shop.recipe.quantize, shop.world
-    assert section is not None
-    path = shop.run.path / "ptq" / "model.safetensors"
-    if world.is_main:
-        compact.to(world.device)
-        chosen = calibration_images(shop, compact)
-        with shop.stage("ptq"):
-            result = quantize_network(
-                compact,
-                section,
-                recipe.data.resolution,
-                recipe.seed,
-                lambda: chosen.batches(recipe.data, section.calibrate.batch_size, world.device),
-            )
-        save_quantized(result.model.cpu(), section, recipe.rewrite, path)
-        shop.run.record_output(path)
-        compact.cpu()
-    world.wait()
-    model = load_quantized(path)
-    return Candidate("ptq", model, path, _compared(shop, compact, model, validation))
-
-
-def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:
-    """Choose them, and write the list into the run."""
-    recipe, section = shop.recipe, shop.recipe.quantize
-    assert section is not None
-    samples = open_samples(recipe.data, "train")
-    with shop.stage("select"):
-        features = deep_features(compact, samples, recipe.data)
-        chosen = select_images(samples, section.calibrate, recipe.seed, features)
-        path = shop.run.write_json("calibration.json", chosen.listing())
-    shop.run.record_input(
-        "calibration",
-        {"list": path.name, "sha256": sha256_file(path), "images": len(chosen.indices)},
-    )
-    shop.console.print(
-        f"calibrating on {len(chosen.indices)} training images ({escape(chosen.method)})"
-    )
-    return chosen
-
-
-def trained_quantized(
-    shop: Workshop, start: QuantizedCare, compact: CompactCare, validation: Samples
-) -> Candidate:
-    """QAT from the PTQ result; kept in ``qat/``."""
-    recipe, section = shop.recipe, shop.recipe.quantize
-    assert section is not None and section.qat is not None
-    folder = shop.run.path / "qat"
-    with shop.stage("qat"):
-        model, progress = train_quantized(
-            start,
-            compact,
-            recipe,
-            section.qat,
-            open_samples(recipe.data, "train"),
-            _validating(shop, validation),
-            folder,
-            shop.world,
-            shop.console,
-            shop.bad,
-        )
-    path = folder / "model.safetensors"
-    if shop.world.is_main:
-        save_quantized(model, section, recipe.rewrite, path)
-        shop.run.record_output(path)
-        shop.run.write_json("qat/history.json", {"validations": progress.history})
-    return Candidate("qat", model, path, _compared(shop, compact, model, validation))
+        return measured(shop, model, validation, chosen)
 
 
 def report_float(
@@ -288,21 +181,19 @@ def report_quantized(
 ) -> dict[str, Any]:
     """Results of a quantized recipe: the last candidate, unless it ended below the first."""
     best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
-    plan = best.model.plan
+    section = shop.recipe.quantize
+    assert section is not None
     results = {
         **_results(shop, validation, steps, best.paired.candidate),
         "float": {
             "top1": best.paired.baseline.top1,
             "top5": best.paired.baseline.top5,
         },
+        "backend": section.backend,
         "kept": best.name,
         "model": str(best.path.relative_to(shop.run.path)),
         "candidates": {candidate.name: candidate.paired.as_json() for candidate in tried},
-        "plan": {
-            "target": plan.target,
-            "macs": plan.macs_by_precision(),
-            "energy_mj": plan.energy_mj,
-        },
+        **({} if best.plan is None else {"plan": _plan_in_short(best.plan)}),
         "pending_stages": list(PENDING_STAGES),
     }
     _finish(shop, results)
@@ -314,11 +205,20 @@ def report_quantized(
             "are kept; try a lower quantize.qat.learning_rate"
         )
     shop.console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
+    measured = "the file" if section.backend == "nncf" else "the simulation"
     shop.console.print(
-        f"Accuracy is that of the simulation: {' and '.join(PENDING_STAGES)} are not part of this "
+        f"Accuracy is that of {measured}: {' and '.join(PENDING_STAGES)} are not part of this "
         "version."
     )
     return results
+
+
+def _plan_in_short(plan: Plan) -> dict[str, Any]:
+    return {
+        "target": plan.target,
+        "macs": plan.macs_by_precision(),
+        "energy_mj": plan.energy_mj,
+    }
 
 
 def _results(
@@ -350,61 +250,3 @@ def _finish(shop: Workshop, results: dict[str, Any]) -> None:
     if len(shop.bad):
         shop.console.print(f"[yellow]{len(shop.bad)} images could not be decoded and were skipped")
     shop.console.print(f"results: {escape(str(path))}", soft_wrap=True)
-
-
-def _validating(shop: Workshop, validation: Samples) -> Validate:
-    """What a training calls to know how it is doing; each process counts its share."""
-
-    def validate(candidate: nn.Module) -> tuple[int, int]:
-        chosen = spread_indices(len(validation), shop.recipe.evaluate.images)
-        share = chosen[slice(*shop.world.share(len(chosen)))]
-        accuracy = _measure(shop, candidate, validation, share)
-        return accuracy.images, accuracy.correct
-
-    return validate
-
-
-def _compared(
-    shop: Workshop, compact: CompactCare, model: nn.Module, validation: Samples
-) -> Paired:
-    """The quantized model beside the float one, on the validation images."""
-    recipe, device = shop.recipe, shop.world.device
-    classes = len(validation.classes)
-    with shop.stage("evaluate"):
-        return measure_pair(
-            TorchPredictor(compact, classes, device),
-            TorchPredictor(model, classes, device),
-            validation,
-            recipe.data,
-            batch_size=recipe.evaluate.batch_size,
-            indices=spread_indices(len(validation), recipe.evaluate.images),
-            bad=shop.bad,
-            console=shop.console,
-            device=device,
-        )
-
-
-@contextlib.contextmanager
-def opened(run: Run, recipe: Recipe, world: World) -> Iterator[Run]:
-    """Only the main process holds and writes the run directory."""
-    if not world.is_main:
-        yield run
-        return
-    with run.open(recipe, machine.describe()):
-        yield run
-
-
-def _measure(
-    shop: Workshop, model: nn.Module, validation: Samples, indices: Sequence[int]
-) -> Accuracy:
-    predict = TorchPredictor(model, len(validation.classes), shop.world.device)
-    return measure_accuracy(
-        predict,
-        validation,
-        shop.recipe.data,
-        batch_size=shop.recipe.evaluate.batch_size,
-        indices=indices,
-        bad=shop.bad,
-        console=shop.console,
-        device=shop.world.device,
-    )

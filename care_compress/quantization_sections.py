@@ -112,10 +112,21 @@ class NncfSection(Section):
     preset: Literal["performance", "mixed"] = "mixed"
     model_type: Literal["transformer"] | None = None
     fast_bias_correction: bool = True
-    smooth_quant_alpha: Unit | None = Field(None, description="left out: NNCF's own choice")
+    smooth_quant_alpha: Unit | None = Field(
+        None, description="of convolutions too; left out: NNCF's own choice, without them"
+    )
+    ignored_types: tuple[Literal["Add", "MatMul", "Multiply"], ...] = Field(
+        (), description="operations of OpenVINO that stay in float; MatMul is attention and head"
+    )
     accuracy_control: bool = Field(
         False, description="keep layers in float until budget.max_top1_drop holds"
     )
+
+    @model_validator(mode="after")
+    def _smooths(self) -> "NncfSection":
+        if self.smooth_quant_alpha is not None and self.model_type is None:
+            raise ValueError("NNCF uses smooth_quant_alpha only with model_type: transformer")
+        return self
 
 
 class QuantizeSection(Section):
@@ -146,6 +157,8 @@ class QuantizeSection(Section):
     def _backend_fits(self) -> "QuantizeSection":
         if self.backend == "nncf" and (self.rules or self.search or self.reconstruct):
             raise ValueError("backend nncf has its own placement: no rules, search or reconstruct")
+        if self.backend == "nncf" and self.qat is not None and self.qat.dampening:
+            raise ValueError("qat.dampening needs backend: torchao")
         if self.backend == "torchao" and self.nncf is not None:
             raise ValueError("a nncf section needs backend: nncf")
         if self.backend == "torchao" and not self.rules:

@@ -10,25 +10,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from care_compress.compression import calibration_images
 from care_compress.data.loader import evaluation_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform, normalize
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.plots import plot_sensitivity, short_name
-from care_compress.pipeline import (
-    Workshop,
-    calibration_images,
-    check_plan,
-    float_model,
-    opened,
-    rewritten,
-)
+from care_compress.pipeline import check_plan, float_model, rewritten
 from care_compress.quantize.ptq import quantize_network
 from care_compress.quantize.sensitivity import Sensitivity, measure_sensitivity
 from care_compress.recipe import Recipe
 from care_compress.run import Run, fingerprint, state_digest
 from care_compress.train.distributed import World
+from care_compress.workshop import Workshop, opened
 
 BATCH = 64
 SHOWN = 15

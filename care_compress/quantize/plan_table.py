@@ -9,6 +9,9 @@ from care_compress.quantization_sections import RuleSection
 from care_compress.quantize.spec import ENERGY_PJ, Decision, Plan
 
 
+WIDTH = 132
+
+
 def print_plan(plan: Plan, rules: tuple[RuleSection, ...], console: Console) -> None:
     """Every site with the rule that decided it, then the sums."""
     for number, rule in enumerate(rules, 1):
@@ -23,8 +26,7 @@ def print_plan(plan: Plan, rules: tuple[RuleSection, ...], console: Console) -> 
     for decision in plan.decisions:
         table.add_row(*_row(decision, plan))
     # A site's name is what rules select by: it must be whole even where a terminal is narrow.
-    wide = console.width if console.is_terminal else 160
-    console.print(table, width=max(wide, 132))
+    Console(file=console.file, width=max(console.width, WIDTH)).print(table)
     for kept in plan.kept:
         console.print(f"float by nature: {kept.what} ({kept.count}): {kept.why}", highlight=False)
     _print_sums(plan, console)

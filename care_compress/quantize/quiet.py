@@ -1,6 +1,7 @@
 """Silence for libraries that report on themselves."""
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,3 +18,10 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """`quiet`, for libraries that also draw progress bars of their own on standard output."""
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,264 @@
+"""The quantize stages: PTQ, the search for bits and QAT, by either backend."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+
+from care_compress.data.loader import evaluation_batches
+from care_compress.data.samples import Samples
+from care_compress.data.sources import open_samples
+from care_compress.data.transforms import EvalTransform
+from care_compress.evaluate.accuracy import spread_indices
+from care_compress.evaluate.paired import Paired
+from care_compress.evaluate.plots import plot_trials
+from care_compress.model.compact import CompactCare
+from care_compress.quantization_sections import NncfSection
+from care_compress.quantize.artifact import load_quantized, save_quantized
+from care_compress.quantize.calibrate import Batches
+from care_compress.quantize.mixed import Found, Trial, search_bits
+from care_compress.quantize.nncf_backend import (
+    CONTROL_IMAGES,
+    AccuracyControl,
+    Calibration,
+    quantize_openvino,
+)
+from care_compress.quantize.nncf_qat import train_openvino
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.ptq import quantize_network
+from care_compress.quantize.qat import train_quantized
+from care_compress.quantize.selection import (
+    CalibrationSet,
+    deep_features,
+    read_list,
+    select_images,
+)
+from care_compress.quantize.spec import Plan
+from care_compress.run import sha256_file
+from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.runtime.opening import open_predictor
+from care_compress.train.state import Progress
+from care_compress.workshop import Workshop, compared, validating
+
+# How each backend keeps its models.
+MODEL_FILES = {"torchao": "model.safetensors", "nncf": "model.xml"}
+UNITS = {"bit_operations": "bit operations of one image", "energy": "energy of one image (mJ)"}
+
+
+@dataclass
+class Candidate:
+    """A compressed model and how it did beside the float one."""
+
+    name: str  # ptq, qat
+    path: Path
+    paired: Paired
+    plan: Plan | None  # of a backend that leaves its placement to the recipe's rules
+
+
+def quantized(shop: Workshop, compact: CompactCare, validation: Samples) -> Candidate:
+    """PTQ on calibration images of the training split; kept in ``ptq/``."""
+    section, world = shop.recipe.quantize, shop.world
+    assert section is not None
+    path = shop.run.path / "ptq" / MODEL_FILES[section.backend]
+    if world.is_main:
+        compact.to(world.device)
+        chosen = calibration_images(shop, compact)
+        with shop.stage("ptq"):
+            quantize = _ptq_by_nncf if section.backend == "nncf" else _ptq_by_torchao
+            quantize(shop, compact, chosen, validation, path)
+        shop.run.record_output(path)
+        compact.cpu()
+    world.wait()
+    return _candidate(shop, "ptq", path, compact, validation)
+
+
+def _ptq_by_torchao(
+    shop: Workshop, compact: CompactCare, chosen: CalibrationSet, validation: Samples, path: Path
+) -> None:
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None
+    batches = _passes(shop, chosen)
+    if section.search is not None:
+        found = _searched(shop, compact, validation, batches)
+        model, section = found.model, found.section
+    else:
+        size = recipe.data.resolution
+        model = quantize_network(compact, section, size, recipe.seed, batches).model
+    save_quantized(model.cpu(), section, recipe.rewrite, path)
+
+
+def _searched(shop: Workshop, compact: CompactCare, validation: Samples, batches: Batches) -> Found:
+    """Bits per site by trial; the trail and its picture are kept in ``ptq/``."""
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None and section.search is not None
+    assert recipe.budget.max_top1_drop is not None  # the recipe's own check
+    images = section.search.images
+
+    def judge(model: QuantizedCare) -> float:
+        predict = TorchPredictor(model, model.num_classes, shop.world.device)
+        return compared(shop, compact, predict, validation, images).drop
+
+    def show(trial: Trial) -> None:
+        within = "within" if trial.within else "over"
+        shop.console.print(
+            f"trial: {trial.steps} steps, cost {trial.cost:.4g}, "
+            f"drop {trial.drop:.2f} points ({within} budget)",
+            highlight=False,
+        )
+
+    found = search_bits(
+        compact,
+        section,
+        recipe.budget.max_top1_drop,
+        recipe.data.resolution,
+        recipe.seed,
+        batches,
+        judge,
+        show,
+    )
+    shop.run.write_json("ptq/trials.json", {"cost": section.search.cost, "trials": found.trail()})
+    picture = shop.run.path / "ptq" / "trials.svg"
+    unit = UNITS[section.search.cost]
+    plot_trials(found.trials, recipe.budget.max_top1_drop, unit, picture)
+    shop.run.record_output(picture)
+    shop.console.print(f"trials: {escape(str(picture))}", soft_wrap=True)
+    return found
+
+
+def _ptq_by_nncf(
+    shop: Workshop, compact: CompactCare, chosen: CalibrationSet, validation: Samples, path: Path
+) -> None:
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None
+    nncf = section.nncf or NncfSection()
+    control = _accuracy_control(shop, validation) if nncf.accuracy_control else None
+    calibration = _counted(shop, chosen)
+    quantize_openvino(compact, nncf, recipe.data.resolution, calibration, control, path)
+
+
+def _accuracy_control(shop: Workshop, validation: Samples) -> AccuracyControl:
+    """Evenly spaced validation images, kept as pixels: the search looks at them many times."""
+    recipe = shop.recipe
+    wanted = min(CONTROL_IMAGES, recipe.evaluate.images or CONTROL_IMAGES)
+    transform = EvalTransform(recipe.data.resolution, recipe.data.crop_pct, recipe.data.exif_rotate)
+    batches = evaluation_batches(
+        validation,
+        transform,
+        recipe.evaluate.batch_size,
+        recipe.data,
+        bad=shop.bad,
+        indices=spread_indices(len(validation), wanted),
+    )
+    with contextlib.closing(batches):
+        items = [(batch.images, batch.labels) for batch in batches]
+    assert recipe.budget.max_top1_drop is not None  # the recipe's own check
+    return AccuracyControl(recipe.budget.max_top1_drop, items, recipe.data)
+
+
+def _passes(shop: Workshop, chosen: CalibrationSet) -> Batches:
+    """What starts a pass over the calibration images."""
+    data, section = shop.recipe.data, shop.recipe.quantize
+    assert section is not None
+    size = section.calibrate.batch_size
+    return lambda: chosen.batches(data, size, shop.world.device)
+
+
+def _counted(shop: Workshop, chosen: CalibrationSet) -> Calibration:
+    section = shop.recipe.quantize
+    assert section is not None
+    count = math.ceil(len(chosen.indices) / section.calibrate.batch_size)
+    return Calibration(_passes(shop, chosen), count)
+
+
+def _candidate(
+    shop: Workshop, name: str, path: Path, compact: CompactCare, validation: Samples
+) -> Candidate:
+    """What was written, read again and measured beside the float model."""
+    section = shop.recipe.quantize
+    assert section is not None
+    plan, model = None, open_predictor(str(path), shop.world.device)
+    if section.backend == "torchao":
+        plan = load_quantized(path).plan
+    return Candidate(name, path, compared(shop, compact, model, validation), plan)
+
+
+def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:
+    """Choose them, and write the list into the run."""
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None
+    samples = open_samples(recipe.data, "train")
+    with shop.stage("select"):
+        features = deep_features(compact, samples, recipe.data)
+        chosen = select_images(samples, section.calibrate, recipe.seed, features)
+        path = shop.run.write_json("calibration.json", chosen.listing())
+    shop.run.record_input(
+        "calibration",
+        {"list": path.name, "sha256": sha256_file(path), "images": len(chosen.indices)},
+    )
+    shop.console.print(
+        f"calibrating on {len(chosen.indices)} training images ({escape(chosen.method)})"
+    )
+    return chosen
+
+
+def trained_quantized(
+    shop: Workshop, start: Candidate, compact: CompactCare, validation: Samples
+) -> Candidate:
+    """QAT from the PTQ result; kept in ``qat/``."""
+    section = shop.recipe.quantize
+    assert section is not None
+    path = shop.run.path / "qat" / MODEL_FILES[section.backend]
+    with shop.stage("qat"):
+        train = _qat_by_nncf if section.backend == "nncf" else _qat_by_torchao
+        progress = train(shop, start, compact, validation, path)
+    if shop.world.is_main:
+        shop.run.record_output(path)
+        shop.run.write_json("qat/history.json", {"validations": progress.history})
+    shop.world.wait()
+    return _candidate(shop, "qat", path, compact, validation)
+
+
+def _qat_by_torchao(
+    shop: Workshop, start: Candidate, compact: CompactCare, validation: Samples, path: Path
+) -> Progress:
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None and section.qat is not None
+    model, progress = train_quantized(
+        load_quantized(start.path),
+        compact,
+        recipe,
+        section.qat,
+        open_samples(recipe.data, "train"),
+        validating(shop, validation),
+        path.parent,
+        shop.world,
+        shop.console,
+        shop.bad,
+    )
+    if shop.world.is_main:
+        save_quantized(model, section, recipe.rewrite, path)
+    return progress
+
+
+def _qat_by_nncf(
+    shop: Workshop, start: Candidate, compact: CompactCare, validation: Samples, path: Path
+) -> Progress:
+    """From PTQ's calibration images, not its file: an OpenVINO model cannot be trained."""
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None and section.qat is not None
+    samples = open_samples(recipe.data, "train")
+    return train_openvino(
+        compact,
+        section.qat,
+        section.nncf or NncfSection(),
+        recipe,
+        _counted(shop, read_list(shop.run.path / "calibration.json", samples)),
+        samples,
+        validating(shop, validation),
+        path,
+        shop.world,
+        shop.console,
+        shop.bad,
+    )

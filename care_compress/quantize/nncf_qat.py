@@ -1,0 +1,210 @@
+"""Quantization-aware training of NNCF's simulated model, by the loop that trains float networks.
+
+Weights, ranges and offsets follow the float model's logits and stage outputs, as in
+`care_compress.quantize.qat`; the result is an OpenVINO model.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from care_compress.data.loader import BadImages
+from care_compress.data.samples import Samples
+from care_compress.errors import TrainingError
+from care_compress.model.compact import CompactCare
+from care_compress.quantization_sections import NncfSection, QatSection
+from care_compress.quantize.nncf_backend import (
+    Calibration,
+    nncf_settings,
+    prepared,
+    save_openvino,
+    to_openvino,
+)
+from care_compress.quantize.openvino_library import load_nncf
+from care_compress.quantize.qat import FollowFloat
+from care_compress.quantize.quiet import quiet, silent
+from care_compress.recipe import Recipe
+from care_compress.run import fingerprint, state_digest
+from care_compress.sections import TrainSection
+from care_compress.train.distributed import World
+from care_compress.train.loop import ParameterGroup, Validate, fit
+from care_compress.train.network import WATCHING, course_of
+from care_compress.train.state import Progress
+
+HOOKS = "__nncf_hooks"  # where NNCF keeps its quantizers in a model
+# The names that torch models use for what OpenVINO calls ...
+TORCH_NAMES = {
+    "Add": ("add", "__add__", "__iadd__"),
+    "MatMul": ("matmul", "linear"),
+    "Multiply": ("mul", "__mul__", "__imul__"),
+}
+
+
+class Student(nn.Module):
+    """Returns (logits, stage outputs) in training mode and logits in eval mode."""
+
+    def __init__(self, network: CompactCare) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Logits (B, K), with what distillation wants."""
+        features = self.network.stage_outputs(x_BCHW)
+        logits = self.network.classify(features[-1])
+        return (logits, features) if self.training else logits
+
+
+def train_openvino(
+    network: CompactCare,
+    section: QatSection,
+    nncf_section: NncfSection,
+    recipe: Recipe,
+    calibration: Calibration,
+    samples: Samples,
+    validate: Validate,
+    path: Path,
+    world: World,
+    console: Console,
+    bad: BadImages,
+) -> Progress:
+    """Train what NNCF makes of `network` to follow it, and write the result to `path`."""
+    if world.size > 1:
+        raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
+    model = simulated(network, nncf_section, calibration)
+    teacher = prepared(network).to(world.device).eval()
+    decides = fingerprint(
+        {
+            "qat": section.model_dump(mode="json", exclude=WATCHING),
+            "start": state_digest(model.state_dict()),
+            "teacher": state_digest(teacher.state_dict()),
+            "data": recipe.data.model_dump(mode="json", exclude={"workers", "crop_pct"}),
+            "samples": samples.content_digest(),
+            "seed": recipe.seed,
+        }
+    )
+    course = course_of(section, recipe, samples, decides, validate, world, bad, _groups)
+    with quiet():
+        trainee = fit(model, FollowFloat(teacher, section), course, path.parent, world, console)
+    trained = trainee.result.cpu().eval()
+    save_openvino(
+        to_openvino(_exportable(trained, recipe.data.resolution), recipe.data.resolution), path
+    )
+    return trainee.progress
+
+
+def simulated(network: CompactCare, section: NncfSection, calibration: Calibration) -> nn.Module:
+    """The network with NNCF's quantizers in it, calibrated and ready to train.
+
+    Torch models have the fast bias correction only.
+    """
+    nncf = load_nncf()
+    _without_compiler()
+    ignored = [name for kind in section.ignored_types for name in TORCH_NAMES[kind]]
+
+    class Passes:
+        def __iter__(self) -> Iterator[Tensor]:
+            for images in calibration.batches():
+                yield images.cpu()
+
+    with silent():
+        model: nn.Module = nncf.quantize(
+            Student(prepared(network)).eval(),
+            nncf.Dataset(Passes()),
+            subset_size=calibration.count,
+            **nncf_settings(section, ignored),
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # numbers of bits are none
+    return model
+
+
+def _without_compiler() -> None:
+    """Keep NNCF from compiling C++ at the first step: it takes a minute and needs a compiler."""
+    with silent():
+        from nncf.torch.quantization import extensions
+        from nncf.torch.quantization.reference import torch_executor
+
+    class InTorch:
+        Quantize_forward = staticmethod(torch_executor.forward)
+        Quantize_backward = staticmethod(torch_executor.backward)
+
+    for kind in (extensions.QuantizedFunctionsCPU, extensions.QuantizedFunctionsCUDA):
+        kind._loaded_namespace = InTorch
+
+
+class _FakeQuantize(nn.Module):
+    """A fake quantizer as quantize and dequantize.
+
+    torch's own has switches, which an exporter cannot look through, and an operation that has no
+    shape function.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.register_buffer("scale", source.scale.detach().float().flatten())
+        self.register_buffer("zero_point", source.zero_point.detach().to(torch.int64).flatten())
+        limits = source.activation_post_process
+        low, high = int(limits.quant_min), int(limits.quant_max)
+        self.grid = (low, high, torch.int8 if low < 0 else torch.uint8)
+        self.axis = int(source.ch_axis)
+        self.alone = None if len(self.scale) > 1 else (float(self.scale), int(self.zero_point))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round to the grid."""
+        ops = torch.ops.quantized_decomposed
+        if self.alone is not None:
+            integers = ops.quantize_per_tensor(x, *self.alone, *self.grid)
+            back: Tensor = ops.dequantize_per_tensor(integers, *self.alone, *self.grid)
+            return back
+        where = (self.scale, self.zero_point, self.axis)
+        back = ops.dequantize_per_channel(
+            ops.quantize_per_channel(x, *where, *self.grid), *where, *self.grid
+        )
+        return back
+
+
+def _exportable(model: nn.Module, resolution: int) -> nn.Module:
+    """A copy whose quantizers are torch's own functions.
+
+    OpenVINO could trace NNCF's model itself, but tracing turns arithmetic on sizes into
+    operations, and NNCF, which counts operations, would put quantizers on the wrong ones.
+    """
+    nncf = load_nncf()
+    with silent():
+        from nncf.torch.function_hook.wrapper import get_hook_storage
+        from nncf.torch.quantization.layers import BaseQuantizer
+        from nncf.torch.quantization.strip import convert_to_torch_fakequantizer
+        from torch.ao.quantization import FakeQuantize
+
+        copied: nn.Module = copy.deepcopy(model)
+        example = torch.zeros(2, 3, resolution, resolution)
+        copied = nncf.strip(copied, do_copy=False, example_input=example).eval()
+        hooks = get_hook_storage(copied)
+        # NNCF's own strip overlooks quantizers that several places share.
+        for name, hook in list(hooks.named_modules(remove_duplicate=False)):
+            if isinstance(hook, BaseQuantizer):
+                hook = convert_to_torch_fakequantizer(hook)
+            if isinstance(hook, FakeQuantize):
+                hooks.set_submodule(name, _FakeQuantize(hook))
+    return copied
+
+
+def _groups(model: nn.Module, plan: TrainSection) -> list[ParameterGroup]:
+    """Weights decay, the rest does not; ranges move at a rate of their own and stop earlier."""
+    assert isinstance(plan, QatSection)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ranges = [p for name, p in trained if name.startswith(HOOKS)]
+    rest = [p for name, p in trained if not name.startswith(HOOKS)]
+    return [
+        ParameterGroup([p for p in rest if p.dim() > 1 and p.shape[1] > 1], plan.weight_decay),
+        ParameterGroup([p for p in rest if not (p.dim() > 1 and p.shape[1] > 1)]),
+        ParameterGroup(ranges, rate=plan.scale_rate, until=plan.freeze_scales),
+    ]

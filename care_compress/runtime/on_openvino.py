@@ -1,0 +1,58 @@
+"""Predictions by an OpenVINO model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from care_compress.errors import TargetError
+from care_compress.quantize.openvino_library import load_openvino
+
+
+class OpenVinoPredictor:
+    """Runs an IR file with one image input and one logits output on the CPU.
+
+    What the file leaves in float is computed in float32 unless `precision` says otherwise: where
+    a CPU has bfloat16, OpenVINO would round to that on its own, and accuracy would measure both.
+    """
+
+    def __init__(self, model: Path, threads: int | None = None, precision: str = "f32") -> None:
+        core = load_openvino().Core()
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self.compiled = core.compile_model(core.read_model(model), "CPU", settings)
+        except RuntimeError as error:  # OpenVINO raises nothing else
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+            raise TargetError(
+                f"{model} is no model that OpenVINO can run: {reason.strip()[:200]}.",
+                "make it again; the .bin file beside the .xml belongs to it",
+            ) from error
+        inputs, outputs = self.compiled.inputs, self.compiled.outputs
+        if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].partial_shape) != 4:
+            raise TargetError(
+                f"{model} has {len(inputs)} inputs and {len(outputs)} outputs.",
+                "give a classifier with one (B, 3, H, W) input and one logits output",
+            )
+        classes = outputs[0].partial_shape[-1]
+        if classes.is_dynamic:
+            raise TargetError(f"{model} does not state its number of classes.", "make it again")
+        self.path = model
+        self.shape = inputs[0].partial_shape
+        self.num_classes = int(classes.get_length())
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        self._check_size(images_BCHW)
+        (logits,) = self.compiled([images_BCHW.float().cpu().contiguous().numpy()]).values()
+        # OpenVINO uses its memory again for the next batch.
+        return torch.from_numpy(logits.copy()).to(images_BCHW.device)
+
+    def _check_size(self, images_BCHW: Tensor) -> None:
+        if not self.shape.compatible(load_openvino().PartialShape(list(images_BCHW.shape))):
+            raise TargetError(
+                f"{self.path} wants {self.shape} images, these are {list(images_BCHW.shape)}.",
+                "set data.resolution to the model's",
+            )

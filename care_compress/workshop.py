@@ -1,0 +1,105 @@
+"""What the stages share: the run they write to, who is watching, and how a model is measured."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from torch import nn
+
+from care_compress import machine
+from care_compress.data.loader import BadImages
+from care_compress.data.samples import Samples
+from care_compress.evaluate.accuracy import Accuracy, measure_accuracy, spread_indices
+from care_compress.evaluate.paired import Paired, measure_pair
+from care_compress.model.compact import CompactCare
+from care_compress.predictor import Predictor
+from care_compress.recipe import Recipe
+from care_compress.run import Run
+from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.train.distributed import World
+from care_compress.train.loop import Validate
+
+
+@dataclass
+class Workshop:
+    """What every stage may use: the recipe, the run it writes to, and who is watching."""
+
+    recipe: Recipe
+    run: Run
+    world: World
+    console: Console
+    bad: BadImages = field(default_factory=BadImages)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage."""
+        began = time.monotonic()
+        yield
+        spent = self.seconds.get(name, 0.0) + time.monotonic() - began
+        self.seconds[name] = round(spent, 2)
+
+
+@contextlib.contextmanager
+def opened(run: Run, recipe: Recipe, world: World) -> Iterator[Run]:
+    """Only the main process holds and writes the run directory."""
+    if not world.is_main:
+        yield run
+        return
+    with run.open(recipe, machine.describe()):
+        yield run
+
+
+def measured(
+    shop: Workshop, model: nn.Module, validation: Samples, indices: Sequence[int]
+) -> Accuracy:
+    """Accuracy of a torch module on these validation images."""
+    predict = TorchPredictor(model, len(validation.classes), shop.world.device)
+    return measure_accuracy(
+        predict,
+        validation,
+        shop.recipe.data,
+        batch_size=shop.recipe.evaluate.batch_size,
+        indices=indices,
+        bad=shop.bad,
+        console=shop.console,
+        device=shop.world.device,
+    )
+
+
+def validating(shop: Workshop, validation: Samples) -> Validate:
+    """What a training calls to know how it is doing; each process counts its share."""
+
+    def validate(candidate: nn.Module) -> tuple[int, int]:
+        chosen = spread_indices(len(validation), shop.recipe.evaluate.images)
+        share = chosen[slice(*shop.world.share(len(chosen)))]
+        accuracy = measured(shop, candidate, validation, share)
+        return accuracy.images, accuracy.correct
+
+    return validate
+
+
+def compared(
+    shop: Workshop,
+    compact: CompactCare,
+    model: Predictor,
+    validation: Samples,
+    images: int | None = None,
+) -> Paired:
+    """A quantized model beside the float one; on `images`, or as many as the recipe evaluates."""
+    recipe, device = shop.recipe, shop.world.device
+    classes = len(validation.classes)
+    with shop.stage("evaluate"):
+        return measure_pair(
+            TorchPredictor(compact, classes, device),
+            model,
+            validation,
+            recipe.data,
+            batch_size=recipe.evaluate.batch_size,
+            indices=spread_indices(len(validation), images or recipe.evaluate.images),
+            bad=shop.bad,
+            console=shop.console,
+            device=device,
+        )
