@@ -66,7 +66,7 @@ class ReconstructSection(Section):
     steps: Count = 300
     batch_size: Count = 32
     images: Count = 256
-    learning_rate: Positive = Field(1e-2, description="of the rounding variables")
+    learning_rate: Positive = Field(3e-2, description="of the rounding variables")
     drop: Fraction = Field(0.5, description="share of activations left unquantized (QDrop)")
 
 

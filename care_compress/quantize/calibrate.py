@@ -1,6 +1,6 @@
 """Ranges of all quantizers: one streaming pass for activations, and the weights as they stand."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,8 +15,16 @@ Batches = Callable[[], Generator[Tensor]]
 
 
 @torch.inference_mode()
-def calibrate(quantized: QuantizedCare, batches: Iterable[Tensor], percentile: float) -> None:
-    """Set every scale and zero point, and switch the simulation on."""
+def calibrate(
+    quantized: QuantizedCare,
+    batches: Iterable[Tensor],
+    percentile: float,
+    covariances: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Set every scale and zero point, and switch the simulation on.
+
+    `covariances` are those of the inputs of some layers, by site.
+    """
     quantized.enable(False)
     watched = [q for q in quantized.integers() if q.operand != "weight"]
     for quantizer in watched:
@@ -35,14 +43,18 @@ def calibrate(quantized: QuantizedCare, batches: Iterable[Tensor], percentile: f
         assert quantizer.observer is not None
         quantizer.set_qparams(*quantizer.observer.calculate_qparams())
         quantizer.observer = None
-    set_weight_scales(quantized)
+    set_weight_scales(quantized, covariances or {})
     quantized.enable(True)
 
 
-def set_weight_scales(quantized: QuantizedCare) -> None:
+def set_weight_scales(quantized: QuantizedCare, covariances: Mapping[str, Tensor]) -> None:
     """Scales of all integer weights, from the weights as they stand."""
     for quantizer in quantized.integers("weight"):
-        scale = weight_scale(quantizer, quantized.weight(quantizer.site))
+        weight = quantized.weight(quantizer.site)
+        # A scale per group of input channels would need the covariance of each group.
+        whole = quantizer.spec.granularity != "group"
+        covariance = covariances.get(quantizer.site) if whole else None
+        scale = weight_scale(quantizer, weight, covariance)
         quantizer.set_qparams(scale, torch.zeros_like(quantizer.zero_point))
 
 

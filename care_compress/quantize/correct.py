@@ -44,6 +44,8 @@ def correct(
     norms: bool,
 ) -> None:
     """Repair biases and pre-norms against the float `reference`, the same graph switched off."""
+    if not (biases or norms):
+        return
     float_pass = _Walk(reference, biases, norms)
     float_pass.run(images_BCHW)
     _Walk(quantized, biases, norms, repair_to=float_pass.moments).run(images_BCHW)

@@ -150,8 +150,8 @@ def give_biases(model: CompactCare, names: Iterable[str]) -> None:
 @torch.no_grad()
 def rescale(
     model: CompactCare, plan: Plan, name: str, alpha: Alpha, seen: InputStatistics
-) -> float | None:
-    """Rescale one layer's input exactly; the alpha used, or None if it stays as it was."""
+) -> Rescaling | None:
+    """Rescale one layer's input exactly; None if it stays as it was."""
     layer = model.get_submodule(name)
     producer = producer_of(model, name)
     assert isinstance(layer, nn.Conv2d)
@@ -167,7 +167,7 @@ def rescale(
     if chosen is None:
         return None
     apply(producer, layer, chosen)
-    return chosen.alpha
+    return chosen
 
 
 def producer_of(model: CompactCare, name: str) -> nn.Module | None:

@@ -38,6 +38,7 @@ TENSORS: dict[str, tuple[TensorSection, TensorSection]] = {  # (weight, input)
     "w4a8": (TensorSection(bits=4, range="mse"), TensorSection(bits=8)),
     "w4a4": (TensorSection(bits=4, range="mse"), TensorSection(bits=4, range="mse")),
 }
+DEPTHWISE = ("dwconv1", "dwconv2", "dwconvatt_1", "dwconvatt_2", "inter1_conv", "inter2_conv")
 
 # A quantized network in, its drop in points out.
 Judge = Callable[[QuantizedCare], float]
@@ -172,6 +173,8 @@ def _with_steps(
     rules = []
     for site, precision in reached.items():
         weight, input_ = TENSORS[precision]
+        if precision == "w4a4" and site.endswith(DEPTHWISE):
+            input_ = TensorSection(bits=4)  # per channel, where clipping only loses
         rules.append(RuleSection(site=site, weight=weight, input=input_))
     return section.model_copy(update={"rules": (*section.rules, *rules), "search": None})
 

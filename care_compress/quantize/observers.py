@@ -187,8 +187,15 @@ def _exponent(magnitude: float) -> int:
     return math.frexp(magnitude)[1] if magnitude > 0 else -20
 
 
-def weight_scale(quantizer: IntQuantizer, weight: Tensor) -> Tensor:
-    """Symmetric scales of a weight: from its largest magnitude, or of least squared error."""
+def weight_scale(
+    quantizer: IntQuantizer, weight: Tensor, covariance: Tensor | None = None
+) -> Tensor:
+    """Symmetric scales of a weight: from its largest magnitude, or of least squared error.
+
+    With the covariance of the layer's inputs, the error is that of the product,
+    e^T Cov(x) e for each row's rounding error e; a weight's own error says little about it where
+    channels differ in size.
+    """
     rows = weight.detach().reshape(len(quantizer.scale), -1)
     largest = rows.abs().amax(dim=1).clamp(min=EMPTY)
     full = largest / quantizer.quant_max
@@ -198,7 +205,9 @@ def weight_scale(quantizer: IntQuantizer, weight: Tensor) -> Tensor:
     for share in torch.linspace(1.0, 0.3, SHRINKS).tolist():
         scale = (full * share)[:, None]
         steps = (rows / scale).round().clamp(quantizer.quant_min, quantizer.quant_max)
-        error = (rows - steps * scale).square().sum(dim=1)
+        rest = rows - steps * scale
+        metric = rest if covariance is None else rest @ covariance
+        error = (rest * metric).sum(dim=1)
         better = error < least
         best = torch.where(better, scale[:, 0], best)
         least = torch.where(better, error, least)

@@ -63,21 +63,17 @@ def quantize_network(
 ) -> Quantized:
     """Quantize a float network on calibration images; `batches` starts one pass over them."""
     network, plan = planned(network, section, resolution)
-    alphas = _rescaled(network, plan, section, batches)
+    alphas, covariances = _rescaled(network, plan, section, batches)
     model = simulate(network, plan)
-    calibrate(model, batches(), section.calibrate.percentile)
+    calibrate(model, batches(), section.calibrate.percentile, covariances)
     reference = float_reference(model)
+    biases, norms = section.bias_correction, section.norm_reestimation
+    images = first_images(batches, images_to_hold(resolution))
+    correct(model, reference, images, biases=biases, norms=norms)
     if section.reconstruct:
+        # After the corrections: rounding should not be spent on what they mend for nothing.
         reconstruct(model, reference, section.reconstruct, batches, seed)
-    if section.bias_correction or section.norm_reestimation:
-        images = first_images(batches, images_to_hold(resolution))
-        correct(
-            model,
-            reference,
-            images,
-            biases=section.bias_correction,
-            norms=section.norm_reestimation,
-        )
+        correct(model, reference, images, biases=biases, norms=norms)
     return Quantized(model, alphas)
 
 
@@ -105,12 +101,21 @@ def first_images(batches: Batches, count: int) -> Tensor:
 
 def _rescaled(
     network: CompactCare, plan: Plan, section: QuantizeSection, batches: Batches
-) -> dict[str, float | None]:
+) -> tuple[dict[str, float | None], dict[str, Tensor]]:
+    """Rescale what can be; the alphas, and the covariance of every such layer's new input."""
     wanted = equalized_layers(plan, section.prescale, section.equalize)
     if not wanted:
-        return {}
+        return {}, {}
     seen = observe(network, batches(), wanted)
-    return {name: rescale(network, plan, name, alpha, seen[name]) for name, alpha in wanted.items()}
+    alphas: dict[str, float | None] = {}
+    covariances = {}
+    for name, alpha in wanted.items():
+        chosen = rescale(network, plan, name, alpha, seen[name])
+        if chosen is not None:
+            seen[name] = seen[name].rescaled(chosen.scale, chosen.shift)
+        alphas[name] = None if chosen is None else chosen.alpha
+        covariances[name] = seen[name].covariance()
+    return alphas, covariances
 
 
 def _use_covariance(network: CompactCare, plan: Plan) -> None:

@@ -5,7 +5,7 @@ the grid of step s is rounded down or up by h in [0, 1]:
 
     w^ = s clamp(floor(w / s) + h(V)),    h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1),
 
-and V minimises ||y^ - y||^2 / var(y) + lambda sum(1 - |2h - 1|^beta), where y is the float half's
+and V minimises the mean of (y^_c - y_c)^2 / var(y_c) + lambda sum(1 - |2h - 1|^beta), where y is the float half's
 output and y^ the quantized one's, on inputs that carry the error of everything before. beta falls
 from 20 to 2, so that h ends at 0 or 1. Activation scales learn along; a random half of the
 activation values skips its quantizer, which keeps the rounding from fitting their noise.
@@ -27,8 +27,9 @@ from care_compress.quantize.placement import QuantizedCare, site_of
 ZETA, GAMMA = 1.1, -0.1
 BETA_START, BETA_END = 20.0, 2.0
 WARMUP = 0.2  # part of the steps before the rounding is pushed to a decision
-PUSH = 0.01  # lambda, per weight relative to the normalised error
-SCALE_RATE = 0.1  # of the rounding's learning rate, for activation gains
+PUSH = 1.0  # lambda, of the mean over weights beside the normalised error
+GAIN_RATE = 3e-4  # learning rate of the activations' gains
+JUDGED = 128  # calibration images that decide whether a half keeps what it learned
 STREAM = 11  # keeps these draws apart from other users of the recipe's seed
 
 
@@ -39,12 +40,52 @@ def reconstruct(
     batches: Batches,
     seed: int,
 ) -> None:
-    """Reconstruct every half of an interaction that has weights below 8 bits, front to back."""
+    """Reconstruct every half of an interaction that has weights below 8 bits, front to back.
+
+    A half keeps its new rounding only if the logits of images it did not learn from come nearer to
+    the float ones: what fits its own output best need not be best for the network.
+    """
+    judge = _Judge(quantized, reference, batches, section.images)
     for number, half in enumerate(_halves(quantized)):
+        before = half.state()
         inputs = _collect(quantized, half.start.name, batches, section.images)
         wanted = _collect(reference, half.end.name, batches, section.images)
         generator = torch.Generator().manual_seed(seed * 1000 + STREAM + number)
         _learn(half, inputs, wanted, section, generator)
+        if not judge.is_better():
+            half.restore(before)
+
+
+class _Judge:
+    """Distance of the logits from float, on the last calibration images."""
+
+    def __init__(
+        self, quantized: QuantizedCare, reference: QuantizedCare, batches: Batches, learned: int
+    ) -> None:
+        seen, kept = 0, []
+        with closing(batches()) as stream:
+            for batch in stream:
+                seen += len(batch)
+                # All of them where there are none beyond those that are learned from.
+                if seen > learned or seen <= JUDGED:
+                    kept.append(batch)
+        self.images = torch.cat(kept)[-JUDGED:]
+        self.quantized = quantized
+        with torch.no_grad():
+            self.wanted = reference(self.images)
+        self.least = self._error()
+
+    @torch.no_grad()
+    def _error(self) -> float:
+        error = self.quantized(self.images) - self.wanted
+        return float((error - error.mean(dim=0)).square().sum())  # the mean is mended later
+
+    def is_better(self) -> bool:
+        """Whether the network is nearer to float than it ever was."""
+        error = self._error()
+        better = error < self.least
+        self.least = min(error, self.least)
+        return better
 
 
 class Half:
@@ -61,6 +102,24 @@ class Half:
             if node.op == "call_module"
             and isinstance(module := quantized.graph.get_submodule(str(node.target)), IntQuantizer)
         }
+
+    def state(self) -> list[Tensor]:
+        """Copies of its weights, scales and zero points."""
+        return [tensor.detach().clone() for tensor in self._tensors()]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Put such copies back."""
+        with torch.no_grad():
+            for tensor, value in zip(self._tensors(), state, strict=True):
+                tensor.copy_(value)
+
+    def _tensors(self) -> list[Tensor]:
+        quantizers = list(self.quantizers.values())
+        weights = [self.quantized.weight(q.site) for q in quantizers if q.operand == "weight"]
+        return [
+            *weights,
+            *(t for q in quantizers for t in (q.scale, q.zero_point, q.gain, q.shift)),
+        ]
 
     @property
     def rounding(self) -> dict[str, IntQuantizer]:
@@ -202,14 +261,15 @@ def _learn(
         quantizer.learn(quantizer.operand != "weight")
     groups: list[dict[str, Any]] = [
         {"params": [rounding.v for rounding in roundings.values()]},
-        {"params": gains, "lr": section.learning_rate * SCALE_RATE},
+        {"params": gains, "lr": GAIN_RATE},
     ]
     optimizer = torch.optim.Adam(groups, lr=section.learning_rate)
-    variance = wanted.var().clamp(min=1e-12)
+    # Per channel: the next pre-norm lifts small channels to the size of large ones.
+    variance = wanted.var(dim=(0, 2, 3), keepdim=True).clamp(min=1e-12)
     weights = sum(rounding.v.numel() for rounding in roundings.values())
     for step in range(section.steps):
         chosen = torch.randint(len(inputs), (section.batch_size,), generator=generator)
-        error = (network(inputs[chosen]) - wanted[chosen]).square().mean() / variance
+        error = ((network(inputs[chosen]) - wanted[chosen]).square() / variance).mean()
         progress = (step / section.steps - WARMUP) / (1 - WARMUP)
         loss = error
         if progress > 0:

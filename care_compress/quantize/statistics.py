@@ -36,6 +36,21 @@ class InputStatistics:
         """All sampled rows."""
         return torch.cat(self.rows)
 
+    def rescaled(self, scale_C: Tensor, shift_C: Tensor) -> "InputStatistics":
+        """What they are after x' = (x - shift) / scale."""
+        assert self.low is not None and self.high is not None
+        rows = self.sample()
+        positions = rows.shape[1] // len(scale_C)
+        scale, shift = (v.repeat_interleave(positions) for v in (scale_C, shift_C))
+        low, high = (self.low - shift_C) / scale_C, (self.high - shift_C) / scale_C
+        return InputStatistics(low, high, [(rows - shift) / scale], self.count)
+
+    def covariance(self) -> Tensor:
+        """Of the sampled rows (C, C)."""
+        rows = self.sample()
+        centred = rows - rows.mean(dim=0)
+        return centred.T @ centred / len(rows)
+
 
 def _rows(layer: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
     """Some rows that the layer multiplies with its flattened weight: a few per image."""
