@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 RECIPE ?= int8_qat
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize doctor test check recipes bench-data bench-train bench-quantize clean
+.PHONY: help setup quantize doctor test check recipes bench-data bench-train bench-quantize ablate clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -49,6 +49,9 @@ bench-train: $(VENV)/.dev ## images/s of the trainer beside bare forward + backw
 
 bench-quantize: $(VENV)/.dev ## cost of a QAT step and of calibration beside the float model
 	@$(BIN)/python bench/quantize.py
+
+ablate: $(VENV)/.dev ## each method added and removed: [CKPT= DATA= RES=], into docs/RESULTS.md; resumes
+	@$(BIN)/python bench/ablate.py --report $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -136,6 +136,39 @@ def sensitivity(
 
 
 @app.command()
+def select(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Argument(help="the list to write, for quantize.calibrate.list")],
+    method: Annotated[
+        str | None, typer.Option(help="quantize.calibrate.method: random, stratified, diverse")
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="quantize.calibrate.images")] = None,
+    ckpt: Checkpoint = None,
+    arch: ArchName = None,
+    data: Source = None,
+    res: Resolution = None,
+    crop: Crop = None,
+    set_: Override = None,
+) -> None:
+    """Choose calibration images of the training split and write them down."""
+    chosen = _chosen(
+        recipe,
+        set_,
+        model__checkpoint=ckpt,
+        model__arch=arch,
+        data__source=data,
+        data__resolution=res,
+        data__crop_pct=crop,
+        quantize__calibrate__method=method,
+        quantize__calibrate__images=images,
+    )
+
+    from care_compress.study import select_calibration
+
+    select_calibration(chosen, out, Console())
+
+
+@app.command()
 def accuracy(
     artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME or .onnx file")],
     data: Annotated[str, typer.Option(help="folder, zip, hf:, wds: or builtin: source")],

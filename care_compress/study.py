@@ -1,4 +1,4 @@
-"""``care-compress sensitivity``: which site of a recipe costs accuracy, in a run of its own."""
+"""What a user asks before or beside a run: which site costs accuracy, which images calibrate."""
 
 import contextlib
 from pathlib import Path
@@ -15,10 +15,14 @@ from care_compress.data.loader import evaluation_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform, normalize
+from care_compress.errors import RecipeError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.plots import plot_sensitivity, short_name
+from care_compress.model.checkpoint import load_checkpoint
+from care_compress.model.rewrite import rewrite
 from care_compress.pipeline import check_plan, float_model, rewritten
 from care_compress.quantize.ptq import quantize_network
+from care_compress.quantize.selection import deep_features, select_images, write_list
 from care_compress.quantize.sensitivity import Sensitivity, measure_sensitivity
 from care_compress.recipe import Recipe
 from care_compress.run import Run, fingerprint, state_digest
@@ -35,7 +39,11 @@ def run_sensitivity(
     """Measure, draw and list every site of a recipe's PTQ result."""
     check_plan(recipe)
     assert recipe.quantize is not None
-    section = recipe.quantize
+    # Corrections and learned rounding mend the error of all sites at once: with them in, switching
+    # a site off would not lead back to the float model.
+    section = recipe.quantize.model_copy(
+        update={"bias_correction": False, "norm_reestimation": False, "reconstruct": None}
+    )
     with opened(Run(runs, name), recipe, World()) as run:
         shop = Workshop(recipe, run, World(), console)
         validation = open_samples(recipe.data, "val")
@@ -73,6 +81,26 @@ def run_sensitivity(
             soft_wrap=True,
         )
     return found
+
+
+def select_calibration(recipe: Recipe, out: Path, console: Console) -> None:
+    """Write the calibration list that a recipe would use."""
+    if recipe.quantize is None or recipe.model.checkpoint is None:
+        raise RecipeError(
+            f"{recipe.name} calibrates no given checkpoint.",
+            "name a quantized recipe such as int8_ptq, and its --ckpt",
+        )
+    network = rewrite(load_checkpoint(recipe.model.checkpoint, recipe.model.arch), recipe.rewrite)
+    samples = open_samples(recipe.data, "train")
+    features = deep_features(network, samples, recipe.data)
+    chosen = select_images(samples, recipe.quantize.calibrate, recipe.seed, features)
+    write_list(out, chosen)
+    console.print(
+        f"{len(chosen.indices)} of {len(samples):,} training images ({chosen.method}): {out}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _images(

@@ -8,7 +8,6 @@ from rich.table import Table
 from care_compress.quantization_sections import RuleSection
 from care_compress.quantize.spec import ENERGY_PJ, Decision, Plan
 
-
 WIDTH = 132
 
 

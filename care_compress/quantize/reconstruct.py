@@ -5,10 +5,10 @@ the grid of step s is rounded down or up by h in [0, 1]:
 
     w^ = s clamp(floor(w / s) + h(V)),    h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1),
 
-and V minimises the mean of (y^_c - y_c)^2 / var(y_c) + lambda sum(1 - |2h - 1|^beta), where y is the float half's
-output and y^ the quantized one's, on inputs that carry the error of everything before. beta falls
-from 20 to 2, so that h ends at 0 or 1. Activation scales learn along; a random half of the
-activation values skips its quantizer, which keeps the rounding from fitting their noise.
+and V minimises the mean of (y^_c - y_c)^2 / var(y_c) + lambda sum(1 - |2h - 1|^beta), where y is
+the float half's output and y^ the quantized one's, on inputs that carry the error of everything
+before. beta falls from 20 to 2, so that h ends at 0 or 1. Activation scales learn along; a random
+half of the channels skips its quantizer, which keeps the rounding from fitting their noise.
 """
 
 from collections.abc import Sequence

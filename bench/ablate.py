@@ -1,0 +1,177 @@
+"""What each method buys: every one added and removed, on one checkpoint (`make ablate`).
+
+Each row is a recipe with overrides, run through the ordinary pipeline. Finished rows are kept in
+``runs/ablate/<model>.json`` and not run again, so the table can be interrupted; ``--report`` writes
+it into docs/RESULTS.md. On the included model, or with ``--ckpt --data --res`` on any other.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from care_compress.model.checkpoint import resolve_checkpoint
+from care_compress.pipeline import run_recipe
+from care_compress.recipe import Recipe, load_recipe
+from care_compress.run import fingerprint, sha256_file, write_text
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "RESULTS.md"
+FOLDED = "rewrite.fold_norms=true"
+PLAIN = (
+    "quantize.prescale=trained",
+    "quantize.equalize='off'",
+    "quantize.bias_correction=false",
+    "quantize.norm_reestimation=false",
+)
+NO_ROUNDING = "quantize.reconstruct=null"
+TENSOR = "quantize.rules=[{weight: 8, input: {bits: 8, granularity: tensor}}, "
+FLOATS = (
+    "{role: residual_add, input: float}, {role: attention.kv, input: float}, "
+    "{role: attention.out, input: float}"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    group: str
+    what: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+ROWS = (
+    Row("W8A8", "control: norms folded, everything in 8 bits, min-max", "int8_naive"),
+    Row("W8A8", "norms folded, attention and sums in float", "int8_ptq", (FOLDED, *PLAIN)),
+    Row("W8A8", "norms kept as scale site, nothing else", "int8_ptq", PLAIN),
+    Row("W8A8", "+ rescaling searched", "int8_ptq", PLAIN[2:]),
+    Row("W8A8", "+ bias correction", "int8_ptq", PLAIN[3:]),
+    Row("W8A8", "+ norm re-estimation = `int8_ptq`", "int8_ptq"),
+    Row("W8A8", "without the scale site's rescaling", "int8_ptq", PLAIN[:1]),
+    Row("W8A8", "without depthwise -> fc2 equalization", "int8_ptq", PLAIN[1:2]),
+    Row("W8A8", "without bias correction", "int8_ptq", PLAIN[2:3]),
+    Row("W8A8", "depthwise inputs per tensor", "int8_ptq", (f"{TENSOR}{FLOATS}]",)),
+    Row("W8A8", "symmetric, one scale per tensor (TensorRT)", "int8_ptq",
+        ("quantize.target=tensorrt-jetson-orin",)),
+    Row("W8A8", "attention quantized, plain kv", "int8_ptq",
+        ("quantize.rules=[{weight: 8, input: 8}, {role: residual_add, input: float}]",
+         "quantize.covariance=false")),
+    Row("W8A8", "attention quantized, covariance form", "int8_ptq",
+        ("quantize.rules=[{weight: 8, input: 8}, {role: residual_add, input: float}]",)),
+    Row("W8A8", "residual sums quantized too", "int8_ptq",
+        ("quantize.rules=[{weight: 8, input: 8}, {role: 'attention.[ko]*', input: float}]",)),
+    Row("W8A8", "random instead of stratified calibration images", "int8_ptq",
+        ("quantize.calibrate.method=random",)),
+    Row("W8A8", "diverse calibration images", "int8_ptq", ("quantize.calibrate.method=diverse",)),
+    Row("W8A8", "64 calibration images", "int8_ptq", ("quantize.calibrate.images=64",)),
+    Row("W8A8", "NNCF", "int8_ptq_nncf"),
+    Row("W4A8", "norms folded, nothing tuned", "w4a8_ptq", (FOLDED, *PLAIN, NO_ROUNDING)),
+    Row("W4A8", "norms kept, nothing else", "w4a8_ptq", (*PLAIN, NO_ROUNDING)),
+    Row("W4A8", "+ rescaling, corrections", "w4a8_ptq", (NO_ROUNDING,)),
+    Row("W4A8", "+ learned rounding = `w4a8_ptq`", "w4a8_ptq"),
+    Row("W4A4", "norms folded, nothing tuned", "w4a4_ptq", (FOLDED, *PLAIN, NO_ROUNDING)),
+    Row("W4A4", "norms kept, nothing else", "w4a4_ptq", (*PLAIN, NO_ROUNDING)),
+    Row("W4A4", "+ rescaling, corrections", "w4a4_ptq", (NO_ROUNDING,)),
+    Row("W4A4", "+ Hadamard rotation", "w4a4_ptq", (NO_ROUNDING, "quantize.hadamard=true")),
+    Row("W4A4", "+ learned rounding = `w4a4_ptq`", "w4a4_ptq"),
+    Row("trained", "`int8_qat`", "int8_qat"),
+    Row("trained", "`w4a8_qat`", "w4a8_qat"),
+    Row("trained", "`w4a4_qat`", "w4a4_qat"),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, then write the table if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt")
+    parser.add_argument("--data")
+    parser.add_argument("--res", type=int)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--group", action="append", help="only these groups of rows")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--report", action="store_true", help="write docs/RESULTS.md")
+    options = parser.parse_args()
+    given = {
+        "model.checkpoint": options.ckpt,
+        "data.source": options.data,
+        "data.resolution": options.res,
+    }
+    values = {key: value for key, value in given.items() if value is not None}
+    console = Console()
+    name = Path(options.ckpt).stem if options.ckpt else "care_nano_shapes"
+    store = options.runs / "ablate" / f"{name}.json"
+    done: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    for row in ROWS:
+        if options.group and row.group not in options.group:
+            continue
+        recipe = load_recipe(row.recipe, (*row.overrides, *options.overrides), values)
+        key = _key(recipe)
+        if done.get(row.what + row.group, {}).get("key") == key:
+            continue
+        console.print(f"{row.group}: {row.what}", markup=False)
+        results = run_recipe(recipe, options.runs / "ablate", "row", Console(quiet=True))
+        done[row.what + row.group] = {"key": key, **_kept(results)}
+        write_text(store, json.dumps(done, indent=1) + "\n")
+    console.print(_table(done), markup=False, soft_wrap=True)
+    if options.report:
+        _write(name, done, recipe)
+
+
+def _key(recipe: Recipe) -> str:
+    """Everything that decides a row."""
+    content = recipe.model_dump(mode="json", exclude={"name", "claim", "budget"})
+    assert recipe.model.checkpoint is not None
+    return fingerprint([content, sha256_file(resolve_checkpoint(recipe.model.checkpoint))])
+
+
+def _kept(results: dict[str, Any]) -> dict[str, Any]:
+    seconds = results["seconds"]
+    return {
+        "float": results["float"]["top1"],
+        **results["candidates"][results["kept"]],
+        "kept": results["kept"],
+        "seconds": {name: seconds[name] for name in ("select", "ptq", "qat") if name in seconds},
+    }
+
+
+def _table(done: dict[str, Any]) -> str:
+    lines = [
+        "| | method | top-1 | drop [95 %] | same answer | logit SQNR | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        found = done.get(row.what + row.group)
+        if found is None:
+            continue
+        low, high = found["drop_ci95"]
+        note = " (PTQ weights kept)" if row.group == "trained" and found["kept"] == "ptq" else ""
+        lines.append(
+            f"| {row.group} | {row.what}{note} | {found['top1']:.2f} % "
+            f"| {found['drop']:.2f} [{low:.2f}, {high:.2f}] | {found['agreement']:.2f} % "
+            f"| {found['sqnr_db']:.1f} dB | {sum(found['seconds'].values()):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _write(name: str, done: dict[str, Any], recipe: Recipe) -> None:
+    """Put this model's table into docs/RESULTS.md, in place of an older one."""
+    first = next(iter(done.values()))
+    heading = f"## {name}, {recipe.data.resolution}x{recipe.data.resolution}"
+    section = (
+        f"{heading}\n\nFloat: {first['float']:.2f} % top-1 on {first['images']:,} validation "
+        f"images. Measured {datetime.now(UTC).date()}; seconds are those of selecting, PTQ and "
+        f"QAT on two cores.\n\n{_table(done)}\n"
+    )
+    text = RESULTS.read_text(encoding="utf-8")
+    before, _, rest = text.partition(heading)
+    after = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
+    RESULTS.write_text(before.rstrip() + "\n\n" + section + ("\n" + after if after else ""))
+
+
+if __name__ == "__main__":
+    main()

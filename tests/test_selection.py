@@ -1,0 +1,130 @@
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CLASSES, image_folder
+
+from care_compress.data.samples import Samples
+from care_compress.data.sources import open_samples
+from care_compress.errors import CalibrationError
+from care_compress.quantization_sections import CalibrateSection
+from care_compress.quantize.selection import (
+    CalibrationSet,
+    read_list,
+    select_images,
+    write_list,
+)
+from care_compress.sections import DataSection
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def samples(folder: Path) -> Samples:
+    return open_samples(DataSection(source=str(folder), resolution=32), "train")
+
+
+def select(samples: Samples, seed: int = 0, **settings: object) -> CalibrationSet:
+    def features(indices: object) -> torch.Tensor:
+        means = [np.asarray(samples.image(i).convert("RGB")).mean(axis=(0, 1)) for i in indices]
+        return torch.tensor(np.array(means), dtype=torch.float32)
+
+    return select_images(samples, CalibrateSection.model_validate(settings), seed, features)
+
+
+@pytest.mark.parametrize("method", ["random", "stratified", "diverse"])
+def test_a_choice_is_the_seeds_and_has_no_image_twice(samples: Samples, method: str) -> None:
+    chosen = select(samples, images=40, method=method)
+    assert len(set(chosen.indices)) == 40
+    assert select(samples, images=40, method=method).indices == chosen.indices
+    assert select(samples, seed=1, images=40, method=method).indices != chosen.indices
+
+
+def test_stratified_takes_the_same_number_of_every_class(samples: Samples) -> None:
+    chosen = select(samples, images=40, method="stratified")
+    assert set(Counter(samples.labels[list(chosen.indices)].tolist()).values()) == {10}
+    uneven = select(samples, images=41, method="stratified")
+    counts = Counter(samples.labels[list(uneven.indices)].tolist())
+    assert sorted(counts.values()) == [10, 10, 10, 11]
+
+
+def test_diverse_reaches_every_cluster_where_random_need_not(tmp_path: Path) -> None:
+    """One image in ten is red: drawing by cluster takes more of them than chance does."""
+    for i in range(160):
+        colour = (250, 20, 20) if i % 10 == 0 else (20 + i % 5, 120 + i % 7, 30)
+        path = tmp_path / "train" / ("b" if i % 10 == 0 else "a") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), colour).save(path)
+    lopsided = open_samples(DataSection(source=str(tmp_path), resolution=32), "train")
+    found = {
+        method: sum(
+            int(
+                lopsided.labels[
+                    list(select(lopsided, seed, images=32, method=method).indices)
+                ].sum()
+            )
+            for seed in range(8)
+        )
+        for method in ("random", "diverse")
+    }
+    assert found["diverse"] > found["random"]
+
+
+def test_more_images_than_there_are_takes_all(samples: Samples) -> None:
+    assert len(select(samples, images=10_000).indices) == len(samples) == 24 * len(CLASSES)
+
+
+def test_a_list_names_images_and_is_found_again(samples: Samples, tmp_path: Path) -> None:
+    chosen = select(samples, images=12)
+    write_list(tmp_path / "list.json", chosen)
+    content = json.loads((tmp_path / "list.json").read_text())
+    assert all(len(entry["sha256"]) == 64 and "/" in entry["name"] for entry in content["images"])
+    assert read_list(tmp_path / "list.json", samples).indices == chosen.indices
+
+
+def test_a_list_that_does_not_fit_is_refused(
+    samples: Samples, folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "list.json"
+    write_list(path, select(samples, images=4))
+    name = json.loads(path.read_text())["images"][0]["name"]
+    changed = next(p for p in folder.rglob("*.png") if str(p).endswith(name))
+    Image.new("RGB", (32, 32)).save(changed)
+    with pytest.raises(CalibrationError, match="pixels differ"):
+        read_list(path, samples)
+    for text, message in (
+        ('{"images": []}', "lists no image"),
+        ('{"images": [{"name": "train/red/none.png", "sha256": "0"}]}', "does not have"),
+        ("[1, 2]", "no calibration list"),
+        ("not json", "no calibration list"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CalibrationError, match=message):
+            read_list(path, samples)
+    with pytest.raises(CalibrationError, match="cannot read"):
+        read_list(tmp_path / "absent.json", samples)
+
+
+def test_the_script_writes_a_list_from_any_directory(folder: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "calibration" / "select.py"), "int8_ptq", "mine.json",
+         "--data", str(folder), "--res", "32", "--images", "8", "--method", "diverse"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "mine.json").read_text())["images"]) == 8

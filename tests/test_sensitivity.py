@@ -1,0 +1,127 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from quantized import SIZE, W4A4, batches, images, network, quantized, section
+from rich.console import Console
+
+from care_compress.evaluate.plots import pareto, short_name
+from care_compress.quantize import sensitivity as measured
+from care_compress.quantize.mixed import LADDER, Trial, search_bits
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.sensitivity import (
+    EXACT_DB,
+    effect,
+    logits_of,
+    measure_sensitivity,
+    only,
+    quantized_sites,
+)
+from care_compress.recipe import load_recipe
+from care_compress.study import run_sensitivity
+
+
+def silent(done: int, total: int) -> None:
+    """No progress."""
+
+
+def test_the_site_with_the_fewest_bits_is_the_hardest(tmp_path: Path) -> None:
+    hard = "stages.2.blocks.0.inter_layer.inter1_fc2"
+    rule = {"site": hard, "weight": 4, "input": 4}
+    model = quantized(section(rule, bias_correction=False)).model
+    x = torch.split(images(16, seed=4), 8)
+    labels = torch.zeros(16, dtype=torch.int64)
+    found = measure_sensitivity(model, x, labels, tmp_path / "s.json", "key", silent)
+    assert hard in {one.site for one in found[:2]}
+    assert {one.site for one in found} == set(quantized_sites(model))
+    (it,) = (one for one in found if one.site == hard)
+    assert it.alone.sqnr_db < found[-1].alone.sqnr_db - 10
+    assert it.left_out.sqnr_db > found[-1].left_out.sqnr_db + 1, "without it the rest is better"
+    model.enable(True)
+    assert all(quantizer.enabled for quantizer in model.quantizers()), "left as it was found"
+
+
+def test_it_goes_on_where_it_stopped_and_only_for_the_same_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized(section()).model
+    x, labels = [images(4)], torch.zeros(4, dtype=torch.int64)
+    cache = tmp_path / "s.json"
+
+    def stop_early(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(model, x, labels, cache, "a", stop_early)
+    assert len(json.loads(cache.read_text())["sites"]) == 5
+    calls = []
+    monkeypatch.setattr(
+        measured, "only", lambda model, sites: (calls.append(sites), only(model, sites))
+    )
+    whole = measure_sensitivity(model, x, labels, cache, "a", silent)
+    assert len(calls) == 2 * (len(whole) - 5)
+    measure_sensitivity(model, x, labels, cache, "a", silent)
+    assert len(calls) == 2 * (len(whole) - 5), "a third time measures nothing"
+    measure_sensitivity(model, x, labels, cache, "b", silent)
+    assert len(calls) == 2 * (2 * len(whole) - 5), "other content, other measurement"
+
+
+def test_no_difference_is_no_effect() -> None:
+    logits = torch.randn(8, 5)
+    same = effect(logits, logits, torch.zeros(8, dtype=torch.int64))
+    assert (same.sqnr_db, same.top1) == (EXACT_DB, 0.0) and abs(same.kl) < 1e-12
+
+
+def test_the_command_leaves_a_table_a_plot_and_a_file(tmp_path: Path) -> None:
+    few = ["quantize.calibrate.images=32"]
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    found = run_sensitivity(load_recipe("int8_ptq", few), tmp_path, "s", 16, console)
+    shown = console.export_text()
+    assert short_name(found[0].site) in shown
+    assert (tmp_path / "s" / "sensitivity.svg").read_text().startswith("<?xml")
+    assert len(json.loads((tmp_path / "s" / "sensitivity.json").read_text())["sites"]) == len(found)
+
+
+def test_the_search_ends_with_the_cheapest_network_within_the_budget() -> None:
+    x = images(24, seed=6)
+    wanted = network()(x)
+
+    def judge(model: QuantizedCare) -> float:
+        """Stands for a drop: logit noise in percent of the signal."""
+        noise = (logits_of(model, [x]) - wanted).square().sum() / wanted.square().sum()
+        return 100 * float(noise)
+
+    search = {"trials": 6, "minutes": 5, "images": 8}
+    chosen = section(search=search)
+    trials: list[Trial] = []
+    found = search_bits(network(), chosen, 2.0, SIZE, 0, batches, judge, trials.append)
+    assert 2 <= len(found.trials) <= 6 and trials == found.trials
+    within = [trial for trial in found.trials if trial.within]
+    assert within and not all(trial.within for trial in found.trials)
+    assert judge(found.model) == min(within, key=lambda t: t.cost).drop <= 2.0
+    widths = {d.precision for d in found.model.plan.decisions if d.site.weighted}
+    assert widths <= set(LADDER) and len(widths) > 1, "mixed"
+    again = quantized(found.section).model
+    assert torch.equal(again(x), found.model(x)), "the rules it found are a recipe"
+
+
+def test_a_budget_that_nothing_holds_ends_in_float_not_in_an_error() -> None:
+    found = search_bits(
+        network(),
+        section(search={"trials": 2, "minutes": 5, "images": 8}),
+        0.0,
+        SIZE,
+        0,
+        batches,
+        lambda model: 1.0 if quantized_sites(model) else 0.0,
+        lambda trial: None,
+    )
+    assert not quantized_sites(found.model)
+
+
+def test_the_front_has_no_trial_that_another_beats() -> None:
+    trials = [Trial(1, 5.0, 0.1, True), Trial(2, 3.0, 0.4, True), Trial(3, 4.0, 0.5, False)]
+    assert pareto(trials) == [trials[1], trials[0]]
+    assert quantized(section(W4A4)).model.plan.macs > 0
