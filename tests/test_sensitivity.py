@@ -27,13 +27,13 @@ def silent(done: int, total: int) -> None:
 
 
 def test_the_site_with_the_fewest_bits_is_the_hardest(tmp_path: Path) -> None:
-    hard = "stages.2.blocks.0.inter_layer.inter1_fc2"
+    hard = "heads.fc"
     rule = {"site": hard, "weight": 4, "input": 4}
     model = quantized(section(rule, bias_correction=False)).model
     x = torch.split(images(16, seed=4), 8)
     labels = torch.zeros(16, dtype=torch.int64)
     found = measure_sensitivity(model, x, labels, tmp_path / "s.json", "key", silent)
-    assert hard in {one.site for one in found[:2]}
+    assert found[0].site == hard
     assert {one.site for one in found} == set(quantized_sites(model))
     (it,) = (one for one in found if one.site == hard)
     assert it.alone.sqnr_db < found[-1].alone.sqnr_db - 10
