@@ -157,8 +157,14 @@ class QuantizeSection(Section):
     def _backend_fits(self) -> "QuantizeSection":
         if self.backend == "nncf" and (self.rules or self.search or self.reconstruct):
             raise ValueError("backend nncf has its own placement: no rules, search or reconstruct")
-        if self.backend == "nncf" and self.qat is not None and self.qat.dampening:
-            raise ValueError("qat.dampening needs backend: torchao")
+        if self.backend == "nncf" and self.qat is not None:
+            if self.qat.dampening:
+                raise ValueError("qat.dampening needs backend: torchao")
+            if self.nncf is None or "MatMul" not in self.nncf.ignored_types:
+                raise ValueError(
+                    "NNCF's simulation of a quantized attention gives NaN: qat needs "
+                    "nncf.ignored_types: [MatMul]"
+                )
         if self.backend == "torchao" and self.nncf is not None:
             raise ValueError("a nncf section needs backend: nncf")
         if self.backend == "torchao" and not self.rules:

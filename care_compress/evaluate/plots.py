@@ -25,6 +25,7 @@ def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
     if shown:
         axes.set_xlim(left=max(0.0, shown[0].alone.sqnr_db - 10))
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set_xlabel("logit SQNR with only this site quantized (dB); shorter is harder")
     axes.set_title(f"The {len(shown)} hardest of {len(found)} sites", loc="left")
     axes.grid(axis="x", alpha=0.3)

@@ -140,6 +140,8 @@ def to_openvino(model: nn.Module, resolution: int) -> Any:
     with silent(), torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
         converted = openvino.convert_model(program)
+    # The exporter's sizes are lost on the way; with them a wrong image is refused before it runs.
+    converted.reshape([-1, 3, resolution, resolution])
     converted.set_friendly_name("care")  # otherwise numbered through the process
     converted.inputs[0].get_tensor().set_names({"images"})
     converted.outputs[0].get_tensor().set_names({"logits"})
