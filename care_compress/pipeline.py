@@ -100,7 +100,8 @@ def float_model(shop: Workshop, validation: Samples) -> Care:
         with shop.stage("load"):
             model = load_checkpoint(path, recipe.model.arch)
         check_classes(validation, model.num_classes)
-        run.record_input("checkpoint", {"path": str(path), "sha256": sha256_file(path)})
+        if shop.world.is_main:
+            run.record_input("checkpoint", {"path": str(path), "sha256": sha256_file(path)})
         shop.console.print(
             f"loaded {model.arch} with {model.num_classes} classes from {escape(str(path))}",
             soft_wrap=True,

@@ -1,10 +1,12 @@
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from quantized import SIZE, W4A4, batches, images, network, quantized, section
+from quantized import SIZE, W4A4, batches, images, network, quantized, section, sqnr
 from rich.console import Console
 from tiny import image_folder
 from torch import Tensor
@@ -112,6 +114,19 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     ]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_two_processes_train_what_one_does(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, data, checkpoint, max_steps=6)
+    command = ["-m", "care_compress", "quantize", str(path), "--runs", str(tmp_path), "--name"]
+    one = [sys.executable, *command, "one"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launched in (one, [*two, *command, "two"]):
+        done = subprocess.run(launched, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    models = [load_quantized(tmp_path / name / "qat/model.safetensors") for name in ("one", "two")]
+    x = images(8)
+    assert sqnr(models[1](x), models[0](x)) > 25, "the same but for rounding that tips over"
 
 
 def test_a_ruinous_training_keeps_the_ptq_weights_and_says_so(
