@@ -16,7 +16,9 @@ Stage = Literal["export", "build", "run", "measure"]
 STAGES: tuple[Stage, ...] = ("export", "build", "run", "measure")
 
 # What this version of care-compress itself does. A stage that is written is added here.
-IMPLEMENTED: frozenset[tuple[Runtime, Stage]] = frozenset({("onnxruntime", "run")})
+IMPLEMENTED: frozenset[tuple[Runtime, Stage]] = frozenset(
+    {("onnxruntime", "run"), ("openvino", "run")}
+)
 
 # Every export starts as a Q/DQ ONNX file; OpenVINO's goes on to its own format.
 EXPORT_PACKAGES = ("torch>=2.10", "torchao>=0.18", "onnx>=1.18", "onnxscript>=0.5")
