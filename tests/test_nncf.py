@@ -102,25 +102,6 @@ def test_the_same_images_give_the_same_file(
     assert 'element_type="i8"' in kinds and 'element_type="f16"' not in kinds
 
 
-@pytest.mark.slow
-def test_accuracy_control_returns_layers_to_float_and_always_ends_with_a_model(
-    network: CompactCare,
-    calibration: Calibration,
-    items: list[nncf_backend.Item],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(nncf_backend, "MOST_LAYERS", 3)
-    found = {}
-    for name, max_drop in (("easy", 100.0), ("impossible", -200.0)):
-        path = tmp_path / name / "model.xml"
-        control = AccuracyControl(max_drop, items, DATA)
-        quantize_openvino(network, NncfSection(), 64, calibration, control, path)
-        found[name] = quantizers(path)
-        assert open_predictor(str(path), CPU)(torch.zeros(1, 3, 64, 64)).shape == (1, 40)
-    assert 0 < found["impossible"] < found["easy"]
-
-
 def test_the_trained_simulation_and_the_file_are_near(
     network: CompactCare, calibration: Calibration, tmp_path: Path
 ) -> None:
