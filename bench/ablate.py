@@ -124,7 +124,7 @@ def main() -> None:
 
 def _key(recipe: Recipe) -> str:
     """Everything that decides a row."""
-    without = {"name": True, "claim": True, "budget": True, "data": {"workers"}}
+    without: dict[str, Any] = {"name": True, "claim": True, "budget": True, "data": {"workers"}}
     content = recipe.model_dump(mode="json", exclude=without)
     assert recipe.model.checkpoint is not None
     return fingerprint([content, sha256_file(resolve_checkpoint(recipe.model.checkpoint))])

@@ -26,9 +26,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from care_compress.data.loader import BadImages, evaluation_batches
+from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.sources import open_samples
-from care_compress.data.transforms import EvalTransform, normalize
 from care_compress.sections import DataSection
 
 SIZE = (500, 375)  # the usual ImageNet image
@@ -106,12 +105,11 @@ def plain_batches(files: list[Path], workers: int) -> Iterable[Tensor]:
 
 
 def our_batches(root: Path, workers: int) -> Iterable[Tensor]:
-    """Normalised batches of `evaluation_batches`."""
+    """Batches as a network takes them."""
     data = DATA.model_copy(update={"source": str(root), "workers": workers})
     samples = open_samples(data, "val")
-    transform = EvalTransform(data.resolution, data.crop_pct)
-    for batch in evaluation_batches(samples, transform, BATCH_SIZE, data, bad=BadImages()):
-        yield normalize(batch.images, data.mean, data.std)
+    for batch in prepared_batches(samples, data, BATCH_SIZE, bad=BadImages()):
+        yield batch.images
 
 
 def images_per_second(batches: Callable[[], Iterable[Tensor]]) -> float:

@@ -42,10 +42,24 @@ RunName = Annotated[str | None, typer.Option(help="run name; the recipe's if lef
 Runs = Annotated[Path, typer.Option(help="where run directories live")]
 
 
-def _chosen(recipe: str, overrides: list[str] | None, **shorthands: object) -> Recipe:
-    """The recipe with the values given on the command line; ``__`` stands for a dot."""
-    given = {key.replace("__", "."): value for key, value in shorthands.items()}
-    return load_recipe(recipe, overrides or [], {k: v for k, v in given.items() if v is not None})
+# What the short options of the verbs set in a recipe.
+KEYS = {
+    "ckpt": "model.checkpoint",
+    "arch": "model.arch",
+    "data": "data.source",
+    "res": "data.resolution",
+    "crop": "data.crop_pct",
+    "skip_bad_images": "data.skip_bad_images",
+    "val_fraction": "data.val_fraction",
+    "method": "quantize.calibrate.method",
+    "images": "quantize.calibrate.images",
+}
+
+
+def _chosen(recipe: str, overrides: list[str] | None, **given: object) -> Recipe:
+    """The recipe with the values given on the command line."""
+    values = {KEYS[option]: value for option, value in given.items() if value is not None}
+    return load_recipe(recipe, overrides or [], values)
 
 
 def _run_name(name: str | None, recipe: Recipe) -> str:
@@ -73,13 +87,13 @@ def quantize(
     chosen = _chosen(
         recipe,
         set_,
-        model__checkpoint=ckpt,
-        model__arch=arch,
-        data__source=data,
-        data__resolution=res,
-        data__crop_pct=crop,
-        data__skip_bad_images=skip_bad_images or None,
-        data__val_fraction=val_fraction,
+        ckpt=ckpt,
+        arch=arch,
+        data=data,
+        res=res,
+        crop=crop,
+        skip_bad_images=skip_bad_images or None,
+        val_fraction=val_fraction,
     )
     run = _run_name(name, chosen)
 
@@ -98,7 +112,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Show what a recipe makes of every layer, and which rule decided; needs no data."""
-    chosen = _chosen(recipe, set_, model__checkpoint=ckpt, model__arch=arch, data__resolution=res)
+    chosen = _chosen(recipe, set_, ckpt=ckpt, arch=arch, res=res)
 
     from care_compress.pipeline import show_plan
 
@@ -119,15 +133,7 @@ def sensitivity(
     runs: Runs = Path("runs"),
 ) -> None:
     """Measure which site costs accuracy: each quantized alone, and each left alone out."""
-    chosen = _chosen(
-        recipe,
-        set_,
-        model__checkpoint=ckpt,
-        model__arch=arch,
-        data__source=data,
-        data__resolution=res,
-        data__crop_pct=crop,
-    )
+    chosen = _chosen(recipe, set_, ckpt=ckpt, arch=arch, data=data, res=res, crop=crop)
     run = _run_name(name or f"{chosen.name}_sensitivity", chosen)
 
     from care_compress.study import run_sensitivity
@@ -154,13 +160,13 @@ def select(
     chosen = _chosen(
         recipe,
         set_,
-        model__checkpoint=ckpt,
-        model__arch=arch,
-        data__source=data,
-        data__resolution=res,
-        data__crop_pct=crop,
-        quantize__calibrate__method=method,
-        quantize__calibrate__images=images,
+        ckpt=ckpt,
+        arch=arch,
+        data=data,
+        res=res,
+        crop=crop,
+        method=method,
+        images=images,
     )
 
     from care_compress.study import select_calibration

@@ -2,28 +2,26 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from care_compress.compression import calibration_images
-from care_compress.data.loader import evaluation_batches
+from care_compress.data.loader import prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
-from care_compress.data.transforms import EvalTransform, normalize
 from care_compress.errors import RecipeError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.plots import plot_sensitivity, short_name
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
 from care_compress.pipeline import check_plan, float_model, rewritten
+from care_compress.progress import progress_bar
 from care_compress.quantize.ptq import quantize_network
 from care_compress.quantize.selection import deep_features, select_images, write_list
-from care_compress.quantize.sensitivity import Sensitivity, measure_sensitivity
+from care_compress.quantize.sensitivity import Sensitivity, measure_sensitivity, quantized_sites
 from care_compress.recipe import Recipe
 from care_compress.run import Run, fingerprint, state_digest
 from care_compress.train.distributed import World
@@ -66,7 +64,7 @@ def run_sensitivity(
                 "count": len(labels),
             }
         )
-        with _progress(console) as advance:
+        with progress_bar(console, "sites", len(quantized_sites(model))) as advance:
             found = measure_sensitivity(
                 model, batches, labels, run.path / "sensitivity.json", key, advance
             )
@@ -107,16 +105,11 @@ def _images(
     shop: Workshop, validation: Samples, count: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Evenly spaced validation images, held in memory: every site sees them twice."""
-    data = shop.recipe.data
-    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
     indices = spread_indices(len(validation), count)
-    loaded = evaluation_batches(validation, transform, BATCH, data, bad=shop.bad, indices=indices)
-    batches, labels = [], []
+    loaded = prepared_batches(validation, shop.recipe.data, BATCH, bad=shop.bad, indices=indices)
     with contextlib.closing(loaded):
-        for batch in loaded:
-            batches.append(normalize(batch.images, data.mean, data.std))
-            labels.append(batch.labels)
-    return batches, torch.cat(labels)
+        batches = list(loaded)
+    return [batch.images for batch in batches], torch.cat([batch.labels for batch in batches])
 
 
 def sensitivity_table(found: list[Sensitivity], images: int) -> Table:
@@ -135,19 +128,3 @@ def sensitivity_table(found: list[Sensitivity], images: int) -> Table:
             f"{-one.left_out.top1:+.2f}",
         )
     return table
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Any:
-    bar = Progress(
-        TextColumn("sites"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

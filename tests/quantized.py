@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import care_compress
-from care_compress.data.loader import BadImages, evaluation_batches
+from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.sources import open_samples
-from care_compress.data.transforms import EvalTransform, normalize
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
@@ -91,16 +90,9 @@ def shipped_images(split: str, count: int) -> tuple[Tensor, Tensor]:
     """Evenly spaced images of the built-in set, normalised, and their labels."""
     data = DataSection(source="builtin:shapes", resolution=64, crop_pct=1.0)
     samples = open_samples(data, split)
-    loaded = evaluation_batches(
-        samples,
-        EvalTransform(64, 1.0, False),
-        count,
-        data,
-        bad=BadImages(),
-        indices=spread_indices(len(samples), count),
-    )
-    (batch,) = loaded
-    return normalize(batch.images, data.mean, data.std).contiguous(), batch.labels
+    indices = spread_indices(len(samples), count)
+    (batch,) = prepared_batches(samples, data, count, bad=BadImages(), indices=indices)
+    return batch.images.contiguous(), batch.labels
 
 
 def shipped_network(**switches: bool) -> CompactCare:

@@ -20,18 +20,19 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from care_compress.data.samples import Samples
-from care_compress.data.transforms import Key, Transform
+from care_compress.data.transforms import EvalTransform, Key, Transform, normalize
 from care_compress.errors import BadImageError, CareError, DataError
 from care_compress.machine import usable_cores
 from care_compress.sections import DataSection
 
+CPU = torch.device("cpu")
 MAX_WORKERS = 8  # when data.workers is left out; more starve the process that feeds the network
 
 
 class Batch(NamedTuple):
-    """Some images, ready for `normalize`."""
+    """Some images: pixels, or what a network takes after `normalize`."""
 
-    images: Tensor  # uint8 BCHW, channels_last
+    images: Tensor  # uint8 or normalised float, BCHW, channels_last
     labels: Tensor  # int64 B
     indices: Tensor  # int64 B, positions in the samples
 
@@ -83,6 +84,23 @@ def evaluation_batches(
         for batch in loaded:
             if len(batch.labels):  # a batch of bad images only has nothing to evaluate
                 yield batch
+
+
+def prepared_batches(
+    samples: Samples,
+    data: DataSection,
+    batch_size: int,
+    *,
+    bad: BadImages,
+    indices: Sequence[int] | None = None,
+    device: torch.device = CPU,
+) -> Generator[Batch]:
+    """`evaluation_batches` by the recipe's preprocessing, as the network takes them."""
+    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
+    loaded = evaluation_batches(samples, transform, batch_size, data, bad=bad, indices=indices)
+    with contextlib.closing(loaded):
+        for batch in loaded:
+            yield batch._replace(images=normalize(batch.images.to(device), data.mean, data.std))
 
 
 def training_batches(

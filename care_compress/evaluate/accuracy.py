@@ -10,18 +10,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from care_compress.data.loader import BadImages, Batch, evaluation_batches
+from care_compress.data.loader import CPU, BadImages, Batch, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
-from care_compress.data.transforms import EvalTransform, normalize
 from care_compress.errors import DataError
-from care_compress.evaluate.display import evaluation_progress
 from care_compress.predictor import Predictor
+from care_compress.progress import progress_bar
 from care_compress.run import write_text
 from care_compress.runtime.opening import open_predictor
 from care_compress.sections import DataSection
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -109,27 +106,24 @@ def measure_accuracy(
     device: torch.device = CPU,
 ) -> Accuracy:
     """Accuracy of `predict` on these images of a data set."""
-    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
-    batches = evaluation_batches(samples, transform, batch_size, data, bad=bad, indices=indices)
-
-    def prepare(images_BCHW: Tensor) -> Tensor:
-        return normalize(images_BCHW.to(device), data.mean, data.std)
-
-    with contextlib.closing(batches), evaluation_progress(console, len(indices)) as advance:
-        return count_correct(predict, batches, prepare, advance)
+    batches = prepared_batches(samples, data, batch_size, bad=bad, indices=indices, device=device)
+    with (
+        contextlib.closing(batches),
+        progress_bar(console, "evaluating", len(indices)) as advance,
+    ):
+        return count_correct(predict, batches, advance)
 
 
 @torch.inference_mode()
 def count_correct(
     predict: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
-    prepare: Callable[[Tensor], Tensor],
     progress: Callable[[int], None] = lambda images: None,
 ) -> Accuracy:
-    """Run `predict` over all batches; `prepare` turns uint8 pixels into the network's input."""
+    """Run `predict` over all prepared batches."""
     images = correct = in_top5 = 0
     for batch in batches:
-        logits = predict(prepare(batch.images))
+        logits = predict(batch.images)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked.cpu() == batch.labels[:, None]
         images += len(batch.labels)

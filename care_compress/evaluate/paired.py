@@ -10,13 +10,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from care_compress.data.loader import BadImages, Batch, evaluation_batches
+from care_compress.data.loader import BadImages, Batch, prepared_batches
 from care_compress.data.samples import Samples
-from care_compress.data.transforms import EvalTransform, normalize
 from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import Accuracy
-from care_compress.evaluate.display import evaluation_progress
 from care_compress.predictor import Predictor
+from care_compress.progress import progress_bar
 from care_compress.sections import DataSection
 
 NORMAL_95 = 1.959964
@@ -87,14 +86,12 @@ def measure_pair(
     device: torch.device,
 ) -> Paired:
     """Both models on these images, decoded once."""
-    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
-    batches = evaluation_batches(samples, transform, batch_size, data, bad=bad, indices=indices)
-
-    def prepare(images_BCHW: Tensor) -> Tensor:
-        return normalize(images_BCHW.to(device), data.mean, data.std)
-
-    with contextlib.closing(batches), evaluation_progress(console, len(indices)) as advance:
-        return count_pairs(baseline, candidate, batches, prepare, advance)
+    batches = prepared_batches(samples, data, batch_size, bad=bad, indices=indices, device=device)
+    with (
+        contextlib.closing(batches),
+        progress_bar(console, "evaluating", len(indices)) as advance,
+    ):
+        return count_pairs(baseline, candidate, batches, advance)
 
 
 @torch.inference_mode()
@@ -102,16 +99,14 @@ def count_pairs(
     baseline: Callable[[Tensor], Tensor],
     candidate: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
-    prepare: Callable[[Tensor], Tensor],
     progress: Callable[[int], None] = lambda images: None,
 ) -> Paired:
-    """Run both over all batches and count."""
+    """Run both over all prepared batches and count."""
     images = lost = gained = agreeing = 0
     right, in_top5 = [0, 0], [0, 0]
     signal = noise = 0.0
     for batch in batches:
-        pixels = prepare(batch.images)
-        before, after = baseline(pixels).cpu(), candidate(pixels).cpu()
+        before, after = baseline(batch.images).cpu(), candidate(batch.images).cpu()
         hits = []
         for which, logits in enumerate((before, after)):
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]

@@ -4,6 +4,7 @@
 drops outliers, clusters deep features and draws the same number from every cluster.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Generator, Sequence
@@ -16,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from care_compress.data.loader import BadImages, evaluation_batches
+from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
-from care_compress.data.transforms import EvalTransform, normalize
 from care_compress.errors import CalibrationError
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import CalibrateSection
@@ -46,15 +46,12 @@ class CalibrationSet:
         self, data: DataSection, batch_size: int, device: torch.device
     ) -> Generator[Tensor]:
         """One pass in the listed order, as normalised floats; evaluation's preprocessing."""
-        transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
-        loaded = evaluation_batches(
-            self.samples, transform, batch_size, data, bad=BadImages(), indices=self.indices
+        loaded = prepared_batches(
+            self.samples, data, batch_size, bad=BadImages(), indices=self.indices, device=device
         )
-        try:
+        with contextlib.closing(loaded):
             for batch in loaded:
-                yield normalize(batch.images.to(device), data.mean, data.std)
-        finally:
-            loaded.close()
+                yield batch.images
 
     def listing(self) -> dict[str, Any]:
         """Name and sha256 (of the decoded RGB pixels) of every image."""

@@ -73,25 +73,23 @@ def measure_sensitivity(
     labels: Tensor,
     cache: Path,
     key: str,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int], None],
 ) -> list[Sensitivity]:
     """Measure every site, hardest first; `cache` holds what is done for this `key`."""
     model.enable(False)
     float_logits = logits_of(model, images)
     sites = quantized_sites(model)
     done = _read(cache, key)
-    for number, site in enumerate(sites):
-        progress(number, len(sites))
-        if site in done:
-            continue
-        found = {}
-        for name, chosen in (("alone", {site}), ("left_out", set(sites) - {site})):
-            only(model, chosen)
-            found[name] = asdict(effect(logits_of(model, images), float_logits, labels))
-        done[site] = found
-        content = {"key": key, "images": len(labels), "sites": done}
-        write_text(cache, json.dumps(content, indent=1) + "\n")
-    progress(len(sites), len(sites))
+    for site in sites:
+        if site not in done:
+            found = {}
+            for name, chosen in (("alone", {site}), ("left_out", set(sites) - {site})):
+                only(model, chosen)
+                found[name] = asdict(effect(logits_of(model, images), float_logits, labels))
+            done[site] = found
+            content = {"key": key, "images": len(labels), "sites": done}
+            write_text(cache, json.dumps(content, indent=1) + "\n")
+        progress(1)
     model.enable(True)
     return hardest_first(done)
 

@@ -1,4 +1,4 @@
-"""How evaluation shows itself on the console."""
+"""How long work of a known length still takes, on the console."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,10 +8,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def evaluation_progress(console: Console, images: int) -> Iterator[Callable[[int], None]]:
-    """A bar over images in a terminal, nothing elsewhere; yields what advances it."""
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar in a terminal, nothing elsewhere; yields what advances it."""
     bar = Progress(
-        TextColumn("evaluating"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -20,5 +20,5 @@ def evaluation_progress(console: Console, images: int) -> Iterator[Callable[[int
         transient=True,
     )
     with bar:
-        task = bar.add_task("", total=images)
+        task = bar.add_task("", total=total)
         yield lambda done: bar.advance(task, done)
