@@ -40,7 +40,7 @@ from care_compress.run import sha256_file
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.opening import open_predictor
 from care_compress.train.state import Progress
-from care_compress.workshop import Workshop, compared, validating
+from care_compress.workshop import Workshop, compared, training_in
 
 # How each backend keeps its models.
 MODEL_FILES = {"torchao": "model.safetensors", "nncf": "model.xml"}
@@ -225,18 +225,9 @@ def _qat_by_torchao(
 ) -> Progress:
     recipe, section = shop.recipe, shop.recipe.quantize
     assert section is not None and section.qat is not None
-    model, progress = train_quantized(
-        load_quantized(start.path),
-        compact,
-        recipe,
-        section.qat,
-        open_samples(recipe.data, "train"),
-        validating(shop, validation),
-        path.parent,
-        shop.world,
-        shop.console,
-        shop.bad,
-    )
+    training = training_in(shop, open_samples(recipe.data, "train"), validation, "qat")
+    start_model = load_quantized(start.path)
+    model, progress = train_quantized(start_model, compact, section.qat, training)
     if shop.world.is_main:
         save_quantized(model, section, recipe.rewrite, path)
     return progress
@@ -246,19 +237,10 @@ def _qat_by_nncf(
     shop: Workshop, start: Candidate, compact: CompactCare, validation: Samples, path: Path
 ) -> Progress:
     """From PTQ's calibration images, not its file: an OpenVINO model cannot be trained."""
-    recipe, section = shop.recipe, shop.recipe.quantize
+    section = shop.recipe.quantize
     assert section is not None and section.qat is not None
-    samples = open_samples(recipe.data, "train")
-    return train_openvino(
-        compact,
-        section.qat,
-        section.nncf or NncfSection(),
-        recipe,
-        _counted(shop, read_list(shop.run.path / "calibration.json", samples)),
-        samples,
-        validating(shop, validation),
-        path,
-        shop.world,
-        shop.console,
-        shop.bad,
-    )
+    samples = open_samples(shop.recipe.data, "train")
+    training = training_in(shop, samples, validation, "qat")
+    calibration = _counted(shop, read_list(shop.run.path / "calibration.json", samples))
+    nncf = section.nncf or NncfSection()
+    return train_openvino(compact, section.qat, nncf, calibration, training, path)

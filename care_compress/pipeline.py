@@ -32,7 +32,7 @@ from care_compress.run import Run, sha256_file
 from care_compress.runtime.opening import open_predictor
 from care_compress.train.distributed import join_world
 from care_compress.train.network import train_network
-from care_compress.workshop import Workshop, measured, opened, validating
+from care_compress.workshop import Workshop, measured, opened, training_in
 
 # What a quantized recipe asks for beyond this version; shrinks as the stages arrive.
 PENDING_STAGES = ("export", "compare")
@@ -125,16 +125,8 @@ def trained(shop: Workshop, validation: Samples) -> Care:
     distill = recipe.train.distill
     teacher = None if distill is None else open_predictor(distill.teacher, world.device)
     with shop.stage("train"):
-        model, progress = train_network(
-            recipe,
-            samples,
-            teacher,
-            validating(shop, validation),
-            run.path / "float",
-            world,
-            shop.console,
-            shop.bad,
-        )
+        training = training_in(shop, samples, validation, "float")
+        model, progress = train_network(training, teacher)
     if world.is_main:
         run.record_input("training_images", samples.fingerprint())
         path = run.path / "float" / "model.safetensors"

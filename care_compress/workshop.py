@@ -20,6 +20,7 @@ from care_compress.run import Run
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.train.distributed import World
 from care_compress.train.loop import Validate
+from care_compress.train.network import Training
 
 
 @dataclass
@@ -79,6 +80,19 @@ def validating(shop: Workshop, validation: Samples) -> Validate:
         return accuracy.images, accuracy.correct
 
     return validate
+
+
+def training_in(shop: Workshop, samples: Samples, validation: Samples, folder: str) -> Training:
+    """What a training of this run works with; its state goes to `folder` of the run."""
+    return Training(
+        recipe=shop.recipe,
+        samples=samples,
+        validate=validating(shop, validation),
+        folder=shop.run.path / folder,
+        world=shop.world,
+        console=shop.console,
+        bad=shop.bad,
+    )
 
 
 def compared(

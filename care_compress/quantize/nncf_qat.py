@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from care_compress.data.loader import BadImages
-from care_compress.data.samples import Samples
 from care_compress.errors import TrainingError
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import NncfSection, QatSection
@@ -26,14 +23,11 @@ from care_compress.quantize.nncf_backend import (
     to_openvino,
 )
 from care_compress.quantize.openvino_library import load_nncf
-from care_compress.quantize.qat import FollowFloat
+from care_compress.quantize.qat import FollowFloat, qat_fingerprint
 from care_compress.quantize.quiet import quiet, silent
-from care_compress.recipe import Recipe
-from care_compress.run import fingerprint, state_digest
 from care_compress.sections import TrainSection
-from care_compress.train.distributed import World
-from care_compress.train.loop import ParameterGroup, Validate, fit
-from care_compress.train.network import WATCHING, course_of
+from care_compress.train.loop import ParameterGroup
+from care_compress.train.network import Training
 from care_compress.train.state import Progress
 
 HOOKS = "__nncf_hooks"  # where NNCF keeps its quantizers in a model
@@ -63,37 +57,21 @@ def train_openvino(
     network: CompactCare,
     section: QatSection,
     nncf_section: NncfSection,
-    recipe: Recipe,
     calibration: Calibration,
-    samples: Samples,
-    validate: Validate,
+    training: Training,
     path: Path,
-    world: World,
-    console: Console,
-    bad: BadImages,
 ) -> Progress:
     """Train what NNCF makes of `network` to follow it, and write the result to `path`."""
-    if world.size > 1:
+    if training.world.size > 1:
         raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
     model = simulated(network, nncf_section, calibration)
-    teacher = prepared(network).to(world.device).eval()
-    decides = fingerprint(
-        {
-            "qat": section.model_dump(mode="json", exclude=WATCHING),
-            "start": state_digest(model.state_dict()),
-            "teacher": state_digest(teacher.state_dict()),
-            "data": recipe.data.model_dump(mode="json", exclude={"workers", "crop_pct"}),
-            "samples": samples.content_digest(),
-            "seed": recipe.seed,
-        }
-    )
-    course = course_of(section, recipe, samples, decides, validate, world, bad, _groups)
+    teacher = prepared(network).to(training.world.device).eval()
+    course = training.course(section, qat_fingerprint(section, training, model, teacher), _groups)
     with quiet():
-        trainee = fit(model, FollowFloat(teacher, section), course, path.parent, world, console)
+        trainee = training.fit(model, FollowFloat(teacher, section), course)
     trained = trainee.result.cpu().eval()
-    save_openvino(
-        to_openvino(_exportable(trained, recipe.data.resolution), recipe.data.resolution), path
-    )
+    resolution = training.recipe.data.resolution
+    save_openvino(to_openvino(_exportable(trained, resolution), resolution), path)
     return trainee.progress
 
 

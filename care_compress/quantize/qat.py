@@ -5,26 +5,20 @@ and its stage outputs. There is no BatchNorm left to go wrong: pre-norms are aff
 """
 
 import math
-from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from care_compress.data.loader import BadImages
-from care_compress.data.samples import Samples
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import QatSection
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.quiet import quiet
-from care_compress.recipe import Recipe
 from care_compress.run import fingerprint, state_digest
 from care_compress.sections import TrainSection
-from care_compress.train.distributed import World
-from care_compress.train.loop import ParameterGroup, Validate, fit
-from care_compress.train.network import WATCHING, course_of
+from care_compress.train.loop import ParameterGroup
+from care_compress.train.network import WATCHING, Training
 from care_compress.train.objective import Outcome
 from care_compress.train.state import Progress
 
@@ -32,31 +26,16 @@ from care_compress.train.state import Progress
 def train_quantized(
     model: QuantizedCare,
     teacher: CompactCare,
-    recipe: Recipe,
     section: QatSection,
-    samples: Samples,
-    validate: Validate,
-    folder: Path,
-    world: World,
-    console: Console,
-    bad: BadImages,
+    training: Training,
 ) -> tuple[QuantizedCare, Progress]:
     """Train `model` to follow `teacher`; the result is settled, in eval mode, on the CPU."""
     prepare_to_learn(model)
-    objective = FollowFloat(teacher.to(world.device).eval(), section)
-    decides = fingerprint(
-        {
-            "qat": section.model_dump(mode="json", exclude=WATCHING),
-            "start": state_digest(model.state_dict()),
-            "teacher": state_digest(teacher.state_dict()),
-            "data": recipe.data.model_dump(mode="json", exclude={"workers", "crop_pct"}),
-            "samples": samples.content_digest(),
-            "seed": recipe.seed,
-        }
-    )
-    course = course_of(section, recipe, samples, decides, validate, world, bad, parameter_groups)
+    objective = FollowFloat(teacher.to(training.world.device).eval(), section)
+    decides = qat_fingerprint(section, training, model, teacher)
+    course = training.course(section, decides, parameter_groups)
     with quiet():
-        trainee = fit(model, objective, course, folder, world, console)
+        trainee = training.fit(model, objective, course)
     trained = trainee.result.cpu().eval()
     teacher.cpu()
     assert isinstance(trained, QuantizedCare)
@@ -65,6 +44,23 @@ def train_quantized(
         quantizer.learn(False)
         quantizer.settle()
     return trained, trainee.progress
+
+
+def qat_fingerprint(
+    section: QatSection, training: Training, start: nn.Module, teacher: nn.Module
+) -> str:
+    """Digest of everything that decides the trained weights and scales."""
+    data = training.recipe.data.model_dump(mode="json", exclude={"workers", "crop_pct"})
+    return fingerprint(
+        {
+            "qat": section.model_dump(mode="json", exclude=WATCHING),
+            "start": state_digest(start.state_dict()),
+            "teacher": state_digest(teacher.state_dict()),
+            "data": data,
+            "samples": training.samples.content_digest(),
+            "seed": training.recipe.seed,
+        }
+    )
 
 
 def prepare_to_learn(model: QuantizedCare) -> None:

@@ -1,10 +1,12 @@
 """Training the float network that a recipe describes."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from care_compress.data.loader import BadImages, steps_per_epoch, training_batches
 from care_compress.data.samples import Samples
@@ -18,32 +20,69 @@ from care_compress.run import fingerprint, sha256_file
 from care_compress.sections import TrainSection
 from care_compress.train.distributed import World
 from care_compress.train.loop import Course, Groups, Validate, decayed_and_free, fit
-from care_compress.train.objective import Classification, check_teacher
-from care_compress.train.state import Progress
+from care_compress.train.objective import Classification, Objective, check_teacher
+from care_compress.train.state import Progress, Trainee
 
 # Settings that change how a training is watched, not what it computes.
 WATCHING = {"checkpoint_steps", "validate_epochs"}
 
 
-def train_network(
-    recipe: Recipe,
-    samples: Samples,
-    teacher: Predictor | None,
-    validate: Validate,
-    folder: Path,
-    world: World,
-    console: Console,
-    bad: BadImages,
-) -> tuple[Care, Progress]:
+@dataclass(frozen=True)
+class Training:
+    """What every training of a run works with, float or quantized."""
+
+    recipe: Recipe
+    samples: Samples
+    validate: Validate
+    folder: Path  # for its state and curves
+    world: World
+    console: Console
+    bad: BadImages
+
+    def course(
+        self, plan: TrainSection, fingerprint: str, groups: Groups = decayed_and_free
+    ) -> Course:
+        """What the loop works on: `plan` over the recipe's training images."""
+        _check_share(plan, self.world)
+        per_epoch = steps_per_epoch(self.samples, plan.batch_size)
+        data = self.recipe.data
+        return Course(
+            plan=plan,
+            steps_per_epoch=per_epoch,
+            num_classes=len(self.samples.classes),
+            seed=self.recipe.seed,
+            fingerprint=fingerprint,
+            batches=lambda start: training_batches(
+                self.samples,
+                TrainTransform(data.resolution, plan.augment, data.exif_rotate),
+                plan.batch_size,
+                data,
+                seed=self.recipe.seed,
+                start_step=start,
+                total_steps=plan.total_steps(per_epoch),
+                bad=self.bad,
+                rank=self.world.rank,
+                world_size=self.world.size,
+            ),
+            prepare=partial(normalize, mean=data.mean, std=data.std),
+            validate=self.validate,
+            groups=groups,
+        )
+
+    def fit(self, model: nn.Module, objective: Objective, course: Course) -> Trainee:
+        """Train `model` to the end of its course."""
+        return fit(model, objective, course, self.folder, self.world, self.console)
+
+
+def train_network(training: Training, teacher: Predictor | None) -> tuple[Care, Progress]:
     """Train as the recipe says; the result is in eval mode on the CPU."""
-    plan = recipe.train
-    assert plan is not None
+    recipe, samples = training.recipe, training.samples
+    assert recipe.train is not None
     start = starting_point(recipe, len(samples.classes))
     if teacher is not None:
         check_teacher(teacher, len(samples.classes))
-    decides = training_fingerprint(recipe, samples)
-    course = course_of(plan, recipe, samples, decides, validate, world, bad)
-    trainee = fit(start, Classification(plan.distill, teacher), course, folder, world, console)
+    course = training.course(recipe.train, training_fingerprint(recipe, samples))
+    trainee = training.fit(start, Classification(recipe.train.distill, teacher), course)
     trained = Care(start.arch, start.num_classes)
     trained.load_state_dict(trainee.result.state_dict())
     return trained.eval(), trainee.progress
@@ -65,44 +104,6 @@ def starting_point(recipe: Recipe, num_classes: int) -> Care:
     model = Care(loaded.arch, loaded.num_classes, drop_path)
     model.load_state_dict(loaded.state_dict())
     return model
-
-
-def course_of(
-    plan: TrainSection,
-    recipe: Recipe,
-    samples: Samples,
-    decides: str,
-    validate: Validate,
-    world: World,
-    bad: BadImages,
-    groups: Groups = decayed_and_free,
-) -> Course:
-    """What the loop works on: `plan` over the recipe's training images."""
-    _check_share(plan, world)
-    per_epoch = steps_per_epoch(samples, plan.batch_size)
-    total = plan.total_steps(per_epoch)
-    return Course(
-        plan=plan,
-        steps_per_epoch=per_epoch,
-        num_classes=len(samples.classes),
-        seed=recipe.seed,
-        fingerprint=decides,
-        batches=lambda start: training_batches(
-            samples,
-            TrainTransform(recipe.data.resolution, plan.augment, recipe.data.exif_rotate),
-            plan.batch_size,
-            recipe.data,
-            seed=recipe.seed,
-            start_step=start,
-            total_steps=total,
-            bad=bad,
-            rank=world.rank,
-            world_size=world.size,
-        ),
-        prepare=partial(normalize, mean=recipe.data.mean, std=recipe.data.std),
-        validate=validate,
-        groups=groups,
-    )
 
 
 def training_fingerprint(recipe: Recipe, samples: Samples) -> str:
