@@ -8,17 +8,14 @@ observers over calibration images over the float forward of the same images.
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from steps import CLASSES, MEAN, SIZE, STD, interleaved, random_batch, trainer_step
 from torch import Tensor
 
-from care_compress.data.loader import Batch
 from care_compress.data.transforms import normalize
 from care_compress.model.care import build_model
 from care_compress.model.compact import CompactCare
@@ -30,13 +27,8 @@ from care_compress.quantize.ptq import planned
 from care_compress.quantize.qat import FollowFloat, parameter_groups, prepare_to_learn
 from care_compress.recipe import load_recipe
 from care_compress.sections import TrainSection
-from care_compress.train.display import Silent
-from care_compress.train.distributed import World
-from care_compress.train.loop import Course, Groups, decayed_and_free, set_up, train_step
-from care_compress.train.objective import Classification, Objective
+from care_compress.train.objective import Classification
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLASSES, SIZE = 10, 96
 METHODS: tuple[RangeMethod, ...] = ("min_max", "percentile", "mse", "entropy")
 
 
@@ -56,46 +48,9 @@ def networks(method: RangeMethod) -> tuple[CompactCare, QuantizedCare]:
     return network, simulate(network, plan)
 
 
-def training_step(
-    model: torch.nn.Module,
-    objective: Objective,
-    plan: TrainSection,
-    batch: Batch,
-    groups: Groups = decayed_and_free,
-) -> Callable[[], None]:
-    """One step of the trainer's loop."""
-    course = Course(
-        plan=plan,
-        steps_per_epoch=1000,
-        num_classes=CLASSES,
-        seed=0,
-        fingerprint="",
-        batches=lambda start: (ready for ready in (batch,)),
-        prepare=partial(normalize, mean=MEAN, std=STD),
-        validate=lambda model: (0, 0),
-        groups=groups,
-    )
-    trainee = set_up(model, plan, World(), groups)
-    runner = trainee.model.train()
-    return lambda: train_step(trainee, runner, objective, batch, course, World(), Silent())
-
-
-def timed(work: Callable[[], None]) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def ratios(ours: Callable[[], None], base: Callable[[], None], rounds: int) -> list[float]:
-    """Sorted ratios of neighbouring calls whose order alternates."""
-    timed(ours), timed(base)
-    found = []
-    for number in range(rounds):
-        order = (ours, base) if number % 2 else (base, ours)
-        first, second = (timed(work) for work in order)
-        found.append(first / second if order[0] is ours else second / first)
-    return sorted(found)
+def ratios(pairs: list[tuple[float, float]]) -> list[float]:
+    """Ours over the base, sorted."""
+    return sorted(ours / base for ours, base in pairs)
 
 
 def main() -> None:
@@ -128,20 +83,17 @@ def main() -> None:
 
 def qat_ratios(batch_size: int, rounds: int) -> list[float]:
     """A whole QAT step, teacher included, over a whole float step."""
-    pixels = torch.randint(0, 256, (batch_size, 3, SIZE, SIZE), dtype=torch.uint8)
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, CLASSES, (batch_size,))
-    batch = Batch(pixels, labels, torch.arange(batch_size))
+    batch = random_batch(batch_size)
     plan = TrainSection(epochs=10, batch_size=batch_size, learning_rate=1e-4)
-    float_step = training_step(
+    float_step = trainer_step(
         build_model("care_s0", CLASSES), Classification(None, None), plan, batch
     )
     compact, model = networks("min_max")
-    calibrate(model, [normalize(pixels, MEAN, STD)], 99.99)
+    calibrate(model, [normalize(batch.images, MEAN, STD)], 99.99)
     prepare_to_learn(model)
     section = QatSection(batch_size=batch_size, dampening=0.1)
-    qat_step = training_step(model, FollowFloat(compact, section), section, batch, parameter_groups)
-    return ratios(qat_step, float_step, rounds)
+    qat_step = trainer_step(model, FollowFloat(compact, section), section, batch, parameter_groups)
+    return ratios(interleaved(qat_step, float_step, rounds))
 
 
 def calibration_ratios(
@@ -157,7 +109,7 @@ def calibration_ratios(
         for batch in batches:
             compact(batch)
 
-    return ratios(lambda: calibrate(model, batches, 99.99), forward, rounds)
+    return ratios(interleaved(lambda: calibrate(model, batches, 99.99), forward, rounds))
 
 
 if __name__ == "__main__":

@@ -11,47 +11,21 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from steps import CLASSES, MEAN, STD, interleaved, random_batch, trainer_step
 from torch import Tensor
 from torch.nn import functional as F
 
-from care_compress.data.loader import Batch
 from care_compress.data.transforms import normalize
 from care_compress.model.care import build_model
 from care_compress.sections import AugmentSection, TrainSection
 from care_compress.train.display import TrainingDisplay
-from care_compress.train.distributed import World
-from care_compress.train.loop import Course, set_up, train_step
 from care_compress.train.objective import Classification
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLASSES = 10
-
-
-def trainer_step(batch: Batch, plan: TrainSection, folder: Path) -> Callable[[], None]:
-    """A step of our loop with everything that is ours switched on: mixing, average, curves."""
-    course = Course(
-        plan=plan,
-        steps_per_epoch=1000,
-        num_classes=CLASSES,
-        seed=0,
-        fingerprint="",
-        batches=lambda start: (ready for ready in (batch,)),
-        prepare=partial(normalize, mean=MEAN, std=STD),
-        validate=lambda model: (0, 0),
-    )
-    trainee = set_up(build_model("care_s0", CLASSES, drop_path_rate=0.05), plan, World())
-    runner = trainee.model.train()
-    objective = Classification(None, None)
-    display = TrainingDisplay(Console(quiet=True), folder, 0, course.total_steps).__enter__()
-    return lambda: train_step(trainee, runner, objective, batch, course, World(), display)
 
 
 def bare_step(images_BCHW: Tensor, labels_B: Tensor, plan: TrainSection) -> Callable[[], None]:
@@ -70,14 +44,6 @@ def bare_step(images_BCHW: Tensor, labels_B: Tensor, plan: TrainSection) -> Call
     return step
 
 
-def timed(step: Callable[[], None], steps: int) -> float:
-    """Seconds per step."""
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return (time.perf_counter() - began) / steps
-
-
 def main() -> None:
     """Measure, print a table, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -87,9 +53,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    pixels = torch.randint(0, 256, (options.batch, 3, 96, 96), dtype=torch.uint8)
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, CLASSES, (options.batch,))
     plan = TrainSection(
         epochs=10,
         batch_size=options.batch,
@@ -98,25 +61,18 @@ def main() -> None:
         ema_decay=0.999,
         augment=AugmentSection(mixup=0.2, cutmix=1.0),
     )
-    with tempfile.TemporaryDirectory() as curves:
-        batch = Batch(pixels, labels, torch.arange(options.batch))
-        ours = trainer_step(batch, plan, Path(curves))
-        bare = bare_step(normalize(pixels, MEAN, STD), labels, plan)
+    batch = random_batch(options.batch)
+    with (
+        tempfile.TemporaryDirectory() as curves,
+        TrainingDisplay(Console(quiet=True), Path(curves), 0, 1000) as display,
+    ):
+        # Everything that is ours switched on: mixing, average, curves.
+        model = build_model("care_s0", CLASSES, drop_path_rate=0.05)
+        objective = Classification(None, None)
+        ours = trainer_step(model, objective, plan, batch, display=display)
+        bare = bare_step(normalize(batch.images, MEAN, STD), batch.labels, plan)
         pairs = interleaved(ours, bare, options.rounds, options.steps)
     report(pairs, options.batch, options.json)
-
-
-def interleaved(
-    ours: Callable[[], None], bare: Callable[[], None], rounds: int, steps: int
-) -> list[tuple[float, float]]:
-    """Seconds per step of both, in neighbouring groups whose order alternates."""
-    timed(ours, 2), timed(bare, 2)
-    pairs = []
-    for round_number in range(rounds):
-        order = (ours, bare) if round_number % 2 else (bare, ours)
-        first, second = (timed(step, steps) for step in order)
-        pairs.append((first, second) if order[0] is ours else (second, first))
-    return pairs
 
 
 def report(pairs: list[tuple[float, float]], batch_size: int, json_file: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -15,6 +15,7 @@ from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.paired import Paired
 from care_compress.evaluate.plots import plot_trials
 from care_compress.model.compact import CompactCare
+from care_compress.progress import step_line
 from care_compress.quantization_sections import NncfSection
 from care_compress.quantize.artifact import load_quantized, save_quantized
 from care_compress.quantize.calibrate import Batches
@@ -27,7 +28,7 @@ from care_compress.quantize.nncf_backend import (
 )
 from care_compress.quantize.nncf_qat import train_openvino
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.quantize.ptq import quantize_network
+from care_compress.quantize.ptq import PtqJob, quantize_network
 from care_compress.quantize.qat import train_quantized
 from care_compress.quantize.selection import (
     CalibrationSet,
@@ -79,17 +80,26 @@ def _ptq_by_torchao(
 ) -> None:
     recipe, section = shop.recipe, shop.recipe.quantize
     assert section is not None
-    batches = _passes(shop, chosen)
+    job = ptq_job(shop, compact, chosen)
     if section.search is not None:
-        found = _searched(shop, compact, validation, batches)
-        model, section = found.model, found.section
+        found = _searched(shop, job, validation)
+        made, section = found.quantized, found.section
     else:
-        size = recipe.data.resolution
-        model = quantize_network(compact, section, size, recipe.seed, batches).model
-    save_quantized(model.cpu(), section, recipe.rewrite, path)
+        with step_line(shop.console) as notify:
+            made = quantize_network(replace(job, notify=notify), section)
+    shop.run.write_json("ptq/tuning.json", asdict(made.tuning))
+    if str(made.tuning):
+        shop.console.print(f"{made.tuning} ({escape(str(path.parent / 'tuning.json'))})")
+    save_quantized(made.model.cpu(), section, recipe.rewrite, path)
 
 
-def _searched(shop: Workshop, compact: CompactCare, validation: Samples, batches: Batches) -> Found:
+def ptq_job(shop: Workshop, compact: CompactCare, chosen: CalibrationSet) -> PtqJob:
+    """PTQ of this network on these images."""
+    recipe = shop.recipe
+    return PtqJob(compact, recipe.data.resolution, recipe.seed, _passes(shop, chosen))
+
+
+def _searched(shop: Workshop, job: PtqJob, validation: Samples) -> Found:
     """Bits per site by trial; the trail and its picture are kept in ``ptq/``."""
     recipe, section = shop.recipe, shop.recipe.quantize
     assert section is not None and section.search is not None
@@ -98,7 +108,7 @@ def _searched(shop: Workshop, compact: CompactCare, validation: Samples, batches
 
     def judge(model: QuantizedCare) -> float:
         predict = TorchPredictor(model, model.num_classes, shop.world.device)
-        return compared(shop, compact, predict, validation, images).drop
+        return compared(shop, job.network, predict, validation, images).drop
 
     def show(trial: Trial) -> None:
         within = "within" if trial.within else "over"
@@ -108,16 +118,8 @@ def _searched(shop: Workshop, compact: CompactCare, validation: Samples, batches
             highlight=False,
         )
 
-    found = search_bits(
-        compact,
-        section,
-        recipe.budget.max_top1_drop,
-        recipe.data.resolution,
-        recipe.seed,
-        batches,
-        judge,
-        show,
-    )
+    shop.console.print("measuring every site at every precision")
+    found = search_bits(job, section, recipe.budget.max_top1_drop, judge, show)
     shop.run.write_json("ptq/trials.json", {"cost": section.search.cost, "trials": found.trail()})
     picture = shop.run.path / "ptq" / "trials.svg"
     unit = UNITS[section.search.cost]
@@ -135,7 +137,9 @@ def _ptq_by_nncf(
     nncf = section.nncf or NncfSection()
     control = _accuracy_control(shop, validation) if nncf.accuracy_control else None
     calibration = _counted(shop, chosen)
-    quantize_openvino(compact, nncf, recipe.data.resolution, calibration, control, path)
+    with step_line(shop.console) as notify:
+        notify("NNCF is quantizing")
+        quantize_openvino(compact, nncf, recipe.data.resolution, calibration, control, path)
 
 
 def _accuracy_control(shop: Workshop, validation: Samples) -> AccuracyControl:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from care_compress.compression import calibration_images
+from care_compress.compression import calibration_images, ptq_job
 from care_compress.data.loader import prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
@@ -47,13 +47,7 @@ def run_sensitivity(
         validation = open_samples(recipe.data, "val")
         compact, _ = rewritten(shop, float_model(shop, validation))
         chosen = calibration_images(shop, compact)
-        model = quantize_network(
-            compact,
-            section,
-            recipe.data.resolution,
-            recipe.seed,
-            lambda: chosen.batches(recipe.data, section.calibrate.batch_size, torch.device("cpu")),
-        ).model
+        model = quantize_network(ptq_job(shop, compact, chosen), section).model
         batches, labels = _images(shop, validation, images)
         key = fingerprint(
             {

@@ -15,7 +15,7 @@ from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
 from care_compress.quantization_sections import QuantizeSection, RuleSection
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.quantize.ptq import Quantized, quantize_network
+from care_compress.quantize.ptq import PtqJob, Quantized, quantize_network
 from care_compress.sections import DataSection, RewriteSection
 
 SIZE = 32
@@ -82,7 +82,7 @@ def section(*extra: dict[str, object], **settings: object) -> QuantizeSection:
 
 
 def quantized(chosen: QuantizeSection, start: CompactCare | None = None) -> Quantized:
-    return quantize_network(start or network(), chosen, SIZE, 0, batches)
+    return quantize_network(PtqJob(start or network(), SIZE, 0, batches), chosen)
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def quantized_shipped(chosen: QuantizeSection, **switches: bool) -> QuantizedCar
     def calibration() -> Generator[Tensor]:
         yield from torch.split(shipped_images("train", 128)[0], 32)
 
-    return quantize_network(shipped_network(**switches), chosen, 64, 0, calibration).model
+    return quantize_network(PtqJob(shipped_network(**switches), 64, 0, calibration), chosen).model
 
 
 def sqnr(value: Tensor, reference: Tensor) -> float:

@@ -11,6 +11,7 @@ from care_compress.evaluate.plots import pareto, short_name
 from care_compress.quantize import sensitivity as measured
 from care_compress.quantize.mixed import LADDER, Trial, search_bits
 from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.ptq import PtqJob
 from care_compress.quantize.sensitivity import (
     EXACT_DB,
     effect,
@@ -99,29 +100,26 @@ def test_the_search_ends_with_the_cheapest_network_within_the_budget() -> None:
     search = {"trials": 6, "minutes": 5, "images": 8}
     chosen = section(search=search)
     trials: list[Trial] = []
-    found = search_bits(network(), chosen, 2.0, SIZE, 0, batches, judge, trials.append)
+    found = search_bits(PtqJob(network(), SIZE, 0, batches), chosen, 2.0, judge, trials.append)
     assert 2 <= len(found.trials) <= 6 and trials == found.trials
     within = [trial for trial in found.trials if trial.within]
     assert within and not all(trial.within for trial in found.trials)
-    assert judge(found.model) == min(within, key=lambda t: t.cost).drop <= 2.0
-    widths = {d.precision for d in found.model.plan.decisions if d.site.weighted}
+    assert judge(found.quantized.model) == min(within, key=lambda t: t.cost).drop <= 2.0
+    widths = {d.precision for d in found.quantized.model.plan.decisions if d.site.weighted}
     assert widths <= set(LADDER) and len(widths) > 1, "mixed"
     again = quantized(found.section).model
-    assert torch.equal(again(x), found.model(x)), "the rules it found are a recipe"
+    assert torch.equal(again(x), found.quantized.model(x)), "the rules it found are a recipe"
 
 
 def test_a_budget_that_nothing_holds_ends_in_float_not_in_an_error() -> None:
     found = search_bits(
-        network(),
+        PtqJob(network(), SIZE, 0, batches),
         section(search={"trials": 2, "minutes": 5, "images": 8}),
         0.0,
-        SIZE,
-        0,
-        batches,
         lambda model: 1.0 if quantized_sites(model) else 0.0,
         lambda trial: None,
     )
-    assert not quantized_sites(found.model)
+    assert not quantized_sites(found.quantized.model)
 
 
 def test_the_front_has_no_trial_that_another_beats() -> None:

@@ -16,16 +16,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import (
     QuantizeSection,
     RuleSection,
     SearchSection,
     TensorSection,
 )
-from care_compress.quantize.calibrate import Batches
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.quantize.ptq import first_images, planned, quantize_network
+from care_compress.quantize.ptq import PtqJob, Quantized, first_images, planned, quantize_network
 from care_compress.quantize.sensitivity import logits_of, only
 from care_compress.quantize.spec import Plan
 
@@ -58,7 +56,7 @@ class Trial:
 class Found:
     """What a search ends with."""
 
-    model: QuantizedCare
+    quantized: Quantized
     section: QuantizeSection  # with a rule for every searched site, so that it can be run again
     trials: list[Trial]
 
@@ -76,20 +74,17 @@ class Step:
 
 
 def search_bits(
-    network: CompactCare,
+    job: PtqJob,
     section: QuantizeSection,
     max_drop: float,
-    resolution: int,
-    seed: int,
-    batches: Batches,
     judge: Judge,
     report: Callable[[Trial], None],
 ) -> Found:
     """Search as ``quantize.search`` says."""
     assert section.search is not None
     deadline = time.monotonic() + 60 * section.search.minutes
-    steps = _ordered_steps(network, section, resolution, seed, batches)
-    hunt = _Hunt(network, section, steps, max_drop, resolution, seed, batches, judge, report)
+    steps = _ordered_steps(job, section)
+    hunt = _Hunt(job, section, steps, max_drop, judge, report)
 
     def may_go_on() -> bool:
         assert section.search is not None
@@ -116,32 +111,26 @@ class _Hunt:
 
     def __init__(
         self,
-        network: CompactCare,
+        job: PtqJob,
         section: QuantizeSection,
         steps: Sequence[Step],
         max_drop: float,
-        resolution: int,
-        seed: int,
-        batches: Batches,
         judge: Judge,
         report: Callable[[Trial], None],
     ) -> None:
-        self.network = network
+        self.job = job
         self.section = section
         self.steps = steps
         self.max_drop = max_drop
-        self.resolution = resolution
-        self.seed = seed
-        self.batches = batches
         self.judge = judge
         self.report = report
         self.trials: list[Trial] = []
-        self._best: tuple[float, QuantizedCare, QuantizeSection] | None = None
+        self._best: tuple[float, Quantized, QuantizeSection] | None = None
 
     def try_steps(self, numbers: Sequence[int]) -> bool:
         """Quantize with these steps taken; whether the drop is within the budget."""
         section = _with_steps(self.section, self.steps, numbers)
-        made = quantize_network(self.network, section, self.resolution, self.seed, self.batches)
+        made = quantize_network(self.job, section)
         assert self.section.search is not None
         cost = _cost(made.model.plan, self.section.search)
         drop = self.judge(made.model)
@@ -149,7 +138,7 @@ class _Hunt:
         self.trials.append(trial)
         self.report(trial)
         if trial.within and (self._best is None or cost < self._best[0]):
-            self._best = (cost, made.model, section)
+            self._best = (cost, made, section)
         return trial.within
 
     def found(self) -> Found:
@@ -157,8 +146,8 @@ class _Hunt:
         if self._best is None:
             self.try_steps(range(0))
         assert self._best is not None, "the float network loses nothing"
-        _, model, section = self._best
-        return Found(model, section, self.trials)
+        _, made, section = self._best
+        return Found(made, section, self.trials)
 
 
 def _with_steps(
@@ -185,29 +174,16 @@ def _cost(plan: Plan, search: SearchSection) -> float:
     return float(sum(decision.bit_operations for decision in plan.decisions))
 
 
-def _ordered_steps(
-    network: CompactCare,
-    section: QuantizeSection,
-    resolution: int,
-    seed: int,
-    batches: Batches,
-) -> list[Step]:
+def _ordered_steps(job: PtqJob, section: QuantizeSection) -> list[Step]:
     """Every site's way down the ladder, most saving for the least noise first."""
-    assert section.search is not None
-    plan = planned(network, section, resolution)[1]
+    plan = planned(job.network, section, job.resolution)[1]
     sites = [
         decision.site.name
         for decision in plan.decisions
         if decision.site.weighted and decision.input.is_integer
     ]
-    noise = {
-        precision: _noises(network, section, sites, precision, resolution, seed, batches)
-        for precision in LADDER[1:]
-    }
-    costs = {
-        precision: _site_costs(network, section, sites, precision, resolution)
-        for precision in LADDER
-    }
+    noise = {precision: _noises(job, section, sites, precision) for precision in LADDER[1:]}
+    costs = {precision: _site_costs(job, section, sites, precision) for precision in LADDER}
 
     def price(site: str, rung: int) -> float:
         """Noise added per cost saved by going from the rung above to this one."""
@@ -234,19 +210,13 @@ def _all_at(section: QuantizeSection, sites: Sequence[str], precision: str) -> Q
 
 @torch.inference_mode()
 def _noises(
-    network: CompactCare,
-    section: QuantizeSection,
-    sites: Sequence[str],
-    precision: str,
-    resolution: int,
-    seed: int,
-    batches: Batches,
+    job: PtqJob, section: QuantizeSection, sites: Sequence[str], precision: str
 ) -> dict[str, float]:
     """Squared logit error of each site alone at this precision."""
     quick = {"reconstruct": None, "bias_correction": False, "norm_reestimation": False}
     plain = _all_at(section, sites, precision).model_copy(update=quick)
-    model = quantize_network(network, plain, resolution, seed, batches).model
-    images: Sequence[Tensor] = torch.split(first_images(batches, NOISE_IMAGES), BATCH)
+    model = quantize_network(job, plain).model
+    images: Sequence[Tensor] = torch.split(first_images(job.batches, NOISE_IMAGES), BATCH)
     model.enable(False)
     wanted = logits_of(model, images)
     found = {}
@@ -257,14 +227,10 @@ def _noises(
 
 
 def _site_costs(
-    network: CompactCare,
-    section: QuantizeSection,
-    sites: Sequence[str],
-    precision: str,
-    resolution: int,
+    job: PtqJob, section: QuantizeSection, sites: Sequence[str], precision: str
 ) -> dict[str, float]:
     assert section.search is not None
-    plan = planned(network, _all_at(section, sites, precision), resolution)[1]
+    plan = planned(job.network, _all_at(section, sites, precision), job.resolution)[1]
     energy = section.search.cost == "energy"
     decisions = {decision.site.name: decision for decision in plan.decisions}
     return {

@@ -6,8 +6,8 @@ Each step is switched by one key of the recipe's ``quantize`` section.
 """
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -34,12 +34,39 @@ from care_compress.quantize.statistics import observe
 from care_compress.target import load_target
 
 
-@dataclass
+@dataclass(frozen=True)
+class PtqJob:
+    """What is quantized, and on what; how is the recipe's ``quantize`` section."""
+
+    network: CompactCare
+    resolution: int
+    seed: int
+    batches: Batches
+    notify: Callable[[str], None] = lambda step: None  # what is being done
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the methods that look at data decided."""
+
+    alphas: dict[str, float | None]  # of the layers that could be rescaled; None: left alone
+    rounded: dict[str, bool]  # halves whose rounding was learned, to whether it was kept
+
+    def __str__(self) -> str:
+        changed = sum(alpha is not None for alpha in self.alphas.values())
+        parts = [f"{changed} of {len(self.alphas)} layers rescaled"] if self.alphas else []
+        if self.rounded:
+            kept = sum(self.rounded.values())
+            parts.append(f"learned rounding kept in {kept} of {len(self.rounded)} halves")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
 class Quantized:
     """What PTQ hands on."""
 
     model: QuantizedCare
-    alphas: dict[str, float | None] = field(default_factory=dict)  # rescaled layer to its alpha
+    tuning: Tuning
 
 
 def planned(
@@ -58,23 +85,27 @@ def planned(
     return network, make_plan(network, section.rules, target, resolution)
 
 
-def quantize_network(
-    network: CompactCare, section: QuantizeSection, resolution: int, seed: int, batches: Batches
-) -> Quantized:
-    """Quantize a float network on calibration images; `batches` starts one pass over them."""
-    network, plan = planned(network, section, resolution)
-    alphas, covariances = _rescaled(network, plan, section, batches)
+def quantize_network(job: PtqJob, section: QuantizeSection) -> Quantized:
+    """Quantize a float network on calibration images."""
+    job.notify("rescaling channels")
+    network, plan = planned(job.network, section, job.resolution)
+    alphas, covariances = _rescaled(network, plan, section, job.batches)
+    job.notify("finding ranges")
     model = simulate(network, plan)
-    calibrate(model, batches(), section.calibrate.percentile, covariances)
+    calibrate(model, job.batches(), section.calibrate.percentile, covariances)
     reference = float_reference(model)
     biases, norms = section.bias_correction, section.norm_reestimation
-    images = first_images(batches, images_to_hold(resolution))
+    job.notify("correcting biases and norms")
+    images = first_images(job.batches, images_to_hold(job.resolution))
     correct(model, reference, images, biases=biases, norms=norms)
+    rounded = {}
     if section.reconstruct:
         # After the corrections: rounding should not be spent on what they mend for nothing.
-        reconstruct(model, reference, section.reconstruct, batches, seed)
+        rounded = reconstruct(
+            model, reference, section.reconstruct, job.batches, job.seed, job.notify
+        )
         correct(model, reference, images, biases=biases, norms=norms)
-    return Quantized(model, alphas)
+    return Quantized(model, Tuning(alphas, rounded))
 
 
 def float_reference(model: QuantizedCare) -> QuantizedCare:

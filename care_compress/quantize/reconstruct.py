@@ -11,7 +11,7 @@ before. beta falls from 20 to 2, so that h ends at 0 or 1. Activation scales lea
 half of the channels skips its quantizer, which keeps the rounding from fitting their noise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -39,21 +39,28 @@ def reconstruct(
     section: ReconstructSection,
     batches: Batches,
     seed: int,
-) -> None:
+    notify: Callable[[str], None] = lambda step: None,
+) -> dict[str, bool]:
     """Reconstruct every half of an interaction that has weights below 8 bits, front to back.
 
     A half keeps its new rounding only if the logits of images it did not learn from come nearer to
-    the float ones: what fits its own output best need not be best for the network.
+    the float ones: what fits its own output best need not be best for the network. Returns which
+    halves kept it.
     """
     judge = _Judge(quantized, reference, batches, section.images)
-    for number, half in enumerate(_halves(quantized)):
+    kept: dict[str, bool] = {}
+    halves = _halves(quantized)
+    for number, (name, half) in enumerate(halves.items()):
+        notify(f"learning to round, {number + 1} of {len(halves)}")
         before = half.state()
         inputs = _collect(quantized, half.start.name, batches, section.images)
         wanted = _collect(reference, half.end.name, batches, section.images)
         generator = torch.Generator().manual_seed(seed * 1000 + STREAM + number)
         _learn(half, inputs, wanted, section, generator)
-        if not judge.is_better():
+        kept[name] = judge.is_better()
+        if not kept[name]:
             half.restore(before)
+    return kept
 
 
 class _Judge:
@@ -135,7 +142,7 @@ class Half:
         return _subgraph(self.quantized.graph, self.nodes, [self.start], self.end)
 
 
-def _halves(quantized: QuantizedCare) -> list[Half]:
+def _halves(quantized: QuantizedCare) -> dict[str, Half]:
     """Every half with low-bit weights, in order."""
     nodes = list(quantized.graph.graph.nodes)
     names = dict.fromkeys(
@@ -146,7 +153,7 @@ def _halves(quantized: QuantizedCare) -> list[Half]:
         and decision.weight.is_integer
         and decision.weight.width < 8
     )
-    return [_half(quantized, nodes, name) for name in names]
+    return {name: _half(quantized, nodes, name) for name in names}
 
 
 def _half(quantized: QuantizedCare, nodes: list[Node], name: str) -> Half:

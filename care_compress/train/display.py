@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-PLAIN_LINE_SECONDS = 15.0
+from care_compress.progress import PLAIN_LINE_SECONDS
 
 
 class Silent:
