@@ -52,6 +52,39 @@ def test_a_stream_counts_what_one_look_would(seed: int, parts: int, size: float)
     assert len(streamed.counts) == BINS, "memory does not grow with what is seen"
 
 
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "batch not outermost": lambda x: x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+    "a slice": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_the_extremes_are_those_of_every_value_in_any_layout(layout: str, granularity: str) -> None:
+    spec = TensorSpec(8, granularity=granularity, axis=1, symmetric=False)
+    quantizer = IntQuantizer(spec, "s", "input", 1 if granularity == "tensor" else 6)
+    watcher = make_observer(quantizer, 99.99)
+    seen = [heavy_tailed(8 * 6 * 5 * 7, seed).reshape(8, 6, 5, 7) for seed in range(3)]
+    for x in seen:
+        watcher(LAYOUTS[layout](x))
+    together = torch.cat(seen)
+    dims = (0, 1, 2, 3) if granularity == "tensor" else (0, 2, 3)
+    assert torch.equal(watcher.min_val, together.amin(dims))
+    assert torch.equal(watcher.max_val, together.amax(dims))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_no_channel_is_left_out_where_only_some_values_are_counted(layout: str) -> None:
+    channels = 12
+    x = torch.arange(channels).float()[:, None, None].expand(16, channels, 48, 48)
+    watcher = observer(SquaredErrorObserver)
+    watcher(LAYOUTS[layout](x.contiguous()))
+    counts = watcher.filled()[1]
+    assert len(counts) == channels and float(counts.max() / counts.min()) < 1.05
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_squared_error_range_beats_the_extremes_where_there_are_outliers(bits: int) -> None:
     x = heavy_tailed(50_000)
@@ -79,11 +112,13 @@ def test_the_percentile_keeps_that_share(percentile: float) -> None:
     assert inside == pytest.approx(percentile, abs=0.15)
 
 
-def test_entropy_clips_a_far_outlier_and_keeps_the_bulk() -> None:
+@pytest.mark.parametrize("kind", [SquaredErrorObserver, EntropyObserver])
+def test_a_far_outlier_is_clipped_and_the_bulk_kept(kind: type[HistogramObserver]) -> None:
     x = torch.cat([torch.randn(50_000), torch.tensor([40.0])])
-    watcher = observer(EntropyObserver)
+    watcher = observer(kind, bits=8 if kind is EntropyObserver else 4)
     watcher(x)
-    assert 3 < watcher.choose()[1] < 39
+    low, high = watcher.choose()
+    assert 2 < high < 15 and -6 < low < -2, "one end does not pull in the other"
 
 
 def test_every_range_of_a_recipe_has_an_observer_that_gives_usable_numbers() -> None:

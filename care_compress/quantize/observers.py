@@ -21,11 +21,55 @@ from care_compress.quantize.fakequant import IntQuantizer
 
 BINS = 4096
 SHRINKS = 64  # candidate ranges that a search tries
-VALUES = 1 << 17  # of one tensor that are counted; its extremes always are
+VALUES = 1 << 16  # of one tensor that are counted; its extremes always are
+SHARES = torch.linspace(1.0, 0.25, SHRINKS)  # of the full range
 EMPTY = 1e-12
 
 
-class HistogramObserver(MinMaxObserver):
+def in_memory_order(x: Tensor) -> tuple[Tensor, list[int]]:
+    """`x` with its dimensions as they lie in memory, and the order that undoes it.
+
+    Reducing or flattening anything else walks memory in jumps, ten times slower.
+    """
+    strides: tuple[int, ...] = x.stride()
+    order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
+    return x.permute(order), [order.index(dim) for dim in range(x.dim())]
+
+
+def extremes(x: Tensor) -> Tensor:
+    """Least and largest of every position over the batch: the same range, in far fewer values."""
+    ordered, back = in_memory_order(x)
+    if back[0] != 0:  # the batch is not outermost; reducing another dimension could mix channels
+        return x
+    return torch.stack((ordered.amin(dim=0), ordered.amax(dim=0))).permute(back)
+
+
+class _OverBatch(ObserverBase):
+    """Gives torchao's observers the extremes of a batch, which cost them most of their time."""
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Observe one batch."""
+        super().forward(extremes(x_orig.detach()))
+        return x_orig
+
+
+class _MinMax(_OverBatch, MinMaxObserver):
+    """Extremes of everything."""
+
+
+class _MovingAverage(_OverBatch, MovingAverageMinMaxObserver):
+    """Extremes averaged over batches."""
+
+
+class _ChannelMinMax(_OverBatch, PerChannelMinMaxObserver):
+    """Extremes of every channel."""
+
+
+class _ChannelMovingAverage(_OverBatch, MovingAveragePerChannelMinMaxObserver):
+    """Extremes of every channel, averaged over batches."""
+
+
+class HistogramObserver(_MinMax):
     """Counts values in `BINS` equal bins of [-2^k, 2^k); subclasses choose a range from them.
 
     When a value falls outside, k grows and neighbouring bins merge in pairs, which is exact.
@@ -38,17 +82,18 @@ class HistogramObserver(MinMaxObserver):
 
     def forward(self, x_orig: Tensor) -> Tensor:
         """Count one tensor."""
-        x = x_orig.detach()
-        super().forward(x)
+        super().forward(x_orig)
         needed = _exponent(max(abs(float(self.min_val)), abs(float(self.max_val))))
         if self.exponent is None:
             self.exponent = needed
         while self.exponent < needed:
             self._widen()
         half = 2.0**self.exponent
-        values = x.float().flatten()
-        stride = len(values) // VALUES | 1  # odd, so that no channel is left out
-        self.counts += torch.histc(values[::stride], BINS, -half, half).double().cpu()
+        values = in_memory_order(x_orig.detach())[0].reshape(-1)
+        stride = max(1, len(values) // VALUES)
+        while math.gcd(stride, len(values)) > 1 and stride > 1:  # else it leaves channels out
+            stride += 1
+        self.counts += torch.histc(values[::stride].float(), BINS, -half, half).double().cpu()
         return x_orig
 
     def _widen(self) -> None:
@@ -58,12 +103,13 @@ class HistogramObserver(MinMaxObserver):
         self.counts[BINS // 4 : 3 * BINS // 4] = merged
         self.exponent += 1
 
-    def centres(self) -> Tensor:
-        """Middle of every bin."""
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Centres and counts of the bins that hold anything, in rising order."""
         assert self.exponent is not None
         half = 2.0**self.exponent
         width = 2 * half / BINS
-        return torch.arange(BINS, dtype=torch.float64) * width - half + width / 2
+        held = self.counts.nonzero().flatten()
+        return held * width - half + width / 2, self.counts[held]
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the chosen range."""
@@ -79,17 +125,21 @@ class HistogramObserver(MinMaxObserver):
         raise NotImplementedError
 
     def candidates(self) -> tuple[Tensor, Tensor]:
-        """Lows and highs of ranges from the full one to a quarter of it, both ends alike."""
-        shares = torch.linspace(1.0, 0.25, SHRINKS)
-        return shares * self.min_val.cpu(), shares * self.max_val.cpu()
+        """Lows and highs of ranges from the full one to a quarter of it.
 
-    def quantized(self, lows: Tensor, highs: Tensor) -> Tensor:
-        """Every bin centre as each of these ranges would represent it (ranges, bins)."""
+        What is cut is the larger end, until both are alike: after a GELU there is nothing to gain
+        at the small one.
+        """
+        low, high = self.min_val.cpu(), self.max_val.cpu()
+        limits = SHARES * torch.maximum(-low, high)
+        return torch.maximum(low, -limits), torch.minimum(high, limits)
+
+    def levels(self, centres: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+        """The integer and the value that each range has for each centre (ranges, centres)."""
         scale, zero_point = self._calculate_qparams(lows, highs)
         scale, zero_point = scale.double()[:, None], zero_point.double()[:, None]
-        steps = (self.centres() / scale).round_() + zero_point
-        values: Tensor = (steps.clamp_(self.quant_min, self.quant_max) - zero_point) * scale
-        return values
+        steps = (centres / scale).round_().add_(zero_point).clamp_(self.quant_min, self.quant_max)
+        return steps, (steps - zero_point) * scale
 
 
 class PercentileObserver(HistogramObserver):
@@ -101,11 +151,12 @@ class PercentileObserver(HistogramObserver):
 
     def choose(self) -> tuple[float, float]:
         """The two quantiles, never outside what was seen."""
-        shares = self.counts.cumsum(dim=0) / self.counts.sum().clamp(min=EMPTY)
+        centres, counts = self.filled()
+        shares = counts.cumsum(dim=0) / counts.sum()
         tail = (1 - self.percentile / 100) / 2
-        centres = self.centres()
-        low = centres[int((shares < tail).sum().clamp(max=BINS - 1))]
-        high = centres[int((shares < 1 - tail).sum().clamp(max=BINS - 1))]
+        last = len(centres) - 1
+        low = centres[int((shares < tail).sum().clamp(max=last))]
+        high = centres[int((shares < 1 - tail).sum().clamp(max=last))]
         return max(float(low), float(self.min_val)), min(float(high), float(self.max_val))
 
 
@@ -113,11 +164,18 @@ class SquaredErrorObserver(HistogramObserver):
     """Least mean squared error: argmin over ranges of sum_b n_b (x_b - Q(x_b))^2."""
 
     def choose(self) -> tuple[float, float]:
-        """The best of the candidate ranges."""
-        lows, highs = self.candidates()
-        errors = (self.centres() - self.quantized(lows, highs)).square() @ self.counts
+        """The best of the candidate ranges, then of either end moved alone."""
+        _, high = self._best(*self.candidates())
+        low, _ = self._best(self.min_val.cpu() * SHARES, high.expand(len(SHARES)))
+        low, high = self._best(low.expand(len(SHARES)), self.max_val.cpu() * SHARES)
+        return float(low), float(high)
+
+    def _best(self, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+        centres, counts = self.filled()
+        _, values = self.levels(centres, lows, highs)
+        errors = values.sub_(centres).square_() @ counts
         best = int(errors.argmin())
-        return float(lows[best]), float(highs[best])
+        return lows[best], highs[best]
 
 
 class EntropyObserver(HistogramObserver):
@@ -129,33 +187,38 @@ class EntropyObserver(HistogramObserver):
 
     def choose(self) -> tuple[float, float]:
         """The best of the candidate ranges."""
+        centres, counts = self.filled()
         lows, highs = self.candidates()
-        divergences = [
-            self._divergence(float(low), float(high), levels)
-            for low, high, levels in zip(lows, highs, self.quantized(lows, highs), strict=True)
-        ]
-        best = divergences.index(min(divergences))
+        inside = (centres >= lows[:, None]) & (centres <= highs[:, None])
+        kept = counts * inside
+        rank = inside.cumsum(dim=1)
+        outermost = inside & ((rank == 1) | (rank == inside.sum(dim=1, keepdim=True)))
+        # What is outside below goes to the first bin inside, what is above to the last.
+        below = (counts * (centres < lows[:, None])).sum(dim=1, keepdim=True)
+        above = (counts * (centres > highs[:, None])).sum(dim=1, keepdim=True)
+        first = outermost & (rank == 1)
+        clipped = kept + below * first + above * (outermost & ~first)
+        steps, _ = self.levels(centres, lows, highs)
+        level = (steps - self.quant_min).long()
+        share = _per_level(kept, level) / _per_level(inside.double(), level).clamp(min=1)
+        spread = share.gather(1, level) * inside
+        divergences = _divergence(clipped, spread)
+        best = int(divergences.argmin())
         return float(lows[best]), float(highs[best])
 
-    def _divergence(self, low: float, high: float, levels: Tensor) -> float:
-        centres = self.centres()
-        inside = (centres >= low) & (centres <= high)
-        kept = self.counts * inside
-        if float(kept.sum()) == 0:
-            return math.inf
-        clipped = kept.clone()
-        first, last = int(inside.nonzero()[0]), int(inside.nonzero()[-1])
-        clipped[first] += self.counts[:first].sum()
-        clipped[last] += self.counts[last + 1 :].sum()
-        values, index = torch.unique(levels, return_inverse=True)
-        occupied = (kept > 0).double()
-        totals = torch.zeros(len(values), dtype=torch.float64).index_add_(0, index, kept)
-        shared = torch.zeros(len(values), dtype=torch.float64).index_add_(0, index, occupied)
-        spread = occupied * (totals / shared.clamp(min=1))[index]
-        p = clipped / clipped.sum()
-        q = (spread + EMPTY) / (spread + EMPTY).sum()
-        live = p > 0
-        return float((p[live] * (p[live] / q[live]).log()).sum())
+
+def _per_level(values: Tensor, level: Tensor) -> Tensor:
+    """Sums of `values` (ranges, bins) over the bins of each level."""
+    sums = torch.zeros(len(values), int(level.max()) + 1, dtype=torch.float64)
+    return sums.scatter_add_(1, level, values)
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(P || Q) of each row of counts; infinite where nothing is left."""
+    p = p / p.sum(dim=1, keepdim=True)
+    q = (q + EMPTY) / (q + EMPTY).sum(dim=1, keepdim=True)
+    found: Tensor = torch.xlogy(p, p).sum(dim=1) - (p * q.log()).sum(dim=1)
+    return found.nan_to_num(nan=math.inf)
 
 
 def make_observer(quantizer: IntQuantizer, percentile: float) -> ObserverBase:
@@ -168,14 +231,13 @@ def make_observer(quantizer: IntQuantizer, percentile: float) -> ObserverBase:
         "quant_max": spec.quant_max,
     }
     if spec.granularity == "channel":
-        averaging = spec.range == "moving_average"
-        kind = MovingAveragePerChannelMinMaxObserver if averaging else PerChannelMinMaxObserver
+        kind = _ChannelMovingAverage if spec.range == "moving_average" else _ChannelMinMax
         return kind(ch_axis=spec.axis, **qparams)
     if spec.range == "percentile":
         return PercentileObserver(percentile=percentile, **qparams)
     kinds: dict[str, type[ObserverBase]] = {
-        "min_max": MinMaxObserver,
-        "moving_average": MovingAverageMinMaxObserver,
+        "min_max": _MinMax,
+        "moving_average": _MovingAverage,
         "mse": SquaredErrorObserver,
         "entropy": EntropyObserver,
     }
