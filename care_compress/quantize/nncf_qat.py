@@ -125,12 +125,12 @@ class _FakeQuantize(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, lowest: int) -> None:
         super().__init__()
         self.register_buffer("scale", source.scale.detach().float().flatten())
         self.register_buffer("zero_point", source.zero_point.detach().to(torch.int64).flatten())
         limits = source.activation_post_process
-        low, high = int(limits.quant_min), int(limits.quant_max)
+        low, high = max(int(limits.quant_min), lowest), int(limits.quant_max)
         self.grid = (low, high, torch.int8 if low < 0 else torch.uint8)
         self.axis = int(source.ch_axis)
         self.alone = None if len(self.scale) > 1 else (float(self.scale), int(self.zero_point))
@@ -163,15 +163,22 @@ def _exportable(model: nn.Module, resolution: int) -> nn.Module:
         from torch.ao.quantization import FakeQuantize
 
         copied: nn.Module = copy.deepcopy(model)
+        hooks = get_hook_storage(copied)
+        # Weights have one level less below zero while they are trained, which NNCF's strip forgets:
+        # those that had grown beyond it would come out a step lower.
+        lowest = {
+            name: int(hook.level_low)
+            for name, hook in hooks.named_modules(remove_duplicate=False)
+            if isinstance(hook, BaseQuantizer)
+        }
         example = torch.zeros(2, 3, resolution, resolution)
         copied = nncf.strip(copied, do_copy=False, example_input=example).eval()
-        hooks = get_hook_storage(copied)
         # NNCF's own strip overlooks quantizers that several places share.
         for name, hook in list(hooks.named_modules(remove_duplicate=False)):
             if isinstance(hook, BaseQuantizer):
                 hook = convert_to_torch_fakequantizer(hook)
             if isinstance(hook, FakeQuantize):
-                hooks.set_submodule(name, _FakeQuantize(hook))
+                hooks.set_submodule(name, _FakeQuantize(hook, lowest[name]))
     return copied
 
 
