@@ -180,12 +180,14 @@ def _candidate(
     shop: Workshop, name: str, path: Path, compact: CompactCare, validation: Samples
 ) -> Candidate:
     """What was written, read again and measured beside the float model."""
-    section = shop.recipe.quantize
+    section, device = shop.recipe.quantize, shop.world.device
     assert section is not None
-    plan, model = None, open_predictor(str(path), shop.world.device)
-    if section.backend == "torchao":
-        plan = load_quantized(path).plan
-    return Candidate(name, path, compared(shop, compact, model, validation), plan)
+    if section.backend == "nncf":
+        model = open_predictor(str(path), device)
+        return Candidate(name, path, compared(shop, compact, model, validation), None)
+    simulated = load_quantized(path)
+    predict = TorchPredictor(simulated, simulated.num_classes, device)
+    return Candidate(name, path, compared(shop, compact, predict, validation), simulated.plan)
 
 
 def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:

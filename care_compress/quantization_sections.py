@@ -165,6 +165,11 @@ class QuantizeSection(Section):
                     "NNCF's simulation of a quantized attention gives NaN: qat needs "
                     "nncf.ignored_types: [MatMul]"
                 )
+            if self.nncf.accuracy_control:
+                raise ValueError(
+                    "qat would quantize the layers that nncf.accuracy_control keeps in float: use "
+                    "one of them"
+                )
         if self.backend == "torchao" and self.nncf is not None:
             raise ValueError("a nncf section needs backend: nncf")
         if self.backend == "torchao" and not self.rules:

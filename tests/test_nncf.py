@@ -183,20 +183,23 @@ def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
         open_predictor(str(path), CPU)
 
 
+def test_accuracy_control_is_a_setting_of_ptq_alone() -> None:
+    control = ["quantize.nncf.accuracy_control=true"]
+    assert load_recipe("int8_ptq_nncf", control).quantize is not None
+    with pytest.raises(RecipeError, match="use one of them"):
+        load_recipe("int8_qat_nncf", control)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("quantize.nncf.presett=mixed", "did you mean preset"),
         ("quantize.nncf.ignored_types=[Softmax]", "ignored_types"),
         ("quantize.nncf.model_type=null", "only with model_type: transformer"),
-        ("quantize.nncf.accuracy_control=true", None),
         ("quantize.qat={dampening: 0.1}", "dampening needs backend: torchao"),
         ("quantize.rules=[{weight: 8}]", "its own placement"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(override: str, message: str | None) -> None:
-    if message is None:
-        assert load_recipe("int8_ptq_nncf", [override]).quantize is not None
-        return
+def test_settings_that_mean_nothing_are_refused(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe("int8_ptq_nncf", [override])
