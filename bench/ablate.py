@@ -28,6 +28,7 @@ PLAIN = (
     "quantize.norm_reestimation=false",
 )
 NO_ROUNDING = "quantize.reconstruct=null"
+UNTURNED = "quantize.hadamard=false"
 TENSOR = "quantize.rules=[{weight: 8, input: {bits: 8, granularity: tensor}}, "
 FLOATS = (
     "{role: residual_add, input: float}, {role: attention.kv, input: float}, "
@@ -74,11 +75,13 @@ ROWS = (
     Row("W4A8", "norms kept, nothing else", "w4a8_ptq", (*PLAIN, NO_ROUNDING)),
     Row("W4A8", "+ rescaling, corrections", "w4a8_ptq", (NO_ROUNDING,)),
     Row("W4A8", "+ learned rounding = `w4a8_ptq`", "w4a8_ptq"),
-    Row("W4A4", "norms folded, nothing tuned", "w4a4_ptq", (FOLDED, *PLAIN, NO_ROUNDING)),
-    Row("W4A4", "norms kept, nothing else", "w4a4_ptq", (*PLAIN, NO_ROUNDING)),
-    Row("W4A4", "+ rescaling, corrections", "w4a4_ptq", (NO_ROUNDING,)),
-    Row("W4A4", "+ Hadamard rotation", "w4a4_ptq", (NO_ROUNDING, "quantize.hadamard=true")),
+    Row("W4A4", "norms folded, nothing tuned", "w4a4_ptq",
+        (FOLDED, *PLAIN, NO_ROUNDING, UNTURNED)),
+    Row("W4A4", "norms kept, nothing else", "w4a4_ptq", (*PLAIN, NO_ROUNDING, UNTURNED)),
+    Row("W4A4", "+ rescaling, corrections", "w4a4_ptq", (NO_ROUNDING, UNTURNED)),
+    Row("W4A4", "+ Hadamard rotation", "w4a4_ptq", (NO_ROUNDING,)),
     Row("W4A4", "+ learned rounding = `w4a4_ptq`", "w4a4_ptq"),
+    Row("W4A4", "without Hadamard rotation", "w4a4_ptq", (UNTURNED,)),
     Row("trained", "`int8_qat`", "int8_qat"),
     Row("trained", "`w4a8_qat`", "w4a8_qat"),
     Row("trained", "`w4a4_qat`", "w4a4_qat"),

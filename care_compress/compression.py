@@ -126,6 +126,12 @@ def _searched(shop: Workshop, job: PtqJob, validation: Samples) -> Found:
     plot_trials(found.trials, recipe.budget.max_top1_drop, unit, picture)
     shop.run.record_output(picture)
     shop.console.print(f"trials: {escape(str(picture))}", soft_wrap=True)
+    limit = section.search.max_cost
+    if limit is not None and found.cost > limit:
+        shop.console.print(
+            f"[yellow]max_cost {limit:.4g} was not reached[/] within "
+            f"{recipe.budget.max_top1_drop} points; the cheapest found costs {found.cost:.4g}"
+        )
     return found
 
 

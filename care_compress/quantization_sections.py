@@ -101,6 +101,10 @@ class SearchSection(Section):
     """Automatic mixed precision: bits per site under ``budget.max_top1_drop``."""
 
     cost: Literal["bit_operations", "energy"] = "bit_operations"
+    max_cost: Positive | None = Field(
+        None,
+        description="of one image (energy: mJ); reached, it is enough",
+    )
     trials: Count = 40
     minutes: Positive = 20.0
     images: Count = Field(1000, description="validation images a trial is judged on")

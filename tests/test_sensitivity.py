@@ -8,10 +8,11 @@ from quantized import SIZE, W4A4, batches, images, network, quantized, section
 from rich.console import Console
 
 from care_compress.evaluate.plots import pareto, short_name
+from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize import sensitivity as measured
 from care_compress.quantize.mixed import LADDER, Trial, search_bits
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.quantize.ptq import PtqJob
+from care_compress.quantize.ptq import PtqJob, planned
 from care_compress.quantize.sensitivity import (
     EXACT_DB,
     effect,
@@ -109,6 +110,26 @@ def test_the_search_ends_with_the_cheapest_network_within_the_budget() -> None:
     assert widths <= set(LADDER) and len(widths) > 1, "mixed"
     again = quantized(found.section).model
     assert torch.equal(again(x), found.quantized.model(x)), "the rules it found are a recipe"
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_cost_to_reach_is_enough_where_the_drop_allows_it(reachable: bool) -> None:
+    def cost(chosen: QuantizeSection) -> float:
+        plan = planned(network(), chosen, SIZE)[1]
+        return float(sum(decision.bit_operations for decision in plan.decisions))
+
+    limit = 1.1 * cost(section())  # that of 8 bits everywhere
+    found = search_bits(
+        PtqJob(network(), SIZE, 0, batches),
+        section(search={"trials": 4, "minutes": 5, "max_cost": limit}),
+        50.0,
+        lambda model: 0.0 if reachable or not quantized_sites(model) else 100.0,
+        lambda trial: None,
+    )
+    assert (found.cost <= limit) == reachable
+    assert found.cost == pytest.approx(cost(found.section))
+    if reachable:
+        assert len(found.trials) == 1 and found.cost > 0.8 * limit, "no further than asked for"
 
 
 def test_a_budget_that_nothing_holds_ends_in_float_not_in_an_error() -> None:

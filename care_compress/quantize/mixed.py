@@ -4,10 +4,12 @@ Each site alone is measured at every precision on offer, which gives it a noise 
 all-float, the step (one site to its next lower precision) with the most cost saved per noise added
 comes first, so a prefix of that sequence is a candidate network. Its accuracy falls with its
 length, up to noise, so bisection finds the longest prefix within the budget; what trials are left
-try single further steps. Every trial is a whole PTQ run with its real drop, bounded in number and
-minutes, and the best so far is what it ends with.
+try single further steps. Given a cost to reach, the shortest prefix that reaches it comes first,
+and if its drop is within the budget the search is over. Every trial is a whole PTQ run with its
+real drop, bounded in number and minutes, and the best so far is what it ends with.
 """
 
+import bisect
 import heapq
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +59,7 @@ class Found:
     """What a search ends with."""
 
     quantized: Quantized
+    cost: float
     section: QuantizeSection  # with a rule for every searched site, so that it can be run again
     trials: list[Trial]
 
@@ -88,11 +91,12 @@ def search_bits(
 
     def may_go_on() -> bool:
         assert section.search is not None
-        return len(hunt.trials) < section.search.trials and time.monotonic() < deadline
+        left = len(hunt.trials) < section.search.trials and time.monotonic() < deadline
+        return left and not hunt.reached(section.search.max_cost)
 
-    low, high = 0, len(steps)  # low steps hold the budget, high + 1 are not known to
-    hunt.try_steps(range(high))  # the whole ladder may fit, and then nothing is left to search
-    if hunt.trials[-1].within:
+    # low steps hold the budget; the whole ladder may, or as much of it as is asked for.
+    low, high = 0, hunt.steps_to_reach(section.search.max_cost)
+    if hunt.try_steps(range(high)):
         return hunt.found()
     while high - low > 1 and may_go_on():
         middle = (low + high) // 2
@@ -127,6 +131,23 @@ class _Hunt:
         self.trials: list[Trial] = []
         self._best: tuple[float, Quantized, QuantizeSection] | None = None
 
+    def steps_to_reach(self, max_cost: float | None) -> int:
+        """The fewest steps, in order, that cost no more than this; all of them if none do."""
+        if max_cost is None:
+            return len(self.steps)
+        counts = range(len(self.steps))
+        return bisect.bisect_left(counts, True, key=lambda n: self._cost_of(n) <= max_cost)
+
+    def reached(self, max_cost: float | None) -> bool:
+        """Whether the best so far costs no more than this."""
+        return max_cost is not None and self._best is not None and self._best[0] <= max_cost
+
+    def _cost_of(self, count: int) -> float:
+        section = _with_steps(self.section, self.steps, range(count))
+        assert self.section.search is not None
+        plan = planned(self.job.network, section, self.job.resolution)[1]
+        return _cost(plan, self.section.search)
+
     def try_steps(self, numbers: Sequence[int]) -> bool:
         """Quantize with these steps taken; whether the drop is within the budget."""
         section = _with_steps(self.section, self.steps, numbers)
@@ -146,8 +167,8 @@ class _Hunt:
         if self._best is None:
             self.try_steps(range(0))
         assert self._best is not None, "the float network loses nothing"
-        _, made, section = self._best
-        return Found(made, section, self.trials)
+        cost, made, section = self._best
+        return Found(made, cost, section, self.trials)
 
 
 def _with_steps(
