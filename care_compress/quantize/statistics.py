@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from care_compress.model.compact import CompactCare
+from care_compress.quantize.observers import extremes
 
 ROWS = 2048  # sampled rows per layer over all images; what the search for alpha is judged on
 ROWS_PER_IMAGE = 4
@@ -24,7 +25,8 @@ class InputStatistics:
 
     def add(self, layer: nn.Conv2d, x_BCHW: Tensor) -> None:
         """Take in one batch."""
-        low, high = torch.aminmax(x_BCHW.transpose(0, 1).flatten(1), dim=1)
+        reduced = extremes(x_BCHW)
+        low, high = reduced.amin(dim=(0, 2, 3)), reduced.amax(dim=(0, 2, 3))
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
         if self.count < ROWS:
