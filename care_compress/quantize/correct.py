@@ -21,6 +21,8 @@ from care_compress.quantize.placement import ROOT, QuantizedCare, site_of
 PIXELS = 2_500_000  # images times pixels held at once: 256 images at 96, 50 at 224
 LEAST_IMAGES = 16
 TINY = 1e-12
+DEAD = 1e-3  # of the mean deviation; below it there is nothing to restore
+LARGEST_RATIO = 2.0  # that quantization error can explain
 
 _conv2d, _linear, _add = (
     torch.ops.aten.conv2d.default,
@@ -99,7 +101,7 @@ class _Walk(Interpreter):
         if self.repair_to is None:
             return out
         wanted = self.repair_to[node.name]
-        ratio = (wanted.deviation / found.deviation.clamp(min=TINY)).view(-1, 1, 1)
+        ratio = _bounded_ratio(wanted.deviation, found.deviation).view(-1, 1, 1)
         mean_is, mean_was = found.mean.view(-1, 1, 1), wanted.mean.view(-1, 1, 1)
         path = f"{ROOT}.{site_of(node)}"
         scale = self.quantized.graph.get_parameter(f"{path}.scale")
@@ -107,6 +109,14 @@ class _Walk(Interpreter):
         scale.mul_(ratio)
         shift.copy_((shift - mean_is) * ratio + mean_was)
         return (out - mean_is) * ratio + mean_was
+
+
+def _bounded_ratio(wanted: Tensor, found: Tensor) -> Tensor:
+    """Wanted / found; 1 for a channel that is as good as constant, on so few images or always."""
+    least = DEAD * wanted.mean()
+    alive = (wanted > least) & (found > least)
+    ratio = torch.where(alive, wanted / found.clamp(min=TINY), torch.ones_like(wanted))
+    return ratio.clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
 
 
 def _bias(node: Node) -> Node | None:

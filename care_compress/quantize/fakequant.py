@@ -57,9 +57,9 @@ class HalfRounding(TensorQuantizer):
 class IntQuantizer(TensorQuantizer):
     """Integer fake quantization with a scale per tensor or per index of one axis.
 
-    Learned are a gain on the scale and a shift of the zero point, both relative: a step of one
-    learning rate means the same for a weight of 1e-3 and an activation of 10. Gradients are scaled
-    by 1 / sqrt(elements * q_max), as LSQ does.
+    Learned are a gain on the scale and a shift of the zero point as a part of the range, so that a
+    step of one learning rate means the same for a weight of 1e-3 and an activation of 10, and for
+    any number of bits. Gradients are scaled by 1 / sqrt(elements * q_max), as LSQ does.
     """
 
     scale: Tensor
@@ -102,8 +102,11 @@ class IntQuantizer(TensorQuantizer):
     @torch.no_grad()
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The scale and integer zero point that hold now."""
-        zero_point = (self.zero_point + self.shift).round().clamp(self.quant_min, self.quant_max)
+        zero_point = self._shifted().round().clamp(self.quant_min, self.quant_max)
         return self.scale * self.gain.clamp(min=SMALLEST_GAIN), zero_point.int()
+
+    def _shifted(self) -> Tensor:
+        return self.zero_point + self.shift * (self.quant_max - self.quant_min)
 
     def settle(self) -> None:
         """Fold what was learned into scale and zero point."""
@@ -131,7 +134,7 @@ class IntQuantizer(TensorQuantizer):
 
     def _learnable(self, x: Tensor) -> Tensor:
         scale = self.scale * self.gain.clamp(min=SMALLEST_GAIN)
-        zero_point = self.zero_point + self.shift
+        zero_point = self._shifted()
         factor = (x.numel() * max(abs(self.quant_min), self.quant_max)) ** -0.5
         low, high = self.quant_min, self.quant_max
         if self.per_channel:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,15 @@ def select_images(
     samples: Samples, section: CalibrateSection, seed: int, features: Features
 ) -> CalibrationSet:
     """The calibration images a recipe asks for."""
+    rng = np.random.default_rng((seed, STREAM))
     if section.list is not None:
-        return read_list(Path(section.list), samples)
+        listed = read_list(Path(section.list), samples)
+        # Corrections look at the first images, and a list may be sorted by class.
+        shuffled = rng.permutation(listed.indices)
+        return replace(listed, indices=tuple(int(i) for i in shuffled))
     if len(samples) == 0:
         raise CalibrationError("the training split is empty.", "check data.source")
     count = min(section.images, len(samples))
-    rng = np.random.default_rng((seed, STREAM))
     if section.method == "random":
         chosen = rng.permutation(len(samples))[:count]
     elif section.method == "stratified":

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from care_compress.model.compact import CompactCare
 from care_compress.quantize.observers import extremes
 
-ROWS = 2048  # sampled rows per layer over all images; what the search for alpha is judged on
+ROWS = 2048  # sampled rows per layer, over all images; what the search for alpha is judged on
 ROWS_PER_IMAGE = 4
 
 
@@ -21,7 +21,8 @@ class InputStatistics:
     low: Tensor | None = None  # (C,)
     high: Tensor | None = None  # (C,)
     rows: list[Tensor] = field(default_factory=list)  # each (n, C * kernel positions)
-    count: int = 0
+    images: int = 0  # seen so far
+    every: int = 1  # of the rows drawn, this many make one kept
 
     def add(self, layer: nn.Conv2d, x_BCHW: Tensor) -> None:
         """Take in one batch."""
@@ -29,10 +30,11 @@ class InputStatistics:
         low, high = reduced.amin(dim=(0, 2, 3)), reduced.amax(dim=(0, 2, 3))
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        if self.count < ROWS:
-            rows = _rows(layer, x_BCHW)
-            self.rows.append(rows)
-            self.count += len(rows)
+        self.rows.append(_rows(layer, x_BCHW, self.images)[:: self.every])
+        self.images += len(x_BCHW)
+        if sum(len(rows) for rows in self.rows) >= 2 * ROWS:
+            self.rows = [self.sample()[::2]]
+            self.every *= 2
 
     def sample(self) -> Tensor:
         """All sampled rows."""
@@ -45,7 +47,7 @@ class InputStatistics:
         positions = rows.shape[1] // len(scale_C)
         scale, shift = (v.repeat_interleave(positions) for v in (scale_C, shift_C))
         low, high = (self.low - shift_C) / scale_C, (self.high - shift_C) / scale_C
-        return InputStatistics(low, high, [(rows - shift) / scale], self.count)
+        return InputStatistics(low, high, [(rows - shift) / scale])
 
     def covariance(self) -> Tensor:
         """Of the sampled rows (C, C)."""
@@ -54,7 +56,7 @@ class InputStatistics:
         return centred.T @ centred / len(rows)
 
 
-def _rows(layer: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
+def _rows(layer: nn.Conv2d, x_BCHW: Tensor, first: int) -> Tensor:
     """Some rows that the layer multiplies with its flattened weight: a few per image."""
     kernel = layer.kernel_size
     if kernel == (1, 1):
@@ -63,7 +65,7 @@ def _rows(layer: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
         columns = F.unfold(x_BCHW, (kernel[0], kernel[1]), stride=layer.stride)
     positions = columns.shape[2]
     # A stride coprime to any image width, and another start for each image.
-    start = torch.arange(len(columns), device=columns.device) * 7919
+    start = (first + torch.arange(len(columns), device=columns.device)) * 7919
     steps = torch.arange(ROWS_PER_IMAGE, device=columns.device) * 104729
     chosen = (start[:, None] + steps) % positions
     return (
