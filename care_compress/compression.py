@@ -17,7 +17,7 @@ from care_compress.evaluate.plots import plot_trials
 from care_compress.model.compact import CompactCare
 from care_compress.progress import step_line
 from care_compress.quantization_sections import NncfSection
-from care_compress.quantize.artifact import load_quantized, save_quantized
+from care_compress.quantize.artifact import load_quantized, quantized_section, save_quantized
 from care_compress.quantize.calibrate import Batches
 from care_compress.quantize.mixed import Found, Trial, search_bits
 from care_compress.quantize.nncf_backend import (
@@ -203,7 +203,14 @@ def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:
     samples = open_samples(recipe.data, "train")
     with shop.stage("select"):
         features = deep_features(compact, samples, recipe.data)
-        chosen = select_images(samples, section.calibrate, recipe.seed, features)
+        chosen = select_images(
+            samples,
+            section.calibrate,
+            recipe.seed,
+            features,
+            recipe.data.skip_bad_images,
+            shop.bad,
+        )
         path = shop.run.write_json("calibration.json", chosen.listing())
     shop.run.record_input(
         "calibration",
@@ -241,7 +248,7 @@ def _qat_by_torchao(
     start_model = load_quantized(start.path)
     model, progress = train_quantized(start_model, compact, section.qat, training)
     if shop.world.is_main:
-        save_quantized(model, section, recipe.rewrite, path)
+        save_quantized(model, quantized_section(start.path), recipe.rewrite, path)
     return progress
 
 

@@ -6,6 +6,7 @@ Each stage takes its own section of the recipe and the previous stage's value, a
 made in the run directory.
 """
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,25 @@ from rich.markup import escape
 from care_compress.compression import Candidate, quantized, trained_quantized
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
-from care_compress.errors import DataError, RecipeError
+from care_compress.errors import DataError, RecipeError, TrainingError
 from care_compress.evaluate.accuracy import Accuracy, spread_indices
 from care_compress.evaluate.tables import quantized_table, rewrite_table
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import RewriteStep, rewrite, rewrite_in_steps
+from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.openvino_library import load_nncf
 from care_compress.quantize.plan_table import plan_as_json, print_plan
 from care_compress.quantize.ptq import planned
+from care_compress.quantize.selection import read_list
 from care_compress.quantize.spec import Plan
 from care_compress.recipe import Recipe
 from care_compress.run import Run, sha256_file
 from care_compress.runtime.opening import open_predictor
-from care_compress.train.distributed import join_world
-from care_compress.train.network import train_network
+from care_compress.target import load_target
+from care_compress.train.distributed import World, join_world
+from care_compress.train.network import check_batch_size, train_network
 from care_compress.workshop import Workshop, measured, opened, training_in
 
 # What a quantized recipe asks for beyond this version; shrinks as the stages arrive.
@@ -40,10 +44,12 @@ PENDING_STAGES = ("export", "compare")
 
 def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[str, Any]:
     """Run every stage of a recipe; the results, as they stand in ``results.json``."""
-    with join_world() as world, opened(Run(runs, name), recipe, world) as run:
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(join_world())
+        check_recipe(recipe, world)  # before the run is opened: a typo leaves old results alone
+        run = stack.enter_context(opened(Run(runs, name), recipe, world))
         shop = Workshop(recipe, run, world, console if world.is_main else Console(quiet=True))
         shop.console.print(f"[bold]{recipe.name}[/]: {escape(recipe.claim)}")
-        check_plan(recipe)
         validation = open_samples(recipe.data, "val")
         model = float_model(shop, validation)
         compact, steps = rewritten(shop, model)
@@ -55,14 +61,34 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
         return report_quantized(shop, validation, steps, tried)
 
 
-def check_plan(recipe: Recipe) -> None:
-    """Refuse rules that no site or target can follow, before anything is trained."""
-    if recipe.quantize is None:
-        return
-    if recipe.quantize.backend == "nncf":
-        load_nncf()  # there are no rules; what can be missing is NNCF
-    else:
+def check_recipe(recipe: Recipe, world: World) -> None:
+    """Refuse what cannot work before anything is written or trained."""
+    section = recipe.quantize
+    qat = None if section is None else section.qat
+    trainings = [plan for plan in (recipe.train, qat) if plan is not None]
+    if trainings or (section and section.calibrate.list):
+        samples = open_samples(recipe.data, "train")
+        for plan in trainings:
+            check_batch_size(plan, len(samples), world)
+        if section and section.calibrate.list:
+            read_list(Path(section.calibrate.list), samples)
+    if section is not None:
+        check_plan(recipe, section, world)
+
+
+def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> None:
+    """Refuse rules that no site or target can follow."""
+    if section.backend == "torchao":
         plan_recipe(recipe)
+        return
+    load_nncf()  # there are no rules; what can be missing is NNCF
+    if section.qat is not None and world.size > 1:
+        raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
+    if section.target is not None and load_target(section.target).runtime != "openvino":
+        raise RecipeError(
+            f"backend nncf makes a file for OpenVINO, quantize.target is {section.target}.",
+            "use backend: torchao for it",
+        )
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
@@ -79,16 +105,22 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
 def show_plan(recipe: Recipe, as_json: bool, console: Console) -> None:
     """Print the plan of a recipe."""
-    if recipe.quantize is None or recipe.quantize.backend != "torchao":
-        raise RecipeError(
-            f"{recipe.name} has no plan of ours: it is a float recipe, or NNCF places by itself.",
-            "plan one with quantize.rules, such as int8_qat",
-        )
+    section = own_section(recipe)
     plan = plan_recipe(recipe)
     if as_json:
         console.print_json(data=plan_as_json(plan))
     else:
-        print_plan(plan, recipe.quantize.rules, console)
+        print_plan(plan, section.rules, console)
+
+
+def own_section(recipe: Recipe) -> QuantizeSection:
+    """The quantize section of a recipe whose sites are ours to place."""
+    if recipe.quantize is None or recipe.quantize.backend != "torchao":
+        raise RecipeError(
+            f"{recipe.name} has no plan of ours: it is a float recipe, or NNCF places by itself.",
+            "name one with quantize.rules, such as int8_qat",
+        )
+    return recipe.quantize
 
 
 def float_model(shop: Workshop, validation: Samples) -> Care:
@@ -174,7 +206,7 @@ def report_quantized(
 ) -> dict[str, Any]:
     """Results of a quantized recipe: the last candidate, unless it ended below the first."""
     best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
-    section = shop.recipe.quantize
+    recipe, section = shop.recipe, shop.recipe.quantize
     assert section is not None
     results = {
         **_results(shop, validation, steps, best.paired.candidate),
@@ -187,6 +219,7 @@ def report_quantized(
         "model": str(best.path.relative_to(shop.run.path)),
         "candidates": {candidate.name: candidate.paired.as_json() for candidate in tried},
         **({} if best.plan is None else {"plan": _plan_in_short(best.plan)}),
+        "budget": _budget(recipe, best.paired.drop),
         "pending_stages": list(PENDING_STAGES),
     }
     _finish(shop, results)
@@ -197,6 +230,11 @@ def report_quantized(
             f"[yellow]{tried[-1].name} ended below {best.name}[/], so the {best.name} weights "
             "are kept; try a lower quantize.qat.learning_rate"
         )
+    if results["budget"] and not results["budget"]["met"]:
+        limit = results["budget"]["max_top1_drop"]
+        shop.console.print(
+            f"[yellow]a drop of {best.paired.drop:.2f} points is over the budget of {limit}[/]"
+        )
     shop.console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
     measured = "the file" if section.backend == "nncf" else "the simulation"
     shop.console.print(
@@ -204,6 +242,11 @@ def report_quantized(
         "version."
     )
     return results
+
+
+def _budget(recipe: Recipe, drop: float) -> dict[str, Any] | None:
+    limit = recipe.budget.max_top1_drop
+    return None if limit is None else {"max_top1_drop": limit, "met": drop <= limit}
 
 
 def _plan_in_short(plan: Plan) -> dict[str, Any]:

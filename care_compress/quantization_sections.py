@@ -1,6 +1,6 @@
 """The quantization half of a recipe: rules, calibration, tuning, QAT and the search for bits."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -73,6 +73,8 @@ class ReconstructSection(Section):
 class QatSection(TrainSection):
     """Quantization-aware training: everything the float trainer has, and what quantization adds."""
 
+    place: ClassVar[str] = "quantize.qat"
+
     epochs: Count = 1
     batch_size: Count = 64
     learning_rate: Positive = 5e-5
@@ -106,7 +108,7 @@ class SearchSection(Section):
         description="of one image (energy: mJ); reached, it is enough",
     )
     trials: Count = 40
-    minutes: Positive = 20.0
+    minutes: Positive = Field(20.0, description="of trials; every site is measured before them")
     images: Count = Field(1000, description="validation images a trial is judged on")
 
 
@@ -131,6 +133,24 @@ class NncfSection(Section):
         if self.smooth_quant_alpha is not None and self.model_type is None:
             raise ValueError("NNCF uses smooth_quant_alpha only with model_type: transformer")
         return self
+
+
+# What only our own backend does.
+OURS = (
+    "rules",
+    "prescale",
+    "equalize",
+    "covariance",
+    "hadamard",
+    "norm_reestimation",
+    "bias_correction",
+    "reconstruct",
+    "search",
+)
+
+
+def _default(name: str) -> Any:
+    return QuantizeSection.model_fields[name].default
 
 
 class QuantizeSection(Section):
@@ -159,8 +179,12 @@ class QuantizeSection(Section):
 
     @model_validator(mode="after")
     def _backend_fits(self) -> "QuantizeSection":
-        if self.backend == "nncf" and (self.rules or self.search or self.reconstruct):
-            raise ValueError("backend nncf has its own placement: no rules, search or reconstruct")
+        if self.backend == "nncf":
+            foreign = [name for name in OURS if getattr(self, name) != _default(name)]
+            if foreign:
+                raise ValueError(
+                    f"backend nncf has its own placement and tuning: no {', '.join(foreign)}"
+                )
         if self.backend == "nncf" and self.qat is not None:
             if self.qat.dampening:
                 raise ValueError("qat.dampening needs backend: torchao")

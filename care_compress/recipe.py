@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -153,7 +153,7 @@ def _split_override(override: str) -> tuple[str, Any]:
         raise RecipeError(f"--set {override!r} has no value.", "write section.key=value")
     try:
         return key.strip(), yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date of month 13 is a ValueError
         raise RecipeError(f"--set {override!r} is not a YAML value: {error}.") from error
 
 
@@ -201,14 +201,19 @@ def _explain(kind: type[Section], error: ValidationError, where: str) -> tuple[s
 def _fields_at(kind: type[Section], keys: Sequence[str]) -> list[str]:
     """Field names of the section that `keys` leads to."""
     for key in keys:
+        if key.isdigit():  # an item of a list; its kind was found with the list
+            continue
         field = kind.model_fields.get(key)
-        candidates = [] if field is None else [field.annotation, *_args(field.annotation)]
-        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-        if not inner:
+        inner = None if field is None else _section_in(field.annotation)
+        if inner is None:
             return []
-        kind = inner[0]
+        kind = inner
     return list(kind.model_fields)
 
 
-def _args(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", ())
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that an annotation names, however deep: ``tuple[Rule, ...] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (_section_in(inner) for inner in get_args(annotation))
+    return next((section for section in found if section is not None), None)

@@ -3,7 +3,7 @@
 Those of quantization are in `care_compress.quantization_sections`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -89,6 +89,8 @@ class DistillSection(Section):
 
 class TrainSection(Section):
     """How to train the float network; also the loop that QAT runs in."""
+
+    place: ClassVar[str] = "train"  # in a recipe, for messages
 
     epochs: Count
     max_steps: Count | None = Field(None, description="end earlier, after this many steps")

@@ -17,7 +17,7 @@ from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.plots import plot_sensitivity, short_name
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
-from care_compress.pipeline import check_plan, float_model, rewritten
+from care_compress.pipeline import check_recipe, float_model, own_section, rewritten
 from care_compress.progress import progress_bar
 from care_compress.quantize.ptq import quantize_network
 from care_compress.quantize.selection import deep_features, select_images, write_list
@@ -35,19 +35,20 @@ def run_sensitivity(
     recipe: Recipe, runs: Path, name: str, images: int, console: Console
 ) -> list[Sensitivity]:
     """Measure, draw and list every site of a recipe's PTQ result."""
-    check_plan(recipe)
-    assert recipe.quantize is not None
     # Corrections and learned rounding mend the error of all sites at once: with them in, switching
     # a site off would not lead back to the float model.
-    section = recipe.quantize.model_copy(
+    section = own_section(recipe).model_copy(
         update={"bias_correction": False, "norm_reestimation": False, "reconstruct": None}
     )
+    check_recipe(recipe, World())
     with opened(Run(runs, name), recipe, World()) as run:
         shop = Workshop(recipe, run, World(), console)
         validation = open_samples(recipe.data, "val")
         compact, _ = rewritten(shop, float_model(shop, validation))
         chosen = calibration_images(shop, compact)
         model = quantize_network(ptq_job(shop, compact, chosen), section).model
+        if not quantized_sites(model):
+            raise RecipeError(f"{recipe.name} quantizes no site.", "add a rule with integer bits")
         batches, labels = _images(shop, validation, images)
         key = fingerprint(
             {
@@ -85,7 +86,8 @@ def select_calibration(recipe: Recipe, out: Path, console: Console) -> None:
     network = rewrite(load_checkpoint(recipe.model.checkpoint, recipe.model.arch), recipe.rewrite)
     samples = open_samples(recipe.data, "train")
     features = deep_features(network, samples, recipe.data)
-    chosen = select_images(samples, recipe.quantize.calibrate, recipe.seed, features)
+    skip_bad = recipe.data.skip_bad_images
+    chosen = select_images(samples, recipe.quantize.calibrate, recipe.seed, features, skip_bad)
     write_list(out, chosen)
     console.print(
         f"{len(chosen.indices)} of {len(samples):,} training images ({chosen.method}): {out}",

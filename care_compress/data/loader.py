@@ -60,7 +60,7 @@ def steps_per_epoch(samples: Samples, batch_size: int) -> int:
     if len(samples) < batch_size:
         raise DataError(
             f"there are {len(samples)} training images, fewer than one batch of {batch_size}.",
-            f"set train.batch_size to {len(samples)} or less",
+            f"set the batch size to {len(samples)} or less",
         )
     return len(samples) // batch_size
 

@@ -46,14 +46,23 @@ def quantized_header(path: Path) -> dict[str, Any] | None:
     return None if header is None else dict(json.loads(header))
 
 
-def load_quantized(path: Path) -> QuantizedCare:
-    """The quantized model in simulation, ready to run."""
+def quantized_section(path: Path) -> QuantizeSection:
+    """How the model was quantized, with the rules that a search found."""
+    return QuantizeSection.model_validate_json(json.dumps(_about(path)["quantize"]))
+
+
+def _about(path: Path) -> dict[str, Any]:
     about = quantized_header(path)
     if about is None:
         raise CheckpointError(
             f"{path} is no quantized model.", "give one from runs/<name>/ptq or qat"
         )
-    section = QuantizeSection.model_validate_json(json.dumps(about["quantize"]))
+    return about
+
+
+def load_quantized(path: Path) -> QuantizedCare:
+    """The quantized model in simulation, ready to run."""
+    about, section = _about(path), quantized_section(path)
     rewrites = RewriteSection.model_validate_json(json.dumps(about["rewrite"]))
     with torch.random.fork_rng():
         network = rewrite(build_model(about["arch"], about["num_classes"]), rewrites)

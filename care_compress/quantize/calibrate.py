@@ -31,9 +31,7 @@ def calibrate(
         quantizer.observer = make_observer(quantizer, percentile).to(quantizer.scale.device)
     seen = 0
     for images in batches:
-        logits = quantized(images)
-        if not bool(torch.isfinite(logits).all()):
-            raise _not_finite(quantized, images)
+        check_finite(quantized(images), images, lambda: quantized)
         seen += len(images)
     if not seen:
         raise CalibrationError(
@@ -41,7 +39,8 @@ def calibrate(
         )
     for quantizer in watched:
         assert quantizer.observer is not None
-        quantizer.set_qparams(*quantizer.observer.calculate_qparams())
+        # Searches for a range run on the CPU, where the histograms are.
+        quantizer.set_qparams(*quantizer.observer.cpu().calculate_qparams())
         quantizer.observer = None
     set_weight_scales(quantized, covariances or {})
     quantized.enable(True)
@@ -51,11 +50,17 @@ def set_weight_scales(quantized: QuantizedCare, covariances: Mapping[str, Tensor
     """Scales of all integer weights, from the weights as they stand."""
     for quantizer in quantized.integers("weight"):
         weight = quantized.weight(quantizer.site)
-        # A scale per group of input channels would need the covariance of each group.
-        whole = quantizer.spec.granularity != "group"
-        covariance = covariances.get(quantizer.site) if whole else None
+        # A row of the weight has one scale per channel only; a group would need its own covariance.
+        rows = quantizer.spec.granularity == "channel"
+        covariance = covariances.get(quantizer.site) if rows else None
         scale = weight_scale(quantizer, weight, covariance)
         quantizer.set_qparams(scale, torch.zeros_like(quantizer.zero_point))
+
+
+def check_finite(logits: Tensor, images: Tensor, graph: Callable[[], QuantizedCare]) -> None:
+    """Refuse NaN and infinity, naming the first operation of the float `graph` that makes one."""
+    if not bool(torch.isfinite(logits).all()):
+        raise _not_finite(graph(), images)
 
 
 class _FirstNonFinite(Interpreter):

@@ -127,9 +127,10 @@ def equalized_layers(plan: Plan, prescale: Alpha, equalize: Alpha) -> dict[str, 
         site = decision.site
         if not decision.input.is_integer:
             continue
-        if site.prescaled and prescale != "trained":
-            # One scale per channel at the scale site is alpha = 1: the weight takes the scales.
-            chosen[site.name] = 1.0 if decision.input.granularity == "channel" else prescale
+        if site.prescaled and decision.input.granularity == "channel":
+            chosen[site.name] = 1.0  # one scale per channel: the weight takes the scales
+        elif site.prescaled and prescale != "trained":
+            chosen[site.name] = prescale
         if site.name.endswith("_fc2") and equalize != "off":
             chosen[site.name] = equalize
     return chosen

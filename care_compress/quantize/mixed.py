@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from care_compress.errors import RecipeError
 from care_compress.quantization_sections import (
     QuantizeSection,
     RuleSection,
@@ -28,6 +29,7 @@ from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.ptq import PtqJob, Quantized, first_images, planned, quantize_network
 from care_compress.quantize.sensitivity import logits_of, only
 from care_compress.quantize.spec import Plan
+from care_compress.target import load_target
 
 NOISE_IMAGES = 96  # that a site's noise is measured on
 BATCH = 32
@@ -85,8 +87,8 @@ def search_bits(
 ) -> Found:
     """Search as ``quantize.search`` says."""
     assert section.search is not None
-    deadline = time.monotonic() + 60 * section.search.minutes
     steps = _ordered_steps(job, section)
+    deadline = time.monotonic() + 60 * section.search.minutes
     hunt = _Hunt(job, section, steps, max_drop, judge, report)
 
     def may_go_on() -> bool:
@@ -163,10 +165,17 @@ class _Hunt:
         return trial.within
 
     def found(self) -> Found:
-        """The cheapest network within the budget; the float one if there is none."""
+        """The cheapest network within the budget; if there is none, 8 bits, and then float."""
+        first = [n for n, step in enumerate(self.steps) if step.precision == LADDER[1]]
+        for steps in (first, []):
+            if self._best is None:
+                self.try_steps(steps)
         if self._best is None:
-            self.try_steps(range(0))
-        assert self._best is not None, "the float network loses nothing"
+            raise RecipeError(
+                f"what the search may not change already loses {self.trials[-1].drop:.2f} points, "
+                f"more than budget.max_top1_drop {self.max_drop}.",
+                "leave attention, residual_add and fp16 sites in float, or raise the budget",
+            )
         cost, made, section = self._best
         return Found(made, cost, section, self.trials)
 
@@ -198,17 +207,18 @@ def _cost(plan: Plan, search: SearchSection) -> float:
 def _ordered_steps(job: PtqJob, section: QuantizeSection) -> list[Step]:
     """Every site's way down the ladder, most saving for the least noise first."""
     plan = planned(job.network, section, job.resolution)[1]
+    ladder = _ladder(section)
     sites = [
         decision.site.name
         for decision in plan.decisions
         if decision.site.weighted and decision.input.is_integer
     ]
-    noise = {precision: _noises(job, section, sites, precision) for precision in LADDER[1:]}
-    costs = {precision: _site_costs(job, section, sites, precision) for precision in LADDER}
+    noise = {precision: _noises(job, section, sites, precision) for precision in ladder[1:]}
+    costs = {precision: _site_costs(job, section, sites, precision) for precision in ladder}
 
     def price(site: str, rung: int) -> float:
         """Noise added per cost saved by going from the rung above to this one."""
-        above, here = LADDER[rung - 1], LADDER[rung]
+        above, here = ladder[rung - 1], ladder[rung]
         before = noise[above][site] if rung > 1 else 0.0
         saved = max(costs[above][site] - costs[here][site], 1e-30)
         return max(noise[here][site] - before, 0.0) / saved
@@ -218,10 +228,22 @@ def _ordered_steps(job: PtqJob, section: QuantizeSection) -> list[Step]:
     steps = []
     while waiting:
         _, site, rung = heapq.heappop(waiting)
-        steps.append(Step(site, LADDER[rung]))
-        if rung + 1 < len(LADDER):
+        steps.append(Step(site, ladder[rung]))
+        if rung + 1 < len(ladder):
             heapq.heappush(waiting, (price(site, rung + 1), site, rung + 1))
     return steps
+
+
+def _ladder(section: QuantizeSection) -> list[str]:
+    """The precisions that the target executes."""
+    if section.target is None:
+        return list(LADDER)
+    return [
+        name
+        for name in LADDER
+        if TENSORS[name][1].bits in ("float", 8)
+        and TENSORS[name][0].bits in ("float", *load_target(section.target).weights.bits)
+    ]
 
 
 def _all_at(section: QuantizeSection, sites: Sequence[str], precision: str) -> QuantizeSection:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from care_compress.errors import TrainingError
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import NncfSection, QatSection
 from care_compress.quantize.nncf_backend import (
@@ -62,8 +61,6 @@ def train_openvino(
     path: Path,
 ) -> Progress:
     """Train what NNCF makes of `network` to follow it, and write the result to `path`."""
-    if training.world.size > 1:
-        raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
     model = simulated(network, nncf_section, calibration)
     teacher = prepared(network).to(training.world.device).eval()
     course = training.course(section, qat_fingerprint(section, training, model, teacher), _groups)

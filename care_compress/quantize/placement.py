@@ -5,13 +5,16 @@ The result computes with simulated integers, can be trained, and `lower` turns i
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
+from torch.fx.node import map_aggregate
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
@@ -20,6 +23,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
+from care_compress.errors import DataError
 from care_compress.model.compact import CompactCare
 from care_compress.quantize.fakequant import IntQuantizer, TensorQuantizer, make_quantizer
 from care_compress.quantize.quiet import quiet
@@ -33,6 +37,7 @@ _PRODUCTS = (
     torch.ops.aten.add.Tensor,
 )
 _VIEWS = (torch.ops.aten.transpose.int,)
+_ATTENTION = re.compile(r"\.token_mixer\.(qk|core)\b")
 
 
 class QuantizedCare(nn.Module):
@@ -50,6 +55,13 @@ class QuantizedCare(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits (B, K)."""
+        size = self.plan.resolution
+        if x_BCHW.shape[2:] != (size, size):
+            raise DataError(
+                f"this model was quantized at {size}x{size}, the images are "
+                f"{x_BCHW.shape[2]}x{x_BCHW.shape[3]}.",
+                f"set data.resolution to {size}, or quantize it again at the other size",
+            )
         logits: Tensor
         logits, *features = self.graph(x_BCHW)
         return (logits, features) if self.training else logits
@@ -76,10 +88,41 @@ class QuantizedCare(nn.Module):
         for quantizer in self.quantizers():
             quantizer.enabled = on
 
+    def guard_attention(self, on: bool) -> None:
+        """Compute attention in float32 under autocast too, as the float model does.
+
+        The exporter resolved that guard when there was no autocast, so it is not in the graph.
+        """
+        for node in self.graph.graph.nodes:
+            if node.op != "call_function" or not _ATTENTION.search(site_of(node)):
+                continue
+            guarded = node.target is in_float32
+            if on and not guarded:
+                node.args, node.target = (node.target, *node.args), in_float32
+            elif guarded and not on:
+                node.target, *arguments = node.args
+                node.args = tuple(arguments)
+        self.graph.recompile()
+
     def weight(self, site: str) -> nn.Parameter:
         """The float weight of a site."""
         found = self.graph.get_parameter(f"{ROOT}.{site}.weight")
         return found
+
+
+def in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:
+    """The operation outside autocast, its floating point tensors widened."""
+    devices = []
+
+    def widened(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        devices.append(value.device.type)
+        return value.float() if value.is_floating_point() else value
+
+    args, kwargs = map_aggregate(args, widened), map_aggregate(kwargs, widened)
+    with torch.autocast(devices[0], enabled=False):
+        return operation(*args, **kwargs)
 
 
 class _WithFeatures(nn.Module):
@@ -149,16 +192,17 @@ class PlanQuantizer(Quantizer):
 
 
 def simulate(network: CompactCare, plan: Plan) -> QuantizedCare:
-    """The network with the plan's quantizers in place, not calibrated yet."""
+    """The network with the plan's quantizers in place, not calibrated yet; on the same device."""
     size = plan.resolution
+    device = next(network.parameters()).device
+    # Exported on the CPU, so that no device is written into the graph.
+    exported = _WithFeatures(copy.deepcopy(network).cpu())
     example = torch.zeros(2, 3, size, size)
     batch = torch.export.Dim("batch", min=1)
     with quiet():
-        program = torch.export.export(
-            _WithFeatures(copy.deepcopy(network)), (example,), dynamic_shapes=({0: batch},)
-        )
+        program = torch.export.export(exported, (example,), dynamic_shapes=({0: batch},))
         graph = prepare_qat_pt2e(program.module(check_guards=False), PlanQuantizer(plan))
-    return QuantizedCare(graph, plan, network.arch, network.num_classes).eval()
+    return QuantizedCare(graph, plan, network.arch, network.num_classes).eval().to(device)
 
 
 def lower(quantized: QuantizedCare) -> GraphModule:

@@ -29,7 +29,7 @@ def make_plan(
             raise _matches_nothing(number, rule, sites)
     return Plan(
         decisions=tuple(_decide(site, rules, target) for site in sites),
-        kept=kept_in_float(model),
+        kept=kept_in_float(model, resolution),
         target=target.name if target else None,
         resolution=resolution,
     )
@@ -48,12 +48,14 @@ def _decide(site: Site, rules: Sequence[RuleSection], target: Target | None) -> 
     input_, weight = FLOAT, FLOAT if site.weighted else None
     input_rule = weight_rule = 0
     for number, rule in enumerate(rules, 1):
-        if not matches(rule, site):
-            continue
-        if rule.input is not None:
-            input_, input_rule = _input_spec(site, rule.input, number, target), number
-        if rule.weight is not None and site.weighted:
-            weight, weight_rule = _weight_spec(site, rule.weight, number, target), number
+        if matches(rule, site):
+            input_rule = number if rule.input is not None else input_rule
+            weight_rule = number if rule.weight is not None and site.weighted else weight_rule
+    # Only the rules that decide must be possible.
+    if input_rule and (wanted := rules[input_rule - 1].input):
+        input_ = _input_spec(site, wanted, input_rule, target)
+    if weight_rule and (wanted := rules[weight_rule - 1].weight):
+        weight = _weight_spec(site, wanted, weight_rule, target)
     return Decision(site, input_, weight, input_rule, weight_rule)
 
 
@@ -97,11 +99,15 @@ def _input_spec(
 def _input_granularity(
     site: Site, wanted: TensorSection, where: str, target: Target | None
 ) -> Granularity:
-    """Per channel only where the scales can leave the product again."""
-    allowed = target is None or target.activations.per_channel_depthwise
-    able = site.role == "depthwise" or site.prescaled or site.role in ATTENTION_PRODUCTS
+    """Per channel, or per head, only where the scales can leave the product again."""
+    # No runtime multiplies two activations with a scale for each head; the simulation does.
+    apart = site.role in ATTENTION_PRODUCTS
+    allowed = target is None or (not apart and target.activations.per_channel_depthwise)
+    able = site.role == "depthwise" or site.prescaled or apart
     if wanted.granularity is None:
-        return "channel" if site.role == "depthwise" and allowed else "tensor"
+        clips = wanted.range not in ("min_max", "moving_average")
+        unasked = (site.role == "depthwise" or apart) and not clips
+        return "channel" if unasked and allowed else "tensor"
     if wanted.granularity == "channel" and not able:
         raise RecipeError(
             f"{where} a product over channels needs one input scale.",

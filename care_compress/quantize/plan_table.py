@@ -1,5 +1,6 @@
 """A plan as a person reads it, and as JSON."""
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -38,10 +39,11 @@ def _print_sums(plan: Plan, console: Console) -> None:
         for name, macs in plan.macs_by_precision().items()
     ]
     console.print(f"[bold]MACs[/]: {', '.join(parts)}, together {total / 1e6:.2f} M")
-    in_float = total * sum(ENERGY_PJ["float"]) * 1e-9
+    # Without quantization there is nothing to rotate.
+    in_float = (total - plan.kept_macs) * sum(ENERGY_PJ["float"]) * 1e-9
     console.print(
         f"[bold]energy[/] of the products (45 nm estimate): {plan.energy_mj:.4f} mJ an image, "
-        f"{in_float / plan.energy_mj:.1f}x less than the {in_float:.4f} mJ of float32"
+        f"{in_float / plan.energy_mj:.1f}x below the {in_float:.4f} mJ of float32"
     )
 
 
@@ -84,16 +86,17 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "role": decision.site.role,
                 "branch": decision.site.branch,
                 "macs": decision.site.macs,
+                "share": decision.site.macs / plan.macs,
                 "parameters": decision.site.parameters,
-                "input": str(decision.input),
-                "weight": None if decision.weight is None else str(decision.weight),
+                "input": asdict(decision.input),
+                "weight": None if decision.weight is None else asdict(decision.weight),
                 "input_rule": decision.input_rule,
                 "weight_rule": decision.weight_rule,
                 "precision": decision.precision,
             }
             for decision in plan.decisions
         ],
-        "kept_in_float": [{"what": k.what, "count": k.count, "why": k.why} for k in plan.kept],
+        "kept_in_float": [asdict(kept) for kept in plan.kept],
         "macs": plan.macs_by_precision(),
         "energy_mj": plan.energy_mj,
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 from care_compress.model.attention import CovarianceCore
 from care_compress.model.compact import CompactCare, SlicedMixer
 from care_compress.quantization_sections import QuantizeSection
-from care_compress.quantize.calibrate import Batches, calibrate
+from care_compress.quantize.calibrate import Batches, calibrate, check_finite
 from care_compress.quantize.correct import correct, images_to_hold
 from care_compress.quantize.equalize import (
     equalized_layers,
@@ -137,7 +137,15 @@ def _rescaled(
     wanted = equalized_layers(plan, section.prescale, section.equalize)
     if not wanted:
         return {}, {}
-    seen = observe(network, batches(), wanted)
+
+    def float_graph() -> QuantizedCare:
+        graph = simulate(network, plan)
+        graph.enable(False)
+        return graph
+
+    seen = observe(
+        network, batches(), wanted, lambda logits, x: check_finite(logits, x, float_graph)
+    )
     alphas: dict[str, float | None] = {}
     covariances = {}
     for name, alpha in wanted.items():

@@ -17,7 +17,7 @@ from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.quiet import quiet
 from care_compress.run import fingerprint, state_digest
 from care_compress.sections import TrainSection
-from care_compress.train.loop import ParameterGroup
+from care_compress.train.loop import HALF_PRECISION, ParameterGroup
 from care_compress.train.network import WATCHING, Training
 from care_compress.train.objective import Outcome
 from care_compress.train.state import Progress
@@ -31,6 +31,7 @@ def train_quantized(
 ) -> tuple[QuantizedCare, Progress]:
     """Train `model` to follow `teacher`; the result is settled, in eval mode, on the CPU."""
     prepare_to_learn(model)
+    model.guard_attention(section.precision in HALF_PRECISION)
     objective = FollowFloat(teacher.to(training.world.device).eval(), section)
     decides = qat_fingerprint(section, training, model, teacher)
     course = training.course(section, decides, parameter_groups)
@@ -39,6 +40,7 @@ def train_quantized(
     trained = trainee.result.cpu().eval()
     teacher.cpu()
     assert isinstance(trained, QuantizedCare)
+    trained.guard_attention(False)
     trained.requires_grad_(False)
     for quantizer in trained.integers():
         quantizer.learn(False)

@@ -47,14 +47,15 @@ def reconstruct(
     the float ones: what fits its own output best need not be best for the network. Returns which
     halves kept it.
     """
-    judge = _Judge(quantized, reference, batches, section.images)
+    learned, held_back = _divided(batches, section.images)
+    judge = _Judge(quantized, reference, held_back)
     kept: dict[str, bool] = {}
     halves = _halves(quantized)
     for number, (name, half) in enumerate(halves.items()):
         notify(f"learning to round, {number + 1} of {len(halves)}")
         before = half.state()
-        inputs = _collect(quantized, half.start.name, batches, section.images)
-        wanted = _collect(reference, half.end.name, batches, section.images)
+        inputs = _collect(quantized, half.start.name, batches, learned)
+        wanted = _collect(reference, half.end.name, batches, learned)
         generator = torch.Generator().manual_seed(seed * 1000 + STREAM + number)
         _learn(half, inputs, wanted, section, generator)
         kept[name] = judge.is_better()
@@ -63,20 +64,24 @@ def reconstruct(
     return kept
 
 
+def _divided(batches: Batches, wanted: int) -> tuple[int, Tensor]:
+    """How many images, from the first, are learned from; and the last ones, held back to judge."""
+    count, last = 0, torch.empty(0)
+    with closing(batches()) as stream:
+        for batch in stream:
+            last = (torch.cat([last, batch]) if count else batch)[-JUDGED:]
+            count += len(batch)
+    judged = min(JUDGED, max(1, count // 3))
+    return min(wanted, max(1, count - judged)), last[-judged:]
+
+
 class _Judge:
-    """Distance of the logits from float, on the last calibration images."""
+    """Distance of the logits from float, on images that were held back."""
 
     def __init__(
-        self, quantized: QuantizedCare, reference: QuantizedCare, batches: Batches, learned: int
+        self, quantized: QuantizedCare, reference: QuantizedCare, images_BCHW: Tensor
     ) -> None:
-        seen, kept = 0, []
-        with closing(batches()) as stream:
-            for batch in stream:
-                seen += len(batch)
-                # All of them where there are none beyond those that are learned from.
-                if seen > learned or seen <= JUDGED:
-                    kept.append(batch)
-        self.images = torch.cat(kept)[-JUDGED:]
+        self.images = images_BCHW
         self.quantized = quantized
         with torch.no_grad():
             self.wanted = reference(self.images)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
-from care_compress.errors import CalibrationError
+from care_compress.errors import BadImageError, CalibrationError
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import CalibrateSection
 from care_compress.run import write_text
@@ -31,7 +31,8 @@ OUTLIERS = 0.05  # share of the candidates it drops
 PER_CLUSTER = 16
 ITERATIONS = 25
 
-Features = Callable[[Sequence[int]], Tensor]  # indices to deep features (N, C)
+# Indices to those that could be decoded and their deep features (N, C).
+Features = Callable[[Sequence[int]], tuple[NDArray[np.int64], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class CalibrationSet:
 
     samples: Samples
     indices: tuple[int, ...]
+    digests: tuple[str, ...]  # of their pixels
     method: str
 
     def batches(
@@ -59,8 +61,8 @@ class CalibrationSet:
             "method": self.method,
             "classes": list(self.samples.classes),
             "images": [
-                {"name": self.samples.name(i), "sha256": pixel_digest(self.samples, i)}
-                for i in self.indices
+                {"name": self.samples.name(i), "sha256": digest}
+                for i, digest in zip(self.indices, self.digests, strict=True)
             ],
         }
 
@@ -74,48 +76,82 @@ def pixel_digest(samples: Samples, index: int) -> str:
 
 
 def select_images(
-    samples: Samples, section: CalibrateSection, seed: int, features: Features
+    samples: Samples,
+    section: CalibrateSection,
+    seed: int,
+    features: Features,
+    skip_bad: bool = False,
+    bad: BadImages | None = None,
 ) -> CalibrationSet:
-    """The calibration images a recipe asks for."""
+    """The calibration images a recipe asks for; with `skip_bad`, others for those that are bad."""
     rng = np.random.default_rng((seed, STREAM))
     if section.list is not None:
         listed = read_list(Path(section.list), samples)
         # Corrections look at the first images, and a list may be sorted by class.
-        shuffled = rng.permutation(listed.indices)
-        return replace(listed, indices=tuple(int(i) for i in shuffled))
+        order = rng.permutation(len(listed.indices))
+        return replace(
+            listed,
+            indices=tuple(listed.indices[i] for i in order),
+            digests=tuple(listed.digests[i] for i in order),
+        )
     if len(samples) == 0:
         raise CalibrationError("the training split is empty.", "check data.source")
     count = min(section.images, len(samples))
     if section.method == "random":
-        chosen = rng.permutation(len(samples))[:count]
+        order = rng.permutation(len(samples))
     elif section.method == "stratified":
-        chosen = _equal_draw(samples.labels, count, rng)
+        order = _equal_order(samples.labels, rng)
     else:
         pool = np.sort(rng.permutation(len(samples))[: POOL * count])
-        chosen = pool[_diverse(features(pool.tolist()), count, rng)]
-    return CalibrationSet(samples, tuple(int(i) for i in chosen), section.method)
+        decoded, found = features(pool.tolist())
+        order = decoded[_diverse(found, min(count, len(decoded)), rng)]
+    return _first_good(samples, order, count, section.method, skip_bad, bad or BadImages())
+
+
+def _first_good(
+    samples: Samples,
+    order: NDArray[np.int64],
+    count: int,
+    method: str,
+    skip_bad: bool,
+    bad: BadImages,
+) -> CalibrationSet:
+    """The first `count` images in this order that can be decoded."""
+    chosen: dict[int, str] = {}
+    for index in (int(i) for i in order):
+        if len(chosen) == count:
+            break
+        try:
+            chosen[index] = pixel_digest(samples, index)
+        except BadImageError as error:
+            if not skip_bad:
+                raise
+            bad.reasons[samples.name(index)] = error.message
+    if not chosen:
+        raise CalibrationError("no training image can be decoded.", "check data.source")
+    return CalibrationSet(samples, tuple(chosen), tuple(chosen.values()), method)
 
 
 def deep_features(network: CompactCare, samples: Samples, data: DataSection) -> Features:
     """Pooled outputs of the fourth stage, the input of the classifier."""
 
     @torch.inference_mode()
-    def compute(indices: Sequence[int]) -> Tensor:
-        pool = CalibrationSet(samples, tuple(indices), "pool")
+    def compute(indices: Sequence[int]) -> tuple[NDArray[np.int64], Tensor]:
         device = next(network.parameters()).device
-        found = [
-            network.stage_outputs(images)[-1].mean(dim=(2, 3))
-            for images in pool.batches(data, 64, device)
-        ]
-        return torch.cat(found).cpu()
+        decoded, found = [], []
+        batches = prepared_batches(
+            samples, data, 64, bad=BadImages(), indices=indices, device=device
+        )
+        for batch in batches:
+            decoded.append(batch.indices)
+            found.append(network.stage_outputs(batch.images)[-1].mean(dim=(2, 3)).cpu())
+        return torch.cat(decoded).numpy(), torch.cat(found)
 
     return compute
 
 
-def _equal_draw(
-    groups: NDArray[np.int64], count: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """`count` positions, the same number from every group as far as that goes."""
+def _equal_order(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """All positions, so that any first ones are the same number from every group."""
     order = rng.permutation(len(groups))
     # Rank of each image within its group; all first ones come before any second one.
     rank = np.empty(len(groups), dtype=np.int64)
@@ -123,20 +159,20 @@ def _equal_draw(
     starts = np.flatnonzero(np.r_[True, np.diff(groups[by_group]) != 0])
     sizes = np.diff(np.r_[starts, len(groups)])
     rank[by_group] = np.arange(len(groups)) - np.repeat(starts, sizes)
-    chosen: NDArray[np.int64] = order[np.argsort(rank[order], kind="stable")][:count]
-    return chosen
+    equal: NDArray[np.int64] = order[np.argsort(rank[order], kind="stable")]
+    return equal
 
 
 def _diverse(features_NC: Tensor, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Positions of `count` candidates: outliers out, then equally from every cluster."""
+    """Positions of candidates: outliers out, then equally from every cluster."""
     features = torch.nn.functional.normalize(features_NC, dim=1)
     score = (features_NC.norm(dim=1) - features_NC.norm(dim=1).mean()).abs()
     keep = max(count, round(len(score) * (1 - OUTLIERS)))
     inside = score.argsort(stable=True)[:keep].sort().values
     clusters = max(1, count // PER_CLUSTER)
     groups = _k_means(features[inside], clusters, rng)
-    chosen: NDArray[np.int64] = inside.numpy()[_equal_draw(groups, count, rng)]
-    return chosen
+    ordered: NDArray[np.int64] = inside.numpy()[_equal_order(groups, rng)]
+    return ordered
 
 
 def _k_means(points: Tensor, clusters: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -184,4 +220,7 @@ def read_list(path: Path, samples: Samples) -> CalibrationSet:
                 f"{name} is not the image that {path} lists (its pixels differ).",
                 "restore the image, or make a new list",
             )
-    return CalibrationSet(samples, tuple(places[name] for name, _ in wanted), f"list {path.name}")
+    indices = tuple(places[name] for name, _ in wanted)
+    return CalibrationSet(
+        samples, indices, tuple(digest for _, digest in wanted), f"list {path.name}"
+    )

@@ -96,16 +96,24 @@ def _place(name: str) -> tuple[int | None, int | None, str | None, str]:
     return int(stage), int(block), branch, role
 
 
-def kept_in_float(model: CompactCare) -> tuple[Kept, ...]:
+def kept_in_float(model: CompactCare, resolution: int) -> tuple[Kept, ...]:
     """What no rule can quantize, and why."""
     modules = list(model.modules())
     attention = sum(isinstance(module, AttentionCore) for module in modules)
     norms = sum(isinstance(module, ChannelAffine | nn.BatchNorm2d) for module in modules)
-    return tuple(_kept(model, modules, attention, norms))
+    turning = 0
+    if any(isinstance(module, Rotation) for module in modules):
+        macs = _macs_by_module(model, resolution)
+        turning = sum(
+            macs.get(name, 0)
+            for name, module in model.named_modules()
+            if isinstance(module, Rotation)
+        )
+    return tuple(_kept(model, modules, attention, norms, turning))
 
 
 def _kept(
-    model: CompactCare, modules: list[nn.Module], attention: int, norms: int
+    model: CompactCare, modules: list[nn.Module], attention: int, norms: int, turning: int
 ) -> Iterator[Kept]:
     if norms:
         why = "one multiply-add per channel in front of a quantize, which it fuses into"
@@ -114,7 +122,8 @@ def _kept(
     yield Kept("GELU", 2 * interactions, "element-wise, in the epilogue of a conv")
     rotations = sum(isinstance(module, Rotation) for module in modules)
     if rotations:
-        yield Kept("Hadamard rotation", rotations, "what it spreads would not fit the integers")
+        why = "what it spreads would not fit the integers"
+        yield Kept("Hadamard rotation", rotations, why, turning)
     if attention:
         why = "exp and division: 8 bits of the divisor cost 14 dB"
         yield Kept("attention feature map and normaliser", attention, why)

@@ -139,6 +139,7 @@ class Kept:
     what: str
     count: int
     why: str
+    macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,19 @@ class Plan:
 
     @property
     def macs(self) -> int:
-        """Of all sites."""
-        return sum(decision.site.macs for decision in self.decisions)
+        """Of all sites, and of what is float by nature."""
+        return sum(decision.site.macs for decision in self.decisions) + self.kept_macs
+
+    @property
+    def kept_macs(self) -> int:
+        """Of what is float by nature."""
+        return sum(kept.macs for kept in self.kept)
 
     @property
     def energy_mj(self) -> float:
         """Estimate for one image, in millijoules."""
-        return sum(decision.energy_pj for decision in self.decisions) * 1e-9
+        in_float = self.kept_macs * sum(ENERGY_PJ["float"])
+        return (in_float + sum(decision.energy_pj for decision in self.decisions)) * 1e-9
 
     def macs_by_precision(self) -> dict[str, int]:
         """MACs for each precision, most first."""
@@ -170,4 +177,6 @@ class Plan:
         for decision in self.decisions:
             if decision.site.macs:
                 totals[decision.precision] = totals.get(decision.precision, 0) + decision.site.macs
+        if self.kept_macs:
+            totals["float"] = totals.get("float", 0) + self.kept_macs
         return dict(sorted(totals.items(), key=lambda item: -item[1]))

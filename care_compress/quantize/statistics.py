@@ -77,9 +77,15 @@ def _rows(layer: nn.Conv2d, x_BCHW: Tensor, first: int) -> Tensor:
 
 @torch.inference_mode()
 def observe(
-    model: CompactCare, batches: Iterable[Tensor], names: Iterable[str]
+    model: CompactCare,
+    batches: Iterable[Tensor],
+    names: Iterable[str],
+    check: Callable[[Tensor, Tensor], None] = lambda logits, images: None,
 ) -> dict[str, InputStatistics]:
-    """Run the float model once over all batches, watching the inputs of the named layers."""
+    """Run the float model once over all batches, watching the inputs of the named layers.
+
+    `check` gets the logits and the images of every batch.
+    """
     found = {name: InputStatistics() for name in names}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(_watch(statistics))
@@ -87,7 +93,7 @@ def observe(
     ]
     try:
         for images in batches:
-            model(images)
+            check(model(images), images)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from care_compress.errors import TrainingError
+
+WAITING = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def join_world() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The others wait while the main process quantizes or searches, which may take hours.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAITING)
     try:
         yield World(rank, size, device)
     finally:

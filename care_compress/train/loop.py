@@ -247,7 +247,8 @@ def _check_loss(progress: Progress, loss: float, course: Course) -> None:
 
 def _remedy(plan: TrainSection) -> str:
     return (
-        f"lower train.learning_rate (now {plan.learning_rate}) or set train.clip_grad_norm, "
+        f"lower {plan.place}.learning_rate (now {plan.learning_rate}) or set "
+        f"{plan.place}.clip_grad_norm, "
         "under another --name if the kept state matters"
     )
 

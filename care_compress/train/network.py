@@ -43,7 +43,7 @@ class Training:
         self, plan: TrainSection, fingerprint: str, groups: Groups = decayed_and_free
     ) -> Course:
         """What the loop works on: `plan` over the recipe's training images."""
-        _check_share(plan, self.world)
+        check_batch_size(plan, len(self.samples), self.world)
         per_epoch = steps_per_epoch(self.samples, plan.batch_size)
         data = self.recipe.data
         return Course(
@@ -122,10 +122,16 @@ def training_fingerprint(recipe: Recipe, samples: Samples) -> str:
     )
 
 
-def _check_share(plan: TrainSection, world: World) -> None:
+def check_batch_size(plan: TrainSection, images: int, world: World) -> None:
+    """Refuse a batch that cannot be shared out or filled."""
     if plan.batch_size % (2 * world.size):
         raise TrainingError(
-            f"train.batch_size {plan.batch_size} does not divide into pairs over {world.size} "
-            "processes.",
+            f"{plan.place}.batch_size {plan.batch_size} does not divide into pairs over "
+            f"{world.size} processes.",
             f"use a multiple of {2 * world.size}",
+        )
+    if plan.batch_size > images:
+        raise TrainingError(
+            f"there are {images} training images, fewer than one batch of {plan.batch_size}.",
+            f"set {plan.place}.batch_size to {images} or less",
         )
