@@ -197,7 +197,9 @@ def test_accuracy_control_is_a_setting_of_ptq_alone() -> None:
         ("quantize.nncf.ignored_types=[Softmax]", "ignored_types"),
         ("quantize.nncf.model_type=null", "only with model_type: transformer"),
         ("quantize.qat={dampening: 0.1}", "dampening needs backend: torchao"),
-        ("quantize.rules=[{weight: 8}]", "its own placement"),
+        ("quantize.rules=[{weight: 8}]", "no rules"),
+        ("quantize.hadamard=true", "no hadamard"),
+        ("quantize.bias_correction=false", "no bias_correction"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(override: str, message: str) -> None:

@@ -1,13 +1,19 @@
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from quantized import SIZE, network, rules
+import yaml
+from quantized import SIZE, network, rules, section
 
+import care_compress
 from care_compress.errors import RecipeError
-from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.cost import measure_cost
 from care_compress.model.rewrite import rewrite
-from care_compress.quantization_sections import RuleSection
+from care_compress.quantization_sections import QuantizeSection, RuleSection
 from care_compress.quantize.plan import make_plan
+from care_compress.quantize.ptq import planned
 from care_compress.quantize.sites import find_sites
 from care_compress.quantize.spec import Plan
 from care_compress.target import load_target
@@ -114,11 +120,43 @@ def test_left_out_settings_follow_the_target() -> None:
 
 
 def test_energy_of_care_s0_is_the_published_estimate() -> None:
-    model = rewrite(load_checkpoint("builtin:care_nano_shapes"))
-    everything = RuleSection.model_validate({"weight": 8, "input": 8})
-    whole = make_plan(model, [everything], None, 64)
-    assert whole.energy_mj == pytest.approx(whole.macs * 0.3e-9)
-    nothing = RuleSection.model_validate({"weight": "float", "input": "float"})
-    in_float = make_plan(model, [nothing], None, 64)
-    assert in_float.energy_mj == pytest.approx(in_float.macs * 4.6e-9)
-    assert set(in_float.macs_by_precision()) == {"float"}
+    """0.717 G products: 3.30 mJ in float32, 0.215 in INT8."""
+    model = rewrite(care_compress.build_model("care_s0"))
+    for bits, millijoules in ((8, 0.215), ("float", 3.30)):
+        rule = RuleSection.model_validate({"weight": bits, "input": bits})
+        found = make_plan(model, [rule], None, 224)
+        assert found.energy_mj == pytest.approx(millijoules, rel=0.01)
+    assert set(found.macs_by_precision()) == {"float"}
+
+
+def test_a_rotation_is_work_in_float_and_counted() -> None:
+    rule = {"role": "pointwise", "weight": 4, "input": 4}
+    plain, turned = (
+        planned(network(), section(rule, hadamard=on), SIZE)[1] for on in (False, True)
+    )
+    added = turned.macs - plain.macs
+    assert added > 0 and turned.macs_by_precision()["float"] >= added
+    assert turned.energy_mj - plain.energy_mj == pytest.approx(added * 4.6e-9)
+
+
+def test_only_the_rule_that_decides_must_be_possible() -> None:
+    impossible = {"weight": 8, "input": {"bits": 8, "granularity": "channel"}}
+    found = plan(impossible, {"input": 8}, target="openvino-cpu")
+    assert found.of("heads.fc").input.granularity == "tensor"
+    clipped = plan({"input": {"bits": 8, "range": "mse"}}, target="openvino-cpu")
+    assert all(d.input.range == "mse" for d in clipped.decisions), "one rule clips everything"
+
+
+def test_attention_has_a_scale_per_head_where_that_can_be() -> None:
+    attention = {"role": "attention.*", "input": 8}
+    name = "stages.2.blocks.0.token_mixer.core.kv"
+    assert plan(attention).of(name).input.granularity == "channel"
+    assert plan(attention, target="openvino-cpu").of(name).input.granularity == "tensor"
+
+
+def test_the_readme_shows_rules_that_work() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(quantize:.*?)```", text, flags=re.S)
+    shown = QuantizeSection.model_validate_json(json.dumps(yaml.safe_load(block)["quantize"]))
+    model = rewrite(care_compress.build_model("care_s0"))
+    assert any("4" in d.precision for d in planned(model, shown, 224)[1].decisions)

@@ -10,13 +10,16 @@ from quantized import SIZE, W4A4, batches, images, network, quantized, section, 
 from rich.console import Console
 from tiny import image_folder
 from torch import Tensor
+from torch.fx import Interpreter, Node
 
 import care_compress
-from care_compress.errors import CareError, CheckpointError
+from care_compress.data.loader import Batch
+from care_compress.errors import CareError, CheckpointError, DataError
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantization_sections import QatSection
 from care_compress.quantize.artifact import load_quantized, quantized_header
+from care_compress.quantize.placement import site_of
 from care_compress.quantize.qat import (
     FollowFloat,
     dampening,
@@ -25,8 +28,9 @@ from care_compress.quantize.qat import (
 )
 from care_compress.recipe import load_recipe
 from care_compress.sections import TrainSection
+from care_compress.train.display import Silent
 from care_compress.train.distributed import World
-from care_compress.train.loop import set_up
+from care_compress.train.loop import Course, set_up, train_step
 
 QUIET = Console(quiet=True)
 RULES = [
@@ -176,6 +180,78 @@ def test_a_checkpoint_with_nan_names_where_it_comes_from(
     assert "stages.1.blocks.0.inter_layer.inter1_fc2" in str(caught.value)
 
 
+def test_attention_stays_in_float32_under_autocast() -> None:
+    model = quantized(section()).model
+    plain = model.graph.code
+    seen: dict[str, torch.dtype] = {}
+
+    class Watch(Interpreter):
+        def run_node(self, n: Node) -> object:
+            out = super().run_node(n)
+            if ".core" in site_of(n) and isinstance(out, Tensor):
+                seen[n.name] = out.dtype
+            return out
+
+    model.guard_attention(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        Watch(model.graph).run(images(2))
+        model(images(2))
+    assert len(seen) > 10 and set(seen.values()) == {torch.float32}
+    copy.deepcopy(model)  # weight averaging copies it
+    model.guard_attention(False)
+    assert model.graph.code == plain, "and what is exported is the plain graph"
+
+
+def test_half_precision_training_ends_with_a_model(
+    data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    gentle = {"max_steps": 3, "learning_rate": 1e-5}
+    path = recipe(tmp_path, data, checkpoint, precision="bf16", **gentle)
+    results = run_recipe(load_recipe(str(path)), tmp_path, "run", QUIET)
+    assert results["candidates"]["qat"]["agreement"] > 90
+
+
+def test_what_a_search_chose_is_what_is_trained(
+    data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, data, checkpoint, max_steps=2)
+    search = ["quantize.search={trials: 2, images: 16}", "budget.max_top1_drop=90"]
+    results = run_recipe(load_recipe(str(path), search), tmp_path, "run", QUIET)
+    plans = {
+        stage: load_quantized(tmp_path / "run" / stage / "model.safetensors").plan
+        for stage in ("ptq", "qat")
+    }
+    assert plans["ptq"] == plans["qat"] and results["plan"]["macs"]
+    widths = {decision.precision for decision in plans["qat"].decisions if decision.site.weighted}
+    assert "w4a4" in widths, "no rule of the recipe says so"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quantize.qat.batch_size=15", r"quantize\.qat\.batch_size 15 does not divide"),
+        ("quantize.qat.batch_size=4000", r"set quantize\.qat\.batch_size to \d+ or less"),
+        ("quantize.calibrate.list=absent.json", "cannot read absent.json"),
+        ("quantize.rules=[{role: nothing, weight: 8}]", "matches no site"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    data: Path, checkpoint: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    earlier = tmp_path / "run" / "results.json"
+    earlier.parent.mkdir()
+    earlier.write_text("{}")
+    path = recipe(tmp_path, data, checkpoint)
+    with pytest.raises(CareError, match=message):
+        run_recipe(load_recipe(str(path), [override]), tmp_path, "run", QUIET)
+    assert [p.name for p in earlier.parent.iterdir()] == ["results.json"], "old results stay"
+
+
+def test_another_resolution_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match=f"quantized at {SIZE}x{SIZE}, the images are 64x64"):
+        quantized(section()).model(torch.zeros(1, 3, 64, 64))
+
+
 def test_scales_stop_where_the_recipe_says_and_weights_go_on() -> None:
     model = quantized(section(W4A4)).model
     prepare_to_learn(model)
@@ -188,6 +264,22 @@ def test_scales_stop_where_the_recipe_says_and_weights_go_on() -> None:
     grouped = [id(p) for group in groups for p in group.parameters]
     trained = [id(p) for p in model.parameters() if p.requires_grad]
     assert sorted(grouped) == sorted(trained), "each parameter once"
+
+    plan = plan.model_copy(update={"epochs": 1, "freeze_scales": 0.5})
+    batch = Batch(images(16), torch.zeros(16, dtype=torch.int64), torch.arange(16))
+    course = Course(
+        plan, 4, 5, 0, "", lambda s: (), lambda x: x, lambda m: (0, 0), parameter_groups
+    )
+    trainee = set_up(model, plan, World(), parameter_groups)
+    moved = []
+    for _ in range(4):
+        before = [p.detach().clone() for g in (groups[2], groups[0]) for p in g.parameters[:3]]
+        objective = FollowFloat(network(), plan)
+        train_step(trainee, trainee.model.train(), objective, batch, course, World(), Silent())
+        after = [p for g in (groups[2], groups[0]) for p in g.parameters[:3]]
+        same = [torch.equal(b, a) for b, a in zip(before, after, strict=True)]
+        moved.append((not all(same[:3]), not all(same[3:])))
+    assert moved == [(True, True), (True, True), (False, True), (False, True)]
 
 
 def test_learning_reduces_the_distance_to_the_float_model() -> None:

@@ -100,6 +100,19 @@ def test_recipes_and_the_network_know_the_same_sizes() -> None:
     assert set(get_args(Arch)) == set(ARCHITECTURES)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quantize.rules=[{weigth: 8}]", "did you mean weight"),
+        ("quantize.rules=[{weight: {bits: 8, grup: 3}}]", "did you mean group"),
+        ("model.checkpoint=2020-13-45", "is not a YAML value"),
+    ],
+)
+def test_a_slip_of_the_pen_is_found_wherever_it_is(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("int8_qat", [override])
+
+
 def test_recipes_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_recipe("fp32").seed = 4  # type: ignore[misc]

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,16 @@ import torch
 from PIL import Image
 from tiny import CLASSES, image_folder
 
+import care_compress
+from care_compress.data.loader import BadImages
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
-from care_compress.errors import CalibrationError
+from care_compress.errors import BadImageError, CalibrationError
+from care_compress.model.rewrite import rewrite
 from care_compress.quantization_sections import CalibrateSection
 from care_compress.quantize.selection import (
     CalibrationSet,
+    deep_features,
     read_list,
     select_images,
     write_list,
@@ -37,9 +42,9 @@ def samples(folder: Path) -> Samples:
 
 
 def select(samples: Samples, seed: int = 0, **settings: object) -> CalibrationSet:
-    def features(indices: object) -> torch.Tensor:
+    def features(indices: list[int]) -> tuple[np.ndarray, torch.Tensor]:
         means = [np.asarray(samples.image(i).convert("RGB")).mean(axis=(0, 1)) for i in indices]
-        return torch.tensor(np.array(means), dtype=torch.float32)
+        return np.array(indices), torch.tensor(np.array(means), dtype=torch.float32)
 
     return select_images(samples, CalibrateSection.model_validate(settings), seed, features)
 
@@ -115,6 +120,42 @@ def test_a_list_that_does_not_fit_is_refused(
             read_list(path, samples)
     with pytest.raises(CalibrationError, match="cannot read"):
         read_list(tmp_path / "absent.json", samples)
+
+
+def test_a_saved_list_is_used_in_an_order_of_the_seed(samples: Samples, tmp_path: Path) -> None:
+    whole = select(samples, images=40)
+    by_class = np.argsort(samples.labels[list(whole.indices)], kind="stable")
+    ordered = replace(
+        whole,
+        indices=tuple(whole.indices[i] for i in by_class),
+        digests=tuple(whole.digests[i] for i in by_class),
+    )
+    write_list(tmp_path / "list.json", ordered)
+    used = select(samples, list=str(tmp_path / "list.json"))
+    assert sorted(used.indices) == sorted(whole.indices) and used.indices != ordered.indices
+    assert len(set(samples.labels[list(used.indices[:12])].tolist())) > 1, "not class by class"
+    digests = dict(zip(ordered.indices, ordered.digests, strict=True))
+    assert all(digests[i] == d for i, d in zip(used.indices, used.digests, strict=True))
+
+
+@pytest.mark.parametrize("method", ["random", "stratified", "diverse"])
+def test_bad_images_are_replaced_where_the_recipe_skips_them(
+    samples: Samples, folder: Path, method: str
+) -> None:
+    network = rewrite(care_compress.build_model("care_nano", 4))
+    data = DataSection(source=str(folder), resolution=32, workers=0, skip_bad_images=True)
+    section = CalibrateSection(images=40, method=method)
+    for path in sorted((folder / "train").rglob("*.png"))[::2]:
+        path.write_bytes(b"no image")
+    bad = BadImages()
+    features = deep_features(network, samples, data)
+    chosen = select_images(samples, section, 0, features, True, bad)
+    assert len(chosen.indices) == len(set(chosen.indices)) == 40
+    assert not any(samples.name(i) in bad.reasons for i in chosen.indices)
+    assert method == "diverse" or bad.reasons, "and they are reported"
+    if method != "diverse":
+        with pytest.raises(BadImageError):
+            select_images(samples, section, 0, features)
 
 
 def test_the_script_writes_a_list_from_any_directory(folder: Path, tmp_path: Path) -> None:

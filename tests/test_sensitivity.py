@@ -7,6 +7,7 @@ import torch
 from quantized import SIZE, W4A4, batches, images, network, quantized, section
 from rich.console import Console
 
+from care_compress.errors import RecipeError
 from care_compress.evaluate.plots import pareto, short_name
 from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize import sensitivity as measured
@@ -141,6 +142,21 @@ def test_a_budget_that_nothing_holds_ends_in_float_not_in_an_error() -> None:
         lambda trial: None,
     )
     assert not quantized_sites(found.quantized.model)
+
+
+def test_a_search_that_cannot_hold_the_budget_says_why() -> None:
+    loud = {"role": "residual_add", "input": 8}
+    chosen = section(loud, search={"trials": 1, "minutes": 5, "images": 8})
+    with pytest.raises(RecipeError, match="already loses 3.00 points"):
+        search_bits(
+            PtqJob(network(), SIZE, 0, batches), chosen, 0.5, lambda m: 3.0, lambda trial: None
+        )
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8_ptq_nncf"])
+def test_a_recipe_without_sites_of_ours_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has no plan of ours"):
+        run_sensitivity(load_recipe(name), tmp_path, "s", 16, Console(quiet=True))
 
 
 def test_the_front_has_no_trial_that_another_beats() -> None:

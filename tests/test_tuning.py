@@ -21,6 +21,7 @@ from quantized import (
     sqnr,
 )
 
+from care_compress.errors import CalibrationError
 from care_compress.model.attention import AttentionCore, CovarianceCore, FusedCore
 from care_compress.model.compact import ChannelAffine, Rotation, blocks
 from care_compress.quantize.calibrate import calibrate
@@ -35,7 +36,7 @@ from care_compress.quantize.equalize import (
 )
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.plan import make_plan
-from care_compress.quantize.ptq import float_reference, planned
+from care_compress.quantize.ptq import PtqJob, float_reference, planned, quantize_network
 from care_compress.quantize.spec import TensorSpec
 from care_compress.quantize.statistics import observe
 
@@ -229,6 +230,47 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     chosen = section(W4A4, reconstruct={"steps": 5, "images": 32, "batch_size": 16})
     first, second = (quantized(chosen).model.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_constant_channel_keeps_its_norm() -> None:
+    """One image of the smallest size: the last stage is one pixel, and no deviation is known."""
+    model = quantized(section(W4A4, bias_correction=False)).model
+    before = {name: value.clone() for name, value in model.graph.named_parameters()}
+    correct(model, float_reference(model), images(1), biases=False, norms=True)
+    for name, value in model.graph.named_parameters():
+        if name.endswith("norm.scale"):
+            ratio = value / before[name]
+            assert bool((ratio >= 0.49).all() and (ratio <= 2.01).all()), name
+
+
+def test_rounding_is_learned_from_few_images_in_one_batch_too() -> None:
+    """As many images as are wanted for learning: some are held back all the same."""
+    x = images(40)
+    settings = {"steps": 3, "images": 40, "batch_size": 8}
+    job = PtqJob(network(), SIZE, 0, lambda: (batch for batch in (x,)))
+    made = quantize_network(job, section(W4, reconstruct=settings))
+    assert made.tuning.rounded and str(made.tuning).endswith("halves")
+
+
+def test_a_weight_with_one_scale_is_clipped_by_its_own_error() -> None:
+    rule = {"role": "pointwise", "weight": {"bits": 4, "granularity": "tensor", "range": "mse"}}
+    model = quantized(section(rule)).model
+    assert sqnr(model(images(8)), network()(images(8))) > 0
+
+
+def test_one_scale_per_channel_at_the_scale_site_holds_whatever_prescale_says() -> None:
+    per_channel = {"role": "pointwise", "input": {"bits": 8, "granularity": "channel"}}
+    fc1 = {**per_channel, "site": "*_fc1"}
+    kept, scaled = (section(fc1, prescale=alpha) for alpha in ("trained", 1.0))
+    x = images(8)
+    assert torch.equal(quantized(kept).model(x), quantized(scaled).model(x))
+
+
+def test_activations_that_overflow_name_the_first_operation() -> None:
+    model = network()
+    model.stages[1].blocks[0].inter_layer.inter1_fc2.weight.data.fill_(1e38)
+    with pytest.raises(CalibrationError, match=r"stages\.1\.blocks\.0\.inter_layer\.inter1_fc2"):
+        quantized(section(), model)
 
 
 def test_affine_is_one_multiply_add_per_channel() -> None:

@@ -97,6 +97,7 @@ def select_images(
     if len(samples) == 0:
         raise CalibrationError("the training split is empty.", "check data.source")
     count = min(section.images, len(samples))
+    noted = BadImages() if bad is None else bad
     if section.method == "random":
         order = rng.permutation(len(samples))
     elif section.method == "stratified":
@@ -105,7 +106,7 @@ def select_images(
         pool = np.sort(rng.permutation(len(samples))[: POOL * count])
         decoded, found = features(pool.tolist())
         order = decoded[_diverse(found, min(count, len(decoded)), rng)]
-    return _first_good(samples, order, count, section.method, skip_bad, bad or BadImages())
+    return _first_good(samples, order, count, section.method, skip_bad, noted)
 
 
 def _first_good(
