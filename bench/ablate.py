@@ -1,8 +1,9 @@
 """What each method buys: every one added and removed, on one checkpoint (`make ablate`).
 
 Each row is a recipe with overrides, run through the ordinary pipeline. Finished rows are kept in
-``runs/ablate/<model>.json`` and not run again, so the table can be interrupted; ``--report`` writes
-it into docs/RESULTS.md. On the included model, or with ``--ckpt --data --res`` on any other.
+``runs/ablate/<model>.json`` with their revision and not run again, so the table can be
+interrupted; ``--report`` writes it into docs/RESULTS.md. On the included model, or with ``--ckpt
+--data --res`` on any other; ``--set evaluate.images=4000`` makes it shorter.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from rich.console import Console
 from care_compress.model.checkpoint import resolve_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe import Recipe, load_recipe
-from care_compress.run import fingerprint, sha256_file, write_text
+from care_compress.run import fingerprint, git_revision, sha256_file, write_text
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "RESULTS.md"
 FOLDED = "rewrite.fold_norms=true"
@@ -109,20 +110,21 @@ def main() -> None:
     name = Path(options.ckpt).stem if options.ckpt else "care_nano_shapes"
     store = options.runs / "ablate" / f"{name}.json"
     done: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    found: list[tuple[Row, dict[str, Any]]] = []
     for row in ROWS:
         if options.group and row.group not in options.group:
             continue
         recipe = load_recipe(row.recipe, (*row.overrides, *options.overrides), values)
         key = _key(recipe)
-        if done.get(row.what + row.group, {}).get("key") == key:
-            continue
-        console.print(f"{row.group}: {row.what}", markup=False)
-        results = run_recipe(recipe, options.runs / "ablate", "row", Console(quiet=True))
-        done[row.what + row.group] = {"key": key, **_kept(results)}
-        write_text(store, json.dumps(done, indent=1) + "\n")
-    console.print(_table(done), markup=False, soft_wrap=True)
+        if key not in done:
+            console.print(f"{row.group}: {row.what}", markup=False)
+            results = run_recipe(recipe, options.runs / "ablate", "row", Console(quiet=True))
+            done[key] = _kept(results)
+            write_text(store, json.dumps(done, indent=1) + "\n")
+        found.append((row, done[key]))
+    console.print(_table(found), markup=False, soft_wrap=True)
     if options.report:
-        _write(name, done, recipe)
+        _write(name, found, recipe)
 
 
 def _key(recipe: Recipe) -> str:
@@ -139,37 +141,39 @@ def _kept(results: dict[str, Any]) -> dict[str, Any]:
         "float": results["float"]["top1"],
         **results["candidates"][results["kept"]],
         "kept": results["kept"],
+        "date": str(datetime.now(UTC).date()),
+        "revision": git_revision() or "unknown",
         "seconds": {name: seconds[name] for name in ("select", "ptq", "qat") if name in seconds},
     }
 
 
-def _table(done: dict[str, Any]) -> str:
+def _table(rows: list[tuple[Row, dict[str, Any]]]) -> str:
     lines = [
         "| | method | top-1 | drop [95 %] | same answer | logit SQNR | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in ROWS:
-        found = done.get(row.what + row.group)
-        if found is None:
-            continue
+    for row, found in rows:
         low, high = found["drop_ci95"]
+        noise = "exact" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f} dB"
         note = " (PTQ weights kept)" if row.group == "trained" and found["kept"] == "ptq" else ""
         lines.append(
             f"| {row.group} | {row.what}{note} | {found['top1']:.2f} % "
             f"| {found['drop']:.2f} [{low:.2f}, {high:.2f}] | {found['agreement']:.2f} % "
-            f"| {found['sqnr_db']:.1f} dB | {sum(found['seconds'].values()):.0f} |"
+            f"| {noise} | {sum(found['seconds'].values()):.0f} |"
         )
     return "\n".join(lines)
 
 
-def _write(name: str, done: dict[str, Any], recipe: Recipe) -> None:
-    """Put this model's table into docs/RESULTS.md, in place of an older one."""
-    first = next(iter(done.values()))
-    heading = f"## {name}, {recipe.data.resolution}x{recipe.data.resolution}"
+def _write(name: str, rows: list[tuple[Row, dict[str, Any]]], recipe: Recipe) -> None:
+    """Put this model's table into docs/RESULTS.md, in place of an older one of as many images."""
+    first = rows[0][1]
+    size = recipe.data.resolution
+    heading = f"## {name}, {size}x{size}, {first['images']:,} images\n"
+    dates = ", ".join(sorted({found["date"] for _, found in rows}))
+    revisions = ", ".join(sorted({found["revision"][:7] for _, found in rows}))
     section = (
-        f"{heading}\n\nFloat: {first['float']:.2f} % top-1 on {first['images']:,} validation "
-        f"images. Measured {datetime.now(UTC).date()}; seconds are those of selecting, PTQ and "
-        f"QAT on two cores.\n\n{_table(done)}\n"
+        f"{heading}\nFloat: {first['float']:.2f} % top-1. Measured {dates} at {revisions}; seconds "
+        f"are those of selecting, PTQ and QAT.\n\n{_table(rows)}\n"
     )
     text = RESULTS.read_text(encoding="utf-8")
     before, _, rest = text.partition(heading)

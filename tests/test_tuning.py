@@ -260,10 +260,10 @@ def test_a_weight_with_one_scale_is_clipped_by_its_own_error() -> None:
 
 def test_one_scale_per_channel_at_the_scale_site_holds_whatever_prescale_says() -> None:
     per_channel = {"role": "pointwise", "input": {"bits": 8, "granularity": "channel"}}
-    fc1 = {**per_channel, "site": "*_fc1"}
-    kept, scaled = (section(fc1, prescale=alpha) for alpha in ("trained", 1.0))
-    x = images(8)
-    assert torch.equal(quantized(kept).model(x), quantized(scaled).model(x))
+    made = quantized(section({**per_channel, "site": "*_fc1"}, prescale="trained", equalize="off"))
+    assert made.tuning.alphas and set(made.tuning.alphas.values()) == {1.0}
+    fc1 = [d for d in made.model.plan.decisions if d.site.name.endswith("_fc1")]
+    assert {d.site.name for d in fc1} == set(made.tuning.alphas), "the plan says per channel"
 
 
 def test_activations_that_overflow_name_the_first_operation() -> None:

@@ -139,7 +139,8 @@ def _rescaled(
         return {}, {}
 
     def float_graph() -> QuantizedCare:
-        graph = simulate(network, plan)
+        with torch.inference_mode(False):  # nothing can be exported inside it
+            graph = simulate(network, plan)
         graph.enable(False)
         return graph
 
