@@ -10,6 +10,7 @@ from rich.console import Console
 from care_compress.errors import RecipeError
 from care_compress.evaluate.plots import pareto, short_name
 from care_compress.quantization_sections import QuantizeSection
+from care_compress.quantize import mixed
 from care_compress.quantize import sensitivity as measured
 from care_compress.quantize.mixed import LADDER, Trial, search_bits
 from care_compress.quantize.placement import QuantizedCare
@@ -113,8 +114,16 @@ def test_the_search_ends_with_the_cheapest_network_within_the_budget() -> None:
     assert torch.equal(again(x), found.quantized.model(x)), "the rules it found are a recipe"
 
 
+@pytest.fixture
+def noises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step as noisy as every other: for tests of what a search does with them."""
+    monkeypatch.setattr(
+        mixed, "_noises", lambda job, section, sites, precision: dict.fromkeys(sites, 1.0)
+    )
+
+
 @pytest.mark.parametrize("reachable", [True, False])
-def test_a_cost_to_reach_is_enough_where_the_drop_allows_it(reachable: bool) -> None:
+def test_a_cost_to_reach_is_enough_where_the_drop_allows_it(reachable: bool, noises: None) -> None:
     def cost(chosen: QuantizeSection) -> float:
         plan = planned(network(), chosen, SIZE)[1]
         return float(sum(decision.bit_operations for decision in plan.decisions))
@@ -133,7 +142,7 @@ def test_a_cost_to_reach_is_enough_where_the_drop_allows_it(reachable: bool) -> 
         assert len(found.trials) == 1 and found.cost > 0.8 * limit, "no further than asked for"
 
 
-def test_a_budget_that_nothing_holds_ends_in_float_not_in_an_error() -> None:
+def test_a_budget_that_nothing_holds_ends_in_float_not_in_an_error(noises: None) -> None:
     found = search_bits(
         PtqJob(network(), SIZE, 0, batches),
         section(search={"trials": 2, "minutes": 5, "images": 8}),
@@ -144,7 +153,7 @@ def test_a_budget_that_nothing_holds_ends_in_float_not_in_an_error() -> None:
     assert not quantized_sites(found.quantized.model)
 
 
-def test_a_search_that_cannot_hold_the_budget_says_why() -> None:
+def test_a_search_that_cannot_hold_the_budget_says_why(noises: None) -> None:
     loud = {"role": "residual_add", "input": 8}
     chosen = section(loud, search={"trials": 1, "minutes": 5, "images": 8})
     with pytest.raises(RecipeError, match="already loses 3.00 points"):

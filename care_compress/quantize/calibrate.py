@@ -31,7 +31,8 @@ def calibrate(
         quantizer.observer = make_observer(quantizer, percentile).to(quantizer.scale.device)
     seen = 0
     for images in batches:
-        check_finite(quantized(images), images, lambda: quantized)
+        if not bool(torch.isfinite(quantized(images)).all()):
+            raise not_finite(quantized, images)
         seen += len(images)
     if not seen:
         raise CalibrationError(
@@ -57,12 +58,6 @@ def set_weight_scales(quantized: QuantizedCare, covariances: Mapping[str, Tensor
         quantizer.set_qparams(scale, torch.zeros_like(quantizer.zero_point))
 
 
-def check_finite(logits: Tensor, images: Tensor, graph: Callable[[], QuantizedCare]) -> None:
-    """Refuse NaN and infinity, naming the first operation of the float `graph` that makes one."""
-    if not bool(torch.isfinite(logits).all()):
-        raise _not_finite(graph(), images)
-
-
 class _FirstNonFinite(Interpreter):
     """Runs the graph node by node until a value is no number."""
 
@@ -76,7 +71,8 @@ class _FirstNonFinite(Interpreter):
         return out
 
 
-def _not_finite(quantized: QuantizedCare, images: Tensor) -> CalibrationError:
+def not_finite(quantized: QuantizedCare, images: Tensor) -> CalibrationError:
+    """The error for such images; names the first operation of the float graph that makes one."""
     run = _FirstNonFinite(quantized.graph)
     run.run(images)
     assert run.found is not None

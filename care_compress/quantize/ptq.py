@@ -13,10 +13,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from care_compress.errors import CalibrationError
 from care_compress.model.attention import CovarianceCore
 from care_compress.model.compact import CompactCare, SlicedMixer
 from care_compress.quantization_sections import QuantizeSection
-from care_compress.quantize.calibrate import Batches, calibrate, check_finite
+from care_compress.quantize.calibrate import Batches, calibrate, not_finite
 from care_compress.quantize.correct import correct, images_to_hold
 from care_compress.quantize.equalize import (
     equalized_layers,
@@ -138,15 +139,13 @@ def _rescaled(
     if not wanted:
         return {}, {}
 
-    def float_graph() -> QuantizedCare:
+    def named(images: Tensor) -> CalibrationError:
         with torch.inference_mode(False):  # nothing can be exported inside it
             graph = simulate(network, plan)
         graph.enable(False)
-        return graph
+        return not_finite(graph, images)
 
-    seen = observe(
-        network, batches(), wanted, lambda logits, x: check_finite(logits, x, float_graph)
-    )
+    seen = observe(network, batches(), wanted, named)
     alphas: dict[str, float | None] = {}
     covariances = {}
     for name, alpha in wanted.items():

@@ -80,23 +80,28 @@ def observe(
     model: CompactCare,
     batches: Iterable[Tensor],
     names: Iterable[str],
-    check: Callable[[Tensor, Tensor], None] = lambda logits, images: None,
+    not_finite: Callable[[Tensor], Exception] = lambda images: ValueError("NaN or infinity"),
 ) -> dict[str, InputStatistics]:
     """Run the float model once over all batches, watching the inputs of the named layers.
 
-    `check` gets the logits and the images of every batch.
+    `not_finite` makes the error for images whose logits are no numbers.
     """
     found = {name: InputStatistics() for name in names}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(_watch(statistics))
         for name, statistics in found.items()
     ]
+    spoiled = None
     try:
         for images in batches:
-            check(model(images), images)
+            if not bool(torch.isfinite(model(images)).all()):
+                spoiled = images
+                break
     finally:
         for handle in handles:
             handle.remove()
+    if spoiled is not None:
+        raise not_finite(spoiled)
     return found
 
 
