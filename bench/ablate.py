@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--group", action="append", help="only these groups of rows")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--report", action="store_true", help="write docs/RESULTS.md")
+    parser.add_argument("--finished", action="store_true", help="run nothing more")
     options = parser.parse_args()
     given = {
         "model.checkpoint": options.ckpt,
@@ -116,6 +117,8 @@ def main() -> None:
             continue
         recipe = load_recipe(row.recipe, (*row.overrides, *options.overrides), values)
         key = _key(recipe)
+        if key not in done and options.finished:
+            continue
         if key not in done:
             console.print(f"{row.group}: {row.what}", markup=False)
             results = run_recipe(recipe, options.runs / "ablate", "row", Console(quiet=True))
