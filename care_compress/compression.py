@@ -89,7 +89,8 @@ def _ptq_by_torchao(
             made = quantize_network(replace(job, notify=notify), section)
     shop.run.write_json("ptq/tuning.json", asdict(made.tuning))
     if str(made.tuning):
-        shop.console.print(f"{made.tuning} ({escape(str(path.parent / 'tuning.json'))})")
+        where = escape(str(path.parent / "tuning.json"))
+        shop.console.print(f"{made.tuning}: {where}", soft_wrap=True, highlight=False)
     save_quantized(made.model.cpu(), section, recipe.rewrite, path)
 
 
