@@ -55,3 +55,7 @@ class RunError(CareError):
 
 class TargetError(CareError):
     """A runtime that is not installed here or cannot do what was asked."""
+
+
+class ExportError(CareError):
+    """An export that cannot be written, or whose file does not compute what the model does."""

@@ -21,6 +21,7 @@ from care_compress.sections import (
     BudgetSection,
     DataSection,
     EvaluateSection,
+    ExportSection,
     ModelSection,
     RewriteSection,
     Section,
@@ -45,6 +46,7 @@ class Recipe(Section):
     train: TrainSection | None = None
     rewrite: RewriteSection = RewriteSection()
     quantize: QuantizeSection | None = None
+    export: ExportSection = ExportSection()
     budget: BudgetSection = BudgetSection()
     evaluate: EvaluateSection = EvaluateSection()
 

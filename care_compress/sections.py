@@ -121,6 +121,21 @@ class TrainSection(Section):
         return min(self.epochs * steps_per_epoch, self.max_steps or self.epochs * steps_per_epoch)
 
 
+class ExportSection(Section):
+    """Which targets get files, and how the files are checked."""
+
+    targets: tuple[str, ...] | None = Field(
+        None, description="names of recipes/targets/; every one that can execute it if left out"
+    )
+    batch: Count | Literal["dynamic"] = Field(1, description="images at once; dynamic: any number")
+    images: Count = Field(
+        256, description="validation images on which a file must answer as the model does"
+    )
+    target_rules: bool = Field(
+        True, description="follow a target's own rules (TensorRT: depthwise convs stay in float)"
+    )
+
+
 class EvaluateSection(Section):
     """How the result is measured."""
 

@@ -12,6 +12,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import Field, field_validator, model_validator
 
 from care_compress.errors import RecipeError
+from care_compress.quantization_sections import RuleSection
 from care_compress.recipe import RECIPES_DIR, parse, read_yaml
 from care_compress.sections import Section
 
@@ -84,11 +85,19 @@ class Target(Section):
     opset: Annotated[int, Field(ge=20)] = Field(
         description="ONNX opset of the exported graph, one that every supported version reads"
     )
+    rules: tuple[RuleSection, ...] = Field(
+        (), description="what an export adds to a recipe's rules: sites that run faster in float"
+    )
     builds_without_device: bool = Field(
         False, description="an engine can be built where the device is absent"
     )
     needs: Needs
     notes: tuple[str, ...] = Field(description="why the values above are what they are")
+
+    @property
+    def is_typed(self) -> bool:
+        """Every operation runs in the type the graph gives it, so the graph has to say float16."""
+        return self.runtime in ("tensorrt", "tensorrt_rtx") and self.float_type == "fp16"
 
     @model_validator(mode="after")
     def _device_fits(self) -> "Target":

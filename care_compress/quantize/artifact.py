@@ -1,6 +1,7 @@
 """A quantized model as a file: weights, scales and what is needed to build the graph again."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from safetensors.torch import load_file, save
 from care_compress.errors import CheckpointError
 from care_compress.model.care import build_model
 from care_compress.model.checkpoint import QUANTIZED_HEADER
+from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
 from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
+from care_compress.quantize.retarget import float_network
 from care_compress.run import atomic_file
 from care_compress.sections import RewriteSection
 
@@ -60,8 +63,17 @@ def _about(path: Path) -> dict[str, Any]:
     return about
 
 
-def load_quantized(path: Path) -> QuantizedCare:
-    """The quantized model in simulation, ready to run."""
+@dataclass(frozen=True)
+class Saved:
+    """A quantized model read from its file."""
+
+    model: QuantizedCare
+    network: CompactCare  # the float network inside, as PTQ rescaled and QAT trained it
+    section: QuantizeSection
+
+
+def load_saved(path: Path) -> Saved:
+    """The quantized model in simulation, ready to run, and what it was made from."""
     about, section = _about(path), quantized_section(path)
     rewrites = RewriteSection.model_validate_json(json.dumps(about["rewrite"]))
     with torch.random.fork_rng():
@@ -69,4 +81,9 @@ def load_quantized(path: Path) -> QuantizedCare:
     network, plan = planned(network, section, about["resolution"])
     model = simulate(network, plan)
     model.load_state_dict(load_file(path), strict=True)
-    return model
+    return Saved(model, float_network(model, network), section)
+
+
+def load_quantized(path: Path) -> QuantizedCare:
+    """The quantized model in simulation, ready to run."""
+    return load_saved(path).model

@@ -148,13 +148,15 @@ def to_openvino(model: nn.Module, resolution: int) -> Any:
     return converted
 
 
-def save_openvino(model: Any, path: Path) -> None:
-    """Write ``path`` and the weights beside it, each whole or not at all, the weights first."""
+def save_openvino(model: Any, path: Path, half: bool = False) -> None:
+    """Write ``path`` and the weights beside it, each whole or not at all, the weights first.
+
+    OpenVINO's default would round what stayed in float to float16; here only `half` does.
+    """
     openvino = load_openvino()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / path.name
-        # The default would round what stayed in float to float16.
-        openvino.save_model(model, made, compress_to_fp16=False)
+        openvino.save_model(model, made, compress_to_fp16=half)
         for suffix in (".bin", ".xml"):
             with atomic_file(path.with_suffix(suffix)) as temporary:
                 temporary.write_bytes(made.with_suffix(suffix).read_bytes())

@@ -1,0 +1,1 @@
+"""From a model to the files that runtimes execute; each is checked before it is written."""

@@ -1,0 +1,53 @@
+"""Writing an ONNX file, and refusing to write one that is not what was planned."""
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from care_compress.errors import ExportError
+from care_compress.export.about import About
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.run import atomic_file
+
+_FIX = "this is a bug of care-compress: please report the recipe"
+
+
+def write_onnx(model: ir.Model, about: About, path: Path, quantized: QuantizedCare | None) -> None:
+    """Check the graph, against its plan too if it has one, and write it whole or not at all."""
+    proto = ir.to_proto(model)
+    # Types of intermediate values can be inferred again, and would be a tenth of a small file.
+    del proto.graph.value_info[:]
+    for key, value in about.as_texts().items():
+        proto.metadata_props.add(key=key, value=value)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"{path.name} is no valid ONNX graph: {reason}.", _FIX) from error
+    check_pairs(proto.graph, quantized)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def check_pairs(graph: onnx.GraphProto, quantized: QuantizedCare | None) -> None:
+    """Every planned tensor has its Q/DQ pair, and no DequantizeLinear has two readers."""
+    integers = [] if quantized is None else list(quantized.integers())
+    weights = sum(quantizer.operand == "weight" for quantizer in integers)
+    stored = {tensor.name for tensor in graph.initializer}
+    quantizes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    dequantizes = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    found = sum(node.input[0] in stored for node in dequantizes)
+    if (found, len(quantizes)) != (weights, len(integers) - weights):
+        raise ExportError(
+            f"the graph has {found} integer weights and {len(quantizes)} quantized activations, "
+            f"planned are {weights} and {len(integers) - weights}.",
+            _FIX,
+        )
+    readers: dict[str, int] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers[name] = readers.get(name, 0) + 1
+    for node in dequantizes:
+        if readers.get(node.output[0], 0) != 1:
+            raise ExportError(f"{node.name} has {readers.get(node.output[0], 0)} readers.", _FIX)

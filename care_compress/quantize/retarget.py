@@ -1,0 +1,88 @@
+"""One quantized model, many targets: the same weights, ranges in the form each runtime executes.
+
+TensorRT takes one symmetric range for a tensor, OpenVINO a zero point and a range for each channel
+of a depthwise input. What calibration or training found says everything about either,
+
+    low = s (q_min - z),    high = s (q_max - z),
+
+so no image is needed, and ranges that QAT learned are kept.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from care_compress.model.compact import CompactCare
+from care_compress.quantization_sections import RuleSection
+from care_compress.quantize.fakequant import IntQuantizer
+from care_compress.quantize.placement import ROOT, QuantizedCare, simulate
+from care_compress.quantize.plan import make_plan
+from care_compress.quantize.spec import TensorSpec
+from care_compress.target import Target
+
+SMALLEST_SCALE = 2.0**-24  # float16's smallest number
+
+
+def float_network(model: QuantizedCare, skeleton: CompactCare) -> CompactCare:
+    """The network inside a quantized model: `skeleton` with its weights, rescaled and trained."""
+    network = copy.deepcopy(skeleton)
+    prefix = f"{ROOT}."
+    network.load_state_dict(
+        {
+            name.removeprefix(prefix): value
+            for name, value in model.graph.state_dict().items()
+            if name.startswith(prefix)
+        },
+        strict=True,
+    )
+    return network
+
+
+def retarget(
+    model: QuantizedCare, network: CompactCare, rules: tuple[RuleSection, ...], target: Target
+) -> QuantizedCare:
+    """The model as `target` executes it; `RecipeError` if it cannot.
+
+    `network` is the one inside, `rules` are those that made the model.
+    """
+    plan = make_plan(network, (*rules, *target.rules), target, model.plan.resolution)
+    moved = simulate(network, plan)
+    found = {(quantizer.site, quantizer.operand): quantizer for quantizer in model.integers()}
+    for quantizer in moved.integers():
+        source = found[quantizer.site, quantizer.operand]
+        quantizer.set_qparams(*_range_in(source, quantizer.spec, len(quantizer.scale)))
+        if target.is_typed:
+            quantizer.scale.copy_(_round_up_to_half(quantizer.scale))
+    return moved
+
+
+def _range_in(source: IntQuantizer, spec: TensorSpec, scales: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of `spec` that cover what `source` covers."""
+    scale, zero_point = source.calculate_qparams()
+    alike = (source.spec.granularity, source.spec.symmetric) == (spec.granularity, spec.symmetric)
+    if alike and len(scale) == scales:
+        return scale, zero_point
+    low = scale * (source.quant_min - zero_point)
+    high = scale * (source.quant_max - zero_point)
+    if scales == 1:
+        low, high = low.amin().reshape(1), high.amax().reshape(1)
+    low, high = low.expand(scales), high.expand(scales)
+    if spec.symmetric:
+        scale = torch.maximum(low / spec.quant_min, high / spec.quant_max)
+        return scale, torch.zeros_like(scale)
+    scale = (high - low) / (spec.quant_max - spec.quant_min)
+    return scale, (spec.quant_min - low / scale).round()
+
+
+def _round_up_to_half(scale: Tensor) -> Tensor:
+    """The next float16: upwards, so that the largest value still fits.
+
+    A graph typed in float16 holds its scales in float16. Rounded here, the simulation and the
+    integers made from the weights know it; rounded in the file, every weight of a channel with a
+    tiny scale would be off by up to half.
+    """
+    half = scale.to(torch.float16)
+    low = half.float() < scale
+    up = torch.nextafter(half, torch.full_like(half, torch.inf))
+    return torch.where(low, up, half).float().clamp(min=SMALLEST_SCALE)
