@@ -1,6 +1,7 @@
 """The whole product in one place: from a recipe to results, stage after stage.
 
-    recipe -> float model (trained, or loaded) -> rewrite -> quantize -> (train) -> results.json
+    recipe -> float model (trained, or loaded) -> rewrite -> quantize -> (train) -> export
+           -> results.json
 
 Each stage takes its own section of the recipe and the previous stage's value, and leaves what it
 made in the run directory.
@@ -20,6 +21,7 @@ from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import DataError, RecipeError, TrainingError
 from care_compress.evaluate.accuracy import Accuracy, spread_indices
 from care_compress.evaluate.tables import quantized_table, rewrite_table
+from care_compress.exporting import Exported, chosen_targets, exported
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare
@@ -39,7 +41,7 @@ from care_compress.train.network import check_batch_size, train_network
 from care_compress.workshop import Workshop, measured, opened, training_in
 
 # What a quantized recipe asks for beyond this version; shrinks as the stages arrive.
-PENDING_STAGES = ("export", "compare")
+PENDING_STAGES = ("compare",)
 
 
 def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[str, Any]:
@@ -54,11 +56,16 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
         model = float_model(shop, validation)
         compact, steps = rewritten(shop, model)
         if recipe.quantize is None:
-            return report_float(shop, validation, steps, evaluated(shop, compact, validation))
+            accuracy = evaluated(shop, compact, validation)
+            done = exported(shop, model, compact, None, validation)
+            return report_float(shop, validation, steps, accuracy, done)
         tried = [quantized(shop, compact, validation)]
         if recipe.quantize.qat is not None:
             tried.append(trained_quantized(shop, tried[0], compact, validation))
-        return report_quantized(shop, validation, steps, tried)
+        best = best_of(tried)
+        show_candidates(shop, tried, best)
+        done = exported(shop, model, compact, best.path, validation)
+        return report_quantized(shop, validation, steps, tried, best, done)
 
 
 def check_recipe(recipe: Recipe, world: World) -> None:
@@ -74,6 +81,7 @@ def check_recipe(recipe: Recipe, world: World) -> None:
             read_list(Path(section.calibrate.list), samples)
     if section is not None:
         check_plan(recipe, section, world)
+    chosen_targets(recipe)
 
 
 def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> None:
@@ -189,10 +197,14 @@ def evaluated(shop: Workshop, model: CompactCare, validation: Samples) -> Accura
 
 
 def report_float(
-    shop: Workshop, validation: Samples, steps: list[RewriteStep], accuracy: Accuracy
+    shop: Workshop,
+    validation: Samples,
+    steps: list[RewriteStep],
+    accuracy: Accuracy,
+    done: list[Exported],
 ) -> dict[str, Any]:
     """Results of a recipe without a quantize section."""
-    results = _results(shop, validation, steps, accuracy)
+    results = _results(shop, validation, steps, accuracy, done)
     _finish(shop, results)
     shop.console.print(
         f"[bold]top-1 {accuracy.top1:.2f} %[/]  top-5 {accuracy.top5:.2f} %  "
@@ -201,15 +213,36 @@ def report_float(
     return results
 
 
+def best_of(tried: list[Candidate]) -> Candidate:
+    """The last candidate, unless it ended below an earlier one."""
+    return max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
+
+
+def show_candidates(shop: Workshop, tried: list[Candidate], best: Candidate) -> None:
+    """Float and quantized side by side, and which is kept."""
+    named = [(candidate.name, candidate.paired) for candidate in tried]
+    shop.console.print(quantized_table(named, best.name))
+    if best is not tried[-1]:
+        shop.console.print(
+            f"[yellow]{tried[-1].name} ended below {best.name}[/], so the {best.name} weights "
+            "are kept; try a lower quantize.qat.learning_rate"
+        )
+    shop.console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
+
+
 def report_quantized(
-    shop: Workshop, validation: Samples, steps: list[RewriteStep], tried: list[Candidate]
+    shop: Workshop,
+    validation: Samples,
+    steps: list[RewriteStep],
+    tried: list[Candidate],
+    best: Candidate,
+    done: list[Exported],
 ) -> dict[str, Any]:
-    """Results of a quantized recipe: the last candidate, unless it ended below the first."""
-    best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
+    """Results of a quantized recipe."""
     recipe, section = shop.recipe, shop.recipe.quantize
     assert section is not None
     results = {
-        **_results(shop, validation, steps, best.paired.candidate),
+        **_results(shop, validation, steps, best.paired.candidate, done),
         "float": {
             "top1": best.paired.baseline.top1,
             "top5": best.paired.baseline.top5,
@@ -223,23 +256,15 @@ def report_quantized(
         "pending_stages": list(PENDING_STAGES),
     }
     _finish(shop, results)
-    named = [(candidate.name, candidate.paired) for candidate in tried]
-    shop.console.print(quantized_table(named, best.name))
-    if best is not tried[-1]:
-        shop.console.print(
-            f"[yellow]{tried[-1].name} ended below {best.name}[/], so the {best.name} weights "
-            "are kept; try a lower quantize.qat.learning_rate"
-        )
     if results["budget"] and not results["budget"]["met"]:
         limit = results["budget"]["max_top1_drop"]
         shop.console.print(
             f"[yellow]a drop of {best.paired.drop:.2f} points is over the budget of {limit}[/]"
         )
-    shop.console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
     measured = "the file" if section.backend == "nncf" else "the simulation"
     shop.console.print(
-        f"Accuracy is that of {measured}: {' and '.join(PENDING_STAGES)} are not part of this "
-        "version."
+        f"Accuracy is that of {measured}; the files were compared with it. Their own accuracy and "
+        "speed are measured by compare, which is not part of this version."
     )
     return results
 
@@ -258,7 +283,11 @@ def _plan_in_short(plan: Plan) -> dict[str, Any]:
 
 
 def _results(
-    shop: Workshop, validation: Samples, steps: list[RewriteStep], accuracy: Accuracy
+    shop: Workshop,
+    validation: Samples,
+    steps: list[RewriteStep],
+    accuracy: Accuracy,
+    done: list[Exported],
 ) -> dict[str, Any]:
     """What every kind of recipe reports."""
     recipe = shop.recipe
@@ -274,6 +303,7 @@ def _results(
             "classes": list(validation.classes),
             "skipped_images": shop.bad.reasons,
         },
+        "exports": {one.target.name: one.as_json() for one in done},
         "seconds": shop.seconds,
     }
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from care_compress.errors import ExportError
-from care_compress.export.float_graph import INPUT, OUTPUT, module_of
+from care_compress.export.float_graph import OUTPUT, module_of
 
 _FLOAT32 = re.compile(r"(stages\.\d+\.blocks\.\d+\.token_mixer\.core|pool|heads)\b")
 _KINDS = {ir.DataType.FLOAT, ir.DataType.FLOAT16}

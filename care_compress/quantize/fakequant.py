@@ -1,15 +1,14 @@
 """Simulated quantization of one tensor: the module that stands on every quantized edge.
 
 x_q = clamp(round(x / s) + z, q_min, q_max), x^ = s (x_q - z). The same module is calibrated (an
-observer is attached to it), simulated, learned (LSQ+, arXiv 2004.09576) and at last lowered to
-integer operations by torchao, so that what was trained is what is exported.
+observer is attached to it), simulated, learned (LSQ+, arXiv 2004.09576) and at last read by the
+export, so that what was trained is what is exported.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 
 from care_compress.quantize.spec import TensorSpec
@@ -43,15 +42,6 @@ class HalfRounding(TensorQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         """X as the half type holds it."""
         return x.to(self.half).to(x.dtype) if self.enabled else x
-
-    def convert(self, model: GraphModule, node: Node) -> None:
-        """Torchao's hook: lower this module call to two casts."""
-        with model.graph.inserting_before(node):
-            to = torch.ops.aten.to.dtype
-            narrow = model.graph.call_function(to, (node.args[0], self.half))
-            wide = model.graph.call_function(to, (narrow, torch.float32))
-        node.replace_all_uses_with(wide)
-        model.graph.erase_node(node)
 
 
 class IntQuantizer(TensorQuantizer):
@@ -155,33 +145,6 @@ class GroupQuantizer(IntQuantizer):
 
     def _learnable(self, x: Tensor) -> Tensor:
         return super()._learnable(x.reshape(len(self.scale), -1)).reshape(x.shape)
-
-    def convert(self, model: GraphModule, node: Node) -> None:
-        """Torchao's hook: lower to reshape, quantize, dequantize, reshape."""
-        scale, zero_point = self.calculate_qparams()
-        source = node.args[0]
-        assert isinstance(source, Node)
-        name = str(node.target)
-        model.register_buffer(f"{name}_scale", scale)
-        model.register_buffer(f"{name}_zero_point", zero_point)
-        ops = torch.ops.quantized_decomposed
-        graph = model.graph
-        with graph.inserting_before(node):
-            parameters = (
-                graph.get_attr(f"{name}_scale"),
-                graph.get_attr(f"{name}_zero_point"),
-                0,
-                self.quant_min,
-                self.quant_max,
-                torch.int8,
-            )
-            reshape = torch.ops.aten.reshape.default
-            rows = graph.call_function(reshape, (source, [len(scale), -1]))
-            quantized = graph.call_function(ops.quantize_per_channel.default, (rows, *parameters))
-            back = graph.call_function(ops.dequantize_per_channel.default, (quantized, *parameters))
-            out = graph.call_function(reshape, (back, list(source.meta["val"].shape)))
-        node.replace_all_uses_with(out)
-        graph.erase_node(node)
 
 
 def make_quantizer(spec: TensorSpec, site: str, operand: str, shape: torch.Size) -> Any:

@@ -1,7 +1,8 @@
 """Putting the plan into the graph: torchao PT2E with a `Quantizer` of our own.
 
 `simulate` exports a `CompactCare` and lets torchao insert our quantizers where the plan says.
-The result computes with simulated integers, can be trained, and `lower` turns it into real ones.
+The result computes with simulated integers and can be trained; `care_compress.export` writes the
+real ones.
 """
 
 import copy
@@ -13,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.graph import CodeGen
 from torch.fx.node import map_aggregate
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
@@ -30,7 +30,7 @@ from care_compress.quantize.quiet import quiet
 from care_compress.quantize.spec import FLOAT, Decision, Plan, TensorSpec
 
 ROOT = "network"  # the CompactCare inside the exported wrapper
-_PRODUCTS = (
+PRODUCTS = (
     torch.ops.aten.conv2d.default,
     torch.ops.aten.linear.default,
     torch.ops.aten.matmul.default,
@@ -147,7 +147,7 @@ class PlanQuantizer(Quantizer):
     def annotate(self, model: GraphModule) -> GraphModule:
         """Write each decision on the node that computes its site."""
         for node in list(model.graph.nodes):
-            decision = self.decisions.get(site_of(node)) if node.target in _PRODUCTS else None
+            decision = self.decisions.get(site_of(node)) if node.target in PRODUCTS else None
             if decision is None:
                 continue
             self.placed.add(decision.site.name)
@@ -203,20 +203,6 @@ def simulate(network: CompactCare, plan: Plan) -> QuantizedCare:
         program = torch.export.export(exported, (example,), dynamic_shapes=({0: batch},))
         graph = prepare_qat_pt2e(program.module(check_guards=False), PlanQuantizer(plan))
     return QuantizedCare(graph, plan, network.arch, network.num_classes).eval().to(device)
-
-
-def lower(quantized: QuantizedCare) -> GraphModule:
-    """Real integers: weights stored as int8, quantize and dequantize as operations, logits only."""
-    with quiet():
-        graph = copy.deepcopy(quantized.graph)
-    (output,) = (node for node in graph.graph.nodes if node.op == "output")
-    output.args = (output.args[0][0],)
-    graph.graph.set_codegen(CodeGen())  # the exporter's own would still unpack five outputs
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    with quiet():
-        lowered: GraphModule = convert_pt2e(graph, fold_quantize=True)
-    return lowered
 
 
 def site_of(node: Node) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from care_compress.errors import TargetError
+from care_compress.runtime.slicing import in_slices
 
 
 class OnnxPredictor:
@@ -43,15 +44,11 @@ class OnnxPredictor:
         """Logits (B, K); a model of fixed batch size is fed slice by slice."""
         self._check_size(images_BCHW)
         fixed = self.input.shape[0]
-        step = fixed if isinstance(fixed, int) else len(images_BCHW)
-        return torch.cat([self._run(chunk, step) for chunk in torch.split(images_BCHW, step)])
+        return in_slices(self._run, images_BCHW, fixed if isinstance(fixed, int) else None)
 
-    def _run(self, chunk_BCHW: Tensor, size: int) -> Tensor:
-        missing = size - len(chunk_BCHW)
-        padded = torch.cat([chunk_BCHW, chunk_BCHW[-1:].expand(missing, -1, -1, -1)])
-        feed = {self.input.name: padded.float().cpu().contiguous().numpy()}
-        logits = torch.from_numpy(self.session.run(None, feed)[0])
-        return logits[: len(chunk_BCHW)].to(chunk_BCHW.device)
+    def _run(self, images_BCHW: Tensor) -> Tensor:
+        feed = {self.input.name: images_BCHW.float().cpu().contiguous().numpy()}
+        return torch.from_numpy(self.session.run(None, feed)[0]).to(images_BCHW.device)
 
     def _check_size(self, images_BCHW: Tensor) -> None:
         wanted = self.input.shape[2:]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from care_compress.errors import TargetError
 from care_compress.quantize.openvino_library import load_openvino
+from care_compress.runtime.slicing import in_slices
 
 
 class OpenVinoPredictor:
@@ -44,14 +45,19 @@ class OpenVinoPredictor:
         self.num_classes = int(classes.get_length())
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, K)."""
+        """Logits (B, K); a model of fixed batch size is fed slice by slice."""
         self._check_size(images_BCHW)
+        fixed = None if self.shape[0].is_dynamic else int(self.shape[0].get_length())
+        return in_slices(self._run, images_BCHW, fixed)
+
+    def _run(self, images_BCHW: Tensor) -> Tensor:
         (logits,) = self.compiled([images_BCHW.float().cpu().contiguous().numpy()]).values()
         # OpenVINO uses its memory again for the next batch.
         return torch.from_numpy(logits.copy()).to(images_BCHW.device)
 
     def _check_size(self, images_BCHW: Tensor) -> None:
-        if not self.shape.compatible(load_openvino().PartialShape(list(images_BCHW.shape))):
+        wanted = load_openvino().PartialShape([-1, *list(self.shape)[1:]])
+        if not wanted.compatible(load_openvino().PartialShape(list(images_BCHW.shape))):
             raise TargetError(
                 f"{self.path} wants {self.shape} images, these are {list(images_BCHW.shape)}.",
                 "set data.resolution to the model's",
