@@ -32,7 +32,7 @@ pytest.importorskip("nncf")
 
 CPU = torch.device("cpu")
 DATA = load_recipe("int8_ptq_nncf").data
-FEW = ["evaluate.images=400", "quantize.calibrate.images=96"]
+FEW = ["evaluate.images=400", "quantize.calibrate.images=96", "export.targets=[openvino-cpu]"]
 SMOOTH = NncfSection(model_type="transformer", smooth_quant_alpha=0.7, ignored_types=("MatMul",))
 
 
@@ -124,6 +124,7 @@ def qat_recipe(images: Path, checkpoint: Path) -> Any:
         "int8_qat_nncf",
         [
             f"model.checkpoint={checkpoint}", f"data.source={images}", "data.resolution=32",
+            "export.targets=[]",
             "data.workers=0", "quantize.calibrate.images=32", "quantize.qat.max_steps=4",
             "quantize.qat.batch_size=16", "quantize.qat.checkpoint_steps=2",
             "quantize.qat.learning_rate=1e-3",

@@ -56,6 +56,7 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"arch": "care_nano"},
         "data": {"source": str(data), "resolution": 32, "crop_pct": 1.0, "workers": 0},
         "train": {"epochs": 4, "batch_size": 16, "learning_rate": 2e-3},
+        "export": {"targets": []},
     }
     (folder / "float.yaml").write_text(yaml.safe_dump(recipe))
     run_recipe(load_recipe(str(folder / "float.yaml")), folder, "float", QUIET)
@@ -78,6 +79,7 @@ def recipe(folder: Path, data: Path, checkpoint: Path, **qat: object) -> Path:
         "model": {"checkpoint": str(checkpoint)},
         "data": {"source": str(data), "resolution": 32, "crop_pct": 1.0, "workers": 0},
         "rewrite": {"fold_norms": False},
+        "export": {"targets": []},
         "quantize": {
             "target": None,
             "rules": RULES,

@@ -46,6 +46,7 @@ def recipe_file(folder: Path, data: Path, workers: int = 0, **train: object) -> 
         "model": {"arch": "care_nano"},
         "data": {"source": str(data), "resolution": 32, "crop_pct": 1.0, "workers": workers},
         "train": plan,
+        "export": {"targets": []},
     }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
