@@ -20,8 +20,9 @@ from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import DataError, RecipeError, TrainingError
 from care_compress.evaluate.accuracy import Accuracy, spread_indices
+from care_compress.evaluate.exports import Exported
 from care_compress.evaluate.tables import quantized_table, rewrite_table
-from care_compress.exporting import Exported, chosen_targets, exported
+from care_compress.exporting import chosen_targets, exported
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare

@@ -95,9 +95,14 @@ class Target(Section):
     notes: tuple[str, ...] = Field(description="why the values above are what they are")
 
     @property
+    def is_engine(self) -> bool:
+        """What runs is an engine, built from the exported graph."""
+        return self.runtime in ("tensorrt", "tensorrt_rtx")
+
+    @property
     def is_typed(self) -> bool:
         """Every operation runs in the type the graph gives it, so the graph has to say float16."""
-        return self.runtime in ("tensorrt", "tensorrt_rtx") and self.float_type == "fp16"
+        return self.is_engine and self.float_type == "fp16"
 
     @model_validator(mode="after")
     def _device_fits(self) -> "Target":

@@ -42,16 +42,3 @@ def quantized_table(candidates: Sequence[tuple[str, Paired]], kept: str) -> Tabl
             f"{paired.sqnr_db:.1f} dB",
         )
     return table
-
-
-def export_table(rows: Sequence[tuple[str, ...]], images: int) -> Table:
-    """Exported files, each compared with the model it was made from."""
-    table = Table(title=f"Exports, read back and compared on {images:,} images")
-    table.title_justify = "left"
-    table.add_column("target", no_wrap=True)
-    table.add_column("file", no_wrap=True)
-    for column in ("size", "same answer", "SQNR", "integer MACs run"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -22,12 +22,20 @@ class Preprocessing:
     crop_pct: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    exif_rotate: bool  # turned as its EXIF orientation says, before all that
 
     @classmethod
     def of(cls, data: DataSection) -> "Preprocessing":
         """As the recipe's evaluation does it."""
         size = data.resolution
-        return cls(size, math.floor(size / data.crop_pct), data.crop_pct, data.mean, data.std)
+        return cls(
+            size,
+            math.floor(size / data.crop_pct),
+            data.crop_pct,
+            data.mean,
+            data.std,
+            data.exif_rotate,
+        )
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,11 @@ class Decision:
         return self.input != FLOAT or (self.weight is not None and self.weight != FLOAT)
 
     @property
+    def in_integers(self) -> bool:
+        """Both factors are integers, so that the product can be one of integers."""
+        return self.input.is_integer and (self.weight is None or self.weight.is_integer)
+
+    @property
     def precision(self) -> str:
         """How the product is computed: ``w8a8``, ``w4a16``, ``float``."""
         if self.site.role == "residual_add" or self.weight is None:

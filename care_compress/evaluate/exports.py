@@ -1,0 +1,97 @@
+"""What an export left: files, how near each came to its model, and what a target cannot have."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from care_compress.evaluate.agreement import Agreement
+from care_compress.run import sha256_file
+from care_compress.target import Target
+
+
+@dataclass(frozen=True)
+class File:
+    """One exported model: what it is, and how near it came to the model it was made from."""
+
+    path: Path
+    agreement: Agreement
+    diverges: str  # the first layer that does not agree; nothing where all do
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``export.json`` holds it."""
+        return {
+            "file": self.path.name,
+            "sha256": sha256_file(self.path),
+            "size_bytes": size_of(self.path),
+            **self.agreement.as_json(),
+        }
+
+
+@dataclass
+class Exported:
+    """What one target got; only a reason where it cannot execute the model."""
+
+    target: Target
+    files: dict[str, File] = field(default_factory=dict)  # by precision
+    skipped: str = ""
+    planned_macs: int = 0  # in integers
+    executed_macs: int | None = None  # as the compiled model says; None: it cannot be asked here
+    answers_as_float: float | None = None  # percent
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``export.json`` and ``results.json`` hold it."""
+        if self.skipped:
+            return {"target": self.target.name, "skipped": self.skipped}
+        share = None
+        if self.executed_macs is not None and self.planned_macs:
+            share = self.executed_macs / self.planned_macs
+        return {
+            "target": self.target.name,
+            "runtime": self.target.runtime,
+            "models": {name: file.as_json() for name, file in self.files.items()},
+            "integer_macs": {
+                "planned": self.planned_macs,
+                "executed": self.executed_macs,
+                "share": share,
+            },
+            "answers_as_float": self.answers_as_float,
+        }
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One table row for each file."""
+        share = ""
+        if self.executed_macs is not None and self.planned_macs:
+            share = f"{100 * self.executed_macs / self.planned_macs:.1f} %"
+        return [
+            (
+                self.target.name,
+                file.path.name,
+                f"{size_of(file.path) / 1e6:.2f} MB",
+                f"{file.agreement.percent:.1f} %",
+                f"{file.agreement.sqnr_db:.1f} dB",
+                share,
+            )
+            for file in self.files.values()
+        ]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a model; OpenVINO's is two files."""
+    parts = (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
+    return sum(part.stat().st_size for part in parts)
+
+
+def export_table(rows: Sequence[tuple[str, ...]], images: int) -> Table:
+    """Exported files, each compared with the model it was made from."""
+    table = Table(title=f"Exports, read back and compared on {images:,} images")
+    table.title_justify = "left"
+    table.add_column("target", no_wrap=True)
+    table.add_column("file", no_wrap=True)
+    for column in ("size", "same answer", "SQNR", "integer MACs run"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,130 @@
+"""The forms of one model that targets execute: each a graph to write and a simulation to compare.
+
+What targets have in common is made once: the float graph, a simulation for each kind of integers,
+its answers on the images that files are compared on.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from care_compress.evaluate.agreement import CheckImages
+from care_compress.export.float_graph import float_graph
+from care_compress.export.half import write_half
+from care_compress.export.integers import put_integers
+from care_compress.model.care import Care
+from care_compress.model.compact import CompactCare
+from care_compress.model.rewrite import rewrite
+from care_compress.quantize.artifact import Saved, load_saved
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.retarget import retarget
+from care_compress.recipe import Recipe
+from care_compress.run import fingerprint
+from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.sections import RewriteSection
+from care_compress.target import Target
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a file has to compute."""
+
+    module: nn.Module
+    logits: Tensor  # on the check images
+
+    @property
+    def quantized(self) -> QuantizedCare | None:
+        """The simulation; none for a float model."""
+        return self.module if isinstance(self.module, QuantizedCare) else None
+
+    @property
+    def integer_macs(self) -> int:
+        """MACs of one image that are planned in integers."""
+        decisions = self.quantized.plan.decisions if self.quantized else ()
+        return sum(decision.site.macs for decision in decisions if decision.in_integers)
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the layers, in the order of the network."""
+        if self.quantized is None:
+            return [name for name, _ in self.module.named_modules()]
+        return [decision.site.name for decision in self.quantized.plan.decisions]
+
+
+@dataclass(frozen=True)
+class Variant(Reference):
+    """A model in the form that targets of one kind execute."""
+
+    graph: ir.Model
+
+
+@dataclass
+class Variants:
+    """All forms of one run's model."""
+
+    recipe: Recipe
+    model: Care
+    compact: CompactCare
+    kept: Path | None  # the quantized model; none for a float recipe
+    images: CheckImages
+    made: dict[str, Variant] = field(default_factory=dict)
+
+    @cached_property
+    def saved(self) -> Saved | None:
+        """Our quantized model; none for a float recipe, or NNCF's."""
+        if self.kept is None or self.kept.suffix != ".safetensors":
+            return None
+        return load_saved(self.kept)
+
+    @cached_property
+    def plain(self) -> Reference:
+        """The rewritten float model of the recipe."""
+        return Reference(self.compact, self._logits(self.compact))
+
+    @cached_property
+    def baseline(self) -> Variant:
+        """The float model at its fastest, every exact rewrite applied, in float16."""
+        network = rewrite(self.model, RewriteSection())
+        graph = self._graph(network)
+        write_half(graph)
+        return Variant(network, self._logits(network), graph)
+
+    def of(self, target: Target) -> Variant:
+        """What `target` executes; `RecipeError` if it cannot. Targets of the same limits share."""
+        limits = target.model_dump(include={"activations", "weights", "rules", "float_type"})
+        key = fingerprint({**limits, "typed": target.is_typed})
+        if key not in self.made:
+            self.made[key] = self._make(target)
+        return self.made[key]
+
+    def _make(self, target: Target) -> Variant:
+        if self.saved is None:
+            return Variant(self.compact, self.plain.logits, self._inner)
+        rules = self.saved.section.rules
+        if self.recipe.export.target_rules:
+            rules = (*rules, *target.rules)
+        model = retarget(self.saved.model, self.saved.network, rules, target)
+        graph = ir.from_proto(ir.to_proto(self._inner))
+        put_integers(graph, model)
+        if target.is_typed:
+            write_half(graph)
+        return Variant(model, self._logits(model), graph)
+
+    @cached_property
+    def _inner(self) -> ir.Model:
+        """The float network inside the quantized model, or the float model itself."""
+        return self._graph(self.compact if self.saved is None else self.saved.network)
+
+    def _graph(self, network: CompactCare) -> ir.Model:
+        recipe = self.recipe
+        return float_graph(copy.deepcopy(network), recipe.data.resolution, recipe.export.batch)
+
+    def _logits(self, module: nn.Module) -> Tensor:
+        return self.images.logits(TorchPredictor(module, self.model.num_classes, CPU))
