@@ -109,6 +109,9 @@ def plan(
     arch: ArchName = None,
     res: Resolution = None,
     set_: Override = None,
+    target: Annotated[
+        str | None, typer.Option(help="as exported to this one, by its own rules too")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Show what a recipe makes of every layer, and which rule decided; needs no data."""
@@ -116,7 +119,7 @@ def plan(
 
     from care_compress.pipeline import show_plan
 
-    show_plan(chosen, json, Console())
+    show_plan(chosen, target, json, Console())
 
 
 @app.command()

@@ -102,10 +102,14 @@ def _show(console: Console, done: list[Exported], images: int) -> None:
     if rows:
         wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
         wide.print(export_table(rows, images))
+    alike: dict[str, list[str]] = {}
     for one in done:
         if one.skipped:
-            text = f"no export for {one.target.name}: {one.skipped}"
-            console.print(text, markup=False, highlight=False)
+            reason = one.skipped.replace(one.target.name, "it")
+            alike.setdefault(reason, []).append(one.target.name)
+    for reason, names in alike.items():
+        text = f"no export for {', '.join(names)}: {reason}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check(done: list[Exported]) -> None:
@@ -200,7 +204,8 @@ class _Export:
         predict = OpenVinoPredictor(path)
         self.shop.run.record_output(path.with_suffix(".bin"))
         self._compare(done, self.precision, path, reference, lambda: predict)
-        done.executed_macs = integer_macs(executed_layers(predict.compiled))
+        if done.target.device == "cpu":  # what another device runs, this one cannot tell
+            done.executed_macs = integer_macs(executed_layers(predict.compiled))
 
     def _compare(
         self,

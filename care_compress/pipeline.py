@@ -29,6 +29,7 @@ from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import RewriteStep, rewrite, rewrite_in_steps
 from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.openvino_library import load_nncf
+from care_compress.quantize.plan import make_plan
 from care_compress.quantize.plan_table import plan_as_json, print_plan
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.selection import read_list
@@ -36,9 +37,10 @@ from care_compress.quantize.spec import Plan
 from care_compress.recipe import Recipe
 from care_compress.run import Run, sha256_file
 from care_compress.runtime.opening import open_predictor
-from care_compress.target import load_target
+from care_compress.target import Target, load_target
 from care_compress.train.distributed import World, join_world
 from care_compress.train.network import check_batch_size, train_network
+from care_compress.variants import export_rules
 from care_compress.workshop import Workshop, measured, opened, training_in
 
 # What a quantized recipe asks for beyond this version; shrinks as the stages arrive.
@@ -100,8 +102,8 @@ def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> None:
         )
 
 
-def plan_recipe(recipe: Recipe) -> Plan:
-    """The plan of a recipe; needs its network's shape, no data."""
+def plan_recipe(recipe: Recipe, target: Target | None = None) -> Plan:
+    """The plan of a recipe, or of its export to a target; needs its network's shape, no data."""
     assert recipe.quantize is not None
     if recipe.model.checkpoint is not None:
         model = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
@@ -109,17 +111,23 @@ def plan_recipe(recipe: Recipe) -> Plan:
         assert recipe.model.arch is not None
         model = build_model(recipe.model.arch)
     compact = rewrite(model, recipe.rewrite)
-    return planned(compact, recipe.quantize, recipe.data.resolution)[1]
+    network, plan = planned(compact, recipe.quantize, recipe.data.resolution)
+    if target is None:
+        return plan
+    rules = export_rules(recipe, recipe.quantize, target)
+    return make_plan(network, rules, target, recipe.data.resolution)
 
 
-def show_plan(recipe: Recipe, as_json: bool, console: Console) -> None:
+def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: Console) -> None:
     """Print the plan of a recipe."""
     section = own_section(recipe)
-    plan = plan_recipe(recipe)
+    target = None if exported_to is None else load_target(exported_to)
+    plan = plan_recipe(recipe, target)
     if as_json:
         console.print_json(data=plan_as_json(plan))
     else:
-        print_plan(plan, section.rules, console)
+        rules = section.rules if target is None else export_rules(recipe, section, target)
+        print_plan(plan, rules, console)
 
 
 def own_section(recipe: Recipe) -> QuantizeSection:

@@ -20,6 +20,7 @@ from care_compress.export.integers import put_integers
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
+from care_compress.quantization_sections import QuantizeSection, RuleSection
 from care_compress.quantize.artifact import Saved, load_saved
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.retarget import retarget
@@ -30,6 +31,13 @@ from care_compress.sections import RewriteSection
 from care_compress.target import Target
 
 CPU = torch.device("cpu")
+
+
+def export_rules(
+    recipe: Recipe, section: QuantizeSection, target: Target
+) -> tuple[RuleSection, ...]:
+    """The rules a model was quantized by, and then the target's own unless those are unwanted."""
+    return (*section.rules, *target.rules) if recipe.export.target_rules else section.rules
 
 
 @dataclass(frozen=True)
@@ -107,9 +115,7 @@ class Variants:
     def _make(self, target: Target) -> Variant:
         if self.saved is None:
             return Variant(self.compact, self.plain.logits, self._inner)
-        rules = self.saved.section.rules
-        if self.recipe.export.target_rules:
-            rules = (*rules, *target.rules)
+        rules = export_rules(self.recipe, self.saved.section, target)
         model = retarget(self.saved.model, self.saved.network, rules, target)
         graph = ir.from_proto(ir.to_proto(self._inner))
         put_integers(graph, model)

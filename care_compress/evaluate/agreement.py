@@ -48,7 +48,11 @@ class Agreement:
     same: int  # answers
     ties: int  # answers that differ between two classes that are equally likely
     sqnr_db: float
-    deviation: float  # root mean square, of the logits' own
+
+    @property
+    def exact(self) -> bool:
+        """Every logit is the same."""
+        return self.sqnr_db == math.inf
 
     @property
     def percent(self) -> float:
@@ -63,12 +67,11 @@ class Agreement:
 
     def as_json(self) -> dict[str, Any]:
         """The numbers as ``export.json`` holds them."""
-        exact = math.isinf(self.sqnr_db)
         return {
             "images": self.images,
             "agreement": self.percent,
             "ties": self.ties,
-            "sqnr_db": None if exact else self.sqnr_db,
+            "sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None,
             "holds": self.holds,
         }
 
@@ -79,7 +82,7 @@ def compare_logits(reference_NK: Tensor, found_NK: Tensor) -> Agreement:
     noise = float((reference - found).square().mean())
     signal = float(reference.square().mean())
     if not math.isfinite(noise):
-        return Agreement(len(found), 0, 0, -math.inf, math.inf)
+        return Agreement(len(found), 0, 0, -math.inf)
     same = reference.argmax(dim=1) == found.argmax(dim=1)
     chosen = reference.gather(1, found.argmax(dim=1, keepdim=True)).squeeze(1)
     margin = reference.amax(dim=1) - chosen

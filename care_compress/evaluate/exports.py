@@ -71,7 +71,7 @@ class Exported:
                 file.path.name,
                 f"{size_of(file.path) / 1e6:.2f} MB",
                 f"{file.agreement.percent:.1f} %",
-                f"{file.agreement.sqnr_db:.1f} dB",
+                "exact" if file.agreement.exact else f"{file.agreement.sqnr_db:.1f} dB",
                 share,
             )
             for file in self.files.values()
