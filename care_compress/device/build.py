@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from care_compress.device.layers import LayerRow, engine_layers, network_layers
-from care_compress.device.library import Library, Log, make_logger
+from care_compress.device.library import Library, Log, make_logger, open_runtime
 from care_compress.device.problems import BuildFailedError, UntypedModelError
 from care_compress.device.progress import Notify, watch_build
 from care_compress.device.storage import write_whole
@@ -181,7 +181,8 @@ def _set_compute_capabilities(library: Library, config: Any, wanted: tuple[str, 
         member = library.member("ComputeCapability", "SM" + capability.replace(".", ""))
         if member is None or not config.set_compute_capability(member, index):
             raise BuildFailedError(
-                f"{library.name} {library.text} does not build for compute capability {capability}.",
+                f"{library.name} {library.text} does not build for"
+                f" compute capability {capability}.",
                 f"choose among {', '.join(RTX_COMPUTE_CAPABILITIES)}",
             )
 
@@ -236,5 +237,7 @@ def _failure(library: Library, onnx_path: Path, log: Log, options: BuildOptions)
 
 def _built_layers(library: Library, logger: Any, plan: bytes) -> tuple[LayerRow, ...]:
     """What the engine executes; nothing where it cannot be loaded (TensorRT-RTX without a GPU)."""
-    engine = library.module.Runtime(logger).deserialize_cuda_engine(plan)
+    # The runtime has to outlive the engine.
+    runtime = open_runtime(library, logger)
+    engine = runtime.deserialize_cuda_engine(plan)
     return () if engine is None else engine_layers(library, engine)

@@ -48,7 +48,7 @@ def compare_logits(
     expected_NK = expected_NK.astype(np.float64)
     noise_NK = got_NK.astype(np.float64) - expected_NK
     signal, noise = float((expected_NK**2).sum()), float((noise_NK**2).sum())
-    sqnr = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else BEST_SQNR_DB
+    sqnr = 10 * math.log10(max(signal, 1e-30) / noise) if noise > 0 else BEST_SQNR_DB
     first_N, expected_N = got_NK.argmax(axis=1), expected_NK.argmax(axis=1)
     return Agreement(
         images=len(got_NK),

@@ -48,10 +48,15 @@ def image_pixels(
     else:
         size = int(shorter * width / height), shorter
     if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = image.resize(size, _bicubic(Image))
     left, top = round((size[0] - resolution) / 2), round((size[1] - resolution) / 2)
     image = image.crop((left, top, left + resolution, top + resolution))
     return np.ascontiguousarray(np.array(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _bicubic(pillow: Any) -> Any:
+    # JetPack 6 has Pillow 9.0, which knows the filter by its older name only.
+    return getattr(pillow, "Resampling", pillow).BICUBIC
 
 
 def _image_to_rgb(image: Any) -> Any:

@@ -70,7 +70,8 @@ def wrap_library(module: Any, name: str, version: str) -> Library:
     library = Library(module, name, version_numbers(version))
     if not library.is_rtx and library.version < OLDEST_TENSORRT:
         raise TensorRtMissingError(
-            f"TensorRT {version} is too old.", "install TensorRT 10.3 or later (JetPack 6.1 or later)"
+            f"TensorRT {version} is too old.",
+            "install TensorRT 10.3 or later (JetPack 6.1 has it)",
         )
     return library
 
@@ -144,3 +145,12 @@ def make_logger(library: Library, log: Log) -> Any:
 
     # The base class is known only after the import, so the class cannot be written out.
     return type("CareLogger", (module.ILogger,), {"__init__": start, "log": record})()
+
+
+def open_runtime(library: Library, logger: Any) -> Any:
+    """A runtime that may load our engines, version-compatible ones included."""
+    runtime = library.module.Runtime(logger)
+    # Those carry a small runtime of their own, which is code; we load only engines whose digest is
+    # the one their builder wrote down.
+    runtime.engine_host_code_allowed = True
+    return runtime

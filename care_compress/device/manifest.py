@@ -47,7 +47,7 @@ class Bundle:
 
     def onnx(self, model: str) -> Path:
         """A model's graph."""
-        return self.folder / self.manifest["models"][model]["file"]
+        return self.folder / str(self.manifest["models"][model]["file"])
 
     def onnx_sha256(self, model: str) -> str:
         """Digest of a model's graph."""
@@ -95,7 +95,9 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
     # A name that leads out of the folder would let a manifest vouch for, or read, any file.
     plain = not ("\\" in name or ":" in name or name.startswith("/"))
     if not plain or any(part in ("", ".", "..") for part in name.split("/")):
-        raise BundleDamagedError(f"manifest.json names a file outside the bundle: {name!r}.", _FRESH)
+        raise BundleDamagedError(
+            f"manifest.json names {name!r}, which is outside the bundle.", _FRESH
+        )
     path = folder / name
     if path.is_symlink() or not path.is_file():
         raise BundleDamagedError(f"{name} is missing from the bundle.", _FRESH)

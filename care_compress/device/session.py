@@ -2,15 +2,16 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from care_compress.device.cuda import Cuda
-from care_compress.device.library import Library, Log, make_logger
+from care_compress.device.library import Library, Log, make_logger, open_runtime
 from care_compress.device.problems import EngineMismatchError, NoGpuError
 
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+# As text: numpy 1.21 of JetPack 6 cannot be subscripted when the program runs.
+FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 
 class Session:
@@ -26,7 +27,7 @@ class Session:
         self._log = Log()
         self._logger = make_logger(library, self._log)
         # The runtime has to outlive the engine, and the engine the context.
-        self._runtime = library.module.Runtime(self._logger)
+        self._runtime = open_runtime(library, self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineMismatchError(
@@ -76,7 +77,7 @@ class Session:
                 "export a classifier",
             )
         self._input, self._output = inputs[0], outputs[0]
-        shape = tuple(engine.get_tensor_shape(self._input))
+        shape: tuple[int, ...] = tuple(engine.get_tensor_shape(self._input))
         if shape[0] == -1:
             # The usual batch of the profile: what the kernels were chosen for.
             shape = tuple(engine.get_tensor_profile_shape(self._input, 0)[1])
