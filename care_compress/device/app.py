@@ -23,6 +23,17 @@ from care_compress.device.problems import DeployError
 from care_compress.device.results import results_path
 from care_compress.device.timing import BenchPlan, verdict
 
+VERIFY_HEADER = [
+    "engine",
+    "images",
+    "top-1 %",
+    "expected %",
+    "agreement %",
+    "SQNR dB",
+    "max dev.",
+    "",
+]
+
 
 def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
     """Run one verb; 0: fine, 1: the engine's answers are wrong, 2: it could not be done."""
@@ -126,7 +137,7 @@ def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
 def _verify(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     models = built_models(bundle, _wanted(bundle, options))
     verified = verify_models(host, bundle, models, _say)
-    rows = [["engine", "images", "top-1 %", "expected %", "agreement %", "SQNR dB", "max dev.", ""]]
+    rows = [VERIFY_HEADER]
     for model, result in verified.items():
         found = result.agreement
         rows.append(
