@@ -1,14 +1,20 @@
-"""A small classifier as a typed ONNX graph: INT8 convolution, everything else in FP16."""
+"""A small classifier as typed ONNX graphs (INT8 convolution, the rest FP16), and a bundle of it."""
 
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+
+from care_compress.device.images import normalize_pixels
+from care_compress.export.bundle import BundleContent
 
 SIDE = 16
 CLASSES = 5
 _HALF = np.float16
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
+IMAGES = 40
 
 
 def write_classifier(
@@ -59,3 +65,42 @@ def write_classifier(
     onnx.checker.check_model(model)
     onnx.save(model, path)
     return path
+
+
+def make_content(folder: Path) -> BundleContent:
+    """A small bundle's content, whose expected logits are ONNX Runtime's."""
+    models = {
+        name: write_classifier(folder / f"{name}.onnx", int8=name == "int8")
+        for name in ("int8", "fp16")
+    }
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 256, (IMAGES, 3, SIDE, SIDE), dtype=np.uint8)
+    floats = normalize_pixels(pixels, MEAN, STD)
+    logits = {}
+    for name, path in models.items():
+        session = onnxruntime.InferenceSession(str(path))
+        logits[name] = np.concatenate(
+            [session.run(None, {"image": floats[i : i + 1]})[0] for i in range(IMAGES)]
+        )
+    return BundleContent(
+        run="mine",
+        recipe="int8",
+        target="tensorrt-orin",
+        fingerprint="f" * 64,
+        classes=tuple(f"class {k}" for k in range(CLASSES)),
+        resolution=SIDE,
+        crop_pct=0.9,
+        mean=MEAN,
+        std=STD,
+        input_name="image",
+        input_shape=(1, 3, SIDE, SIDE),
+        output_name="logits",
+        output_shape=(1, CLASSES),
+        requirement="tensorrt>=10.3,<12",
+        models=models,
+        pixels=pixels,
+        labels=logits["fp16"].argmax(axis=1),
+        logits=logits,
+        least_agreement=98.0,
+        least_sqnr_db=20.0,
+    )
