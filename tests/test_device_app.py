@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from care_compress.device.deploy import Host
 from care_compress.device.library import wrap_library
 from care_compress.device.problems import NoGpuError, VerificationError
 from care_compress.device.timing import Timing, verdict
-from care_compress.export.bundle import BundleContent, write_bundle
+from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
 from care_compress.export.device_results import import_results
 
 
@@ -34,10 +33,9 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> BundleContent:
 @pytest.fixture
 def bundle(content: BundleContent, tmp_path: Path) -> Path:
     """The unpacked bundle."""
-    archive = write_bundle(content, tmp_path / "bundle.tar.gz")
-    with tarfile.open(archive) as file:
-        file.extractall(tmp_path, filter="data")
-    return tmp_path / "mine-tensorrt-orin"
+    folder = unpack_bundle(write_bundle(content, tmp_path / "bundle.tar.gz"), tmp_path)
+    assert folder == tmp_path / "mine-tensorrt-orin"
+    return folder
 
 
 @pytest.fixture
@@ -95,6 +93,24 @@ def test_build_verify_bench_and_the_way_home(
     imported = import_results(bundle / "results.json", run_dir)
     assert imported == results(bundle)
     assert (run_dir / "measured" / "tensorrt-orin.orin.json").is_file()
+
+
+def test_what_a_killed_build_left_is_cleared(board: Verb, bundle: Path) -> None:
+    (bundle / ".int8.engine.abc.tmp").write_bytes(b"half")
+    assert board("build") == 0
+    assert list(bundle.glob(".*.tmp")) == []
+
+
+def test_a_failing_disk_is_one_line(
+    board: Verb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(path: Path) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr("care_compress.device.manifest.digest_file", broken)
+    assert board("info") == 2
+    error = capsys.readouterr().err
+    assert "Input/output error" in error and len(error.splitlines()) == 1
 
 
 def test_without_a_cuda_graph_none_is_made(board: Verb, bundle: Path, gpu: FakeGpu) -> None:
@@ -232,7 +248,9 @@ def test_images_are_classified(
     capsys.readouterr()
     assert board("infer", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--top", "2") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("a.png") and lines[3].endswith("b.png") and len(lines) == 6
+    assert (
+        lines[0].endswith("a.png (int8)") and lines[3].endswith("b.png (int8)") and len(lines) == 6
+    )
     assert "class" in lines[1] and "%" in lines[1]
     assert board("infer", str(tmp_path / "missing.png")) == 2
     assert "ImageError" in capsys.readouterr().err
@@ -247,7 +265,16 @@ def test_info_tells_the_bundle_and_the_board(
     assert os.uname().nodename not in printed
 
 
-@pytest.mark.parametrize("call", ["cudaMalloc", "cudaStreamBeginCapture", "cudaMemcpyAsync"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cudaMalloc",
+        "cudaMemcpyAsync",
+        "cudaStreamBeginCapture",
+        "cudaGraphInstantiateWithFlags",
+        "cudaEventSynchronize",
+    ],
+)
 def test_a_failing_gpu_is_named_and_everything_is_freed(
     board: Verb, gpu: FakeGpu, call: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

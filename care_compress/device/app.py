@@ -47,6 +47,11 @@ def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
             traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"{error} Fix: make the bundle's folder readable and writable", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -181,10 +186,11 @@ def _bench(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
 
 
 def _infer(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    model = built_models(bundle, _wanted(bundle, options))[0]
+    built = built_models(bundle, _wanted(bundle, options))
+    model = "int8" if "int8" in built else built[0]
     found = classify_files(host, bundle, model, options.images, options.top)
     for file, classes in found.items():
-        print(file)
+        print(f"{file} ({model})")
         print(format_table([[f"{100 * odds:5.1f} %", name] for name, odds in classes]))
     return 0
 

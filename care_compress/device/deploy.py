@@ -100,6 +100,8 @@ def build_models(
     host: Host, bundle: Bundle, models: Sequence[str], options: BuildOptions, notify: Notify
 ) -> dict[str, dict[str, Any]]:
     """Build the engines of some models of a bundle, on the GPU they will run on."""
+    for leftover in bundle.folder.glob(".*.tmp"):
+        leftover.unlink()  # of a build that was killed while it wrote
     library = bundle_library(host, bundle)
     gpu = None if library.is_rtx else host.load_cuda().gpu()
     return {

@@ -127,13 +127,20 @@ class Session:
 
     def capture(self) -> None:
         """Make one CUDA graph of the run: one launch for it instead of one for each layer."""
-        self._cuda.begin_capture(self._stream)
         try:
-            self.enqueue()
-        finally:
-            # Also after a failure, or the stream would stay in capture and hide the reason.
-            graph = self._cuda.end_capture(self._stream)
-        self._graph = graph
+            self._cuda.begin_capture(self._stream)
+            try:
+                self.enqueue()
+            except BaseException:
+                # The stream would stay in capture, and every later call fail for that reason.
+                self._cuda.drop_graph(self._cuda.end_capture(self._stream))
+                raise
+            self._graph = self._cuda.end_capture(self._stream)
+        except NoGpuError as error:
+            raise NoGpuError(
+                f"the engine does not become a CUDA graph: {error.message}",
+                "measure it without: bench --no-cuda-graph",
+            ) from error
 
     @property
     def stream(self) -> int:

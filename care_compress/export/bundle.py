@@ -119,6 +119,13 @@ def write_bundle(content: BundleContent, path: Path) -> Path:
     return path
 
 
+def unpack_bundle(archive: Path, folder: Path) -> Path:
+    """Unpack a bundle below `folder`; the bundle's own folder."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+        return folder / packed.getnames()[0].split("/")[0]
+
+
 def _check(content: BundleContent) -> None:
     count = len(content.pixels)
     side = content.resolution
