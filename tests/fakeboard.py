@@ -5,6 +5,7 @@ something a version does not have fails here as it would on that board. Enum mem
 numbers than the real ones: only code that asks for them by name is right.
 """
 
+import contextlib
 import ctypes
 import enum
 import itertools
@@ -252,13 +253,22 @@ class FakeTensorRt:
         monitor = config.progress_monitor
         monitor.phase_start("Building engine", None, 4)
         monitor.phase_start("Timing", "Building engine", 2)
-        going_on = all(monitor.step_complete("Building engine", step) for step in range(4))
+        going_on = True
+        # An exception of a Python callback is printed by the real one, and the build goes on.
+        with contextlib.suppress(BaseException):
+            going_on = all(monitor.step_complete("Building engine", step) for step in range(4))
         monitor.phase_finish("Building engine")
         logger.log(self.Severity.WARNING, "a warning")
         if self.fails_with or not going_on:
             logger.log(self.Severity.ERROR, self.fails_with)
             return None
-        plan = {"version": self.__version__, "onnx": network.path, "noise": self.noise}
+        plan = {
+            "version": self.__version__,
+            "onnx": network.path,
+            "noise": self.noise,
+            "stripped": any(flag.name == "STRIP_PLAN" for (flag,) in self.done.get("set_flag", ())),
+            "profile": [shapes[1:] for shapes in self.done.get("set_shape", ())][-1:],
+        }
         return json.dumps(plan).encode()
 
     def OnnxParser(self, network: Any, logger: Any) -> Any:
@@ -280,6 +290,16 @@ class FakeTensorRt:
             parse_from_file=parse_from_file, num_errors=0, get_error=lambda index: errors[index]
         )
         return parser
+
+    def Refitter(self, engine: Any, logger: Any) -> Any:
+        def refit() -> bool:
+            engine.stripped = False
+            return True
+
+        return SimpleNamespace(refit_cuda_engine=refit)
+
+    def OnnxParserRefitter(self, refitter: Any, logger: Any) -> Any:
+        return SimpleNamespace(refit_from_file=lambda path: Path(path).is_file())
 
     def Runtime(self, logger: Any) -> Any:
         def load(plan: bytes) -> Any:
@@ -328,6 +348,7 @@ class _FakeEngine:
 
     def __init__(self, module: FakeTensorRt, plan: dict[str, Any], gpu: FakeGpu) -> None:
         self._module, self._gpu, self._noise = module, gpu, plan["noise"]
+        self.stripped, self._profile = plan["stripped"], plan["profile"]
         self._session = onnxruntime.InferenceSession(plan["onnx"])
         self._in, self._out = self._session.get_inputs()[0], self._session.get_outputs()[0]
         # 11 writes Datatype where 10 writes Format/Datatype, and I/O Tensors for Bindings.
@@ -341,7 +362,11 @@ class _FakeEngine:
         return modes.INPUT if name == self._in.name else modes.OUTPUT
 
     def get_tensor_shape(self, name: str) -> list[int]:
-        return self._in.shape if name == self._in.name else self._out.shape
+        shape = self._in.shape if name == self._in.name else self._out.shape
+        return [size if isinstance(size, int) else -1 for size in shape]
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[list[int]]:
+        return self._profile[index]
 
     def get_tensor_dtype(self, name: str) -> str:
         return "float32"
@@ -360,12 +385,18 @@ class _FakeEngine:
 
     def create_execution_context(self) -> Any:
         addresses: dict[str, int] = {}
+        shapes = {name: self.get_tensor_shape(name) for name in (self._in.name, self._out.name)}
+
+        def set_input_shape(name: str, shape: tuple[int, ...]) -> None:
+            shapes[name] = list(shape)
+            shapes[self._out.name][0] = shape[0]
 
         def compute() -> None:
-            given = _view(addresses[self._in.name], self._in.shape)
+            assert not self.stripped, "the weights are not back"
+            given = _view(addresses[self._in.name], shapes[self._in.name])
             logits = self._session.run(None, {self._in.name: given})[0]
             spread = np.random.default_rng(0).normal(size=logits.shape) * self._noise
-            _view(addresses[self._out.name], self._out.shape)[...] = logits + spread
+            _view(addresses[self._out.name], shapes[self._out.name])[...] = logits + spread
 
         def execute_async_v3(stream: int) -> bool:
             assert stream in self._gpu.alive
@@ -377,7 +408,8 @@ class _FakeEngine:
 
         return SimpleNamespace(
             set_tensor_address=addresses.__setitem__,
-            get_tensor_shape=self.get_tensor_shape,
+            set_input_shape=set_input_shape,
+            get_tensor_shape=lambda name: shapes[name],
             execute_async_v3=execute_async_v3,
         )
 

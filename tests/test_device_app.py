@@ -4,23 +4,27 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
-from fakeboard import SURFACES, FakeGpu, FakeTensorRt, fake_host
+from fakeboard import SURFACES, FakeGpu, FakeTensorRt, fake_host, fake_library
 from PIL import Image
-from qdq import make_content
+from qdq import SIDE, make_content, write_classifier
 
 from care_compress.device.app import format_table, main
+from care_compress.device.build import BuildOptions, build_engine
 from care_compress.device.compare import compare_logits
 from care_compress.device.cuda import Cuda, load_cuda, runtime_candidates
 from care_compress.device.deploy import Host
 from care_compress.device.library import wrap_library
-from care_compress.device.problems import NoGpuError, VerificationError
-from care_compress.device.timing import Timing, verdict
+from care_compress.device.problems import EngineMismatchError, NoGpuError, VerificationError
+from care_compress.device.session import Session
+from care_compress.device.timing import BenchPlan, Timing, measure, verdict
 from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
 from care_compress.export.device_results import import_results
 
@@ -146,6 +150,73 @@ def test_a_rebuilt_engine_loses_the_figures_of_the_old_one(board: Verb, bundle: 
     assert board("build", "--int8-only", version="10.13.3.9") == 0
     assert board("bench", "--seconds", "0.01", version="10.13.3.9") == 0
     assert "accuracy" not in results(bundle)["models"]["int8"]
+
+
+def test_accuracy_and_speed_are_of_one_engine(bundle: Path, tmp_path: Path, gpu: FakeGpu) -> None:
+    module = FakeTensorRt("10.16.1.11", gpu)
+    library = wrap_library(module, "tensorrt", module.__version__)
+    host = Host(lambda name: library, lambda: Cuda(gpu), tmp_path)
+    where = ["--bundle", str(bundle), "--int8-only"]
+    assert main(["build", *where], host) == main(["verify", *where], host) == 0
+    assert main(["bench", "--seconds", "0.01", *where], host) == 0
+    assert {"accuracy", "speed"} <= results(bundle)["models"]["int8"].keys()
+    module.noise = 1e-6  # another engine for the same board
+    assert main(["build", *where], host) == main(["verify", *where], host) == 0
+    assert "speed" not in results(bundle)["models"]["int8"]
+
+
+def test_a_stripped_engine_gets_its_weights_back(board: Verb, bundle: Path) -> None:
+    assert board("build", "--strip-plan") == 0
+    assert json.loads((bundle / "int8.engine.json").read_text())["stripped"] is True
+    assert board("verify") == 0
+
+
+@pytest.mark.parametrize("batch", [4, "batch"])
+def test_any_number_of_images_goes_through_an_engine_of_four(
+    tmp_path: Path, gpu: FakeGpu, batch: int | str
+) -> None:
+    library = fake_library("11.4.1.5", gpu)
+    onnx = write_classifier(tmp_path / "m.onnx", int8=False, batch=batch)
+    options = BuildOptions("fp16", batch=(1, 4, 8))
+    built = build_engine(library, onnx, options, lambda phase, done: None)
+    images = np.random.default_rng(0).normal(size=(10, 3, SIDE, SIDE)).astype(np.float32)
+    reference = onnxruntime.InferenceSession(str(onnx))
+    padded = np.concatenate([images, images[:2]])
+    parts = [reference.run(None, {"image": padded[i : i + 4]})[0] for i in (0, 4, 8)]
+    with Session(library, Cuda(gpu), built.plan) as session:
+        assert session.batch == 4
+        assert np.allclose(session.run(images), np.concatenate(parts)[:10], atol=1e-3)
+        session.capture()
+        assert np.allclose(session.run(images[:3]), parts[0][:3], atol=1e-3)
+        with pytest.raises(EngineMismatchError, match="takes images of"):
+            session.run(images[:, :, 1:])
+
+
+class Slow:
+    """A session that takes a millisecond and writes down whose turn it is."""
+
+    def __init__(self, cuda: Cuda, name: str, turns: list[str]) -> None:
+        self.batch, self.stream, self._name, self._turns = 2, cuda.new_stream(), name, turns
+
+    def enqueue(self) -> None:
+        time.sleep(0.001)
+        if self._turns[-1:] != [self._name]:
+            self._turns.append(self._name)
+
+
+def test_engines_take_turns_until_both_have_enough_runs(gpu: FakeGpu) -> None:
+    cuda, turns = Cuda(gpu), list[str]()
+    sessions: Any = {name: Slow(cuda, name, turns) for name in ("int8", "fp16")}
+    plan = BenchPlan(seconds=0.02, warmup=0.002, turn=0.01, least_runs=30, cuda_graph=False)
+    timings = measure(cuda, sessions, plan, lambda text: None)
+    assert turns[:6] == ["int8", "fp16"] * 3
+    for timing in timings.values():
+        assert len(timing.milliseconds) >= 30
+        assert timing.seconds >= sum(timing.milliseconds) / 1000
+        assert 1 <= timing.percentile(50) <= timing.percentile(99)
+        assert 0 < timing.throughput <= 2000
+    for session in sessions.values():
+        cuda.drop_stream(session.stream)
 
 
 @pytest.mark.parametrize("verb", ["verify", "bench", "infer x.jpg"])

@@ -17,6 +17,7 @@ from care_compress.device.deploy import build_file
 from care_compress.device.enginefile import EngineOrigin, origin_path, read_engine, write_engine
 from care_compress.device.layers import parse_inspector
 from care_compress.device.library import (
+    Log,
     load_library,
     required_library,
     satisfies,
@@ -25,6 +26,7 @@ from care_compress.device.library import (
 )
 from care_compress.device.problems import (
     BuildFailedError,
+    DeployError,
     EngineMismatchError,
     TensorRtMissingError,
     UntypedModelError,
@@ -252,6 +254,35 @@ def test_versions_are_read_and_compared_by_number() -> None:
             load_library("tensorrt")
 
 
+def test_each_failure_has_its_own_reason() -> None:
+    log = Log()
+    log.add("ERROR", "first\n  line")
+    log.add("INTERNAL_ERROR", "what came of it")
+    assert log.reason() == "first line"
+    log.add("ERROR", "second")
+    assert log.reason() == "second"
+    assert log.reason() == "TensorRT gave no reason"
+    for _ in range(2):
+        log.add("WARNING", "once")
+        log.add("INFO", "never")
+    assert log.warnings == ["once"]
+
+
+def test_a_failed_rewrite_does_not_pass_for_the_old_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tmp_path / "int8.engine"
+    write_engine(engine, b"plan", _origin(), {})
+
+    def full(path: Path, value: object) -> None:
+        raise DeployError("the disk is full.")
+
+    monkeypatch.setattr("care_compress.device.enginefile.write_json_whole", full)
+    with pytest.raises(DeployError):
+        write_engine(engine, b"other plan", _origin(), {})
+    assert not origin_path(engine).exists()
+
+
 # Recorded: the inspector of TensorRT 10 and of 11, and one without DETAILED verbosity.
 _TEN = {
     "Layers": [
@@ -370,7 +401,6 @@ def test_a_damaged_engine_is_refused(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.gpu
 def test_a_real_engine_runs(tmp_path: Path) -> None:
-    from care_compress.device.problems import DeployError
     from care_compress.device.session import Session
 
     try:

@@ -98,7 +98,10 @@ class Session:
         return self.shape[0]
 
     def run(self, images_NCHW: FloatArray) -> FloatArray:
-        """Logits (N, classes) of any number of images; the last batch is filled up with zeros."""
+        """Logits (N, classes) of any number of images.
+
+        The rest of the last batch is whatever was in the buffer; images do not see each other.
+        """
         if images_NCHW.shape[1:] != self.shape[1:]:
             raise EngineMismatchError(
                 f"the engine takes images of {self.shape[1:]}, not {images_NCHW.shape[1:]}.",
@@ -108,7 +111,6 @@ class Session:
         for first in range(0, len(images_NCHW), self.batch):
             part = images_NCHW[first : first + self.batch]
             self._in[: len(part)] = part
-            self._in[len(part) :] = 0
             self._cuda.upload(self._addresses[self._input], self._in, self._stream)
             self.enqueue()
             self._cuda.download(self._out, self._addresses[self._output], self._stream)
