@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,8 +22,13 @@ from care_compress.device.build import BuildOptions, build_engine
 from care_compress.device.compare import compare_logits
 from care_compress.device.cuda import Cuda, load_cuda, runtime_candidates
 from care_compress.device.deploy import Host
-from care_compress.device.library import wrap_library
-from care_compress.device.problems import EngineMismatchError, NoGpuError, VerificationError
+from care_compress.device.library import load_library, required_library, wrap_library
+from care_compress.device.problems import (
+    DeployError,
+    EngineMismatchError,
+    NoGpuError,
+    VerificationError,
+)
 from care_compress.device.session import Session
 from care_compress.device.timing import BenchPlan, Timing, measure, verdict
 from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
@@ -58,10 +64,35 @@ def board(bundle: Path, tmp_path: Path, gpu: FakeGpu) -> Verb:
     """Runs a verb on a board with TensorRT 10.3."""
 
     def run(verb: str, *options: str, version: str = "10.3.0.30", on: FakeGpu = gpu) -> int:
-        host = fake_host(tmp_path / "no-such-root", version, on)
+        clock = tmp_path / "root/sys/class/devfreq/17000000.gpu/cur_freq"
+        clock.parent.mkdir(parents=True, exist_ok=True)
+        clock.write_text("612000000\n")
+        host = fake_host(tmp_path / "root", version, on)
         return main([verb, "--bundle", str(bundle), *options], host)
 
     return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requirement", ["tensorrt>=10.3,<12", "tensorrt-rtx>=1.7,<2"])
+def test_a_real_gpu_does_it_all(
+    content: BundleContent, tmp_path: Path, requirement: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        load_library(required_library(requirement))
+        load_cuda()
+    except DeployError as error:
+        pytest.skip(str(error))
+    real = dataclasses.replace(content, requirement=requirement)
+    bundle = unpack_bundle(write_bundle(real, tmp_path / "bundle.tar.gz"), tmp_path)
+    where = ["--bundle", str(bundle)]
+    assert main(["build", *where]) == 0
+    assert json.loads((bundle / "int8.engine.json").read_text())["layers_from"] == "engine"
+    assert main(["verify", *where]) == 0
+    assert main(["bench", "--seconds", "0.5", *where]) == 0
+    assert main(["bench", "--seconds", "0.5", "--no-cuda-graph", *where]) == 0
+    assert main(["info", *where]) == 0
+    import_results(bundle / "results.json", tmp_path / "mine")
 
 
 def results(bundle: Path) -> Any:
@@ -87,6 +118,7 @@ def test_build_verify_bench_and_the_way_home(
     assert board("bench", "--seconds", "0.05", version=version) == 0
     printed = capsys.readouterr().out
     assert "INT8" in printed and "CUDA graph: yes" in printed
+    assert "before: GPU at 612 MHz, ? °C at most" in printed
     assert "cudaGraphLaunch" in gpu.calls
     engine = results(bundle)["models"]["int8"]
     assert engine["accuracy"]["passed"] and engine["accuracy"]["agreement"] == 100

@@ -3,8 +3,9 @@
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from care_compress.device.board import describe_board, read_conditions
 from care_compress.device.build import BuildOptions
@@ -170,7 +171,8 @@ def _verify(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
 def _bench(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     models = built_models(bundle, _wanted(bundle, options))
     plan = BenchPlan(seconds=options.seconds, cuda_graph=not options.no_cuda_graph)
-    timings = bench_models(host, bundle, models, plan, _say)
+    measured = bench_models(host, bundle, models, plan, _say)
+    timings = measured.timings
     rows = [["engine", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s"]]
     for model, timing in timings.items():
         latencies = [f"{timing.percentile(percent):.3f}" for percent in (50, 90, 99)]
@@ -179,10 +181,18 @@ def _bench(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     print(format_table(rows))
     if sentence := verdict(timings):
         print(sentence)
-    power = read_conditions(host.root)["power_mode"]
-    print(f"CUDA graph: {'yes' if plan.cuda_graph else 'no'}; power mode: {power or 'unknown'}")
+    power = measured.before["power_mode"] or "unknown"
+    print(f"CUDA graph: {'yes' if plan.cuda_graph else 'no'}; power mode: {power}")
+    print(f"before: {_conditions(measured.before)}; after: {_conditions(measured.after)}")
     print(f"Written to {results_path(bundle)}")
     return 0
+
+
+def _conditions(state: Mapping[str, Any]) -> str:
+    clock = "?" if state["gpu_mhz"] is None else f"{state['gpu_mhz']:.0f}"
+    hottest = max(state["temperatures_c"].values(), default=None)
+    heat = "?" if hottest is None else f"{hottest:.0f}"
+    return f"GPU at {clock} MHz, {heat} °C at most"
 
 
 def _infer(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:

@@ -50,6 +50,15 @@ class Verified:
     passed: bool
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Timings, and how the board was before and after them."""
+
+    timings: dict[str, Timing]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
 def bundle_library(host: Host, bundle: Bundle) -> Library:
     """The library the bundle asks for, in a version it allows."""
     requirement = str(bundle.manifest["requirement"])
@@ -87,6 +96,8 @@ def build_file(
     )
     details = {
         "precision": options.precision,
+        "optimization_level": options.optimization_level,
+        "workspace_mib": options.workspace_mib,
         "build_seconds": round(built.seconds, 1),
         "warnings": list(built.warnings),
         "layers_from": built.layers_from,
@@ -191,7 +202,7 @@ def bench_models(
     models: Sequence[str],
     plan: BenchPlan,
     notify: Callable[[str], None],
-) -> dict[str, Timing]:
+) -> Measured:
     """Measure the engines in turns and note it with the board's state before and after."""
     with open_sessions(host, bundle, models) as (library, cuda, sessions, descriptions):
         board = describe_board(host.root, library, cuda)
@@ -200,7 +211,7 @@ def bench_models(
         after = read_conditions(host.root)
     records = {model: timing_record(timing, before, after) for model, timing in timings.items()}
     merge_results(bundle, board, descriptions, "speed", records)
-    return timings
+    return Measured(timings, before, after)
 
 
 def timing_record(timing: Timing, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
