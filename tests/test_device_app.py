@@ -396,6 +396,20 @@ def test_a_machine_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     assert next(iter(runtime_candidates())).startswith(("libcudart.so.", "cudart64"))
 
 
+def test_an_older_runtime_is_tried_where_the_driver_is_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    newer, older = FakeGpu(), FakeGpu("Orin")
+    newer.failing["cudaSetDeviceFlags"] = 35
+    runtimes = {"13": newer, "12": older}
+    monkeypatch.setattr("care_compress.device.cuda.runtime_candidates", lambda: iter(runtimes))
+    monkeypatch.setattr("ctypes.CDLL", runtimes.__getitem__)
+    assert load_cuda().gpu().name == "Orin"
+    older.failing["cudaSetDeviceFlags"] = 100
+    with pytest.raises(NoGpuError, match="error 35"):
+        load_cuda()
+
+
 def test_a_runtime_without_a_driver_says_so() -> None:
     try:
         cuda = load_cuda()

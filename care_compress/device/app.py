@@ -24,16 +24,7 @@ from care_compress.device.problems import DeployError
 from care_compress.device.results import results_path
 from care_compress.device.timing import BenchPlan, verdict
 
-VERIFY_HEADER = [
-    "engine",
-    "images",
-    "top-1 %",
-    "expected %",
-    "agreement %",
-    "SQNR dB",
-    "max dev.",
-    "",
-]
+VERIFY_HEADER = "engine|images|top-1 %|expected %|agreement %|SQNR dB|max dev.|".split("|")
 
 
 def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:

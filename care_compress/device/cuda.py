@@ -209,13 +209,18 @@ class Cuda:
 
 def load_cuda() -> Cuda:
     """The CUDA runtime of this machine, with its first GPU selected."""
+    failure: NoGpuError | None = None
     for name in runtime_candidates():
         try:
             runtime = ctypes.CDLL(name)
         except OSError:
             continue
-        return Cuda(runtime)
-    raise NoGpuError(
+        try:
+            return Cuda(runtime)
+        except NoGpuError as error:
+            # Where two versions are installed, the driver may be new enough for the older one.
+            failure = failure or error
+    raise failure or NoGpuError(
         "the CUDA runtime (libcudart) is not on this machine.",
         "on a Jetson 'sudo apt install nvidia-jetpack'; elsewhere install CUDA 12 or later",
     )

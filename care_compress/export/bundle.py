@@ -29,7 +29,8 @@ The model `{recipe}` ({classes} classes, {resolution}x{resolution}) as ONNX, in 
 script that builds TensorRT engines from it on this device, checks them and measures them. Engines
 move neither between boards nor between TensorRT versions, so they are built here.
 
-It needs what JetPack brings: Python 3.10 or later, numpy, and {requirement}. No network, no pip.
+It needs Python 3.10 or later, numpy and `{requirement}`, all of which JetPack brings; no network
+and no pip.
 
 ## Three commands
 
@@ -185,7 +186,7 @@ def _readme(content: BundleContent) -> str:
         recipe=content.recipe,
         classes=len(content.classes),
         resolution=content.resolution,
-        models=" and ".join(sorted(content.models)).upper(),
+        models=" and ".join(model.upper() for model in sorted(content.models)),
         requirement=content.requirement,
         images=len(content.pixels),
         table=format_table(rows).replace("\n", "\n    "),
