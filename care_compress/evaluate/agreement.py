@@ -92,5 +92,4 @@ def compare_logits(reference_NK: Tensor, found_NK: Tensor) -> Agreement:
         same=int(same.sum()),
         ties=int(ties.sum()),
         sqnr_db=math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise),
-        deviation=math.sqrt(noise / signal) if signal else math.inf,
     )

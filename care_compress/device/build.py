@@ -1,0 +1,243 @@
+"""ONNX to engine with TensorRT 10.3 to 11 and with TensorRT-RTX, one function for all of them.
+
+The graph carries every type: INT8 where QuantizeLinear and DequantizeLinear say so, FP16 where
+tensors are FP16. TensorRT 10.12 and later run exactly that; before, the INT8 and FP16 flags allow
+TensorRT to, and the layer table says what it did.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from care_compress.device.layers import LayerRow, engine_layers, network_layers
+from care_compress.device.library import Library, Log, make_logger, open_runtime
+from care_compress.device.problems import BuildFailedError, UntypedModelError
+from care_compress.device.progress import Notify, watch_build
+from care_compress.device.storage import write_whole
+
+# The GPUs that TensorRT-RTX builds for when it is told nothing; "8.0" serves 8.7 too.
+RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How an engine is built; `precision` is what the graph claims to be."""
+
+    precision: str  # "int8" or "fp16"
+    optimization_level: int | None = None
+    workspace_mib: int | None = None
+    # The engine runs on later releases of the same major version, at some cost in speed.
+    version_compatible: bool = False
+    # The engine carries no weights; they are put back from the ONNX when it is loaded.
+    strip_plan: bool = False
+    timing_cache: Path | None = None
+    # Smallest, usual and largest batch; used only if the graph leaves its first dimension open.
+    batch: tuple[int, int, int] = (1, 1, 1)
+    # TensorRT-RTX without a GPU builds for these.
+    compute_capabilities: tuple[str, ...] = RTX_COMPUTE_CAPABILITIES
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A plan and what is known about it."""
+
+    plan: bytes
+    layers: tuple[LayerRow, ...]
+    # "engine": what it executes; "network": what the graph asks for (it cannot be loaded here).
+    layers_from: str
+    warnings: tuple[str, ...]
+    seconds: float
+
+
+def build_engine(
+    library: Library, onnx_path: Path, options: BuildOptions, notify: Notify
+) -> BuiltEngine:
+    """Parse, check and compile one graph. Nothing is written but the timing cache."""
+    started = time.monotonic()
+    log = Log()
+    logger = make_logger(library, log)
+    notify("reading the graph", None)
+    try:
+        builder = library.module.Builder(logger)
+    except TypeError as error:
+        # pybind's way to say that the factory returned nothing, which it does without a GPU.
+        raise BuildFailedError(
+            f"{library.name} cannot start: {log.reason()}.",
+            "check the NVIDIA driver: nvidia-smi, or nvpmodel -q on a Jetson",
+        ) from error
+    network = builder.create_network(_network_flags(library))
+    parse_graph(library, network, logger, log, onnx_path)
+    asked_for = network_layers(network)
+    check_types(asked_for, options.precision, onnx_path)
+    config = builder.create_builder_config()
+    _set_options(library, config, options, log)
+    _set_profile(builder, config, network, options, onnx_path)
+    _load_timing_cache(library, config, options, log)
+    monitor = watch_build(library, config, notify)
+    notify("compiling", None)
+    memory = builder.build_serialized_network(network, config)
+    if monitor.interruption is not None:
+        raise monitor.interruption
+    if memory is None:
+        raise _failure(library, onnx_path, log, options)
+    plan = bytes(memory)
+    _save_timing_cache(library, config, options)
+    warnings = tuple(log.warnings)
+    notify("reading the layers", None)
+    layers = _built_layers(library, logger, plan)
+    return BuiltEngine(
+        plan=plan,
+        layers=layers or asked_for,
+        layers_from="engine" if layers else "network",
+        warnings=warnings,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _network_flags(library: Library) -> int:
+    flag = library.member("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
+    return 1 << int(flag) if library.strongly_typed and flag is not None else 0
+
+
+def parse_graph(library: Library, network: Any, logger: Any, log: Log, onnx_path: Path) -> None:
+    """Fill `network` from an ONNX file; every complaint of the parser goes into the error."""
+    parser = library.module.OnnxParser(network, logger)
+    if parser.parse_from_file(str(onnx_path)):
+        return
+    reasons = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        # Only the newer parsers name the node.
+        node = getattr(error, "node_name", None)
+        where = f"node {node()}: " if node is not None and node() else ""
+        reasons.append(where + " ".join(error.desc().split()))
+    reason = "; ".join(reasons) or log.reason()
+    fix = "export the model again for this target; a changed or cut file needs a fresh copy"
+    if "zero point" in reason.lower():
+        fix = "TensorRT takes symmetric quantization only: export for a tensorrt target"
+    raise UntypedModelError(f"{library.name} cannot read {onnx_path.name}: {reason}", fix)
+
+
+def check_types(layers: tuple[LayerRow, ...], precision: str, onnx_path: Path) -> None:
+    """Refuse a graph that would silently become an engine of another precision."""
+    kinds = {row.type for row in layers}
+    if precision == "int8" and not {"QUANTIZE", "DEQUANTIZE"} <= kinds:
+        raise UntypedModelError(
+            f"{onnx_path.name} is said to be int8 and has no QuantizeLinear and DequantizeLinear.",
+            "export the quantized model, or build it as fp16",
+        )
+    if precision == "int8" and not any(row.precision == "INT8" for row in layers if _is_big(row)):
+        raise UntypedModelError(
+            f"{onnx_path.name} is said to be int8, but no convolution or matrix product has both"
+            " of its inputs dequantized.",
+            "export again; an optimizer may have moved a DequantizeLinear away from its layer",
+        )
+    if precision == "fp16" and not any(row.output == "FP16" for row in layers):
+        raise UntypedModelError(
+            f"{onnx_path.name} is said to be fp16 and holds no FP16 tensor.",
+            "export again with the target's float type",
+        )
+
+
+def _is_big(row: LayerRow) -> bool:
+    return row.type in ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
+
+
+def _set_options(library: Library, config: Any, options: BuildOptions, log: Log) -> None:
+    config.profiling_verbosity = library.module.ProfilingVerbosity.DETAILED
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.workspace_mib is not None:
+        pool = library.module.MemoryPoolType.WORKSPACE
+        config.set_memory_pool_limit(pool, options.workspace_mib << 20)
+    wanted = []
+    if not library.strongly_typed:
+        wanted += ["FP16"] + (["INT8"] if options.precision == "int8" else [])
+        log.add(
+            "WARNING",
+            f"TensorRT {library.text} takes the graph's types as permission, not as an order:"
+            " see the layer table for what it chose.",
+        )
+    if options.version_compatible:
+        wanted.append("VERSION_COMPATIBLE")
+    if options.strip_plan:
+        # Identical: the weights put back are those it was tuned for, so it may fold them.
+        wanted += ["STRIP_PLAN", "REFIT_IDENTICAL"]
+    for name in wanted:
+        flag = library.member("BuilderFlag", name)
+        if flag is None:
+            raise BuildFailedError(
+                f"{library.name} {library.text} has no {name}.", "leave that option out"
+            )
+        config.set_flag(flag)
+    if library.is_rtx:
+        _set_compute_capabilities(library, config, options.compute_capabilities)
+
+
+def _set_compute_capabilities(library: Library, config: Any, wanted: tuple[str, ...]) -> None:
+    config.num_compute_capabilities = len(wanted)
+    for index, capability in enumerate(wanted):
+        member = library.member("ComputeCapability", "SM" + capability.replace(".", ""))
+        if member is None or not config.set_compute_capability(member, index):
+            raise BuildFailedError(
+                f"{library.name} {library.text} does not build for"
+                f" compute capability {capability}.",
+                f"choose among {', '.join(RTX_COMPUTE_CAPABILITIES)}",
+            )
+
+
+def _set_profile(
+    builder: Any, config: Any, network: Any, options: BuildOptions, onnx_path: Path
+) -> None:
+    tensor = network.get_input(0)
+    shape = tuple(tensor.shape)
+    if -1 not in shape:
+        return
+    if -1 in shape[1:]:
+        raise UntypedModelError(
+            f"{onnx_path.name}: input {tensor.name} is {shape}; only the batch may be open.",
+            "export with a fixed resolution",
+        )
+    profile = builder.create_optimization_profile()
+    profile.set_shape(tensor.name, *[(size, *shape[1:]) for size in options.batch])
+    config.add_optimization_profile(profile)
+
+
+def _load_timing_cache(library: Library, config: Any, options: BuildOptions, log: Log) -> None:
+    # With a timing cache TensorRT-RTX asks for a GPU, which it needs for nothing else.
+    if options.timing_cache is None or library.is_rtx:
+        return
+    stored = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+    cache = config.create_timing_cache(stored) if stored else None
+    # Refused if another TensorRT or another GPU measured it.
+    if cache is not None and config.set_timing_cache(cache, False):
+        return
+    log.reason()  # its complaint about the old cache is not the reason of a later failure
+    config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _save_timing_cache(library: Library, config: Any, options: BuildOptions) -> None:
+    cache = None if library.is_rtx else config.get_timing_cache()
+    if options.timing_cache is not None and cache is not None:
+        write_whole(options.timing_cache, bytes(cache.serialize()))
+
+
+def _failure(library: Library, onnx_path: Path, log: Log, options: BuildOptions) -> Exception:
+    reason = log.reason()
+    fix = "try a lower --optimization-level; --debug shows all that TensorRT said"
+    if "memory" in reason.lower():
+        fix = "close other programs, or allow less with --workspace"
+    elif options.strip_plan or options.version_compatible:
+        fix = "leave --strip-plan and --version-compatible out"
+    return BuildFailedError(
+        f"{library.name} {library.text} built no engine from {onnx_path.name}: {reason}.", fix
+    )
+
+
+def _built_layers(library: Library, logger: Any, plan: bytes) -> tuple[LayerRow, ...]:
+    """What the engine executes; nothing where it cannot be loaded (TensorRT-RTX without a GPU)."""
+    # The runtime has to outlive the engine.
+    runtime = open_runtime(library, logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    return () if engine is None else engine_layers(library, engine)

@@ -1,0 +1,60 @@
+"""Are the engine's answers those that were exported? Numbers first, then passed or failed."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from care_compress.device.problems import VerificationError
+from care_compress.device.session import FloatArray
+
+# Equal arrays have no noise and an infinite ratio, which JSON cannot say.
+BEST_SQNR_DB = 150.0
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the engine's logits are from the expected ones, and from the labels."""
+
+    images: int
+    top1: float  # percent right
+    expected_top1: float
+    agreement: float  # percent of images with the same first class as expected
+    sqnr_db: float
+    max_deviation: float  # largest difference, relative to the largest expected logit
+
+    def meets(self, limits: dict[str, float]) -> bool:
+        """Whether it is as good as the bundle demands."""
+        return self.agreement >= limits["agreement"] and self.sqnr_db >= limits["sqnr_db"]
+
+
+def compare_logits(
+    got_NK: FloatArray,
+    expected_NK: np.ndarray[Any, Any],
+    labels_N: np.ndarray[Any, Any],
+) -> Agreement:
+    """Compare an engine's logits with those of the exported graph."""
+    if got_NK.shape != expected_NK.shape:
+        raise VerificationError(
+            f"the engine gives {got_NK.shape} logits where {expected_NK.shape} are expected.",
+            "build it again from this bundle",
+        )
+    if not np.isfinite(got_NK).all():
+        raise VerificationError(
+            "the engine gives logits that are not finite: FP16 overflows somewhere in it.",
+            "export with float_type bf16 or fp32 for the layers that overflow",
+        )
+    expected_NK = expected_NK.astype(np.float64)
+    noise_NK = got_NK.astype(np.float64) - expected_NK
+    signal, noise = float((expected_NK**2).sum()), float((noise_NK**2).sum())
+    sqnr = 10 * math.log10(max(signal, 1e-30) / noise) if noise > 0 else BEST_SQNR_DB
+    first_N, expected_N = got_NK.argmax(axis=1), expected_NK.argmax(axis=1)
+    return Agreement(
+        images=len(got_NK),
+        top1=100 * float((first_N == labels_N).mean()),
+        expected_top1=100 * float((expected_N == labels_N).mean()),
+        agreement=100 * float((first_N == expected_N).mean()),
+        sqnr_db=min(BEST_SQNR_DB, sqnr),
+        max_deviation=float(np.abs(noise_NK).max() / max(np.abs(expected_NK).max(), 1e-12)),
+    )

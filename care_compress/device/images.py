@@ -1,0 +1,94 @@
+"""Image file to the network's input, with the very steps of care-compress' evaluation.
+
+Shape legend: N images, C channel, H height, W width.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from care_compress.device.problems import ImageError
+from care_compress.device.session import FloatArray
+
+
+def load_pixels(
+    path: Path, resolution: int, crop_pct: float, exif_rotate: bool
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """uint8 pixels (3, resolution, resolution): shorter side resized, centre cropped."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImageError(
+            "Pillow, which reads images, is not installed.",
+            "'sudo apt install python3-pil' or 'pip install pillow'",
+        ) from error
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image_pixels(image, resolution, crop_pct, exif_rotate)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path} cannot be read ({error}).", "give a JPEG or PNG file") from error
+
+
+def image_pixels(
+    image: Any, resolution: int, crop_pct: float, exif_rotate: bool
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """`load_pixels` of an opened image."""
+    from PIL import Image
+
+    image = _image_to_rgb(_turned(image) if exif_rotate else image)
+    shorter = math.floor(resolution / crop_pct)
+    width, height = image.size
+    if width <= height:
+        size = shorter, int(shorter * height / width)
+    else:
+        size = int(shorter * width / height), shorter
+    if image.size != size:
+        image = image.resize(size, _bicubic(Image))
+    left, top = round((size[0] - resolution) / 2), round((size[1] - resolution) / 2)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return np.ascontiguousarray(np.array(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _bicubic(pillow: Any) -> Any:
+    # JetPack 6 has Pillow 9.0, which knows the filter by its older name only.
+    return getattr(pillow, "Resampling", pillow).BICUBIC
+
+
+def _image_to_rgb(image: Any) -> Any:
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # Pillow would clip 16-bit grey at 255, nearly all of it to white.
+        wide = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _turned(image: Any) -> Any:
+    """As its EXIF orientation says; unreadable EXIF says nothing."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+        return image
+
+
+def normalize_pixels(
+    pixels_NCHW: np.ndarray[Any, Any], mean: Sequence[float], std: Sequence[float]
+) -> FloatArray:
+    """(x / 255 - mean) / std in float32, rounding after every step as the evaluation does."""
+    x_NCHW = pixels_NCHW.astype(np.float32)
+    x_NCHW /= np.float32(255)
+    x_NCHW -= np.asarray(mean, dtype=np.float32).reshape(-1, 1, 1)
+    x_NCHW /= np.asarray(std, dtype=np.float32).reshape(-1, 1, 1)
+    return x_NCHW

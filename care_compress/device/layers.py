@@ -1,0 +1,157 @@
+"""Which layer runs in which precision: the table a user compares with the plan.
+
+`engine_layers` tells what the built engine executes (the engine inspector; needs the engine to be
+loadable, so a GPU). `network_layers` tells what the graph asks for, anywhere.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from care_compress.device.library import Library
+
+# As they stand in sentences like "Row major linear FP16 format", "Half" or "kINT8", longest first.
+_TYPE_WORDS = {
+    "BF16": "BF16",
+    "BFLOAT16": "BF16",
+    "FP16": "FP16",
+    "HALF": "FP16",
+    "FP32": "FP32",
+    "FLOAT": "FP32",
+    "FP8": "FP8",
+    "FP4": "FP4",
+    "INT8": "INT8",
+    "INT4": "INT4",
+    "INT32": "INT32",
+    "INT64": "INT64",
+    "BOOL": "BOOL",
+    "UINT8": "UINT8",
+}
+_TYPE_PATTERN = re.compile(rf"\bk?({'|'.join(_TYPE_WORDS)})\b", re.IGNORECASE)
+_MULTIPLYING = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
+# Between a DequantizeLinear and the MatMul that uses it there may stand a Transpose.
+_MOVING = ("SHUFFLE",)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer: what it multiplies in (`precision`), what it gives out, which nodes are in it."""
+
+    name: str
+    type: str
+    precision: str
+    output: str
+    origin: tuple[str, ...]
+
+
+def precision_counts(rows: Iterable[LayerRow]) -> dict[str, int]:
+    """How many layers run in each precision."""
+    return dict(sorted(Counter(row.precision for row in rows).items()))
+
+
+def engine_layers(library: Library, engine: Any) -> tuple[LayerRow, ...]:
+    """The layers of a loaded engine."""
+    inspector = engine.create_engine_inspector()
+    return parse_inspector(
+        inspector.get_engine_information(library.module.LayerInformationFormat.JSON)
+    )
+
+
+def parse_inspector(text: str) -> tuple[LayerRow, ...]:
+    """Rows of the engine inspector's JSON, of TensorRT 10 or 11.
+
+    10 writes one `Format/Datatype` for each tensor, 11 writes `Format` and `Datatype`. An engine
+    built without DETAILED verbosity has names only. An engine of several profiles repeats its
+    layers with ``[profile 1]``; the first profile stands for all.
+    """
+    rows = []
+    for layer in json.loads(text).get("Layers", []):
+        row = (
+            LayerRow(layer, "unknown", "unknown", "unknown", _names_in(layer))
+            if isinstance(layer, str)
+            else _row(layer)
+        )
+        if not re.search(r"\[profile [1-9]\d*\]", row.name):
+            rows.append(row)
+    return tuple(rows)
+
+
+def _row(layer: Mapping[str, Any]) -> LayerRow:
+    name = str(layer.get("Name", ""))
+    inputs, outputs = (_data_types(layer.get(key, [])) for key in ("Inputs", "Outputs"))
+    nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(layer.get("Metadata", "")))
+    return LayerRow(
+        name=name,
+        type=str(layer.get("LayerType", "unknown")),
+        # Activations and weights meet in the first input's type; constants have no input.
+        precision=(inputs or outputs or ["unknown"])[0],
+        output=(outputs or ["unknown"])[0],
+        origin=tuple(dict.fromkeys(nodes)) or _names_in(name),
+    )
+
+
+def _data_types(tensors: Any) -> list[str]:
+    found = []
+    for tensor in tensors if isinstance(tensors, list) else []:
+        fields = tensor if isinstance(tensor, dict) else {}
+        for key in ("Datatype", "DataType", "Format/Datatype"):
+            if key in fields:
+                found.append(_type_in(str(fields[key])))
+                break
+    return found
+
+
+def _type_in(text: str) -> str:
+    match = _TYPE_PATTERN.search(text)
+    return _TYPE_WORDS[match[1].upper()] if match else "unknown"
+
+
+def _names_in(name: str) -> tuple[str, ...]:
+    """Fused layers without metadata are called ``a + b``."""
+    return tuple(part.strip() for part in name.split(" + "))
+
+
+def network_layers(network: Any) -> tuple[LayerRow, ...]:
+    """The layers of a parsed network, constants left out.
+
+    A convolution or matrix product whose two inputs are both dequantized is one TensorRT runs on
+    integers, so its precision is INT8 although its tensors are floats.
+    """
+    makers: dict[str, Any] = {}
+    rows = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for output in range(layer.num_outputs):
+            makers[layer.get_output(output).name] = layer
+        if layer.type.name == "CONSTANT":
+            continue
+        output_type = _type_in(layer.get_output(0).dtype.name)
+        integer = layer.type.name in _MULTIPLYING and all(
+            which < layer.num_inputs and _is_dequantized(layer.get_input(which), makers)
+            for which in (0, 1)
+        )
+        nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(getattr(layer, "metadata", "") or ""))
+        rows.append(
+            LayerRow(
+                name=layer.name,
+                type=layer.type.name,
+                precision="INT8" if integer else output_type,
+                output=output_type,
+                origin=tuple(nodes) or (layer.name,),
+            )
+        )
+    return tuple(rows)
+
+
+def _is_dequantized(tensor: Any, makers: Mapping[str, Any]) -> bool:
+    while tensor is not None and tensor.name in makers:
+        maker = makers[tensor.name]
+        if maker.type.name == "DEQUANTIZE":
+            return True
+        if maker.type.name not in _MOVING:
+            return False
+        tensor = maker.get_input(0)
+    return False

@@ -1,0 +1,156 @@
+"""TensorRT, whichever one is installed: `tensorrt` 10.3 to 11, or `tensorrt_rtx`.
+
+Versions differ in what they have, so everything that is not in all of them is asked for by name,
+and no number of an enum is written down here: they changed between versions.
+"""
+
+import importlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from care_compress.device.problems import TensorRtMissingError
+
+OLDEST_TENSORRT = (10, 3)
+# From here to 10.16 strong typing has to be asked for, and 11 knows nothing else. Before (JetPack 6
+# has 10.3) the INT8 and FP16 flags permit the same types without binding TensorRT to them.
+FIRST_STRONGLY_TYPED = (10, 12)
+
+_INSTALL = {
+    "tensorrt": "on a Jetson 'sudo apt install python3-libnvinfer' and use /usr/bin/python3 "
+    "(a virtual environment needs --system-site-packages); elsewhere 'pip install tensorrt'",
+    "tensorrt_rtx": "'pip install tensorrt-rtx'",
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """An imported TensorRT and what its version means."""
+
+    module: Any
+    name: str
+    version: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """The version as the library writes it; engines move between no two of these."""
+        return str(self.module.__version__)
+
+    @property
+    def is_rtx(self) -> bool:
+        """TensorRT for RTX: builds without a GPU and compiles for it when loading."""
+        return self.name == "tensorrt_rtx"
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether operations run in exactly the graph's types."""
+        return self.is_rtx or self.version >= FIRST_STRONGLY_TYPED
+
+    def member(self, enum: str, name: str) -> Any | None:
+        """``module.enum.name``, or None where this version has no such thing."""
+        return getattr(getattr(self.module, enum, None), name, None)
+
+
+def load_library(name: str = "tensorrt") -> Library:
+    """Import `tensorrt` or `tensorrt_rtx`."""
+    try:
+        module = importlib.import_module(name)
+        version = str(module.__version__)
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        # An OSError or RuntimeError is the package whose own libraries are missing.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TensorRtMissingError(
+            f"{name} cannot be imported ({reason}).", _INSTALL[name]
+        ) from error
+    return wrap_library(module, name, version)
+
+
+def wrap_library(module: Any, name: str, version: str) -> Library:
+    """Put an imported module into a `Library`, refusing versions older than we support."""
+    library = Library(module, name, version_numbers(version))
+    if not library.is_rtx and library.version < OLDEST_TENSORRT:
+        raise TensorRtMissingError(
+            f"TensorRT {version} is too old.",
+            "install TensorRT 10.3 or later (JetPack 6.1 has it)",
+        )
+    return library
+
+
+def version_numbers(text: str) -> tuple[int, ...]:
+    """(10, 3, 0, 30) of ``10.3.0.30`` and of ``10.3.0.30.post1``."""
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def satisfies(version: tuple[int, ...], requirement: str) -> bool:
+    """Whether a version meets ``tensorrt>=10.3,<12``; pip's own parser is not on a board."""
+    for operator, wanted in re.findall(r"(>=|<=|==|!=|>|<)\s*([\d.]+)", requirement):
+        limit = version_numbers(wanted)
+        # 10.3.0.30 counts as 10.3 here, as it does for pip with ==10.3.*.
+        short = version[: len(limit)]
+        met = {
+            ">=": short >= limit,
+            "<=": short <= limit,
+            "==": short == limit,
+            "!=": short != limit,
+            ">": short > limit,
+            "<": short < limit,
+        }
+        if not met[operator]:
+            return False
+    return True
+
+
+def required_library(requirement: str) -> str:
+    """The module that ``tensorrt>=10.3`` or ``tensorrt-rtx>=1.7`` names."""
+    name = re.split(r"[<>=!~\s\[]", requirement.strip(), maxsplit=1)[0].replace("-", "_")
+    if name not in _INSTALL:
+        raise TensorRtMissingError(
+            f"{requirement!r} names no library this program knows.",
+            "export the bundle again for a TensorRT target",
+        )
+    return name
+
+
+class Log:
+    """What TensorRT said: warnings to pass on, and the reason of the last failure."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self._errors: list[str] = []
+
+    def add(self, severity: str, text: str) -> None:
+        """Take one message; the same warning comes once for each layer and is kept once."""
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self._errors.append(text.strip())
+        elif severity == "WARNING" and text.strip() not in self.warnings:
+            self.warnings.append(text.strip())
+
+    def reason(self) -> str:
+        """The first error since the last call: those after it are usually its consequences."""
+        first = self._errors[0] if self._errors else "TensorRT gave no reason"
+        self._errors.clear()
+        return " ".join(first.split())
+
+
+def make_logger(library: Library, log: Log) -> Any:
+    """A logger object of this TensorRT that fills `log` and keeps the terminal quiet."""
+    module = library.module
+
+    def start(self: Any) -> None:
+        module.ILogger.__init__(self)
+
+    def record(self: Any, severity: Any, text: str) -> None:
+        log.add(severity.name, text)
+
+    # The base class is known only after the import, so the class cannot be written out.
+    return type("CareLogger", (module.ILogger,), {"__init__": start, "log": record})()
+
+
+def open_runtime(library: Library, logger: Any) -> Any:
+    """A runtime that may load our engines, version-compatible ones included."""
+    runtime = library.module.Runtime(logger)
+    # Those carry a small runtime of their own, which is code; we load only engines whose digest is
+    # the one their builder wrote down.
+    runtime.engine_host_code_allowed = True
+    return runtime

@@ -1,0 +1,105 @@
+"""A bundle: one folder with graphs, samples, expected answers and the digests of all of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from care_compress.device.problems import BundleDamagedError
+from care_compress.device.storage import digest_file, read_json_object
+
+BUNDLE_KIND = "care-deploy-bundle"
+_FRESH = "unpack the archive again, or copy it again if that does not help"
+# Key of manifest.json -> what it has to be.
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "run": str,
+    "recipe": str,
+    "target": str,
+    "fingerprint": str,
+    "requirement": str,
+    "classes": list,
+    "resolution": int,
+    "crop_pct": (int, float),
+    "exif_rotate": bool,
+    "mean": list,
+    "std": list,
+    "input": dict,
+    "output": dict,
+    "models": dict,
+    "limits": dict,
+    "files": dict,
+}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle whose files are all as they were exported."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models in it: int8, fp16."""
+        return tuple(self.manifest["models"])
+
+    def onnx(self, model: str) -> Path:
+        """A model's graph."""
+        return self.folder / str(self.manifest["models"][model]["file"])
+
+    def onnx_sha256(self, model: str) -> str:
+        """Digest of a model's graph."""
+        return str(self.manifest["files"][self.manifest["models"][model]["file"]])
+
+    def engine(self, model: str) -> Path:
+        """Where a model's engine is built."""
+        return self.folder / f"{model}.engine"
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """One of the sample arrays: pixels, labels, logits_int8, logits_fp16."""
+        path = self.folder / "samples" / f"{name}.npy"
+        try:
+            # A pickle in an array could run code; ours have none.
+            return np.asarray(np.load(path, allow_pickle=False))
+        except (OSError, ValueError) as error:
+            raise BundleDamagedError(f"{path} cannot be read ({error}).", _FRESH) from error
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read manifest.json and check every file against it."""
+    path = folder / "manifest.json"
+    manifest = read_json_object(path)
+    if manifest is None:
+        raise BundleDamagedError(
+            f"{path} is missing or is no JSON.",
+            "run this inside the unpacked bundle, or name its folder with --bundle",
+        )
+    if manifest.get("kind") != BUNDLE_KIND or manifest.get("format") != 1:
+        raise BundleDamagedError(
+            f"{path} is not a bundle this program knows.", "use the care_deploy.py beside it"
+        )
+    for key, wanted in _KEYS.items():
+        if not isinstance(manifest.get(key), wanted):
+            raise BundleDamagedError(f"{path} has no usable {key!r}.", _FRESH)
+    for name, digest in manifest["files"].items():
+        _check_file(folder, name, digest)
+    for model, entry in manifest["models"].items():
+        if not isinstance(entry, dict) or entry.get("file") not in manifest["files"]:
+            raise BundleDamagedError(f"{path} lists no file for model {model!r}.", _FRESH)
+    return Bundle(folder, manifest)
+
+
+def _check_file(folder: Path, name: str, digest: str) -> None:
+    # A name that leads out of the folder would let a manifest vouch for, or read, any file.
+    plain = not ("\\" in name or ":" in name or name.startswith("/"))
+    if not plain or any(part in ("", ".", "..") for part in name.split("/")):
+        raise BundleDamagedError(
+            f"manifest.json names {name!r}, which is outside the bundle.", _FRESH
+        )
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise BundleDamagedError(f"{name} is missing from the bundle.", _FRESH)
+    if digest_file(path) != digest:
+        raise BundleDamagedError(f"{name} is not the file that was exported.", _FRESH)

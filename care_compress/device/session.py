@@ -1,0 +1,173 @@
+"""An engine ready to run: buffers on the device, one batch at a time, as a CUDA graph if wanted."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from care_compress.device.cuda import Cuda
+from care_compress.device.library import Library, Log, make_logger, open_runtime
+from care_compress.device.problems import EngineMismatchError, NoGpuError
+
+# As text: numpy 1.21 of JetPack 6 cannot be subscripted when the program runs.
+FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+
+
+class Session:
+    """One engine with its context, stream and buffers; use it in a ``with``, which frees them."""
+
+    def __init__(
+        self, library: Library, cuda: Cuda, plan: bytes, refit_from: "Path | None" = None
+    ) -> None:
+        self._library, self._cuda = library, cuda
+        self._addresses: dict[str, int] = {}
+        self._stream = 0
+        self._graph = 0
+        self._log = Log()
+        self._logger = make_logger(library, self._log)
+        # The runtime has to outlive the engine, and the engine the context.
+        self._runtime = open_runtime(library, self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise EngineMismatchError(
+                f"the engine does not load: {self._log.reason()}.", "build it again on this machine"
+            )
+        if refit_from is not None:
+            self._refit(refit_from)
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise NoGpuError(
+                f"no memory to run the engine: {self._log.reason()}.", "close other programs"
+            )
+        self._name_tensors()
+        try:
+            self._stream = cuda.new_stream()
+            for name, array in ((self._input, self._in), (self._output, self._out)):
+                self._addresses[name] = cuda.allocate(array.nbytes)
+                self._context.set_tensor_address(name, self._addresses[name])
+            # A graph captured before the first run would contain TensorRT's lazy initialization.
+            self.enqueue()
+            cuda.wait(self._stream)
+        except BaseException:
+            self.close()
+            raise
+
+    def _refit(self, onnx: Path) -> None:
+        """Put the weights back into a stripped engine."""
+        module = self._library.module
+        refitter = module.Refitter(self._engine, self._logger)
+        parser = module.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
+            raise EngineMismatchError(
+                f"the weights of {onnx.name} do not go back into the engine: {self._log.reason()}.",
+                "build it again without --strip-plan",
+            )
+
+    def _name_tensors(self) -> None:
+        engine, module = self._engine, self._library.module
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [
+            name for name in names if engine.get_tensor_mode(name) == module.TensorIOMode.INPUT
+        ]
+        outputs = [name for name in names if name not in inputs]
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise EngineMismatchError(
+                f"the engine has {len(inputs)} inputs and {len(outputs)} outputs, not one of each.",
+                "export a classifier",
+            )
+        self._input, self._output = inputs[0], outputs[0]
+        shape: tuple[int, ...] = tuple(engine.get_tensor_shape(self._input))
+        if shape[0] == -1:
+            # The usual batch of the profile: what the kernels were chosen for.
+            shape = tuple(engine.get_tensor_profile_shape(self._input, 0)[1])
+            self._context.set_input_shape(self._input, shape)
+        self.shape = shape
+        self._in = self._host_array(self._input, shape)
+        self._out = self._host_array(
+            self._output, tuple(self._context.get_tensor_shape(self._output))
+        )
+
+    def _host_array(self, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        dtype = self._library.module.nptype(self._engine.get_tensor_dtype(name))
+        return np.zeros(shape, dtype=dtype)
+
+    @property
+    def batch(self) -> int:
+        """Images in one run of the engine."""
+        return self.shape[0]
+
+    def run(self, images_NCHW: FloatArray) -> FloatArray:
+        """Logits (N, classes) of any number of images.
+
+        The rest of the last batch is whatever was in the buffer; images do not see each other.
+        """
+        if images_NCHW.shape[1:] != self.shape[1:]:
+            raise EngineMismatchError(
+                f"the engine takes images of {self.shape[1:]}, not {images_NCHW.shape[1:]}.",
+                "use the samples and the resolution of this bundle",
+            )
+        results = []
+        for first in range(0, len(images_NCHW), self.batch):
+            part = images_NCHW[first : first + self.batch]
+            self._in[: len(part)] = part
+            self._cuda.upload(self._addresses[self._input], self._in, self._stream)
+            self.enqueue()
+            self._cuda.download(self._out, self._addresses[self._output], self._stream)
+            self._cuda.wait(self._stream)
+            results.append(self._out[: len(part)].astype(np.float32))
+        return np.concatenate(results)
+
+    def enqueue(self) -> None:
+        """Queue one run on what lies in the input buffer, without any copy."""
+        if self._graph:
+            self._cuda.launch(self._graph, self._stream)
+        elif not self._context.execute_async_v3(self._stream):
+            raise NoGpuError(
+                f"the engine does not run: {self._log.reason()}.", "build it again on this machine"
+            )
+
+    def capture(self) -> None:
+        """Make one CUDA graph of the run: one launch for it instead of one for each layer."""
+        try:
+            self._cuda.begin_capture(self._stream)
+            try:
+                self.enqueue()
+            except BaseException:
+                # The stream would stay in capture, and every later call fail for that reason.
+                self._cuda.drop_graph(self._cuda.end_capture(self._stream))
+                raise
+            self._graph = self._cuda.end_capture(self._stream)
+        except NoGpuError as error:
+            raise NoGpuError(
+                f"the engine does not become a CUDA graph: {error.message}",
+                "measure it without: bench --no-cuda-graph",
+            ) from error
+
+    @property
+    def stream(self) -> int:
+        """The stream it runs on."""
+        return self._stream
+
+    def close(self) -> None:
+        """Give everything on the device back; safe to call twice."""
+        if self._graph:
+            self._cuda.drop_graph(self._graph)
+            self._graph = 0
+        while self._addresses:
+            self._cuda.free(self._addresses.popitem()[1])
+        if self._stream:
+            self._cuda.drop_stream(self._stream)
+            self._stream = 0
+        self._context = self._engine = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: "type[BaseException] | None",
+        error: "BaseException | None",
+        trace: "TracebackType | None",
+    ) -> None:
+        self.close()

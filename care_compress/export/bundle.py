@@ -1,0 +1,214 @@
+"""The bundle a board receives: graphs, one script, samples with their expected answers, digests.
+
+The same content gives the same bytes: no time, no user and no machine stands in the archive, so two
+exports can be compared by their digests.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from care_compress.device.app import VERIFY_HEADER, format_table
+from care_compress.device.manifest import BUNDLE_KIND
+from care_compress.export.stitch import stitch
+from care_compress.run import atomic_file
+
+_README = """\
+# {run} for {target}
+
+The model `{recipe}` ({classes} classes, {resolution}x{resolution}) as ONNX, in {models}, with one
+script that builds TensorRT engines from it on this device, checks them and measures them. Engines
+move neither between boards nor between TensorRT versions, so they are built here.
+
+It needs Python 3.10 or later, numpy and `{requirement}`, all of which JetPack brings; no network
+and no pip.
+
+## Three commands
+
+    python3 care_deploy.py build
+    python3 care_deploy.py verify
+    python3 care_deploy.py bench
+
+`build` takes some minutes for each engine and writes `int8.engine` and `fp16.engine`, each with a
+`.json` that lists its layers and the precision of each.
+
+`verify` runs the {images} images of `samples/` and compares with the exported model:
+
+    {table}
+
+with figures for the dots, then `PASSED` or `FAILED`. It passes if at least {agreement} % of the
+images get the class the exported model gives them, at an SQNR of at least {sqnr_db} dB.
+
+`bench` prints p50, p90 and p99 of the latency of both engines and says which is faster. For figures
+that can be compared, fix the clocks first and tell the power mode with them:
+
+    sudo nvpmodel -q
+    sudo jetson_clocks
+
+Both write `results.json`. Take that file back to the machine that exported this bundle.
+
+`python3 care_deploy.py infer IMAGE...` classifies image files (needs Pillow: `sudo apt install
+python3-pil`), and `info` says what this board is.
+
+## What can go wrong
+
+- `TensorRtMissingError`: `sudo apt install python3-libnvinfer`, and use `/usr/bin/python3` rather
+  than a virtual environment.
+- `NoGpuError`: another program may fill the GPU's memory; a container needs `--runtime nvidia`.
+- `EngineMismatchError`: JetPack was upgraded, or the engine is another board's: `build` again.
+- `BundleDamagedError`: a file changed on its way: copy and unpack the archive again.
+- `BuildFailedError` that speaks of memory: close other programs, or `build --workspace 1024`.
+- `FAILED`: take `results.json` back; until then use the engine that passed, if one did.
+
+Exit codes: 0 done, 1 wrong answers, 2 could not be done. `--debug` after the verb
+shows a traceback.
+"""
+
+
+@dataclass(frozen=True)
+class BundleContent:
+    """Everything that goes into a bundle.
+
+    Shapes: pixels (N, 3, H, W) uint8 as the evaluation crops them, labels (N,), logits (N, K).
+    """
+
+    run: str
+    recipe: str
+    target: str
+    fingerprint: str
+    classes: tuple[str, ...]
+    resolution: int
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_name: str
+    input_shape: tuple[int | str, ...]
+    output_name: str
+    output_shape: tuple[int | str, ...]
+    requirement: str  # as in the target file: "tensorrt>=10.3,<12"
+    models: Mapping[str, Path]  # "int8" and "fp16" -> ONNX file
+    pixels: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    logits: Mapping[str, np.ndarray[Any, Any]]
+    least_agreement: float  # percent
+    least_sqnr_db: float
+    exif_rotate: bool = False
+
+
+def write_bundle(content: BundleContent, path: Path) -> Path:
+    """Write the .tar.gz, whole or not at all."""
+    _check(content)
+    files = _files(content)
+    folder = _slug(f"{content.run}-{content.target}")
+    with atomic_file(path) as temporary, temporary.open("wb") as raw:
+        # gzip's header would hold the file's name and the time.
+        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as packed:
+            with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+                for name in sorted(files):
+                    archive.addfile(
+                        _entry(f"{folder}/{name}", files[name]), io.BytesIO(files[name])
+                    )
+    return path
+
+
+def unpack_bundle(archive: Path, folder: Path) -> Path:
+    """Unpack a bundle below `folder`; the bundle's own folder."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+        return folder / packed.getnames()[0].split("/")[0]
+
+
+def _check(content: BundleContent) -> None:
+    count = len(content.pixels)
+    side = content.resolution
+    assert content.pixels.shape == (count, 3, side, side), content.pixels.shape
+    assert content.pixels.dtype == np.uint8
+    assert content.labels.shape == (count,)
+    assert content.logits.keys() == content.models.keys()
+    for logits in content.logits.values():
+        assert logits.shape == (count, len(content.classes)), logits.shape
+        assert np.isfinite(logits).all()
+
+
+def _files(content: BundleContent) -> dict[str, bytes]:
+    files = {f"{model}.onnx": path.read_bytes() for model, path in content.models.items()}
+    files["care_deploy.py"] = stitch().encode()
+    files["README.md"] = _readme(content).encode()
+    files["samples/pixels.npy"] = _npy(content.pixels)
+    files["samples/labels.npy"] = _npy(content.labels.astype(np.int64))
+    for model, logits in content.logits.items():
+        files[f"samples/logits_{model}.npy"] = _npy(logits.astype(np.float32))
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    manifest = {**_description(content), "files": digests}
+    files["manifest.json"] = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
+    return files
+
+
+def _description(content: BundleContent) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "kind": BUNDLE_KIND,
+        "run": content.run,
+        "recipe": content.recipe,
+        "target": content.target,
+        "fingerprint": content.fingerprint,
+        "requirement": content.requirement,
+        "classes": list(content.classes),
+        "resolution": content.resolution,
+        "crop_pct": content.crop_pct,
+        "exif_rotate": content.exif_rotate,
+        "mean": list(content.mean),
+        "std": list(content.std),
+        "input": {"name": content.input_name, "shape": list(content.input_shape)},
+        "output": {"name": content.output_name, "shape": list(content.output_shape)},
+        "models": {model: {"file": f"{model}.onnx"} for model in sorted(content.models)},
+        "limits": {"agreement": content.least_agreement, "sqnr_db": content.least_sqnr_db},
+    }
+
+
+def _readme(content: BundleContent) -> str:
+    rows = [VERIFY_HEADER]
+    for model in sorted(content.models):
+        dots = ["..."] * (len(VERIFY_HEADER) - 3)
+        rows.append([model, str(len(content.pixels)), *dots, "passed"])
+    return _README.format(
+        run=content.run,
+        target=content.target,
+        recipe=content.recipe,
+        classes=len(content.classes),
+        resolution=content.resolution,
+        models=" and ".join(model.upper() for model in sorted(content.models)),
+        requirement=content.requirement,
+        images=len(content.pixels),
+        table=format_table(rows).replace("\n", "\n    "),
+        agreement=content.least_agreement,
+        sqnr_db=content.least_sqnr_db,
+    )
+
+
+def _npy(array: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    # C order, or equal arrays could be written in two ways.
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _entry(name: str, data: bytes) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    # Time, owner and group of a TarInfo are 0 and empty already; only the mode is ours to say.
+    entry.mode = 0o755 if name.endswith(".py") else 0o644
+    return entry
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
