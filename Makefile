@@ -10,9 +10,12 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 RECIPE ?= int8_qat
+TARGET ?= tensorrt-jetson-orin
+# What bundle and engine take: a run's name, by default that of the recipe.
+DEPLOYED = $(or $(RUN),$(RECIPE))
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize doctor test check recipes bench-data bench-train bench-quantize ablate clean
+.PHONY: help setup quantize bundle engine doctor test check recipes bench-data bench-train bench-quantize ablate clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -24,6 +27,14 @@ quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES=
 	@$(BIN)/care-compress quantize '$(RECIPE)' $(if $(CKPT),--ckpt '$(CKPT)') $(if $(ARCH),--arch '$(ARCH)') \
 		$(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)') $(if $(CROP),--crop '$(CROP)') \
 		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)')
+
+bundle: $(VENV)/.user ## pack a run for a Jetson: TARGET=tensorrt-jetson-orin [RUN=int8_qat]
+	@test -f 'runs/$(DEPLOYED)/exports/$(TARGET)/export.json' || $(MAKE) --no-print-directory quantize
+	@$(BIN)/care-compress bundle '$(TARGET)' --run '$(DEPLOYED)'
+
+engine: $(VENV)/.user ## build and verify a run's engines on this machine: TARGET=tensorrt-gpu [RUN=int8_qat]
+	@test -f 'runs/$(DEPLOYED)/exports/$(TARGET)/export.json' || $(MAKE) --no-print-directory quantize
+	@$(BIN)/care-compress engine '$(TARGET)' --run '$(DEPLOYED)'
 
 doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 	@$(BIN)/care-compress doctor
@@ -69,5 +80,5 @@ $(VENV)/.user: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.user
 	@echo "installing the development tools"
-	@$(INSTALL) -e '.[openvino,dev]'
+	@$(INSTALL) -e '.[openvino,tensorrt-rtx,dev]'
 	@touch $@

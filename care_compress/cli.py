@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
 from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, parse_section, recipe_files
 from care_compress.sections import DataSection
@@ -207,6 +208,45 @@ def accuracy(
     measure_artifact(artifact, section, images, batch, json, Console())
 
 
+RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken")]
+
+
+@app.command()
+def bundle(
+    target: Annotated[str, typer.Argument(help="tensorrt-jetson-orin, ...")],
+    run: RunToDeploy = "int8_qat",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Pack what a Jetson needs to build, verify and measure its engines."""
+    from care_compress.deploying import make_bundle
+
+    make_bundle(runs, run, target, Console())
+
+
+@app.command()
+def engine(
+    target: Annotated[str, typer.Argument(help="tensorrt-gpu, tensorrt-jetson-orin, ...")],
+    run: RunToDeploy = "int8_qat",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Build a target's engines here and verify them; needs its TensorRT and its GPU."""
+    from care_compress.deploying import make_engine
+
+    sys.exit(make_engine(runs, run, target, Console()))
+
+
+@app.command("import-results")
+def import_results(
+    file: Annotated[Path, typer.Argument(help="results.json of a device")],
+    run: Annotated[str | None, typer.Option(help="the run it belongs to; the file says")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Merge what a device measured into the run that its bundle came from."""
+    from care_compress.deploying import take_results
+
+    take_results(file, runs, run, Console())
+
+
 @app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
@@ -254,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     errors = Console(stderr=True, soft_wrap=True)
     try:
         app(wanted)
-    except CareError as error:
+    except (CareError, DeployError) as error:
         if debug:
             raise
         errors.print(f"[bold red]{type(error).__name__}:[/] ", end="")

@@ -25,6 +25,7 @@ from care_compress.evaluate.agreement import CheckImages, compare_logits
 from care_compress.evaluate.divergence import first_divergence
 from care_compress.evaluate.exports import Exported, File, export_table
 from care_compress.export.about import About, Preprocessing
+from care_compress.export.to_engine import build_ahead
 from care_compress.export.to_onnx import write_onnx
 from care_compress.export.to_openvino import write_ir
 from care_compress.model.care import Care
@@ -42,6 +43,7 @@ from care_compress.workshop import Workshop
 
 SAMPLES = 64  # images that travel to a device
 BASELINE = "fp16"  # what INT8 has to beat on a GPU
+PROFILE = (1, 1, 8)  # smallest, usual and largest batch of an engine whose graph leaves it open
 WIDTH = 96  # of the table: names must be whole even where a terminal is narrow
 
 
@@ -55,7 +57,7 @@ def exported(
         with shop.stage("export"), step_line(shop.console) as notify:
             images = check_images(shop, validation)
             variants = Variants(shop.recipe, model, compact, kept, images)
-            export = _Export(shop, variants, _about(shop.recipe, kept, validation))
+            export = _Export(shop, variants, _about(shop.recipe, kept, validation), notify)
             for target in targets:
                 notify(f"exporting to {target.name}")
                 done.append(export.to(target))
@@ -110,6 +112,10 @@ def _show(console: Console, done: list[Exported], images: int) -> None:
     for reason, names in alike.items():
         text = f"no export for {', '.join(names)}: {reason}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for one in done:
+        if one.not_built:
+            text = f"no engine for {one.target.name}: {one.not_built}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check(done: list[Exported]) -> None:
@@ -133,6 +139,7 @@ class _Export:
     shop: Workshop
     variants: Variants
     about: About
+    notify: Callable[[str], None]
     compared: dict[str, File] = field(default_factory=dict)  # by digest
     expected: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
@@ -186,6 +193,21 @@ class _Export:
         self._onnx_to(done, self.precision, self.variants.of(done.target))
         if self.precision != BASELINE:
             self._onnx_to(done, BASELINE, self.variants.baseline)
+        if done.target.builds_without_device:
+            self._build_engines(done)
+
+    def _build_engines(self, done: Exported) -> None:
+        """Engines where the library is installed; nothing needs a GPU."""
+        batch = self.shop.recipe.export.batch
+        profile = PROFILE if batch == "dynamic" else (batch, batch, batch)
+        try:
+            for name, file in done.files.items():
+                about = build_ahead(file.path, name, profile, self.notify)
+                done.engines[name] = about
+                for suffix in (".engine", ".engine.json"):
+                    self.shop.run.record_output(file.path.with_suffix(suffix))
+        except TargetError as error:
+            done.not_built = str(error)
 
     def _nncf_to(self, done: Exported) -> None:
         """NNCF's file is OpenVINO's own."""

@@ -36,6 +36,8 @@ class Exported:
 
     target: Target
     files: dict[str, File] = field(default_factory=dict)  # by precision
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)  # built ahead of time
+    not_built: str = ""  # why there is none, of a target whose engines can be
     skipped: str = ""
     planned_macs: int = 0  # in integers
     executed_macs: int | None = None  # as the compiled model says; None: it cannot be asked here
@@ -58,6 +60,8 @@ class Exported:
                 "share": share,
             },
             "answers_as_float": self.answers_as_float,
+            "engines": {name: _in_short(about) for name, about in self.engines.items()},
+            **({"engines_missing": self.not_built} if self.not_built else {}),
         }
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -65,17 +69,34 @@ class Exported:
         share = ""
         if self.executed_macs is not None and self.planned_macs:
             share = f"{100 * self.executed_macs / self.planned_macs:.1f} %"
-        return [
-            (
-                self.target.name,
-                file.path.name,
-                f"{size_of(file.path) / 1e6:.2f} MB",
-                f"{file.agreement.percent:.1f} %",
-                "exact" if file.agreement.exact else f"{file.agreement.sqnr_db:.1f} dB",
-                share,
+        rows: list[tuple[str, ...]] = []
+        for file in self.files.values():
+            near = "exact" if file.agreement.exact else f"{file.agreement.sqnr_db:.1f} dB"
+            same = f"{file.agreement.percent:.1f} %"
+            rows.append(
+                (
+                    self.target.name,
+                    file.path.name,
+                    _megabytes(size_of(file.path)),
+                    same,
+                    near,
+                    share,
+                )
             )
-            for file in self.files.values()
-        ]
+        for name, about in self.engines.items():
+            size = _megabytes(about["size_bytes"])
+            rows.append((self.target.name, f"{name}.engine", size, "not run", "", ""))
+        return rows
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def _in_short(about: dict[str, Any]) -> dict[str, Any]:
+    """An engine's description without its layers, which stand beside the engine."""
+    keys = ("library", "version", "engine_sha256", "size_bytes", "layers_from", "precisions")
+    return {key: about[key] for key in keys}
 
 
 def size_of(path: Path) -> int:

@@ -1,0 +1,154 @@
+"""From a finished run to a device and back: bundles, engines built in place, results imported."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+
+from care_compress.device import app
+from care_compress.errors import RunError, TargetError
+from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
+from care_compress.export.device_results import import_results
+from care_compress.export.float_graph import INPUT, OUTPUT
+from care_compress.run import sha256_file
+from care_compress.target import Target, load_target
+
+# An engine's kernels round in other places than the simulation, and 64 images are few: 61 of them
+# answering alike is what 99 % agreement gives in all but one of 300 cases.
+LEAST_AGREEMENT = 95.0
+LEAST_SQNR_DB = 20.0
+
+
+def make_bundle(runs: Path, run: str, target_name: str, console: Console) -> Path:
+    """Pack what a device needs into ``runs/<run>/bundles/``."""
+    target = _engine_target(target_name)
+    content = bundle_content(runs / run, run, target)
+    path = runs / run / "bundles" / f"{run}-{target.name}.tar.gz"
+    write_bundle(content, path)
+    console.print(f"{escape(str(path))}  {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+    console.print(f"sha256 {sha256_file(path)}", highlight=False)
+    console.print(
+        "On the device: tar xf, then python3 care_deploy.py build, verify, bench; then here: "
+        "care-compress import-results results.json"
+    )
+    return path
+
+
+def make_engine(runs: Path, run: str, target_name: str, console: Console) -> int:
+    """Build the engines of a target on this machine and verify them; the exit code."""
+    bundle = make_bundle(runs, run, target_name, console)
+    folder = unpack_bundle(bundle, runs / run / "engines")
+    for verb in ("build", "verify"):
+        code = app.main([verb, "--bundle", str(folder)])
+        if code:
+            return code
+    console.print(f"engines: {escape(str(folder))}", soft_wrap=True)
+    return 0
+
+
+def take_results(file: Path, runs: Path, run: str | None, console: Console) -> None:
+    """Merge what a device measured into the run it belongs to."""
+    where = runs / (run or _run_of(file))
+    if not where.is_dir():
+        raise RunError(f"there is no run {where}.", "name it with --run, or its folder with --runs")
+    results = import_results(file, where)
+    board = results["board"]["name"]
+    for name, engine in results["models"].items():
+        speed, accuracy = engine["speed"], engine["accuracy"]
+        parts = [] if speed is None else [f"p50 {speed['latency_ms']['p50']:.3f} ms"]
+        if accuracy is not None:
+            parts.append(f"{accuracy['agreement']:.1f} % of answers as exported")
+        console.print(
+            f"{name} on {board}: {', '.join(parts) or 'built'}", markup=False, highlight=False
+        )
+    console.print(f"merged into {escape(str(where / 'measured'))}", soft_wrap=True)
+
+
+def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
+    """What a bundle of this run for this target holds."""
+    folder = run_dir / "exports" / target.name
+    export = _export_of(folder, run, target)
+    preprocessing, classes = export["preprocessing"], tuple(export["classes"])
+    batch = export["batch"]
+    size = preprocessing["resolution"]
+    models = {name: _checked(folder, entry) for name, entry in export["models"].items()}
+    return BundleContent(
+        run=run,
+        recipe=export["recipe"],
+        target=target.name,
+        fingerprint=export["fingerprint"],
+        classes=classes,
+        resolution=size,
+        crop_pct=preprocessing["crop_pct"],
+        mean=tuple(preprocessing["mean"]),
+        std=tuple(preprocessing["std"]),
+        input_name=INPUT,
+        input_shape=(batch, 3, size, size),
+        output_name=OUTPUT,
+        output_shape=(batch, len(classes)),
+        requirement=target.needs.packages[0],
+        models=models,
+        pixels=_array(folder.parent / "samples" / "pixels.npy"),
+        labels=_array(folder.parent / "samples" / "labels.npy"),
+        logits={name: _array(folder / f"expected_{name}.npy") for name in models},
+        least_agreement=LEAST_AGREEMENT,
+        least_sqnr_db=LEAST_SQNR_DB,
+        exif_rotate=preprocessing["exif_rotate"],
+    )
+
+
+def _engine_target(name: str) -> Target:
+    target = load_target(name)
+    if not target.is_engine:
+        raise TargetError(
+            f"{name} needs no engine: its file runs as it is.",
+            "use tensorrt-jetson-orin, tensorrt-jetson-thor, tensorrt-gpu or tensorrt-rtx",
+        )
+    return target
+
+
+def _export_of(folder: Path, run: str, target: Target) -> dict[str, Any]:
+    path = folder / "export.json"
+    if not path.is_file():
+        raise RunError(
+            f"run {run} has no export for {target.name}.",
+            f"make quantize RECIPE={run}; its output says why if the target was left out",
+        )
+    return dict(_parsed(path))
+
+
+def _run_of(file: Path) -> str:
+    """The run that a results file names."""
+    named = _parsed(file).get("run")
+    if not isinstance(named, str) or Path(named).name != named or not named:
+        raise RunError(f"{file} names no run.", "give results.json of a device, or --run")
+    return named
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}.", "copy it again") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds no results.", "give results.json of a device")
+    return value
+
+
+def _checked(folder: Path, entry: dict[str, Any]) -> Path:
+    """An exported file, if it is still the one that was compared."""
+    path = folder / str(entry["file"])
+    if not path.is_file() or sha256_file(path) != entry["sha256"]:
+        raise RunError(f"{path} is not the file that was exported.", "export again: make quantize")
+    return path
+
+
+def _array(path: Path) -> NDArray[Any]:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}.", "export again: make quantize") from error
