@@ -1,0 +1,247 @@
+"""One run's exports, as a user finds them, and the way to a device and back."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from quantized import care
+from rich.console import Console
+from tiny import image_folder
+
+from care_compress import exporting, variants
+from care_compress.cli import main
+from care_compress.data.transforms import normalize
+from care_compress.deploying import bundle_content, make_bundle
+from care_compress.device.manifest import open_bundle
+from care_compress.errors import ExportError, RecipeError, RunError
+from care_compress.evaluate.agreement import compare_logits
+from care_compress.export.bundle import unpack_bundle
+from care_compress.model.checkpoint import save_checkpoint
+from care_compress.pipeline import run_recipe
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.recipe import load_recipe
+from care_compress.run import sha256_file
+from care_compress.runtime.on_onnxruntime import OnnxPredictor
+from care_compress.runtime.on_openvino import OpenVinoPredictor
+from care_compress.target import all_targets, load_target
+
+pytest.importorskip("openvino", reason="needs the openvino extra")
+QUIET = Console(quiet=True)
+TINY = ["data.resolution=32", "data.workers=0", "quantize.calibrate.images=32"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that point a recipe at four classes of small images and a model for them."""
+    folder = tmp_path_factory.mktemp("start")
+    images = image_folder(folder / "images")
+    checkpoint = folder / "four.safetensors"
+    save_checkpoint(care(4), checkpoint, {})
+    return [*TINY, f"model.checkpoint={checkpoint}", f"data.source={images}"]
+
+
+@pytest.fixture(scope="module")
+def runs(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    run_recipe(load_recipe("int8_ptq", start), runs, "int8", QUIET)
+    return runs
+
+
+def export_of(runs: Path, target: str, run: str = "int8") -> Any:
+    return json.loads((runs / run / "exports" / target / "export.json").read_text())
+
+
+def test_every_target_has_files_that_agree_with_the_model(runs: Path) -> None:
+    results = json.loads((runs / "int8" / "results.json").read_text())
+    assert set(results["exports"]) == {target.name for target in all_targets()}
+    manifest = json.loads((runs / "int8" / "manifest.json").read_text())
+    for target in all_targets():
+        export = export_of(runs, target.name)
+        assert "fp16" in export["models"] or not target.is_engine, "the baseline INT8 has to beat"
+        for entry in export["models"].values():
+            path = runs / "int8" / "exports" / target.name / entry["file"]
+            assert sha256_file(path) == entry["sha256"]
+            assert str(path.relative_to(runs / "int8")) in manifest["outputs"]
+            assert entry["holds"] and entry["images"] == 48
+        assert export["classes"] == ["blue", "green", "grey", "red"]
+        assert export["preprocessing"]["resolution"] == 32
+    assert export_of(runs, "openvino-cpu")["integer_macs"]["share"] >= 0.95
+    assert export_of(runs, "openvino-npu")["integer_macs"]["executed"] is None, "no NPU here"
+
+
+def test_boards_of_one_kind_share_one_graph(runs: Path) -> None:
+    digests = {
+        export_of(runs, target.name)["models"]["int8"]["sha256"]
+        for target in all_targets()
+        if target.is_engine
+    }
+    assert len(digests) == 1
+
+
+def test_the_graph_for_tensorrt_is_one_it_reads(runs: Path) -> None:
+    graph = onnx.load(runs / "int8" / "exports" / "tensorrt-jetson-orin" / "int8.onnx")
+    assert graph.opset_import[0].version <= 20, "TensorRT 10.3 reads no later one"
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}
+    pairs = [n for n in graph.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs
+    for node in pairs:
+        assert not values[node.input[2]].any(), f"{node.name} has a zero point"
+        assert values[node.input[2]].dtype == np.int8
+
+
+def test_rtx_engines_are_built_without_a_gpu(runs: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
+    folder = runs / "int8" / "exports" / "tensorrt-rtx"
+    engines = export_of(runs, "tensorrt-rtx")["engines"]
+    assert set(engines) == {"int8", "fp16"}
+    for name, about in engines.items():
+        assert sha256_file(folder / f"{name}.engine") == about["engine_sha256"]
+    layers = json.loads((folder / "int8.engine.json").read_text())["layers"]
+    kinds = {row["name"]: row["precision"] for row in layers if row["type"] == "CONVOLUTION"}
+    assert kinds["stages.0.blocks.0.inter_layer.inter1_fc1"] == "INT8"
+    assert kinds["stages.0.blocks.0.inter_layer.inter1_conv"] == "FP16", "depthwise is faster so"
+
+
+def test_without_the_library_the_graph_is_there_and_the_engine_is_explained(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    only = ["export.targets=[tensorrt-rtx]", "export.images=8"]
+    run_recipe(load_recipe("fp32", [*start[:2], *start[3:], *only]), tmp_path, "run", Console())
+    assert "no engine for tensorrt-rtx: tensorrt-rtx is not installed" in capsys.readouterr().out
+    assert "not installed" in export_of(tmp_path, "tensorrt-rtx", "run")["engines_missing"]
+    assert not list(tmp_path.rglob("*.engine"))
+
+
+def test_a_free_batch_serves_any_number_of_images(start: list[str], tmp_path: Path) -> None:
+    wanted = "export.targets=[onnxruntime-cpu, openvino-cpu, tensorrt-rtx]"
+    recipe = load_recipe("int8_ptq", [*start, wanted, "export.batch=dynamic"])
+    run_recipe(recipe, tmp_path, "run", QUIET)
+    exports = tmp_path / "run" / "exports"
+    x = torch.randn(5, 3, 32, 32)
+    onnx_model = OnnxPredictor(exports / "onnxruntime-cpu" / "int8.onnx")
+    ir_model = OpenVinoPredictor(exports / "openvino-cpu" / "int8.xml")
+    assert onnx_model.input.shape[0] == "batch" and ir_model.shape[0].is_dynamic
+    assert onnx_model(x).shape == ir_model(x).shape == (5, 4)
+
+
+def test_bits_no_runtime_has_are_said_and_not_exported(
+    start: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    recipe = load_recipe("w4a8_ptq", [*start, "quantize.reconstruct=null", "export.images=16"])
+    results = run_recipe(recipe, tmp_path, "run", Console())
+    made = {name for name, export in results["exports"].items() if "skipped" not in export}
+    assert made == {"openvino-npu"}
+    assert "no 4-bit weights" in results["exports"]["tensorrt-gpu"]["skipped"]
+    assert "no export for onnxruntime-cpu, openvino-cpu" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "exports" / "tensorrt-gpu").exists()
+
+
+def test_a_file_that_computes_something_else_names_its_first_layer(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = "stages.1.blocks.0.inter_layer.inter2_fc1"
+    original = variants.put_integers
+
+    def spoiled(model: ir.Model, quantized: QuantizedCare) -> None:
+        original(model, quantized)
+        (pair,) = (node for node in model.graph if node.name == f"{site}/weight_dq")
+        scale = pair.inputs[1]
+        assert scale is not None and scale.const_value is not None
+        scale.const_value = ir.tensor(scale.const_value.numpy() * 3, name=scale.name)
+
+    monkeypatch.setattr(variants, "put_integers", spoiled)
+    for target in ("onnxruntime-cpu", "openvino-cpu"):
+        recipe = load_recipe("int8_ptq", [*start, f"export.targets=[{target}]"])
+        with pytest.raises(ExportError, match=rf"{target}: int8.* it parts at {site} "):
+            run_recipe(recipe, tmp_path, target, QUIET)
+
+
+def test_a_tie_is_no_disagreement_and_nan_is_no_agreement() -> None:
+    reference = torch.tensor([[1.0, 0.999999], [3.0, 1.0], [0.0, 2.0]])
+    near = compare_logits(reference, reference + torch.tensor([[-1e-6, 1e-5], [0, 0], [0, 0]]))
+    assert (near.same, near.ties, near.holds) == (2, 1, True)
+    far = compare_logits(reference, reference.flip(1))
+    assert not far.holds
+    lost = compare_logits(reference, torch.full_like(reference, torch.nan))
+    assert not lost.holds and lost.percent == 0
+    assert compare_logits(reference, reference).exact
+
+
+def test_a_misspelt_target_is_named_before_any_work(start: list[str], tmp_path: Path) -> None:
+    recipe = load_recipe("int8_ptq", [*start, "export.targets=[tensorrt-orin]"])
+    with pytest.raises(RecipeError, match="no target 'tensorrt-orin'.*tensorrt-jetson-orin"):
+        run_recipe(recipe, tmp_path, "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bundle_has_the_same_bytes_again_and_its_samples_belong_to_its_graphs(
+    runs: Path, tmp_path: Path
+) -> None:
+    path = make_bundle(runs, "int8", "tensorrt-jetson-orin", QUIET)
+    before = path.read_bytes()
+    path.unlink()
+    assert make_bundle(runs, "int8", "tensorrt-jetson-orin", QUIET).read_bytes() == before
+    bundle = open_bundle(unpack_bundle(path, tmp_path))
+    assert bundle.models == ("fp16", "int8")
+    mean, std = tuple(bundle.manifest["mean"]), tuple(bundle.manifest["std"])
+    images = normalize(torch.from_numpy(bundle.array("pixels")), mean, std)
+    for name in bundle.models:
+        found = OnnxPredictor(bundle.onnx(name))(images)
+        assert compare_logits(torch.from_numpy(bundle.array(f"logits_{name}")), found).holds
+
+
+def test_a_changed_export_is_not_bundled(runs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "int8"
+    for path in (runs / "int8" / "exports").rglob("*"):
+        if path.is_file():
+            to = copy / path.relative_to(runs / "int8")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(path.read_bytes())
+    broken = copy / "exports" / "tensorrt-gpu" / "fp16.onnx"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"x")
+    with pytest.raises(RunError, match="fp16.onnx is not the file that was exported"):
+        bundle_content(copy, "int8", load_target("tensorrt-gpu"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bundle", "tensorrt-jetson-orin", "--run", "absent"], "run absent has no export"),
+        (["bundle", "openvino-cpu", "--run", "int8"], "needs no engine"),
+        (["bundle", "jetson", "--run", "int8"], "there is no target 'jetson'"),
+        (["import-results", "absent.json"], "absent.json cannot be read"),
+    ],
+)
+def test_mistakes_on_the_way_to_a_device_end_in_one_line(
+    runs: Path, arguments: list[str], message: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--runs", str(runs)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_engines_need_their_tensorrt(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["engine", "tensorrt-gpu", "--run", "int8", "--runs", str(runs)])
+    assert ended.value.code == 2
+    assert "TensorRtMissingError" in capsys.readouterr().err
+    assert not list((runs / "int8" / "engines").rglob("*.engine"))
+
+
+def test_without_targets_nothing_is_exported(start: list[str], tmp_path: Path) -> None:
+    recipe = load_recipe("int8_ptq", [*start, "export.targets=[]"])
+    results = run_recipe(recipe, tmp_path, "run", QUIET)
+    assert results["exports"] == {} and not (tmp_path / "run" / "exports").exists()
+    assert exporting.chosen_targets(recipe) == ()
