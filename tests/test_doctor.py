@@ -93,7 +93,9 @@ def test_x86_with_the_rtx_wheel_builds_without_a_gpu():
 def test_an_rtx_gpu_without_the_wheel_gets_its_command():
     diagnosis = examine(x86("avx2", gpus=(Gpu("NVIDIA RTX 4090", 24564, "8.9", "550"),)))
     [missing] = diagnosis.missing["tensorrt-rtx", "run"]
-    assert missing.command == ".venv/bin/python -m pip install tensorrt-rtx==1.7.1.116"
+    assert missing.command == (
+        ".venv/bin/python -m pip install -c constraints.txt -e '.[tensorrt-rtx]'"
+    )
     [missing] = diagnosis.missing["tensorrt-gpu", "build"]
     assert missing.command == (
         ".venv/bin/python -m pip install -c constraints.txt -e '.[tensorrt]'"

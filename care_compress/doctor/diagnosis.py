@@ -16,8 +16,11 @@ Stage = Literal["export", "build", "run", "measure"]
 STAGES: tuple[Stage, ...] = ("export", "build", "run", "measure")
 
 # What this version of care-compress itself does. A stage that is written is added here.
+_ENGINES: tuple[Runtime, ...] = ("tensorrt", "tensorrt_rtx")
 IMPLEMENTED: frozenset[tuple[Runtime, Stage]] = frozenset(
-    {("onnxruntime", "run"), ("openvino", "run")}
+    {(runtime, stage) for runtime in _ENGINES for stage in STAGES}
+    | {("onnxruntime", "export"), ("onnxruntime", "build"), ("onnxruntime", "run")}
+    | {("openvino", "export"), ("openvino", "build"), ("openvino", "run")}
 )
 
 # Every export starts as a Q/DQ ONNX file; OpenVINO's goes on to its own format.
@@ -27,7 +30,7 @@ _PIP = ".venv/bin/python -m pip install"
 _INSTALL = {
     "openvino": f"{_PIP} -c constraints.txt -e '.[openvino]'",
     "tensorrt": f"{_PIP} -c constraints.txt -e '.[tensorrt]'",
-    "tensorrt-rtx": f"{_PIP} tensorrt-rtx==1.7.1.116",
+    "tensorrt-rtx": f"{_PIP} -c constraints.txt -e '.[tensorrt-rtx]'",
     "torchao": f"{_PIP} -c constraints.txt 'torchao>=0.18'",
 }
 _INSTALL_BASE = f"{_PIP} -c constraints.txt -e ."

@@ -15,6 +15,8 @@ from care_compress.device.problems import DeployError, TensorRtMissingError
 from care_compress.errors import ExportError, TargetError
 from care_compress.run import sha256_file
 
+INSTALL = ".venv/bin/python -m pip install -c constraints.txt -e '.[tensorrt-rtx]'"
+
 
 def build_ahead(
     onnx: Path, precision: str, batch: tuple[int, int, int], notify: Callable[[str], None]
@@ -37,8 +39,6 @@ def build_ahead(
             lambda phase, done: notify(f"{engine.name}: {phase}"),
         )
     except TensorRtMissingError as error:
-        raise TargetError(
-            "tensorrt-rtx is not installed here.", "pip install -e '.[tensorrt-rtx]'"
-        ) from error
+        raise TargetError("tensorrt-rtx is not installed here.", INSTALL) from error
     except DeployError as error:
         raise ExportError(error.message, error.fix) from error

@@ -1,0 +1,32 @@
+"""Classify pictures with an exported OpenVINO file: python classify_openvino.py int8.xml IMAGE...
+
+Needs openvino, numpy and Pillow; classes and preprocessing stand in the file. Copy it freely.
+"""
+
+import json
+import sys
+
+import numpy as np
+import openvino
+from PIL import Image
+
+model, *pictures = sys.argv[1:]
+network = openvino.Core().read_model(model)
+compiled = openvino.compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+classes, prepare = (
+    json.loads(network.get_rt_info(["care_compress", key]).astype(str))
+    for key in ("classes", "preprocessing")
+)
+mean, std = np.float32(prepare["mean"]), np.float32(prepare["std"])
+resize, side = prepare["resize"], prepare["resolution"]
+
+for picture in pictures:
+    image = Image.open(picture).convert("RGB")
+    size = [int(resize * edge / min(image.size)) for edge in image.size]
+    left, top = (round((edge - side) / 2) for edge in size)
+    image = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    pixels_HWC = (np.asarray(image, np.float32) / 255 - mean) / std
+    (logits,) = compiled(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)[None]))["logits"]
+    odds = np.exp(logits - logits.max())
+    best = int(odds.argmax())
+    print(f"{picture}: {classes[best]} ({odds[best] / odds.sum():.1%})")
