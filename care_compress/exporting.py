@@ -4,6 +4,7 @@ Files go to ``exports/<target>/``, with an ``export.json`` that says what they a
 images they were compared on to ``exports/samples/``, for the bundles that go to devices.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -33,7 +34,7 @@ from care_compress.model.compact import CompactCare
 from care_compress.predictor import Predictor
 from care_compress.progress import step_line
 from care_compress.recipe import Recipe
-from care_compress.run import atomic_file, fingerprint, sha256_file
+from care_compress.run import atomic_file, fingerprint, sha256_file, state_digest
 from care_compress.runtime.executed import executed_layers, integer_macs
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
@@ -53,17 +54,19 @@ def exported(
     """Export the kept model, or the float one, to every target that can execute it."""
     done: list[Exported] = []
     targets = chosen_targets(shop.recipe)
+    if shop.world.is_main:
+        # Files of an earlier model would pass for this one's.
+        shutil.rmtree(shop.run.path / "exports", ignore_errors=True)
     if shop.world.is_main and targets:
         with shop.stage("export"), step_line(shop.console) as notify:
             images = check_images(shop, validation)
             variants = Variants(shop.recipe, model, compact, kept, images)
-            export = _Export(shop, variants, _about(shop.recipe, kept, validation), notify)
+            export = _Export(shop, variants, _about(shop.recipe, variants, validation), notify)
             for target in targets:
                 notify(f"exporting to {target.name}")
                 done.append(export.to(target))
             export.keep_samples(done)
         _show(shop.console, done, len(images.labels))
-        _check(done)
     shop.world.wait()
     return done
 
@@ -88,15 +91,12 @@ def check_images(shop: Workshop, validation: Samples) -> CheckImages:
     return CheckImages(pixels, torch.cat([batch.labels for batch in batches]), data)
 
 
-def _about(recipe: Recipe, kept: Path | None, validation: Samples) -> About:
-    resolved = recipe.model_dump(mode="json", exclude={"export"})
-    weights = sha256_file(kept) if kept else None
-    return About(
-        recipe.name,
-        fingerprint({"recipe": resolved, "weights": weights}),
-        tuple(validation.classes),
-        Preprocessing.of(recipe.data),
-    )
+def _about(recipe: Recipe, variants: Variants, validation: Samples) -> About:
+    """The fingerprint is of contents alone, wherever the files lie."""
+    kept, prepared = variants.kept, Preprocessing.of(recipe.data)
+    weights = sha256_file(kept) if kept else state_digest(variants.compact.state_dict())
+    content = {"model": weights, "preprocessing": asdict(prepared), "classes": validation.classes}
+    return About(recipe.name, fingerprint(content), tuple(validation.classes), prepared)
 
 
 def _show(console: Console, done: list[Exported], images: int) -> None:
@@ -118,7 +118,7 @@ def _show(console: Console, done: list[Exported], images: int) -> None:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _check(done: list[Exported]) -> None:
+def check_exports(done: list[Exported]) -> None:
     """A file that is not the model is an error, after everything else was written."""
     for one in done:
         for file in one.files.values():
@@ -158,9 +158,7 @@ class _Export:
         except (RecipeError, TargetError) as error:
             done = Exported(target, skipped=str(error))
         path = self._folder(target) / "export.json"
-        if done.skipped:
-            path.unlink(missing_ok=True)
-        else:
+        if not done.skipped:
             said = {**done.as_json(), **asdict(self.about), "batch": self.shop.recipe.export.batch}
             self.shop.run.write_json(str(path.relative_to(self.shop.run.path)), said)
         return done

@@ -22,7 +22,7 @@ from care_compress.errors import DataError, RecipeError, TrainingError
 from care_compress.evaluate.accuracy import Accuracy, spread_indices
 from care_compress.evaluate.exports import Exported
 from care_compress.evaluate.tables import quantized_table, rewrite_table
-from care_compress.exporting import chosen_targets, exported
+from care_compress.exporting import check_exports, chosen_targets, exported
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare
@@ -61,14 +61,18 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
         if recipe.quantize is None:
             accuracy = evaluated(shop, compact, validation)
             done = exported(shop, model, compact, None, validation)
-            return report_float(shop, validation, steps, accuracy, done)
+            results = report_float(shop, validation, steps, accuracy, done)
+            check_exports(done)
+            return results
         tried = [quantized(shop, compact, validation)]
         if recipe.quantize.qat is not None:
             tried.append(trained_quantized(shop, tried[0], compact, validation))
         best = best_of(tried)
         show_candidates(shop, tried, best)
         done = exported(shop, model, compact, best.path, validation)
-        return report_quantized(shop, validation, steps, tried, best, done)
+        results = report_quantized(shop, validation, steps, tried, best, done)
+        check_exports(done)
+        return results
 
 
 def check_recipe(recipe: Recipe, world: World) -> None:

@@ -31,6 +31,8 @@ from care_compress.sections import RewriteSection
 from care_compress.target import Target
 
 CPU = torch.device("cpu")
+# What two targets must have in common to share a variant.
+SHARED = {"activations", "weights", "rules", "float_type", "opset"}
 
 
 def export_rules(
@@ -106,18 +108,19 @@ class Variants:
 
     def of(self, target: Target) -> Variant:
         """What `target` executes; `RecipeError` if it cannot. Targets of the same limits share."""
-        limits = target.model_dump(include={"activations", "weights", "rules", "float_type"})
+        limits = target.model_dump(include=SHARED)
         key = fingerprint({**limits, "typed": target.is_typed})
         if key not in self.made:
             self.made[key] = self._make(target)
         return self.made[key]
 
     def _make(self, target: Target) -> Variant:
+        graph = ir.from_proto(ir.to_proto(self._inner))
+        graph.opset_imports[""] = target.opset
         if self.saved is None:
-            return Variant(self.compact, self.plain.logits, self._inner)
+            return Variant(self.compact, self.plain.logits, graph)
         rules = export_rules(self.recipe, self.saved.section, target)
         model = retarget(self.saved.model, self.saved.network, rules, target)
-        graph = ir.from_proto(ir.to_proto(self._inner))
         put_integers(graph, model)
         if target.is_typed:
             write_half(graph)

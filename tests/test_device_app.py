@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from fakeboard import SURFACES, FakeGpu, FakeTensorRt, fake_host, fake_library
 from PIL import Image
 from qdq import SIDE, make_content, write_classifier
 
+from care_compress.data.transforms import normalize
 from care_compress.device.app import format_table, main
 from care_compress.device.build import BuildOptions, build_engine
 from care_compress.device.compare import compare_logits
@@ -31,8 +33,10 @@ from care_compress.device.problems import (
 )
 from care_compress.device.session import Session
 from care_compress.device.timing import BenchPlan, Timing, measure, verdict
+from care_compress.errors import TargetError
 from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
 from care_compress.export.device_results import import_results
+from care_compress.runtime.on_tensorrt import EnginePredictor
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,23 @@ def test_a_real_gpu_does_it_all(
     assert main(["bench", "--seconds", "0.5", "--no-cuda-graph", *where]) == 0
     assert main(["info", *where]) == 0
     import_results(bundle / "results.json", tmp_path / "mine")
+
+
+def test_an_engine_is_a_predictor_like_any_other(
+    board: Verb, bundle: Path, tmp_path: Path, gpu: FakeGpu
+) -> None:
+    assert board("build") == 0
+    predict = EnginePredictor(bundle / "int8.engine", fake_host(tmp_path / "root", gpu=gpu))
+    expected = np.load(bundle / "samples" / "logits_int8.npy")
+    about = json.loads((bundle / "manifest.json").read_text())
+    pixels = torch.from_numpy(np.load(bundle / "samples" / "pixels.npy"))
+    logits = predict(normalize(pixels, tuple(about["mean"]), tuple(about["std"])))
+    assert predict.num_classes == expected.shape[1]
+    assert np.allclose(logits.numpy(), expected, atol=1e-3)
+    predict.session.close()
+    (bundle / "int8.engine.json").unlink()
+    with pytest.raises(TargetError, match=r"has no int8.onnx and int8.engine.json beside it"):
+        EnginePredictor(bundle / "int8.engine", fake_host(tmp_path / "root", gpu=gpu))
 
 
 def results(bundle: Path) -> Any:

@@ -93,6 +93,11 @@ class Session:
         return np.zeros(shape, dtype=dtype)
 
     @property
+    def classes(self) -> int:
+        """Logits of one image."""
+        return int(self._out.shape[-1])
+
+    @property
     def batch(self) -> int:
         """Images in one run of the engine."""
         return self.shape[0]

@@ -17,7 +17,7 @@ from care_compress.model.compact import CompactCare
 from care_compress.quantize.quiet import silent
 
 INPUT, OUTPUT = "images", "logits"
-FIRST_OPSET = 20  # of Gelu as one operation; TensorRT 10.3 reads no later one
+FIRST_OPSET = 20  # of Gelu as one operation; what is used here means the same in later ones
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "Add"})
 

@@ -9,6 +9,7 @@ from care_compress.predictor import Predictor
 from care_compress.quantize.artifact import load_quantized, quantized_header
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
+from care_compress.runtime.on_tensorrt import EnginePredictor
 from care_compress.runtime.on_torch import TorchPredictor
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
@@ -18,13 +19,15 @@ def open_predictor(artifact: str, device: torch.device) -> Predictor:
     """Anything this package writes or reads, ready to run.
 
     A float checkpoint in any form `load_checkpoint` reads, a quantized ``.safetensors`` (in
-    simulation), an ``.onnx`` file or an OpenVINO ``.xml``.
+    simulation), an ``.onnx`` file, an OpenVINO ``.xml`` or a TensorRT ``.engine``.
     """
     path = resolve_checkpoint(artifact)
     if path.suffix == ".onnx":
         return OnnxPredictor(path)
     if path.suffix == ".xml":
         return OpenVinoPredictor(path)
+    if path.suffix == ".engine":
+        return EnginePredictor(path)
     if path.suffix == ".safetensors" and quantized_header(path) is not None:
         quantized = load_quantized(path)
         return TorchPredictor(quantized, quantized.num_classes, device)
@@ -33,6 +36,6 @@ def open_predictor(artifact: str, device: torch.device) -> Predictor:
         return TorchPredictor(rewrite(model), model.num_classes, device)
     raise TargetError(
         f"{artifact} is of no kind that can be run.",
-        f"give a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}), builtin:NAME, an .onnx or an "
-        ".xml file",
+        f"give a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}), builtin:NAME, an .onnx, an "
+        ".xml or an .engine file",
     )

@@ -1,0 +1,47 @@
+"""Predictions by a TensorRT engine, on the GPU it was built for."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from care_compress.device.deploy import REAL_HOST, Host
+from care_compress.device.enginefile import origin_path, read_engine
+from care_compress.device.problems import DeployError
+from care_compress.device.session import Session
+from care_compress.errors import TargetError
+from care_compress.run import sha256_file
+
+
+class EnginePredictor:
+    """Runs an engine beside whose graph and description it lies, as the export leaves them."""
+
+    def __init__(self, path: Path, host: Host = REAL_HOST) -> None:
+        onnx, about = path.with_suffix(".onnx"), origin_path(path)
+        if not onnx.is_file() or not about.is_file():
+            raise TargetError(
+                f"{path} has no {onnx.name} and {about.name} beside it to be checked by.",
+                "keep the files of an export together",
+            )
+        try:
+            library = host.load_library(_library_of(about))
+            cuda = host.load_cuda()
+            plan, description = read_engine(path, library, cuda.gpu(), sha256_file(onnx))
+            stripped = onnx if description.get("stripped") else None
+            self.session = Session(library, cuda, plan, stripped)
+        except DeployError as error:
+            raise TargetError(error.message, error.fix) from error
+        self.num_classes = self.session.classes
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        images = images_BCHW.float().cpu().contiguous().numpy()
+        return torch.from_numpy(self.session.run(images)).to(images_BCHW.device)
+
+
+def _library_of(about: Path) -> str:
+    try:
+        return str(json.loads(about.read_text(encoding="utf-8"))["library"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TargetError(f"{about} is unreadable: {error!r}.", "build the engine again") from error
