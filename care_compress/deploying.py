@@ -1,6 +1,8 @@
 """From a finished run to a device and back: bundles, engines built in place, results imported."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 
-from care_compress.device import app
 from care_compress.errors import RunError, TargetError
 from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
 from care_compress.export.device_results import import_results
@@ -21,6 +22,7 @@ from care_compress.target import Target, load_target
 # answering alike is what 99 % agreement gives in all but one of 300 cases.
 LEAST_AGREEMENT = 95.0
 LEAST_SQNR_DB = 20.0
+SYSTEM_PYTHON = "/usr/bin/python3"
 
 
 def make_bundle(runs: Path, run: str, target_name: str, console: Console) -> Path:
@@ -39,11 +41,15 @@ def make_bundle(runs: Path, run: str, target_name: str, console: Console) -> Pat
 
 
 def make_engine(runs: Path, run: str, target_name: str, console: Console) -> int:
-    """Build the engines of a target on this machine and verify them; the exit code."""
+    """Build the engines of a target on this machine and verify them; the exit code.
+
+    By the bundle's own script, so that what is proven here is what goes to other boards.
+    """
     bundle = make_bundle(runs, run, target_name, console)
     folder = unpack_bundle(bundle, runs / run / "engines")
+    python = _python_with(load_target(target_name).runtime)
     for verb in ("build", "verify"):
-        code = app.main([verb, "--bundle", str(folder)])
+        code = subprocess.call([python, str(folder / "care_deploy.py"), verb])
         if code:
             return code
     console.print(f"engines: {escape(str(folder))}", soft_wrap=True)
@@ -99,6 +105,16 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
         least_sqnr_db=LEAST_SQNR_DB,
         exif_rotate=preprocessing["exif_rotate"],
     )
+
+
+def _python_with(library: str) -> str:
+    """An interpreter that has the library; JetPack's is not visible from a virtual environment."""
+    known = [python for python in (sys.executable, SYSTEM_PYTHON) if Path(python).exists()]
+    for python in known:
+        tried = subprocess.run([python, "-c", f"import {library}"], capture_output=True)
+        if tried.returncode == 0:
+            return python
+    return sys.executable  # where the script says what is missing
 
 
 def _engine_target(name: str) -> Target:
