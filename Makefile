@@ -40,7 +40,7 @@ doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 	@$(BIN)/care-compress doctor
 
 test: $(VENV)/.dev ## the test suite (under 15 minutes on two cores)
-	@$(BIN)/python -m pytest --ignore tests/test_nncf_control.py
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_nncf_control.py
 	@$(BIN)/python -m pytest tests/test_nncf_control.py
 
 check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, recipe validation

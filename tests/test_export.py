@@ -33,13 +33,14 @@ from care_compress.export.to_openvino import write_ir
 from care_compress.model.care import build_model
 from care_compress.model.rewrite import rewrite
 from care_compress.quantization_sections import QuantizeSection
-from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.calibrate import set_weight_scales
+from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network, retarget
 from care_compress.runtime.executed import executed_layers, integer_macs
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
-from care_compress.sections import DataSection
+from care_compress.sections import DataSection, RewriteSection
 from care_compress.target import load_target
 
 ABOUT = About("a recipe", "f" * 64, ("cat", "<dog>"), Preprocessing.of(DataSection()))
@@ -317,3 +318,18 @@ def test_float_layers_are_not_counted_as_integers(tmp_path: Path) -> None:
     layers = executed_layers(OpenVinoPredictor(tmp_path / "f.xml").compiled)
     assert integer_macs(layers) == 0
     assert sum(layer.macs for layer in layers) > 1e6
+
+
+@pytest.mark.slow
+def test_an_int8_care_s0_takes_little_more_than_a_byte_for_each_weight(tmp_path: Path) -> None:
+    chosen = section({"role": "head", "input": "float"}, target="onnxruntime-cpu")
+    start = rewrite(build_model("care_s0"), RewriteSection(fold_norms=False))
+    inside, plan = planned(start, chosen, 64)
+    model = simulate(inside, plan)
+    set_weight_scales(model, {})
+    graph = float_graph(inside, 64, 1)
+    put_integers(graph, model)
+    path = tmp_path / "s0.onnx"
+    write_onnx(graph, ABOUT, path, model)
+    weights = sum(parameter.numel() for parameter in start.parameters())
+    assert path.stat().st_size <= min(8.0e6, 1.1 * 1.05 * weights)
