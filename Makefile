@@ -12,7 +12,15 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 RECIPE ?= int8_qat
 TARGET ?= tensorrt-jetson-orin
 # What bundle and engine take: a run's name, by default that of the recipe.
-DEPLOYED = $(or $(RUN),$(RECIPE))
+DEPLOYED = $(or $(RUN),$(basename $(notdir $(RECIPE))))
+# A finished run is packed as it is; values for another one would be ignored.
+GIVEN = $(strip $(ARCH)$(CKPT)$(DATA)$(RES)$(CROP)$(SET))
+define READY
+	@test -f 'recipes/targets/$(TARGET).yaml' || { echo "there is no target $(TARGET); see recipes/targets/"; exit 2; }
+	@test -z '$(GIVEN)' || test ! -d 'runs/$(DEPLOYED)' || { \
+		echo "run $(DEPLOYED) exists: give these values to make quantize, or name a new RUN="; exit 2; }
+	@test -d 'runs/$(DEPLOYED)' || $(MAKE) --no-print-directory quantize
+endef
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
 .PHONY: help setup quantize bundle engine doctor test check recipes bench-data bench-train bench-quantize ablate clean
@@ -29,11 +37,11 @@ quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES=
 		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)')
 
 bundle: $(VENV)/.user ## pack a run for a Jetson: TARGET=tensorrt-jetson-orin [RUN=int8_qat]
-	@test -f 'runs/$(DEPLOYED)/exports/$(TARGET)/export.json' || $(MAKE) --no-print-directory quantize
+	$(READY)
 	@$(BIN)/care-compress bundle '$(TARGET)' --run '$(DEPLOYED)'
 
 engine: $(VENV)/.user ## build and verify a run's engines on this machine: TARGET=tensorrt-gpu [RUN=int8_qat]
-	@test -f 'runs/$(DEPLOYED)/exports/$(TARGET)/export.json' || $(MAKE) --no-print-directory quantize
+	$(READY)
 	@$(BIN)/care-compress engine '$(TARGET)' --run '$(DEPLOYED)'
 
 doctor: $(VENV)/.user ## what this machine can export, build, run and measure

@@ -64,7 +64,11 @@ def _chosen(recipe: str, overrides: list[str] | None, **given: object) -> Recipe
 
 
 def _run_name(name: str | None, recipe: Recipe) -> str:
-    run = name or recipe.name
+    return _plain(name or recipe.name)
+
+
+def _plain(run: str) -> str:
+    """A run's name, if it leads nowhere else."""
     if Path(run).name != run or run.startswith("."):
         raise CareError(f"{run!r} is no run name.", "use a plain name, and --runs for the folder")
     return run
@@ -220,7 +224,7 @@ def bundle(
     """Pack what a Jetson needs to build, verify and measure its engines."""
     from care_compress.deploying import make_bundle
 
-    make_bundle(runs, run, target, Console())
+    make_bundle(runs, _plain(run), target, Console())
 
 
 @app.command()
@@ -232,7 +236,7 @@ def engine(
     """Build a target's engines here and verify them; needs its TensorRT and its GPU."""
     from care_compress.deploying import make_engine
 
-    sys.exit(make_engine(runs, run, target, Console()))
+    sys.exit(make_engine(runs, _plain(run), target, Console()))
 
 
 @app.command("import-results")

@@ -24,7 +24,7 @@ from care_compress.errors import DataError, ExportError, RecipeError, TargetErro
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.agreement import CheckImages, compare_logits
 from care_compress.evaluate.divergence import first_divergence
-from care_compress.evaluate.exports import Exported, File, export_table
+from care_compress.evaluate.exports import Exported, File, digest_of, export_table
 from care_compress.export.about import About, Preprocessing
 from care_compress.export.to_engine import build_ahead
 from care_compress.export.to_onnx import write_onnx
@@ -35,7 +35,7 @@ from care_compress.predictor import Predictor
 from care_compress.progress import step_line
 from care_compress.recipe import Recipe
 from care_compress.run import atomic_file, fingerprint, sha256_file, state_digest
-from care_compress.runtime.executed import executed_layers, integer_macs
+from care_compress.runtime.executed import executed_layers, integer_macs, quantized_macs
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.target import Target, all_targets, load_target
@@ -44,8 +44,8 @@ from care_compress.workshop import Workshop
 
 SAMPLES = 64  # images that travel to a device
 BASELINE = "fp16"  # what INT8 has to beat on a GPU
-PROFILE = (1, 1, 8)  # smallest, usual and largest batch of an engine whose graph leaves it open
-WIDTH = 96  # of the table: names must be whole even where a terminal is narrow
+LEAST_SHARE = 0.95  # of the planned integer MACs, below which a user should know
+WIDTH = 112  # of the table: names must be whole even where a terminal is narrow
 
 
 def exported(
@@ -113,14 +113,40 @@ def _show(console: Console, done: list[Exported], images: int) -> None:
         text = f"no export for {', '.join(names)}: {reason}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     for one in done:
+        if one.share is not None and one.share < LEAST_SHARE:
+            part = f"{100 * one.share:.1f} % of the planned integer MACs"
+            console.print(
+                f"[yellow]{one.target.name} runs only {part} in integers[/]: this processor may "
+                "lack them (care-compress doctor)"
+            )
         if one.not_built:
             text = f"no engine for {one.target.name}: {one.not_built}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def check_targets(recipe: Recipe, plan: Callable[[Target], object], console: Console) -> None:
+    """Before any work: refuse targets named that cannot run the recipe; say so if none can."""
+    able = 0
+    targets = chosen_targets(recipe)
+    for target in targets:
+        try:
+            plan(target)
+            able += 1
+        except RecipeError as error:
+            if recipe.export.targets is not None:
+                raise RecipeError(f"export.targets: {error.message}", error.fix) from error
+    if targets and not able:
+        console.print(
+            "[yellow]No target executes what this recipe makes[/]: it will be simulated and "
+            "nothing exported (care-compress plan RECIPE --target NAME says why)"
+        )
+
+
 def check_exports(done: list[Exported]) -> None:
     """A file that is not the model is an error, after everything else was written."""
     for one in done:
+        if one.failed:
+            raise ExportError(f"{one.target.name}: {one.failed}")
         for file in one.files.values():
             near = file.agreement
             if not near.holds:
@@ -157,8 +183,10 @@ class _Export:
                 self._tensorrt_to(done)
         except (RecipeError, TargetError) as error:
             done = Exported(target, skipped=str(error))
+        except ExportError as error:
+            done = Exported(target, failed=str(error))
         path = self._folder(target) / "export.json"
-        if not done.skipped:
+        if done.files:
             said = {**done.as_json(), **asdict(self.about), "batch": self.shop.recipe.export.batch}
             self.shop.run.write_json(str(path.relative_to(self.shop.run.path)), said)
         return done
@@ -196,11 +224,9 @@ class _Export:
 
     def _build_engines(self, done: Exported) -> None:
         """Engines where the library is installed; nothing needs a GPU."""
-        batch = self.shop.recipe.export.batch
-        profile = PROFILE if batch == "dynamic" else (batch, batch, batch)
         try:
             for name, file in done.files.items():
-                about = build_ahead(file.path, name, profile, self.notify)
+                about = build_ahead(file.path, name, self.notify)
                 done.engines[name] = about
                 for suffix in (".engine", ".engine.json"):
                     self.shop.run.record_output(file.path.with_suffix(suffix))
@@ -216,7 +242,7 @@ class _Export:
         path = self._folder(done.target) / f"{self.precision}.xml"
         write_ir(source, self.about, path, half=False)
         predict = OpenVinoPredictor(source)
-        done.planned_macs = integer_macs(executed_layers(predict.compiled))
+        done.planned_macs = quantized_macs(source)
         logits = self.variants.images.logits(predict)
         self._compare_openvino(done, path, Reference(self.variants.compact, logits))
 
@@ -237,10 +263,12 @@ class _Export:
     ) -> None:
         """Read the file back and compare it; one of the same bytes was compared already."""
         self.shop.run.record_output(path)
-        key = sha256_file(path.with_suffix(".bin") if path.suffix == ".xml" else path)
+        key = digest_of(path)
         images = self.variants.images
         if key not in self.compared:
-            near = compare_logits(reference.logits, images.logits(read()))
+            near = compare_logits(
+                reference.logits, images.logits(read()), self.variants.plain.logits
+            )
             where = ""
             if not near.holds:
                 image = next(images.batches(1))

@@ -22,7 +22,7 @@ from care_compress.errors import DataError, RecipeError, TrainingError
 from care_compress.evaluate.accuracy import Accuracy, spread_indices
 from care_compress.evaluate.exports import Exported
 from care_compress.evaluate.tables import quantized_table, rewrite_table
-from care_compress.exporting import check_exports, chosen_targets, exported
+from care_compress.exporting import check_exports, check_targets, chosen_targets, exported
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare
@@ -51,9 +51,12 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
     """Run every stage of a recipe; the results, as they stand in ``results.json``."""
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world())
-        check_recipe(recipe, world)  # before the run is opened: a typo leaves old results alone
+        console = console if world.is_main else Console(quiet=True)
+        # Before the run is opened: a typo leaves old results alone.
+        check_recipe(recipe, world)
+        check_exportable(recipe, console)
         run = stack.enter_context(opened(Run(runs, name), recipe, world))
-        shop = Workshop(recipe, run, world, console if world.is_main else Console(quiet=True))
+        shop = Workshop(recipe, run, world, console)
         shop.console.print(f"[bold]{recipe.name}[/]: {escape(recipe.claim)}")
         validation = open_samples(recipe.data, "val")
         model = float_model(shop, validation)
@@ -88,7 +91,15 @@ def check_recipe(recipe: Recipe, world: World) -> None:
             read_list(Path(section.calibrate.list), samples)
     if section is not None:
         check_plan(recipe, section, world)
+
+
+def check_exportable(recipe: Recipe, console: Console) -> None:
+    """Refuse export targets that do not exist or cannot run the recipe."""
     chosen_targets(recipe)
+    section = recipe.quantize
+    # What a search finds, and what NNCF places, is known only afterwards.
+    if section is not None and section.backend == "torchao" and section.search is None:
+        check_targets(recipe, lambda target: plan_recipe(recipe, target), console)
 
 
 def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> None:

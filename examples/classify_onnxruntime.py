@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 model, *pictures = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -19,7 +19,8 @@ mean, std = np.float32(prepare["mean"]), np.float32(prepare["std"])
 resize, side = prepare["resize"], prepare["resolution"]
 
 for picture in pictures:
-    image = Image.open(picture).convert("RGB")
+    image = Image.open(picture)
+    image = (ImageOps.exif_transpose(image) if prepare["exif_rotate"] else image).convert("RGB")
     size = [int(resize * edge / min(image.size)) for edge in image.size]
     left, top = (round((edge - side) / 2) for edge in size)
     image = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))

@@ -208,14 +208,18 @@ def test_a_boards_results_are_kept_under_its_name(
     measured: dict[str, Any], tmp_path: Path, export: object
 ) -> None:
     value = take_home(measured, tmp_path, export)
-    stored = tmp_path / "mine/measured/tensorrt-orin.nvidia-jetson-agx-orin-developer-kit.json"
+    board = "tensorrt-orin.nvidia-jetson-agx-orin-developer-kit"
+    stored = tmp_path / f"mine/measured/{board}.maxn.json"
     assert json.loads(stored.read_text()) == value
     assert value["models"]["int8"]["speed"]["latency_ms"]["p99"] == 1.5
     measured["board"]["name"] = "NVIDIA Jetson Orin Nano"
     file = tmp_path / "results.json"
     file.write_text(json.dumps(measured))
     import_results(file, tmp_path / "mine")
-    assert len(list(stored.parent.iterdir())) == 2
+    measured["models"]["int8"]["speed"]["before"] = {**CONDITIONS, "power_mode": "15W"}
+    file.write_text(json.dumps(measured))
+    import_results(file, tmp_path / "mine")
+    assert len(list(stored.parent.iterdir())) == 3, "another board, and another power mode of it"
 
 
 def edited(measured: dict[str, Any], path: str, value: object) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from care_compress.device.cuda import Cuda, load_cuda, runtime_candidates
 from care_compress.device.deploy import Host
 from care_compress.device.library import load_library, required_library, wrap_library
 from care_compress.device.problems import (
+    BuildFailedError,
     DeployError,
     EngineMismatchError,
     NoGpuError,
@@ -158,6 +159,24 @@ def test_what_a_killed_build_left_is_cleared(board: Verb, bundle: Path) -> None:
     assert list(bundle.glob(".*.tmp")) == []
 
 
+@pytest.mark.parametrize(
+    ("shape", "sizes", "words"),
+    [
+        (4, ["1", "2", "4"], "takes 4 images at once and no other number"),
+        ("batch", ["8", "4", "2"], "do not rise from 1"),
+        ("batch", ["0", "0", "0"], "do not rise from 1"),
+    ],
+)
+def test_batches_that_cannot_be_are_named(
+    tmp_path: Path, gpu: FakeGpu, shape: int | str, sizes: list[str], words: str
+) -> None:
+    onnx = write_classifier(tmp_path / "m.onnx", int8=False, batch=shape)
+    wanted = tuple(int(size) for size in sizes)
+    options = BuildOptions("fp16", batch=wanted)  # type: ignore[arg-type]
+    with pytest.raises(BuildFailedError, match=words):
+        build_engine(fake_library("10.16.1.11", gpu), onnx, options, lambda *args: None)
+
+
 def test_a_failing_disk_is_one_line(
     board: Verb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,7 +249,7 @@ def test_any_number_of_images_goes_through_an_engine_of_four(
 ) -> None:
     library = fake_library("11.4.1.5", gpu)
     onnx = write_classifier(tmp_path / "m.onnx", int8=False, batch=batch)
-    options = BuildOptions("fp16", batch=(1, 4, 8))
+    options = BuildOptions("fp16", batch=(1, 4, 8) if batch == "batch" else None)
     built = build_engine(library, onnx, options, lambda phase, done: None)
     images = np.random.default_rng(0).normal(size=(10, 3, SIDE, SIDE)).astype(np.float32)
     reference = onnxruntime.InferenceSession(str(onnx))

@@ -57,7 +57,8 @@ def test_nvidias_compiler_takes_the_graph_without_a_gpu(
             seen.append(done)
 
     engine = tmp_path / "m.engine"
-    options = BuildOptions(precision, batch=(1, 2, 4), timing_cache=tmp_path / "cache")
+    sizes = (1, 2, 4) if batch == "batch" else None
+    options = BuildOptions(precision, batch=sizes, timing_cache=tmp_path / "cache")
     about = build_file(rtx, None, onnx, digest_file(onnx), engine, options, notify)
     assert about["engine_sha256"] == digest_file(engine)
     assert about["compute_capabilities"] == list(RTX_COMPUTE_CAPABILITIES)

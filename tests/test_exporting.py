@@ -22,6 +22,7 @@ from care_compress.deploying import bundle_content, make_bundle
 from care_compress.device.manifest import open_bundle
 from care_compress.errors import ExportError, RecipeError, RunError
 from care_compress.evaluate.agreement import compare_logits
+from care_compress.evaluate.exports import digest_of
 from care_compress.export.bundle import unpack_bundle
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
@@ -67,7 +68,7 @@ def test_every_target_has_files_that_agree_with_the_model(runs: Path) -> None:
         assert "fp16" in export["models"] or not target.is_engine, "the baseline INT8 has to beat"
         for entry in export["models"].values():
             path = runs / "int8" / "exports" / target.name / entry["file"]
-            assert sha256_file(path) == entry["sha256"]
+            assert digest_of(path) == entry["sha256"]
             assert str(path.relative_to(runs / "int8")) in manifest["outputs"]
             assert entry["holds"] and entry["images"] == 48
         assert export["classes"] == ["blue", "green", "grey", "red"]
@@ -159,9 +160,18 @@ def test_a_file_that_computes_something_else_names_its_first_layer(
 
     monkeypatch.setattr(variants, "put_integers", spoiled)
     for target in ("onnxruntime-cpu", "openvino-cpu"):
-        recipe = load_recipe("int8_ptq", [*start, f"export.targets=[{target}]"])
+        wanted = [f"export.targets=[{target}]", "export.batch=2"]
+        recipe = load_recipe("int8_ptq", [*start, *wanted])
         with pytest.raises(ExportError, match=rf"{target}: int8.* it parts at {site} "):
             run_recipe(recipe, tmp_path, target, QUIET)
+    (tmp_path / "openvino-cpu" / "exports" / "tensorrt-gpu").mkdir()
+    export = export_of(tmp_path, "openvino-cpu", "openvino-cpu")
+    (tmp_path / "openvino-cpu" / "exports" / "tensorrt-gpu" / "export.json").write_text(
+        json.dumps(export)
+    )
+    (tmp_path / "openvino-cpu" / "exports" / "tensorrt-gpu" / "int8.xml").write_text("x")
+    with pytest.raises(RunError, match="does not compute what its model does"):
+        bundle_content(tmp_path / "openvino-cpu", "run", load_target("tensorrt-gpu"))
 
 
 def test_a_tie_is_no_disagreement_and_nan_is_no_agreement() -> None:
@@ -173,6 +183,57 @@ def test_a_tie_is_no_disagreement_and_nan_is_no_agreement() -> None:
     lost = compare_logits(reference, torch.full_like(reference, torch.nan))
     assert not lost.holds and lost.percent == 0
     assert compare_logits(reference, reference).exact
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_a_targets_own_rules_can_be_left_out(
+    start: list[str], tmp_path: Path, follow: bool
+) -> None:
+    wanted = ["export.targets=[tensorrt-jetson-orin]", f"export.target_rules={follow}".lower()]
+    run_recipe(load_recipe("int8_ptq", [*start, *wanted]), tmp_path, "run", QUIET)
+    path = tmp_path / "run" / "exports" / "tensorrt-jetson-orin" / "int8.onnx"
+    graph = onnx.load(path).graph
+    (conv,) = (n for n in graph.node if n.name == "stages.0.blocks.0.inter_layer.inter1_conv")
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    quantized = [made_by.get(name) == "DequantizeLinear" for name in conv.input[:2]]
+    assert quantized == ([False, False] if follow else [True, True])
+
+
+def test_a_target_named_that_cannot_is_refused_before_any_work(
+    start: list[str], tmp_path: Path
+) -> None:
+    recipe = load_recipe("w4a8_ptq", [*start, "export.targets=[openvino-cpu]"])
+    with pytest.raises(RecipeError, match=r"export.targets: rule \d+ .* has no 4-bit weights"):
+        run_recipe(recipe, tmp_path, "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_target_that_fails_leaves_the_others_and_the_results(
+    start: list[str], tmp_path: Path
+) -> None:
+    broken = care(4)
+    with torch.no_grad():
+        broken.stem[1].bias[0] = 1e7  # type: ignore[index]
+    checkpoint = tmp_path / "wide.safetensors"
+    save_checkpoint(broken, checkpoint, {})
+    given = [*(s for s in start if "checkpoint" not in s and "quantize" not in s)]
+    targets = "export.targets=[tensorrt-gpu, onnxruntime-cpu]"
+    recipe = load_recipe("fp32", [*given, f"model.checkpoint={checkpoint}", targets])
+    with pytest.raises(ExportError, match=r"tensorrt-gpu: .* reaches 1e\+07, float16 ends"):
+        run_recipe(recipe, tmp_path, "run", QUIET)
+    exports = json.loads((tmp_path / "run" / "results.json").read_text())["exports"]
+    assert "float16" in exports["tensorrt-gpu"]["failed"]
+    assert exports["onnxruntime-cpu"]["models"]["fp32"]["holds"]
+
+
+def test_a_noisy_recipe_is_held_to_its_own_noise() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(400, 10)
+    coarse = exact + 0.2 * torch.randn(400, 10)  # 14 dB
+    file = coarse + 0.15 * torch.randn(400, 10)
+    assert not compare_logits(coarse, file).sqnr_db >= 25
+    assert compare_logits(coarse, file, exact).least_db == pytest.approx(11, abs=0.5)
+    assert compare_logits(coarse, file + 0.6 * torch.randn(400, 10), exact).holds is False
 
 
 def test_a_misspelt_target_is_named_before_any_work(start: list[str], tmp_path: Path) -> None:

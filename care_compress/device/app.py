@@ -75,9 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         "--batch",
         type=int,
         nargs=3,
-        default=(1, 1, 1),
         metavar=("MIN", "USUAL", "MAX"),
-        help="batch sizes, for a graph that leaves them open",
+        help="batch sizes, for a graph that leaves them open (default 1 1 8)",
     )
     build.set_defaults(work=_build)
     verify = verbs.add_parser("verify", parents=[shared, which], help="compare with the export")
@@ -113,7 +112,7 @@ def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
         version_compatible=options.version_compatible,
         strip_plan=options.strip_plan,
         timing_cache=None if options.no_timing_cache else bundle.folder / "timing.cache",
-        batch=tuple(options.batch),
+        batch=None if options.batch is None else tuple(options.batch),
     )
     built = build_models(host, bundle, _wanted(bundle, options), settings, _show_progress)
     _end_progress()

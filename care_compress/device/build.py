@@ -18,6 +18,7 @@ from care_compress.device.storage import write_whole
 
 # The GPUs that TensorRT-RTX builds for when it is told nothing; "8.0" serves 8.7 too.
 RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+OPEN_BATCH = (1, 1, 8)
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class BuildOptions:
     # The engine carries no weights; they are put back from the ONNX when it is loaded.
     strip_plan: bool = False
     timing_cache: Path | None = None
-    # Smallest, usual and largest batch; used only if the graph leaves its first dimension open.
-    batch: tuple[int, int, int] = (1, 1, 1)
+    # Smallest, usual and largest batch of a graph that leaves its first dimension open.
+    batch: "tuple[int, int, int] | None" = None
     # TensorRT-RTX without a GPU builds for these.
     compute_capabilities: tuple[str, ...] = RTX_COMPUTE_CAPABILITIES
 
@@ -193,14 +194,24 @@ def _set_profile(
     tensor = network.get_input(0)
     shape = tuple(tensor.shape)
     if -1 not in shape:
+        if options.batch is not None:
+            raise BuildFailedError(
+                f"{onnx_path.name} takes {shape[0]} images at once and no other number.",
+                "leave --batch out, or export with export.batch=dynamic",
+            )
         return
     if -1 in shape[1:]:
         raise UntypedModelError(
             f"{onnx_path.name}: input {tensor.name} is {shape}; only the batch may be open.",
             "export with a fixed resolution",
         )
+    least, usual, most = options.batch or OPEN_BATCH
+    if not 1 <= least <= usual <= most:
+        raise BuildFailedError(
+            f"batches of {least}, {usual}, {most} do not rise from 1.", "give MIN USUAL MAX"
+        )
     profile = builder.create_optimization_profile()
-    profile.set_shape(tensor.name, *[(size, *shape[1:]) for size in options.batch])
+    profile.set_shape(tensor.name, *[(size, *shape[1:]) for size in (least, usual, most)])
     config.add_optimization_profile(profile)
 
 
@@ -225,7 +236,7 @@ def _save_timing_cache(library: Library, config: Any, options: BuildOptions) -> 
 
 def _failure(library: Library, onnx_path: Path, log: Log, options: BuildOptions) -> Exception:
     reason = log.reason()
-    fix = "try a lower --optimization-level; --debug shows all that TensorRT said"
+    fix = "try a lower --optimization-level, or another version of TensorRT"
     if "memory" in reason.lower():
         fix = "close other programs, or allow less with --workspace"
     elif options.strip_plan or options.version_compatible:

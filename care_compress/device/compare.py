@@ -43,7 +43,7 @@ def compare_logits(
     if not np.isfinite(got_NK).all():
         raise VerificationError(
             "the engine gives logits that are not finite: FP16 overflows somewhere in it.",
-            "export with float_type bf16 or fp32 for the layers that overflow",
+            "use the other engine of the bundle, and report the layer table of this one",
         )
     expected_NK = expected_NK.astype(np.float64)
     noise_NK = got_NK.astype(np.float64) - expected_NK

@@ -14,11 +14,14 @@ from care_compress.sections import DataSection
 
 # Rounding to a step is chaotic: a difference in the last bit of a float sum moves a value by a
 # whole step, so two exact implementations of one INT8 model are 35 to 50 dB apart (the simulation
-# itself, in batches of 64 and one by one: 49 dB). A wrong scale or a lost pair costs far more.
+# itself, in batches of 64 and one by one: 49 dB). A wrong scale or a lost pair costs far more. The
+# coarser a model is, the further apart they are, about as far as the model is from float.
 LEAST_SQNR_DB = 25.0
+BELOW_OWN_DB = 3.0  # allowed below the model's own distance to float, where that is the lower bar
 LEAST_AGREEMENT = 99.5
-# Two answers whose logits are closer than this many times the deviation are a tie.
-TIE = 4.0
+# Two classes are a tie where they are closer than so many deviations of a file that is this much
+# better than it needs to be.
+TIE, BETTER_DB = 4.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Agreement:
     same: int  # answers
     ties: int  # answers that differ between two classes that are equally likely
     sqnr_db: float
+    least_db: float  # what is demanded
 
     @property
     def exact(self) -> bool:
@@ -63,7 +67,7 @@ class Agreement:
     def holds(self) -> bool:
         """Near enough to be the same model."""
         settled = 100 * (self.same + self.ties) / self.images
-        return self.sqnr_db >= LEAST_SQNR_DB and settled >= LEAST_AGREEMENT
+        return self.sqnr_db >= self.least_db and settled >= LEAST_AGREEMENT
 
     def as_json(self) -> dict[str, Any]:
         """The numbers as ``export.json`` holds them."""
@@ -72,24 +76,34 @@ class Agreement:
             "agreement": self.percent,
             "ties": self.ties,
             "sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None,
+            "least_sqnr_db": self.least_db,
             "holds": self.holds,
         }
 
 
-def compare_logits(reference_NK: Tensor, found_NK: Tensor) -> Agreement:
-    """`found` beside `reference`; what is no number agrees with nothing."""
-    reference, found = reference_NK.double(), found_NK.double()
-    noise = float((reference - found).square().mean())
-    signal = float(reference.square().mean())
+def compare_logits(
+    reference_NK: Tensor, found_NK: Tensor, float_NK: Tensor | None = None
+) -> Agreement:
+    """`found` beside `reference`; what is no number agrees with nothing.
+
+    With the float model's logits, a reference that is coarser than `LEAST_SQNR_DB` is held to less.
+    """
+    own_db = math.inf if float_NK is None else _sqnr_db(float_NK, reference_NK)
+    least_db = min(LEAST_SQNR_DB, own_db - BELOW_OWN_DB)
+    sqnr_db = _sqnr_db(reference_NK, found_NK)
+    if sqnr_db == -math.inf:
+        return Agreement(len(found_NK), 0, 0, sqnr_db, least_db)
+    answers = found_NK.argmax(dim=1, keepdim=True)
+    same = (reference_NK.argmax(dim=1, keepdim=True) == answers).squeeze(1)
+    margin = reference_NK.amax(dim=1) - reference_NK.gather(1, answers).squeeze(1)
+    deviation = reference_NK.double().square().mean().sqrt() * 10 ** (-(least_db + BETTER_DB) / 20)
+    ties = ~same & (margin <= TIE * deviation)
+    return Agreement(len(found_NK), int(same.sum()), int(ties.sum()), sqnr_db, least_db)
+
+
+def _sqnr_db(reference: Tensor, found: Tensor) -> float:
+    noise = float((reference.double() - found.double()).square().sum())
     if not math.isfinite(noise):
-        return Agreement(len(found), 0, 0, -math.inf)
-    same = reference.argmax(dim=1) == found.argmax(dim=1)
-    chosen = reference.gather(1, found.argmax(dim=1, keepdim=True)).squeeze(1)
-    margin = reference.amax(dim=1) - chosen
-    ties = ~same & (margin <= TIE * math.sqrt(noise))
-    return Agreement(
-        images=len(found),
-        same=int(same.sum()),
-        ties=int(ties.sum()),
-        sqnr_db=math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise),
-    )
+        return -math.inf
+    signal = float(reference.double().square().sum())
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

@@ -5,14 +5,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-import onnxruntime
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from care_compress.quantize.openvino_library import load_openvino
 from care_compress.quantize.placement import PRODUCTS, QuantizedCare, site_of
+from care_compress.runtime.on_onnxruntime import open_session
 
 Outputs = dict[str, Tensor]
 
@@ -33,7 +35,7 @@ def first_divergence(model: nn.Module, artifact: Path, sites: Iterable[str], ima
         if fall > worst:
             worst, where = fall, f"{name} ({distance:.1f} dB, before it {min(before, 80.0):.1f})"
         before = min(before, distance)
-    return where or "no site: it lies between two of them"
+    return where or "no layer that both name"
 
 
 class _Tap(Interpreter):
@@ -74,16 +76,17 @@ def _torch_outputs(model: nn.Module, image: Tensor) -> Outputs:
 
 def _onnx_outputs(path: Path, names: list[str], image: Tensor) -> Outputs:
     model = onnx.load(path)
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
     outputs = {node.name: node.output[0] for node in model.graph.node if node.name in set(names)}
     del model.graph.output[:]
     for value in outputs.values():
         model.graph.output.append(onnx.ValueInfoProto(name=value))
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    found = session.run(list(outputs.values()), {session.get_inputs()[0].name: image.numpy()})
+    session = open_session(model.SerializeToString())
+    feed = {session.get_inputs()[0].name: _repeated(image, batch)}
+    found = session.run(list(outputs.values()), feed)
     return {
-        name: torch.from_numpy(value).float() for name, value in zip(outputs, found, strict=True)
+        name: torch.from_numpy(value[:1]).float()
+        for name, value in zip(outputs, found, strict=True)
     }
 
 
@@ -92,14 +95,24 @@ def _openvino_outputs(path: Path, names: list[str], image: Tensor) -> Outputs:
     model = core.read_model(path)
     wanted = set(names)
     known = [op for op in model.get_ordered_ops() if op.get_friendly_name() in wanted]
+    if not known:  # NNCF's file has names of its own
+        return {}
     for operation in known:
         model.add_outputs(operation.output(0))
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    values = list(compiled([image.numpy()]).values())[-len(known) :]
+    size = compiled.inputs[0].partial_shape[0]
+    images = _repeated(image, 1 if size.is_dynamic else int(size.get_length()))
+    values = list(compiled([images]).values())[-len(known) :]
     return {
-        op.get_friendly_name(): torch.from_numpy(value.copy())
+        op.get_friendly_name(): torch.from_numpy(value[:1].copy())
         for op, value in zip(known, values, strict=True)
     }
+
+
+def _repeated(image: Tensor, batch: int) -> NDArray[np.float32]:
+    """One image as often as a file of fixed batch size takes it."""
+    repeated: NDArray[np.float32] = image.repeat(batch, 1, 1, 1).numpy()
+    return repeated
 
 
 def _sqnr(expected: Tensor, found: Tensor) -> float:

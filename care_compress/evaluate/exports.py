@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from care_compress.evaluate.agreement import Agreement
-from care_compress.run import sha256_file
+from care_compress.run import fingerprint, sha256_file
 from care_compress.target import Target
 
 
@@ -24,7 +24,7 @@ class File:
         """As ``export.json`` holds it."""
         return {
             "file": self.path.name,
-            "sha256": sha256_file(self.path),
+            "sha256": digest_of(self.path),
             "size_bytes": size_of(self.path),
             **self.agreement.as_json(),
         }
@@ -39,17 +39,23 @@ class Exported:
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)  # built ahead of time
     not_built: str = ""  # why there is none, of a target whose engines can be
     skipped: str = ""
+    failed: str = ""
     planned_macs: int = 0  # in integers
     executed_macs: int | None = None  # as the compiled model says; None: it cannot be asked here
     answers_as_float: float | None = None  # percent
 
+    @property
+    def share(self) -> float | None:
+        """Executed of planned integer MACs, where that can be known."""
+        if self.executed_macs is None or not self.planned_macs:
+            return None
+        return self.executed_macs / self.planned_macs
+
     def as_json(self) -> dict[str, Any]:
         """As ``export.json`` and ``results.json`` hold it."""
-        if self.skipped:
-            return {"target": self.target.name, "skipped": self.skipped}
-        share = None
-        if self.executed_macs is not None and self.planned_macs:
-            share = self.executed_macs / self.planned_macs
+        for kind in ("skipped", "failed"):
+            if reason := getattr(self, kind):
+                return {"target": self.target.name, kind: reason}
         return {
             "target": self.target.name,
             "runtime": self.target.runtime,
@@ -57,7 +63,7 @@ class Exported:
             "integer_macs": {
                 "planned": self.planned_macs,
                 "executed": self.executed_macs,
-                "share": share,
+                "share": self.share,
             },
             "answers_as_float": self.answers_as_float,
             "engines": {name: _in_short(about) for name, about in self.engines.items()},
@@ -66,26 +72,19 @@ class Exported:
 
     def rows(self) -> list[tuple[str, ...]]:
         """One table row for each file."""
-        share = ""
-        if self.executed_macs is not None and self.planned_macs:
-            share = f"{100 * self.executed_macs / self.planned_macs:.1f} %"
+        share = "" if self.share is None else f"{100 * self.share:.1f} %"
+        reader = "OpenVINO, CPU" if self.target.runtime == "openvino" else "ONNX Runtime, CPU"
         rows: list[tuple[str, ...]] = []
         for file in self.files.values():
+            ties = file.agreement.ties
+            tied = f" + {ties} tie{'s' if ties > 1 else ''}" if ties else ""
+            same = f"{file.agreement.percent:.1f} %{tied}"
             near = "exact" if file.agreement.exact else f"{file.agreement.sqnr_db:.1f} dB"
-            same = f"{file.agreement.percent:.1f} %"
-            rows.append(
-                (
-                    self.target.name,
-                    file.path.name,
-                    _megabytes(size_of(file.path)),
-                    same,
-                    near,
-                    share,
-                )
-            )
+            size = _megabytes(size_of(file.path))
+            rows.append((self.target.name, file.path.name, size, reader, same, near, share))
         for name, about in self.engines.items():
             size = _megabytes(about["size_bytes"])
-            rows.append((self.target.name, f"{name}.engine", size, "not run", "", ""))
+            rows.append((self.target.name, f"{name}.engine", size, "not run", "", "", ""))
         return rows
 
 
@@ -101,8 +100,17 @@ def _in_short(about: dict[str, Any]) -> dict[str, Any]:
 
 def size_of(path: Path) -> int:
     """Bytes of a model; OpenVINO's is two files."""
-    parts = (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
-    return sum(part.stat().st_size for part in parts)
+    return sum(part.stat().st_size for part in _parts(path))
+
+
+def digest_of(path: Path) -> str:
+    """Digest of a model; of OpenVINO's two files together."""
+    digests = [sha256_file(part) for part in _parts(path)]
+    return digests[0] if len(digests) == 1 else fingerprint(digests)
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    return (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
 
 
 def export_table(rows: Sequence[tuple[str, ...]], images: int) -> Table:
@@ -111,7 +119,9 @@ def export_table(rows: Sequence[tuple[str, ...]], images: int) -> Table:
     table.title_justify = "left"
     table.add_column("target", no_wrap=True)
     table.add_column("file", no_wrap=True)
-    for column in ("size", "same answer", "SQNR", "integer MACs run"):
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("read by", no_wrap=True)
+    for column in ("same answer", "SQNR", "integer MACs run"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)

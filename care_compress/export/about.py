@@ -43,7 +43,7 @@ class About:
     """What is stored with a model."""
 
     recipe: str
-    fingerprint: str  # of the resolved recipe and the model's weights
+    fingerprint: str  # of the model's weights, the classes and the preprocessing
     classes: tuple[str, ...]
     preprocessing: Preprocessing
 

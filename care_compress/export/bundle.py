@@ -38,7 +38,7 @@ and no pip.
     python3 care_deploy.py verify
     python3 care_deploy.py bench
 
-`build` takes some minutes for each engine and writes `int8.engine` and `fp16.engine`, each with a
+`build` takes some minutes for each engine and writes {engines}, each with a
 `.json` that lists its layers and the precision of each.
 
 `verify` runs the {images} images of `samples/` and compares with the exported model:
@@ -48,7 +48,7 @@ and no pip.
 with figures for the dots, then `PASSED` or `FAILED`. It passes if at least {agreement} % of the
 images get the class the exported model gives them, at an SQNR of at least {sqnr_db} dB.
 
-`bench` prints p50, p90 and p99 of the latency of both engines and says which is faster. For figures
+`bench` prints p50, p90 and p99 of the latency of every engine and says which is faster. For figures
 that can be compared, fix the clocks first and tell the power mode with them:
 
     sudo nvpmodel -q
@@ -187,6 +187,7 @@ def _readme(content: BundleContent) -> str:
         classes=len(content.classes),
         resolution=content.resolution,
         models=" and ".join(model.upper() for model in sorted(content.models)),
+        engines=" and ".join(f"`{model}.engine`" for model in sorted(content.models)),
         requirement=content.requirement,
         images=len(content.pixels),
         table=format_table(rows).replace("\n", "\n    "),

@@ -124,7 +124,11 @@ def import_results(file: Path, run_dir: Path) -> dict[str, Any]:
     _check_export(results, file, run_dir)
     board = re.sub(r"[^a-z0-9]+", "-", results.board.name.lower()).strip("-") or "board"
     value = results.model_dump(mode="json")
-    path = run_dir / "measured" / f"{results.target}.{board}.json"
+    # One board measured in two power modes gave two results.
+    modes = [engine.speed.before.power_mode for engine in results.models.values() if engine.speed]
+    mode = re.sub(r"[^a-z0-9]+", "-", (modes[0] or "").lower()).strip("-") if modes else ""
+    name = ".".join(part for part in (results.target, board, mode) if part)
+    path = run_dir / "measured" / f"{name}.json"
     write_text(path, json.dumps(value, indent=2) + "\n")
     return value
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from care_compress.export.float_graph import product_nodes
 from care_compress.quantize.fakequant import IntQuantizer
-from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.placement import ROOT, QuantizedCare
 
 OPERANDS = {"input": 0, "weight": 1, "left": 0, "right": 1}
+BIAS = 2
 FOUR_BIT_OPSET = 21
 
 
@@ -26,6 +27,7 @@ def put_integers(model: ir.Model, quantized: QuantizedCare) -> None:
         node = nodes[quantizer.site]
         if quantizer.operand == "weight":
             _store_weight(model, node, quantizer, quantized)
+            _store_bias(model.graph, node, quantizer.site, quantized)
         elif node.op_type == "MatMul":
             _quantize_factor(model.graph, node, quantizer)
         else:
@@ -62,6 +64,14 @@ def _store_weight(
     stored = _constant(model.graph, before.name, _narrowed(integers, kind))
     pair = _Pair(model.graph, quantizer, scale, attributes, kind)
     node.replace_input_with(place, pair.dequantized(stored, node))
+
+
+def _store_bias(graph: ir.Graph, node: ir.Node, site: str, quantized: QuantizedCare) -> None:
+    """The bias of this target's model: it is rounded to the steps of the integer sums."""
+    value = node.inputs[BIAS] if len(node.inputs) > BIAS else None
+    if value is not None:
+        bias = quantized.graph.get_parameter(f"{ROOT}.{site}.bias").detach().numpy()
+        node.replace_input_with(BIAS, _constant(graph, _new_name(graph, "b"), bias))
 
 
 def _quantize_edge(graph: ir.Graph, node: ir.Node, quantizer: IntQuantizer) -> None:

@@ -18,15 +18,10 @@ from care_compress.run import sha256_file
 INSTALL = ".venv/bin/python -m pip install -c constraints.txt -e '.[tensorrt-rtx]'"
 
 
-def build_ahead(
-    onnx: Path, precision: str, batch: tuple[int, int, int], notify: Callable[[str], None]
-) -> dict[str, Any]:
-    """Build the engine of a graph beside it; its description, layer table included.
-
-    `batch` is the smallest, usual and largest one of a graph that leaves it open.
-    """
+def build_ahead(onnx: Path, precision: str, notify: Callable[[str], None]) -> dict[str, Any]:
+    """Build the engine of a graph beside it; its description, layer table included."""
     engine = onnx.with_suffix(".engine")
-    options = BuildOptions(precision, batch=batch)
+    options = BuildOptions(precision)
     try:
         library = load_library("tensorrt_rtx")
         return build_file(

@@ -6,10 +6,17 @@ runtime falls back to float silently wherever it has no kernel or did not recogn
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from care_compress.quantize.openvino_library import load_openvino
 
 INTEGERS = frozenset({"u8", "i8", "u4", "i4"})
 _PRODUCTS = frozenset({"Convolution", "FullyConnected", "MatMul"})
+_MOVING = frozenset(
+    {"Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Slice", "StridedSlice", "Concat"}
+    | {"VariadicSplit", "Split", "Unsqueeze", "Squeeze"}
+)
 
 
 @dataclass(frozen=True)
@@ -42,16 +49,32 @@ def integer_macs(layers: list[ExecutedLayer]) -> int:
     return sum(layer.macs for layer in layers if layer.in_integers)
 
 
+def quantized_macs(model: Path) -> int:
+    """MACs that an IR file asks to run in integers: products whose factors are both quantized."""
+    operations = load_openvino().Core().read_model(model).get_ordered_ops()
+    return sum(
+        _macs(operation, operation.get_type_name() == "MatMul")
+        for operation in operations
+        if operation.get_type_name() in ("Convolution", "GroupConvolution", "MatMul")
+        and all(_is_quantized(operation.input_value(place)) for place in (0, 1))
+    )
+
+
+def _is_quantized(output: Any) -> bool:
+    """Whether a FakeQuantize or stored integers lie behind operations that only move values."""
+    operation = output.get_node()
+    kind = operation.get_type_name()
+    if kind == "FakeQuantize":
+        return True
+    if kind == "Constant":
+        return str(operation.get_element_type().to_string()) in INTEGERS
+    moves = kind in _MOVING and operation.get_input_size() > 0
+    return moves and _is_quantized(operation.input_value(0))
+
+
 def _layer(operation: Any) -> ExecutedLayer:
-    left, right = (_shape(operation.input(place)) for place in (0, 1))
-    out = _shape(operation.output(0))
     kind = _about(operation, "layerType")
-    if kind == "Convolution":
-        # (O, I/g, k, k), or (g, O/g, I/g, k, k): each output value takes what one channel holds.
-        channels = out[1]
-        macs = math.prod(out[1:]) * math.prod(right) // channels
-    else:
-        macs = math.prod(out[1:]) * left[-1]
+    macs = _macs(operation, kind != "Convolution")
     precision = _about(operation, "runtimePrecision")
     if kind == "FullyConnected" and precision in INTEGERS:
         # Here the runtime precision is that of the weights, which may be expanded to float.
@@ -63,6 +86,16 @@ def _layer(operation: Any) -> ExecutedLayer:
         kernel=_about(operation, "primitiveType"),
         macs=macs,
     )
+
+
+def _macs(operation: Any, matrices: bool) -> int:
+    """Multiplications for one image."""
+    left, right = (_shape(operation.input(place)) for place in (0, 1))
+    out = _shape(operation.output(0))
+    if matrices:
+        return math.prod(out[1:]) * left[-1]
+    # (O, I/g, k, k), or (g, O/g, I/g, k, k): each output value takes what one channel holds.
+    return math.prod(out[1:]) * math.prod(right) // out[1]
 
 
 def _about(operation: Any, key: str) -> str:

@@ -10,17 +10,21 @@ from care_compress.errors import TargetError
 from care_compress.runtime.slicing import in_slices
 
 
+def open_session(model: str | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """A file or its content on the CPU; warnings about what the optimizer skips stay inside."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxPredictor:
     """Runs an ONNX classifier with one image input and one logits output on the CPU."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        options = onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            self.session = open_session(str(path), threads)
         # onnxruntime raises a class of its own per status code, all straight below Exception.
         except Exception as error:
             reason = str(error).splitlines()[0][:200]
