@@ -212,6 +212,36 @@ def accuracy(
     measure_artifact(artifact, section, images, batch, json, Console())
 
 
+@app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="baseline, then others: runs, recipes, precisions (fp32 int8), files"),
+    ],
+    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    max_drop: Annotated[float | None, typer.Option(min=0, help="points of top-1")] = None,
+    min_speedup: Annotated[float | None, typer.Option(min=0, help="over the first model")] = None,
+    data: Annotated[str | None, typer.Option(help="for bare files: their images")] = None,
+    res: Annotated[int, typer.Option(help="for bare files: their resolution")] = 224,
+    crop: Annotated[float, typer.Option(help="for bare files: their crop ratio")] = 0.875,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Accuracy and latency side by side on every target; exit code 0 if every budget holds."""
+    section = None
+    if data is not None:
+        values = {"source": data, "resolution": res, "crop_pct": crop}
+        section = parse_section(DataSection, values, [], "the command line")
+
+    from care_compress.comparing import run_compare
+    from care_compress.comparison import CompareOptions
+
+    wanted = None if targets is None else tuple(targets.split(","))
+    options = CompareOptions(wanted, images, json, max_drop, min_speedup, section)
+    sys.exit(run_compare(models, runs, options, Console()))
+
+
 RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken")]
 
 

@@ -149,3 +149,7 @@ class BudgetSection(Section):
     """What the compressed model may cost at most."""
 
     max_top1_drop: Annotated[float, Field(ge=0)] | None = Field(None, description="in points")
+    min_speedup: dict[str, Positive] | None = Field(
+        None, description="over the baseline at batch 1, one thread, by target: openvino-cpu: 1.5"
+    )
+    max_size: Positive | None = Field(None, description="of the largest exported model, in MB")

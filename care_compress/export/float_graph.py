@@ -24,17 +24,18 @@ _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "Add"})
 Batch = int | Literal["dynamic"]
 
 
-def float_graph(network: CompactCare, resolution: int, batch: Batch) -> ir.Model:
-    """Export a float network for images of one size, and a fixed or free number of them."""
-    dynamic = batch == "dynamic"
-    example = torch.zeros(2 if dynamic else int(batch), 3, resolution, resolution)
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+def float_graph(network: CompactCare, resolution: int, batch: Batch = "dynamic") -> ir.Model:
+    """Export a float network for images of one size, and a fixed or free number of them.
+
+    Nothing in the graph depends on the batch, so whoever loads a file may give it another one.
+    """
+    example = torch.zeros(2, 3, resolution, resolution)
     with silent(), torch.no_grad():
         program = torch.onnx.export(
             network.cpu().eval(),
             (example,),
             dynamo=True,
-            dynamic_shapes=shapes,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             opset_version=FIRST_OPSET,
             optimize=True,
             input_names=[INPUT],
@@ -47,6 +48,10 @@ def float_graph(network: CompactCare, resolution: int, batch: Batch) -> ir.Model
     DeduplicateInitializersPass()(model)
     RemoveUnusedNodesPass()(model)
     model.producer_name, model.producer_version = "care-compress", None
+    if batch != "dynamic":
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            assert value.shape is not None
+            value.shape = ir.Shape([int(batch), *value.shape[1:]])
     return model
 
 

@@ -1,5 +1,6 @@
 """Predictions by an OpenVINO model."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,16 @@ class OpenVinoPredictor:
                 f"{self.path} wants {self.shape} images, these are {list(images_BCHW.shape)}.",
                 "set data.resolution to the model's",
             )
+
+
+@functools.cache
+def openvino_devices() -> frozenset[str]:
+    """What OpenVINO sees here: CPU, GPU, NPU."""
+    return frozenset(name.partition(".")[0] for name in load_openvino().Core().available_devices)
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16, which OpenVINO then does unasked."""
+    core = load_openvino().Core()
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

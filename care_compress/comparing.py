@@ -1,0 +1,146 @@
+"""``care-compress compare fp32 int8``: side by side on every target, with a verdict.
+
+The logic of one comparison is in `care_compress.comparison`; here stands who is compared, what is
+printed, and the exit code.
+"""
+
+import json
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.markup import escape
+
+from care_compress import machine
+from care_compress.comparison import (
+    CompareOptions,
+    Comparison,
+    decide,
+    find_entries,
+    score,
+    time_files,
+)
+from care_compress.comparison_json import comparison_as_json
+from care_compress.contenders import Contender, contenders, float_recipe_of, same_images
+from care_compress.data.samples import Samples
+from care_compress.data.sources import open_samples
+from care_compress.errors import DataError, RunError, TargetError
+from care_compress.evaluate.compare_tables import accuracy_table, latency_table
+from care_compress.pipeline import run_recipe
+from care_compress.run import write_text
+from care_compress.sections import DataSection
+
+WIDTH = 150  # of the tables
+
+
+def run_compare(names: list[str], runs: Path, options: CompareOptions, console: Console) -> int:
+    """Compare, print, write; 0 only if every budget holds."""
+    models = [_settled(one, names, runs, console) for one in contenders(names, runs)]
+    if len({one.name for one in models}) < len(models):
+        raise RunError("two of the names mean the same model.", "name different runs")
+    data = _common_data(models, options)
+    samples = open_samples(data, "val")
+    _check_preprocessing(models)
+    entries, missing = find_entries(models, options)
+    if not entries:
+        raise TargetError(
+            f"none of the files can be run here: {'; '.join(sorted(set(missing.values())))}.",
+            "compare on the machine that has the target",
+        )
+    collected = score(entries, models, samples, data, options, console)
+    found = Comparison(models, entries, missing, collected)
+    time_files(found, data, samples, options, console)
+    decide(found, options)
+    _report(found, samples, data, options, console)
+    return 0 if all(budget.ok for budget in found.budgets) else 1
+
+
+def _settled(one: Contender | str, names: list[str], runs: Path, console: Console) -> Contender:
+    """A contender; a float baseline that has no run yet is made."""
+    if isinstance(one, Contender):
+        return one
+    start = next((c for c in contenders(names, runs) if isinstance(c, Contender) and c.run), None)
+    if one != "fp32" or start is None:
+        raise RunError(
+            f"there is no run called {one}, of a recipe {one} or of that precision in {runs}.",
+            f"make quantize RECIPE={one}, or name a run or a file",
+        )
+    name = f"{start.name}_fp32"
+    console.print(f"no fp32 run of this model yet: making {escape(str(runs / name))}")
+    run_recipe(float_recipe_of(start), runs, name, Console(quiet=True))
+    (made,) = contenders([name], runs)
+    assert isinstance(made, Contender)
+    return made
+
+
+def _common_data(models: list[Contender], options: CompareOptions) -> DataSection:
+    """The images all of them are scored on; different ones give no drop."""
+    sections = [one.recipe.data for one in models if one.recipe is not None]
+    if options.data is not None:
+        sections.insert(0, options.data)
+    if not sections:
+        raise DataError(
+            "bare files do not say which images they are for.", "add --data, --res and --crop"
+        )
+    for one, section in zip([m for m in models if m.recipe is not None], sections, strict=False):
+        if not same_images(section, sections[0]):
+            raise DataError(
+                f"{one.name} looks at {section.source} at {section.resolution} pixels (crop "
+                f"{section.crop_pct}), {models[0].name} does not: a drop between them means "
+                "nothing.",
+                "compare runs on the same data, resolution and crop",
+            )
+    return sections[0]
+
+
+def _check_preprocessing(models: list[Contender]) -> None:
+    """What the files themselves say must agree too."""
+    said = {
+        json.dumps([export["preprocessing"], export["classes"]], sort_keys=True)
+        for one in models
+        if one.run is not None
+        for export in one.export_of.values()
+    }
+    if len(said) > 1:
+        raise DataError(
+            "the exported files differ in preprocessing or classes.", "export both runs again"
+        )
+
+
+def _report(
+    found: Comparison,
+    samples: Samples,
+    data: DataSection,
+    options: CompareOptions,
+    console: Console,
+) -> None:
+    """Tables on the console, ``compare.json`` in the last run and where the user wants it."""
+    value = comparison_as_json(found, samples, data)
+    text = json.dumps(value, indent=2) + "\n"
+    last = found.models[-1].run
+    paths = [p for p in (options.json_file, last and last / "compare.json") if p]
+    for path in paths:
+        write_text(path, text)
+    wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide.print(accuracy_table(value))
+    for setting in value["latency"]:
+        if setting["rows"]:
+            wide.print(latency_table(setting))
+    for target in found.targets:
+        reasons = {why for (where, _), why in found.missing.items() if where == target}
+        for why in sorted(reasons):
+            text = f"{target}: not measured here: {why}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+    load = psutil.getloadavg()[0]
+    console.print(f"load average {load:.1f} on {len(machine.usable_cores())} cores")
+    for verdict in found.verdicts:
+        colour = {True: "green", False: "red", None: "yellow"}[verdict.pays]
+        console.print(
+            f"[bold {colour}]{verdict.target}[/]: {escape(verdict.text)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for budget in found.budgets:
+        console.print(str(budget), markup=False, highlight=False)
+    for path in paths:
+        console.print(f"written to {escape(str(path))}", soft_wrap=True)

@@ -1,0 +1,101 @@
+"""What several models answer to the same images, in one pass: each image is decoded once.
+
+Kept are a few bytes for each image and model, so memory is that of the batches.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from care_compress.data.loader import Batch
+from care_compress.errors import DataError
+from care_compress.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's answers, in the order of the images."""
+
+    first: NDArray[np.int32]  # the class answered
+    right: NDArray[np.bool_]
+    in_top5: NDArray[np.bool_]
+    confidence: NDArray[np.float32]  # of the class answered
+    noise: float  # sum of squared logit differences to the baseline
+    signal: float  # sum of squared logits of the baseline
+
+    @property
+    def top1(self) -> float:
+        """Percent right."""
+        return 100 * float(self.right.mean())
+
+    @property
+    def top5(self) -> float:
+        """Percent with the label among the first five."""
+        return 100 * float(self.in_top5.mean())
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Distance of the logits to the baseline's; None for the baseline itself."""
+        return None if self.noise == 0 else float(10 * np.log10(self.signal / self.noise))
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All answers to one list of images."""
+
+    labels: NDArray[np.int64]
+    indices: NDArray[np.int64]  # positions in the data set
+    answers: dict[str, Answers]
+
+
+class _Growing:
+    """One model's answers so far."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.noise = self.signal = 0.0
+
+    def add(self, logits: Tensor, labels: Tensor, baseline: Tensor) -> None:
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        odds = logits.float().softmax(dim=1)
+        first = logits.argmax(dim=1)
+        confidence = odds.gather(1, first[:, None]).squeeze(1)
+        self.parts.append((first.int(), ranked[:, 0], ranked.any(dim=1), confidence))
+        self.noise += float((logits.double() - baseline.double()).square().sum())
+        self.signal += float(baseline.double().square().sum())
+
+    def done(self) -> Answers:
+        first, right, top5, confidence = (
+            torch.cat(column).numpy() for column in zip(*self.parts, strict=True)
+        )
+        return Answers(first, right, top5, confidence, self.noise, self.signal)
+
+
+@torch.inference_mode()
+def collect_answers(
+    models: Mapping[str, Predictor],
+    baseline_of: Mapping[str, str],
+    batches: Iterable[Batch],
+    progress: Callable[[int], None],
+) -> Collected:
+    """Run every model over all prepared batches; `baseline_of` says whom each is compared with."""
+    growing = {name: _Growing() for name in models}
+    labels, indices = [], []
+    for batch in batches:
+        logits = {name: predict(batch.images).cpu() for name, predict in models.items()}
+        for name, value in logits.items():
+            growing[name].add(value, batch.labels, logits[baseline_of[name]])
+        labels.append(batch.labels)
+        indices.append(batch.indices)
+        progress(len(batch.labels))
+    if not labels:
+        raise DataError("there was no image to evaluate.", "check the source and its val split")
+    return Collected(
+        torch.cat(labels).numpy(),
+        torch.cat(indices).numpy(),
+        {name: one.done() for name, one in growing.items()},
+    )

@@ -1,0 +1,79 @@
+"""One inference, ready to be timed: a model loaded for one batch size and a number of threads."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import Tensor
+
+from care_compress.errors import TargetError
+from care_compress.quantize.openvino_library import load_openvino
+from care_compress.runtime.on_onnxruntime import open_session
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs the same images again and again."""
+
+    run: Callable[[], object]
+    load_seconds: float  # reading and compiling
+
+
+def open_runner(path: Path, images_BCHW: Tensor, threads: int, precision: str) -> Runner:
+    """An ``.onnx`` or ``.xml`` file for this batch; `precision` is what OpenVINO may round to.
+
+    The file itself stays as it is: our graphs name their batch in one place only, and that is
+    changed in memory.
+    """
+    began = time.perf_counter()
+    openers = {".xml": _openvino, ".onnx": _onnxruntime}
+    try:
+        run = openers[path.suffix](path, images_BCHW, threads, precision)
+        run()
+    except Exception as error:  # each runtime has classes of its own
+        raise TargetError(
+            f"{path.name} does not run on {len(images_BCHW)} images at once.",
+            "export it again: make quantize",
+        ) from error
+    return Runner(run, time.perf_counter() - began)
+
+
+def _onnxruntime(
+    path: Path, images_BCHW: Tensor, threads: int, precision: str
+) -> Callable[[], object]:
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = len(images_BCHW)
+    session = open_session(model.SerializeToString(), threads)
+    feed = {session.get_inputs()[0].name: images_BCHW.contiguous().numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _openvino(path: Path, images_BCHW: Tensor, threads: int, precision: str) -> Callable[[], Any]:
+    openvino = load_openvino()
+    core = openvino.Core()
+    model = core.read_model(path)
+    model.reshape(list(images_BCHW.shape))
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    images = images_BCHW.contiguous().numpy()
+    request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
+    return _Request(request, images)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """An inference request with the images whose address it holds."""
+
+    request: Any
+    images: Any
+
+    def __call__(self) -> Any:
+        return self.request.infer()

@@ -1,0 +1,262 @@
+"""What compare says is right, and what it cannot know it does not say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from quantized import care
+from rich.console import Console
+from tiny import image_folder
+
+from care_compress.comparing import run_compare
+from care_compress.comparison import CompareOptions
+from care_compress.data.loader import Batch
+from care_compress.errors import CareError, DataError, RecipeError, RunError
+from care_compress.evaluate.answers import collect_answers
+from care_compress.evaluate.latency import LatencyPlan, measure_latency
+from care_compress.evaluate.significance import (
+    calibration_error,
+    drop_interval,
+    mcnemar_p,
+    ratio_interval,
+)
+from care_compress.evaluate.verdicts import Drop, judge
+from care_compress.model.checkpoint import save_checkpoint
+from care_compress.pipeline import run_recipe
+from care_compress.recipe import load_recipe
+from care_compress.sections import DataSection
+
+pytest.importorskip("openvino", reason="needs the openvino extra")
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = Console(quiet=True)
+QUICK = LatencyPlan(seconds=0.01, least_runs=6, warmup=1, turns=3)
+TARGETS = "export.targets=[onnxruntime-cpu, openvino-cpu, tensorrt-jetson-orin]"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("start")
+    images = image_folder(folder / "images")
+    save_checkpoint(care(4), folder / "four.safetensors", {})
+    return [
+        f"model.checkpoint={folder / 'four.safetensors'}", f"data.source={images}",
+        "data.resolution=32", "data.workers=0", "export.images=8", TARGETS,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    few = [*start, "quantize.calibrate.images=32"]
+    run_recipe(load_recipe("int8_ptq", few), runs, "mine", QUIET)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def compared(runs: Path) -> Any:
+    file = runs.parent / "compared.json"
+    options = CompareOptions(json_file=file, max_drop=100.0, latency=QUICK)
+    assert run_compare(["fp32", "int8"], runs, options, QUIET) == 0
+    return json.loads(file.read_text())
+
+
+def test_a_missing_float_baseline_is_made(compared: Any, runs: Path) -> None:
+    assert list(compared["models"]) == ["mine_fp32", "mine"]
+    assert (runs / "mine_fp32" / "results.json").is_file()
+    assert json.loads((runs / "mine" / "compare.json").read_text()) == compared
+
+
+def test_the_json_is_the_interface(compared: Any) -> None:
+    assert compared["images"] == 48
+    for model in compared["models"].values():
+        assert {"top1", "top5", "size_bytes", "params"} <= set(model)
+    pair = compared["pairs"][0]
+    assert {"baseline", "candidate", "drop", "drop_ci95", "agreement", "mcnemar_p"} <= set(pair)
+    assert pair["drop_ci95"][0] <= pair["drop"] <= pair["drop_ci95"][1]
+    assert set(compared["targets"]) == {"onnxruntime-cpu", "openvino-cpu", "tensorrt-jetson-orin"}
+    for target in ("onnxruntime-cpu", "openvino-cpu"):
+        found = compared["targets"][target]["mine"]
+        assert found["available"] and set(found["latency_ms"]) == {"p50", "p90", "p99"}
+        assert found["latency_ms"]["p50"] <= found["latency_ms"]["p99"]
+    orin = compared["targets"]["tensorrt-jetson-orin"]["mine"]
+    assert orin["available"] is False and "make bundle" in orin["why"]
+    assert "top1" not in orin, "nothing is invented for what could not run"
+    assert compared["targets"]["openvino-cpu"]["mine"]["int8_mac_share"] >= 0.95
+    (budget,) = compared["budgets"]
+    assert budget["ok"] and budget["limit"] == 100.0
+
+
+def test_accuracy_is_that_of_the_files(compared: Any, runs: Path) -> None:
+    results = json.loads((runs / "mine_fp32" / "results.json").read_text())
+    assert compared["targets"]["onnxruntime-cpu"]["mine_fp32"]["top1"] == pytest.approx(
+        results["accuracy"]["top1"]
+    )
+    for pair in compared["pairs"]:
+        on = compared["targets"][pair["target"]]
+        assert pair["drop"] == pytest.approx(on["mine_fp32"]["top1"] - on["mine"]["top1"])
+        assert pair["flipped_in_all"] == round(48 * (1 - pair["agreement"] / 100))
+        assert len(pair["flipped"]) == pair["flipped_in_all"]
+        assert all(flip["before"] != flip["after"] for flip in pair["flipped"])
+        mean = np.mean(list(pair["drop_per_class"].values()))  # equally many of each
+        assert mean == pytest.approx(pair["drop"])
+
+
+def test_the_timed_file_is_the_scored_file(compared: Any, runs: Path) -> None:
+    for target in ("onnxruntime-cpu", "openvino-cpu"):
+        export = json.loads((runs / "mine" / "exports" / target / "export.json").read_text())
+        assert compared["targets"][target]["mine"]["sha256"] == export["models"]["int8"]["sha256"]
+    assert {(s["batch"], s["threads"] > 1) for s in compared["latency"]} >= {(1, False), (8, False)}
+    assert all(setting["rows"] for setting in compared["latency"])
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"max_drop": 0.0}, "max_top1_drop"), ({"min_speedup": 1000.0}, "min_speedup")],
+)
+def test_a_budget_that_is_not_met_is_one_line_and_exit_code_1(
+    runs: Path, compared: Any, options: dict[str, float], name: str, capsys: Any
+) -> None:
+    few = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, **options)  # type: ignore[arg-type]
+    met = options.get("max_drop") is not None and compared["pairs"][0]["drop"] <= 0
+    code = run_compare(["mine_fp32", "mine"], runs, few, Console(width=200))
+    lines = [line for line in capsys.readouterr().out.splitlines() if name in line]
+    assert len(lines) >= 1 and "limit" in lines[0]
+    assert code == (0 if met else 1)
+
+
+def test_files_can_be_compared_without_runs(runs: Path, start: list[str], compared: Any) -> None:
+    files = [
+        str(runs / run / "exports" / "onnxruntime-cpu" / f"{kind}.onnx")
+        for run, kind in (("mine_fp32", "fp32"), ("mine", "int8"))
+    ]
+    source = next(item.partition("=")[2] for item in start if item.startswith("data.source"))
+    data = DataSection(source=source, resolution=32, crop_pct=1.0, workers=0)
+    file = runs.parent / "files.json"
+    options = CompareOptions(json_file=file, data=data, images=16, latency=QUICK)
+    assert run_compare(files, runs, options, QUIET) == 0, "no budget, so none is broken"
+    assert json.loads(file.read_text())["images"] == 16
+    with pytest.raises(DataError, match="--data, --res and --crop"):
+        run_compare(files, runs, CompareOptions(latency=QUICK), QUIET)
+
+
+def test_other_images_give_no_drop(runs: Path, start: list[str], compared: Any) -> None:
+    other = [*start, "data.crop_pct=0.9", "export.targets=[onnxruntime-cpu]"]
+    run_recipe(load_recipe("fp32", other), runs, "cropped", QUIET)
+    with pytest.raises(DataError, match="a drop between them means nothing"):
+        run_compare(["cropped", "mine"], runs, CompareOptions(latency=QUICK), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "message"),
+    [
+        (["fp32", "nobody"], {}, RunError, "no run called nobody"),
+        (["mine", "mine"], {}, RunError, "the same model"),
+        (["absent.onnx", "mine"], {}, CareError, "absent.onnx is not a file"),
+        (["fp32", "mine"], {"targets": ("openvino",)}, RecipeError, "no target 'openvino'"),
+    ],
+)
+def test_mistakes_are_named(
+    runs: Path, names: list[str], options: dict[str, Any], error: type, message: str, compared: Any
+) -> None:
+    with pytest.raises(error, match=message):
+        run_compare(names, runs, CompareOptions(latency=QUICK, **options), QUIET)
+
+
+def test_the_script_runs_from_any_directory(runs: Path, compared: Any, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "eval" / "compare.py"), "fp32", "int8", "--runs", str(runs),
+            "--images", "8", "--targets", "onnxruntime-cpu", "--json", "out.json",
+            "--max-drop", "100",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads((tmp_path / "out.json").read_text())["images"] == 8
+
+
+def test_an_interval_covers_the_true_drop_nineteen_times_in_twenty() -> None:
+    rng, images, covered = np.random.default_rng(0), 1000, 0
+    for trial in range(200):
+        lost, gained, _ = rng.multinomial(images, [0.02, 0.01, 0.97])
+        low, high = drop_interval(lost, gained, images, seed=trial)
+        covered += low <= 1.0 <= high
+    assert 180 <= covered <= 198
+    assert drop_interval(0, 0, 100) == (-1.0, 1.0), "no flip seen is no proof of none"
+
+
+def test_mcnemar_is_the_binomial_test() -> None:
+    assert mcnemar_p(0, 0) == 1.0
+    assert mcnemar_p(5, 0) == pytest.approx(2 / 32)
+    assert mcnemar_p(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert mcnemar_p(3, 3) == 1.0
+    assert 0 < mcnemar_p(3000, 2700) < 1e-3
+
+
+def test_a_calibrated_model_has_no_calibration_error() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.3, 1.0, 50_000).astype(np.float32)
+    right = rng.uniform(size=50_000) < confidence
+    assert calibration_error(confidence, right) < 1.0
+    assert calibration_error(np.full(1000, 0.9, np.float32), np.arange(1000) % 2 == 0) > 35
+
+
+def test_paired_ratios_ignore_what_slows_both() -> None:
+    rng = np.random.default_rng(0)
+    load = rng.uniform(1, 3, 30)
+    value, low, high = ratio_interval(2 * load, load)
+    assert (value, low, high) == (2.0, 2.0, 2.0)
+
+
+def test_models_take_turns() -> None:
+    order: list[str] = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    found = measure_latency(runs, 4, LatencyPlan(0.0, least_runs=9, warmup=0, turns=3))
+    assert [len(turn) for turn in found["a"].turns] == [3, 3, 3]
+    changes = sum(x != y for x, y in zip(order[6:], order[7:], strict=False))
+    assert changes == 5, "a b a b a b"
+    assert found["a"].throughput > 0
+
+
+def test_answers_are_counted_as_they_are() -> None:
+    labels = torch.tensor([0, 1, 2])
+    images = torch.eye(3).reshape(3, 3, 1, 1)
+    right = lambda x: 10 * x.flatten(1)  # noqa: E731
+    shifted = lambda x: 10 * x.flatten(1).roll(1, dims=1)  # noqa: E731
+    batches = [Batch(images, labels, torch.arange(3))]
+    found = collect_answers(
+        {"a": right, "b": shifted},
+        {"a": "a", "b": "a"},
+        batches,
+        lambda count: None,  # type: ignore[dict-item]
+    ).answers
+    assert (found["a"].top1, found["b"].top1, found["b"].top5) == (100.0, 0.0, 100.0)
+    assert found["a"].sqnr_db is None and found["b"].sqnr_db == pytest.approx(-3.01, abs=0.01)
+
+
+DROP = Drop(0.1, 0.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "drop", "limit", "noisy", "pays", "words"),
+    [
+        ({"fp32": (1.9, 1.8, 2.0), "bf16": (1.3, 1.2, 1.4)}, DROP, 0.3, False, True, "pays: 1.90x"),
+        ({"fp32": (1.9, 1.8, 2.0), "bf16": (0.9, 0.8, 0.95)}, DROP, 0.3, False, False, "of bf16"),
+        ({"fp32": (1.9, 1.8, 2.0)}, Drop(1.2, 1.0, 1.4), 0.3, False, False, "loses more than 0.3"),
+        ({"fp32": (1.1, 0.9, 1.3)}, DROP, None, True, None, "too noisy"),
+        ({"fp32": (1.1, 0.9, 1.3)}, DROP, None, False, None, "within the noise"),
+        ({}, DROP, None, False, None, "nothing to compare"),
+    ],
+)
+def test_a_verdict_says_what_was_found(
+    speedups: Any, drop: Drop, limit: Any, noisy: bool, pays: Any, words: str
+) -> None:
+    verdict = judge("openvino-cpu", "int8", speedups, drop, limit, noisy)
+    assert verdict.pays is pays and words in verdict.text
