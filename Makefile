@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 RECIPE ?= int8_qat
+MODELS ?= fp32 int8
 TARGET ?= tensorrt-jetson-orin
 # What bundle and engine take: a run's name, by default that of the recipe.
 DEPLOYED = $(or $(RUN),$(basename $(notdir $(RECIPE))))
@@ -23,7 +24,7 @@ define READY
 endef
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize bundle engine doctor test check recipes bench-data bench-train bench-quantize ablate clean
+.PHONY: help setup quantize compare bundle engine doctor test check recipes bench-data bench-train bench-quantize ablate clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -35,6 +36,9 @@ quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES=
 	@$(BIN)/care-compress quantize '$(RECIPE)' $(if $(CKPT),--ckpt '$(CKPT)') $(if $(ARCH),--arch '$(ARCH)') \
 		$(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)') $(if $(CROP),--crop '$(CROP)') \
 		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)')
+
+compare: $(VENV)/.user ## models side by side on every target: MODELS="fp32 int8"
+	@$(BIN)/python eval/compare.py $(MODELS)
 
 bundle: $(VENV)/.user ## pack a run for a Jetson: TARGET=tensorrt-jetson-orin [RUN=int8_qat]
 	$(READY)

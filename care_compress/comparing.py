@@ -127,7 +127,11 @@ def _report(
         if setting["rows"]:
             wide.print(latency_table(setting))
     for target in found.targets:
-        reasons = {why for (where, _), why in found.missing.items() if where == target}
+        reasons = {
+            why
+            for (where, name), why in found.missing.items()
+            if where == target and (where, name) not in found.boards
+        }
         for why in sorted(reasons):
             text = f"{target}: not measured here: {why}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)

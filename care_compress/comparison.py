@@ -6,13 +6,16 @@ The files that are timed are the files that are scored, on the same images in th
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from care_compress import machine
+from care_compress.boards import board_verdict, measured_on_boards
 from care_compress.contenders import SIMULATION, Contender
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
@@ -76,6 +79,17 @@ class Comparison:
     load_seconds: dict[str, float] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
+
+    @cached_property
+    def boards(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """What boards measured, by target and model; only where nothing was measured here."""
+        return {
+            (target, one.name): board
+            for one in self.models
+            if one.run is not None
+            for target, board in measured_on_boards(one.run).items()
+            if target in self.targets and self.entry(target, one.name) is None
+        }
 
     @property
     def baseline(self) -> Contender:
@@ -246,6 +260,10 @@ def decide(found: Comparison, options: CompareOptions) -> None:
             if drop is not None:
                 drops.append(drop.value)
                 found.verdicts.append(judge(target, candidate.name, speedups, drop, limit, noisy))
+            board = found.boards.get((target, candidate.name))
+            if board is not None and candidate.recipe is not None:
+                said = board_verdict(candidate.name, candidate.recipe.precision, board)
+                found.verdicts += [] if said is None else [said]
             least = options.min_speedup
             if least is None and budget is not None and budget.min_speedup:
                 least = budget.min_speedup.get(target)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from care_compress import machine
+from care_compress.boards import board_rows
 from care_compress.comparison import BF16, Comparison, Entry, changes
 from care_compress.contenders import Contender
 from care_compress.data.samples import Samples
@@ -113,7 +114,12 @@ def _target(found: Comparison, target: str) -> dict[str, Any]:
     names = [one.name for one in found.models]
     if found.entry(target, found.baseline.name + BF16) is not None:
         names.insert(1, found.baseline.name + BF16)
-    return {name: _on_target(found, target, name) for name in names}
+    rows = {name: _on_target(found, target, name) for name in names}
+    for one in found.models:
+        board = found.boards.get((target, one.name))
+        if board is not None and one.recipe is not None:
+            rows.update(board_rows(one.name, one.recipe.precision, board))
+    return rows
 
 
 def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:

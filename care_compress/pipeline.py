@@ -43,9 +43,6 @@ from care_compress.train.network import check_batch_size, train_network
 from care_compress.variants import export_rules
 from care_compress.workshop import Workshop, measured, opened, training_in
 
-# What a quantized recipe asks for beyond this version; shrinks as the stages arrive.
-PENDING_STAGES = ("compare",)
-
 
 def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[str, Any]:
     """Run every stage of a recipe; the results, as they stand in ``results.json``."""
@@ -277,7 +274,6 @@ def report_quantized(
         "candidates": {candidate.name: candidate.paired.as_json() for candidate in tried},
         **({} if best.plan is None else {"plan": _plan_in_short(best.plan)}),
         "budget": _budget(recipe, best.paired.drop),
-        "pending_stages": list(PENDING_STAGES),
     }
     _finish(shop, results)
     if results["budget"] and not results["budget"]["met"]:
@@ -287,8 +283,8 @@ def report_quantized(
         )
     measured = "the file" if section.backend == "nncf" else "the simulation"
     shop.console.print(
-        f"Accuracy is that of {measured}; the files were compared with it. Their own accuracy and "
-        "speed are measured by compare, which is not part of this version."
+        f"Accuracy is that of {measured}. Next, accuracy and speed of the exported files: "
+        f"python eval/compare.py fp32 {shop.run.name}"
     )
     return results
 

@@ -17,6 +17,7 @@ from tiny import image_folder
 from care_compress.comparing import run_compare
 from care_compress.comparison import CompareOptions
 from care_compress.data.loader import Batch
+from care_compress.deploying import take_results
 from care_compress.errors import CareError, DataError, RecipeError, RunError
 from care_compress.evaluate.answers import collect_answers
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
@@ -128,6 +129,56 @@ def test_a_budget_that_is_not_met_is_one_line_and_exit_code_1(
     lines = [line for line in capsys.readouterr().out.splitlines() if name in line]
     assert len(lines) >= 1 and "limit" in lines[0]
     assert code == (0 if met else 1)
+
+
+def board_results(runs: Path) -> dict[str, Any]:
+    """results.json of an Orin that built and measured the bundle of `mine`."""
+    export = json.loads(
+        (runs / "mine" / "exports" / "tensorrt-jetson-orin" / "export.json").read_text()
+    )
+    state = {"power_mode": "15W", "gpu_mhz": 612.0, "cpu_mhz": None, "temperatures_c": {}}
+    models = {}
+    for name, p50 in (("int8", 1.0), ("fp16", 1.3)):
+        models[name] = {
+            "onnx_sha256": export["models"][name]["sha256"], "engine_sha256": "a" * 64,
+            "size_bytes": 1000, "layers_from": "engine", "precisions": {"INT8": 3},
+            "accuracy": {
+                "images": 48, "top1": 31.25, "expected_top1": 31.25, "agreement": 100.0,
+                "sqnr_db": 40.0, "max_deviation": 0.1, "passed": True, "measured_at": "2026-11-20",
+            },
+            "speed": {
+                "batch": 1, "cuda_graph": True, "runs": 60, "seconds": 10.0, "throughput": 900.0,
+                "latency_ms": {"p50": p50, "p90": 2.0, "p99": 3.0}, "before": state,
+                "after": state, "measured_at": "2026-11-20",
+            },
+        }  # fmt: skip
+    return {
+        "format": 1, "kind": "care-deploy-results", "target": "tensorrt-jetson-orin",
+        "run": "mine", "recipe": "int8_ptq", "fingerprint": export["fingerprint"],
+        "bundle_sha256": "b" * 64, "models": models, "measured_at": "2026-11-20",
+        "board": {
+            "name": "NVIDIA Jetson Orin Nano", "gpu": {"name": "Orin", "compute_capability": "8.7"},
+            "library": "tensorrt", "library_version": "10.3.0.30", "cuda": {}, "l4t": "36.4.3",
+            "jetpack": "6.2", "python": "3.10.12", "architecture": "aarch64",
+        },
+    }  # fmt: skip
+
+
+def test_what_a_board_measured_stands_beside_the_rest(
+    runs: Path, compared: Any, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(board_results(runs)))
+    take_results(tmp_path / "results.json", runs, None, QUIET)
+    file = tmp_path / "out.json"
+    targets = ("onnxruntime-cpu", "tensorrt-jetson-orin")
+    options = CompareOptions(targets=targets, json_file=file, latency=QUICK)
+    run_compare(["mine_fp32", "mine"], runs, options, Console(width=200))
+    on = json.loads(file.read_text())["targets"]["tensorrt-jetson-orin"]
+    assert on["mine"]["latency_ms"]["p50"] == 1.0 and on["mine fp16"]["latency_ms"]["p50"] == 1.3
+    where = on["mine"]["measured_on"]
+    assert (where["board"], where["power_mode"]) == ("NVIDIA Jetson Orin Nano", "15W")
+    assert "mine pays: 1.30x over FP16 on NVIDIA Jetson Orin Nano" in capsys.readouterr().out
+    assert on["mine_fp32"]["available"] is False, "the board measured only what it was given"
 
 
 def test_files_can_be_compared_without_runs(runs: Path, start: list[str], compared: Any) -> None:

@@ -16,14 +16,15 @@ def accuracy_table(value: dict[str, Any]) -> Table:
     pairs = {(pair["target"], pair["candidate"]): pair for pair in value["pairs"]}
     for target, models in value["targets"].items():
         for name, found in models.items():
-            if found["available"]:
+            if found["available"] and found["top1"] is not None:
                 pair = pairs.get((target, name))
                 table.add_row(target, name, *_scores(found), *_beside(pair), _size(found))
     return table
 
 
 def _scores(found: dict[str, Any]) -> tuple[str, str]:
-    return f"{found['top1']:.2f} %", f"{found['top5']:.2f} %"
+    top5 = found.get("top5")
+    return f"{found['top1']:.2f} %", "on its samples" if top5 is None else f"{top5:.2f} %"
 
 
 def _beside(pair: dict[str, Any] | None) -> tuple[str, str, str, str]:
