@@ -16,11 +16,8 @@ Stage = Literal["export", "build", "run", "measure"]
 STAGES: tuple[Stage, ...] = ("export", "build", "run", "measure")
 
 # What this version of care-compress itself does. A stage that is written is added here.
-_NOT_YET: frozenset[tuple[Runtime, Stage]] = frozenset(
-    {("onnxruntime", "measure"), ("openvino", "measure")}
-)
-IMPLEMENTED: frozenset[tuple[Runtime, Stage]] = (
-    frozenset((runtime, stage) for runtime in get_args(Runtime) for stage in STAGES) - _NOT_YET
+IMPLEMENTED: frozenset[tuple[Runtime, Stage]] = frozenset(
+    (runtime, stage) for runtime in get_args(Runtime) for stage in STAGES
 )
 
 # Every export starts as a Q/DQ ONNX file; OpenVINO's goes on to its own format.
