@@ -62,6 +62,11 @@ class Entry:
     precision: str  # of the floats: what OpenVINO may round to
 
     @property
+    def device(self) -> str:
+        """As OpenVINO names it."""
+        return "CPU" if self.target == SIMULATION else load_target(self.target).device.upper()
+
+    @property
     def key(self) -> str:
         """Unique."""
         return f"{self.target}/{self.name}"
@@ -138,7 +143,9 @@ def find_entries(
                 missing[target, one.name] = why
                 continue
             halves = target == "openvino-cpu" and has_bfloat16()
-            if place == 0:
+            if target in ("openvino-gpu", "openvino-npu"):
+                entries.append(Entry(target, one.name, path, "f16"))  # what they compute in
+            elif place == 0:
                 entries.append(Entry(target, one.name, path, "f32"))
                 if halves:
                     entries.append(Entry(target, one.name + BF16, path, "bf16"))
@@ -166,7 +173,7 @@ def _why_not(one: Contender, target: str, path: Path | None) -> str:
 
 def _open(entry: Entry) -> Predictor:
     if entry.path.suffix == ".xml":
-        return OpenVinoPredictor(entry.path, precision=entry.precision)
+        return OpenVinoPredictor(entry.path, precision=entry.precision, device=entry.device)
     return open_predictor(str(entry.path), torch.device("cpu"))
 
 
@@ -225,7 +232,9 @@ def _runners(entries: list[Entry], images: torch.Tensor, threads: int) -> dict[s
         if entry.path.suffix not in (".onnx", ".xml"):
             continue
         try:
-            ready[entry.key] = open_runner(entry.path, images, threads, entry.precision)
+            ready[entry.key] = open_runner(
+                entry.path, images, threads, entry.precision, entry.device
+            )
         except TargetError:
             if len(images) == 1:
                 raise

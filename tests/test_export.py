@@ -281,6 +281,20 @@ def test_channels_with_tiny_weights_survive_float16_scales(
     assert sqnr(quantizer(weight)[:4], weight[:4]) > 35
 
 
+def test_a_dead_channel_is_not_blown_up_beyond_float16() -> None:
+    """A channel that a GELU has shut is 1e-6 wide; evening it out would scale it by 1e6."""
+    start = network()
+    site = "stages.2.blocks.0.inter_layer.inter1"
+    with torch.no_grad():
+        start.get_submodule(f"{site}_fc1").bias[:3] = -40.0  # type: ignore[index]
+    chosen = section({"role": "head", "input": "float"}, equalize=1.0)
+    model = quantized(chosen, start).model
+    depthwise = model.weight(f"{site}_conv").detach()
+    assert float(depthwise.abs().max()) < 65504 / 2
+    with torch.no_grad():
+        assert sqnr(model(images(8)), start(images(8))) > 5, "and that is still the network"
+
+
 def test_what_float16_cannot_hold_is_named() -> None:
     broken = network()
     with torch.no_grad():

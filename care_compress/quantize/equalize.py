@@ -37,6 +37,7 @@ from care_compress.quantize.statistics import InputStatistics
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CLIPS = (1.0, 0.85, 0.7, 0.55)  # ranges tried for inputs that will be clipped
 TINY = 1e-8
+LARGEST_SCALING = 1024.0
 LARGEST_ROTATION = 32
 
 Alpha = float | Literal["trained", "off", "search"]
@@ -212,7 +213,9 @@ def _rescaling(layer: nn.Conv2d, seen: InputStatistics, alpha: float, centred: b
     columns = layer.weight.abs().amax(dim=(0, 2, 3)).clamp(min=TINY)
     scale = reach**alpha / columns ** (1 - alpha)
     scale = scale / scale.log().mean().exp()  # a common factor means nothing
-    return Rescaling(scale.clamp(min=TINY), shift, alpha)
+    # A channel that is nearly dead would be blown up to fill the range, by 1e6 and more: float16,
+    # in which TensorRT runs the depthwise convs, ends at 65504.
+    return Rescaling(scale.clamp(1 / LARGEST_SCALING, LARGEST_SCALING), shift, alpha)
 
 
 def _search(

@@ -13,19 +13,25 @@ from care_compress.runtime.slicing import in_slices
 
 
 class OpenVinoPredictor:
-    """Runs an IR file with one image input and one logits output on the CPU.
+    """Runs an IR file with one image input and one logits output, on the CPU unless told.
 
     What the file leaves in float is computed in float32 unless `precision` says otherwise: where
     a CPU has bfloat16, OpenVINO would round to that on its own, and accuracy would measure both.
     """
 
-    def __init__(self, model: Path, threads: int | None = None, precision: str = "f32") -> None:
+    def __init__(
+        self,
+        model: Path,
+        threads: int | None = None,
+        precision: str = "f32",
+        device: str = "CPU",
+    ) -> None:
         core = load_openvino().Core()
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
-            self.compiled = core.compile_model(core.read_model(model), "CPU", settings)
+            self.compiled = core.compile_model(core.read_model(model), device, settings)
         except RuntimeError as error:  # OpenVINO raises nothing else
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
             raise TargetError(

@@ -22,16 +22,21 @@ class Runner:
     load_seconds: float  # reading and compiling
 
 
-def open_runner(path: Path, images_BCHW: Tensor, threads: int, precision: str) -> Runner:
+def open_runner(
+    path: Path, images_BCHW: Tensor, threads: int, precision: str, device: str = "CPU"
+) -> Runner:
     """An ``.onnx`` or ``.xml`` file for this batch; `precision` is what OpenVINO may round to.
 
     The file itself stays as it is: our graphs name their batch in one place only, and that is
     changed in memory.
     """
     began = time.perf_counter()
-    openers = {".xml": _openvino, ".onnx": _onnxruntime}
     try:
-        run = openers[path.suffix](path, images_BCHW, threads, precision)
+        run = (
+            _onnxruntime(path, images_BCHW, threads)
+            if path.suffix == ".onnx"
+            else _openvino(path, images_BCHW, threads, precision, device)
+        )
         run()
     except Exception as error:  # each runtime has classes of its own
         raise TargetError(
@@ -41,9 +46,7 @@ def open_runner(path: Path, images_BCHW: Tensor, threads: int, precision: str) -
     return Runner(run, time.perf_counter() - began)
 
 
-def _onnxruntime(
-    path: Path, images_BCHW: Tensor, threads: int, precision: str
-) -> Callable[[], object]:
+def _onnxruntime(path: Path, images_BCHW: Tensor, threads: int) -> Callable[[], object]:
     model = onnx.load(path)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = len(images_BCHW)
@@ -52,17 +55,20 @@ def _onnxruntime(
     return lambda: session.run(None, feed)
 
 
-def _openvino(path: Path, images_BCHW: Tensor, threads: int, precision: str) -> Callable[[], Any]:
+def _openvino(
+    path: Path, images_BCHW: Tensor, threads: int, precision: str, device: str
+) -> Callable[[], Any]:
     openvino = load_openvino()
     core = openvino.Core()
     model = core.read_model(path)
     model.reshape(list(images_BCHW.shape))
-    settings = {
+    settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    if device == "CPU":
+        settings["INFERENCE_NUM_THREADS"] = threads
+    request = core.compile_model(model, device, settings).create_infer_request()
     images = images_BCHW.contiguous().numpy()
     request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
     return _Request(request, images)
