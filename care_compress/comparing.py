@@ -26,6 +26,7 @@ from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.errors import DataError, RunError, TargetError
 from care_compress.evaluate.compare_tables import accuracy_table, latency_table
+from care_compress.evaluate.exports import digest_of
 from care_compress.pipeline import run_recipe
 from care_compress.run import write_text
 from care_compress.sections import DataSection
@@ -40,7 +41,7 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
         raise RunError("two of the names mean the same model.", "name different runs")
     data = _common_data(models, options)
     samples = open_samples(data, "val")
-    _check_preprocessing(models)
+    _check_files(models)
     entries, missing = find_entries(models, options)
     if not entries:
         raise TargetError(
@@ -75,26 +76,30 @@ def _settled(one: Contender | str, names: list[str], runs: Path, console: Consol
 
 def _common_data(models: list[Contender], options: CompareOptions) -> DataSection:
     """The images all of them are scored on; different ones give no drop."""
-    sections = [one.recipe.data for one in models if one.recipe is not None]
-    if options.data is not None:
-        sections.insert(0, options.data)
-    if not sections:
+    named = [(one.name, one.recipe.data) for one in models if one.recipe is not None]
+    if not named and options.data is None:
         raise DataError(
             "bare files do not say which images they are for.", "add --data, --res and --crop"
         )
-    for one, section in zip([m for m in models if m.recipe is not None], sections, strict=False):
-        if not same_images(section, sections[0]):
+    wanted = options.data or named[0][1]
+    for name, section in named:
+        if not same_images(section, wanted):
             raise DataError(
-                f"{one.name} looks at {section.source} at {section.resolution} pixels (crop "
-                f"{section.crop_pct}), {models[0].name} does not: a drop between them means "
-                "nothing.",
+                f"{name} looks at {section.source} at {section.resolution} pixels (crop "
+                f"{section.crop_pct}), others do not: a drop between them means nothing.",
                 "compare runs on the same data, resolution and crop",
             )
-    return sections[0]
+    return wanted
 
 
-def _check_preprocessing(models: list[Contender]) -> None:
-    """What the files themselves say must agree too."""
+def _check_files(models: list[Contender]) -> None:
+    """The files are those that were exported, and prepare images alike."""
+    for one in models:
+        for target, export in one.export_of.items() if one.run is not None else ():
+            path = one.files[target]
+            known = {entry["sha256"] for entry in export["models"].values()}
+            if path.is_file() and digest_of(path) not in known:
+                raise RunError(f"{path} is not the file that was exported.", "make quantize again")
     said = {
         json.dumps([export["preprocessing"], export["classes"]], sort_keys=True)
         for one in models

@@ -203,6 +203,17 @@ def test_other_images_give_no_drop(runs: Path, start: list[str], compared: Any) 
         run_compare(["cropped", "mine"], runs, CompareOptions(latency=QUICK), QUIET)
 
 
+def test_a_changed_file_is_not_compared(runs: Path, compared: Any) -> None:
+    path = runs / "mine" / "exports" / "onnxruntime-cpu" / "int8.onnx"
+    before = path.read_bytes()
+    path.write_bytes(before + b"\n")
+    try:
+        with pytest.raises(RunError, match=r"int8.onnx is not the file that was exported"):
+            run_compare(["mine_fp32", "mine"], runs, CompareOptions(latency=QUICK), QUIET)
+    finally:
+        path.write_bytes(before)
+
+
 @pytest.mark.parametrize(
     ("names", "options", "error", "message"),
     [
