@@ -1,0 +1,299 @@
+"""What came out: the verdict, accuracy with its intervals, size and energy."""
+
+import math
+from typing import Any
+
+from care_compress.quantize.spec import ENERGY_PJ
+from care_compress.report.blocks import (
+    Cell,
+    Figure,
+    Picture,
+    Section,
+    Table,
+    Text,
+    Tile,
+    Tiles,
+    Tone,
+    interval,
+    missing,
+    number,
+)
+from care_compress.report.plots import Bar, Span, bars, spans
+from care_compress.report.sources import Json, Sources
+
+NORMAL_95 = 1.959964
+
+
+def verdict(sources: Sources) -> Section:
+    """Whether the compressed model is worth having, in a few lines."""
+    section = Section("verdict", "Verdict")
+    results = sources.results
+    if sources.is_float:
+        top1, images = results["accuracy"]["top1"], results["accuracy"]["images"]
+        section.blocks.append(
+            Text(
+                f"A float model, the baseline of others: {top1:.2f} % of {images:,} images right. "
+                "Nothing was quantized in this run."
+            )
+        )
+    else:
+        section.blocks += [_headline(sources), Tiles(tuple(_tiles(sources)))]
+    section.blocks += _speed(sources)
+    return section
+
+
+def _headline(sources: Sources) -> Text:
+    """The drop beside its limit, of the exported files where compare has measured them."""
+    results = sources.results
+    pair = sources.pair or sources.kept
+    where = "on the exported files" if sources.pair else "in simulation"
+    name = results["precision"].upper()
+    said = f"{name} costs {pair['drop']:.2f} points of top-1 {interval(pair['drop_ci95'])} {where}"
+    budget = results["budget"]
+    if budget is None:
+        return Text(f"{said}. The recipe sets no budget.")
+    limit = budget["max_top1_drop"]
+    if pair["drop"] > limit:
+        return Text(f"{said}: more than the {limit:g} that the recipe allows.", "bad")
+    if pair["drop_ci95"][1] > limit:
+        return Text(
+            f"{said}: within the {limit:g} that the recipe allows, though the interval reaches "
+            "beyond it; more images would settle it.",
+            "good",
+        )
+    return Text(f"{said}: within the {limit:g} that the recipe allows.", "good")
+
+
+def _tiles(sources: Sources) -> list[Tile]:
+    results, pair = sources.results, sources.pair or sources.kept
+    budget = results["budget"]
+    limit = None if budget is None else budget["max_top1_drop"]
+    tone: Tone = "plain" if limit is None else "good" if pair["drop"] <= limit else "bad"
+    note = f"95 % {interval(pair['drop_ci95'])}"
+    tiles = [
+        Tile(
+            "Top-1 drop",
+            f"{pair['drop']:.2f} pt",
+            note if limit is None else f"{note}, allowed {limit:g}",
+            tone,
+        ),
+        Tile("Same answer as float", f"{pair['agreement']:.2f} %"),
+    ]
+    smallest = _smallest(sources)
+    if smallest:
+        ratio = _float_bytes(results) / smallest["size_bytes"]
+        tiles.append(
+            Tile("Size", f"{ratio:.1f}x", f"smaller: {smallest['size_bytes'] / 1e6:.2f} MB")
+        )
+    plan = results.get("plan")
+    if plan:
+        macs, total = plan["macs"], sum(plan["macs"].values())
+        share = 100 * sum(n for kind, n in macs.items() if _in_integers(kind)) / total
+        tiles.append(Tile("In integers", f"{share:.1f} %", f"of {total / 1e6:.1f} M products"))
+    energy = _float_energy(sources)
+    if plan and energy:
+        ratio = energy / plan["energy_mj"]
+        tiles.append(Tile("Energy", f"{ratio:.1f}x", "less, estimated for 45 nm"))
+    return tiles
+
+
+def _in_integers(precision: str) -> bool:
+    """Whether ``w8a8`` or ``a8`` multiplies integers; ``w8a16`` and ``float`` do not."""
+    return precision.rpartition("a")[2] in {"4", "6", "8"}
+
+
+def _speed(sources: Sources) -> list[Text | Table]:
+    """A line for each target, and every budget, as compare judged them."""
+    compare = sources.compare
+    if compare is None:
+        return [
+            missing(
+                "Speed, and the accuracy of the exported files themselves, have not been measured: "
+                f"python eval/compare.py fp32 {sources.name} does that."
+            )
+        ]
+    blocks: list[Text | Table] = []
+    for one in compare.get("budgets") or []:
+        if not one.get("ok"):
+            value, limit = (_limit(one.get(key)).text for key in ("value", "limit"))
+            blocks.append(Text(f"✗ {one['name']} is broken: {value}, limit {limit}.", "bad"))
+    verdicts = [_said(said) for said in compare.get("verdicts") or []]
+    if verdicts:
+        blocks.append(Table("By target", ("target", "verdict"), verdicts))
+    budgets = compare.get("budgets") or []
+    if budgets:
+        rows = [
+            (
+                Cell(str(one["name"])),
+                _limit(one.get("limit")),
+                _limit(one.get("value")),
+                Cell("✓ holds" if one.get("ok") else "✗ broken", float(bool(one.get("ok")))),
+            )
+            for one in budgets
+        ]
+        columns = ("budget", "limit", "measured", "result")
+        blocks.append(Table("Budgets of the recipe", columns, rows, ("limit", "measured")))
+    return blocks
+
+
+def _said(verdict: Json | str) -> tuple[Cell, ...]:
+    """A target and its verdict; plain text names its target itself."""
+    if isinstance(verdict, str):
+        return Cell("all"), Cell(verdict)
+    return Cell(str(verdict.get("target", "all"))), Cell(str(verdict.get("text", "")))
+
+
+def _limit(value: float | None) -> Cell:
+    """A limit may be points, a ratio or bytes."""
+    return Cell("not measured") if value is None else Cell(f"{value:,.6g}", float(value))
+
+
+def wilson(percent: float, images: int) -> tuple[float, float]:
+    """95 % interval of a share of images, in percent (Wilson's score interval)."""
+    p, z2 = percent / 100, NORMAL_95**2
+    middle = (p + z2 / (2 * images)) / (1 + z2 / images)
+    half = NORMAL_95 / (1 + z2 / images) * math.sqrt(p * (1 - p) / images + z2 / (4 * images**2))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def accuracy(sources: Sources) -> Section:
+    """Top-1 and top-5 with intervals: in simulation, and of the exported files."""
+    results = sources.results
+    images = results["accuracy"]["images"]
+    found: list[tuple[str, str, Json]] = []
+    if sources.is_float:
+        found.append(("float", "this run", dict(results["accuracy"])))
+    else:
+        found.append(("float", "this run", dict(results["float"])))
+        for name, candidate in results["candidates"].items():
+            kept = f"{name} (kept)" if name == results["kept"] else name
+            found.append((kept, "this run", candidate))
+    section = Section("accuracy", "Accuracy")
+    compare = sources.compare
+    section.blocks.append(_accuracy_plot(sources, "In this run", found, images))
+    section.blocks.append(_accuracy_table(f"On {images:,} validation images", found, images))
+    if compare is not None:
+        pairs = {pair.get("candidate"): pair for pair in compare.get("pairs") or []}
+        exported = [
+            (name, "exported", {**pairs.get(name, {}), **model})
+            for name, model in (compare.get("models") or {}).items()
+        ]
+        if exported:
+            count = compare["images"]
+            title = f"Exported files on the same {count:,} images (compare)"
+            section.blocks.append(_accuracy_plot(sources, "Exported files", exported, count))
+            section.blocks.append(_accuracy_table(title, exported, count))
+    section.blocks.append(
+        Text(
+            "The interval of a top-1 is Wilson's; that of a drop is of paired images, and so far "
+            "narrower: only images whose answer changed sides count."
+        )
+    )
+    return section
+
+
+def _accuracy_plot(
+    sources: Sources, title: str, found: list[tuple[str, str, Json]], images: int
+) -> Figure:
+    rows = []
+    for name, _, one in found:
+        low, high = wilson(one["top1"], images)
+        rows.append(
+            Span(name, one["top1"], low, high, f"{one['top1']:.2f} %", sources.series(name))
+        )
+    told = "; ".join(f"{row.label} {row.text}" for row in rows)
+    drawing = spans(rows, f"Top-1 with 95 % intervals: {told}")
+    return Figure((Picture(drawing, told),), f"{title}: top-1 with its 95 % interval")
+
+
+def _accuracy_table(caption: str, found: list[tuple[str, str, Json]], images: int) -> Table:
+    columns = ["model", "top-1 %", "95 %", "top-5 %", "drop", "drop 95 %", "same answer %"]
+    tested = any("mcnemar_p" in one for _, _, one in found)
+    if tested:
+        columns.append("McNemar p")
+    rows = []
+    for name, _, one in found:
+        drop = one.get("drop")
+        row = [
+            Cell(name),
+            number(one["top1"]),
+            Cell(interval(wilson(one["top1"], images))),
+            number(one.get("top5")),
+            number(drop),
+            Cell("" if drop is None else interval(one["drop_ci95"])),
+            number(one.get("agreement")),
+        ]
+        if tested:
+            row.append(number(one.get("mcnemar_p"), 3))
+        rows.append(tuple(row))
+    return Table(caption, tuple(columns), rows, ("top-1 %", "top-5 %", "drop", "same answer %"))
+
+
+def size(sources: Sources) -> Section:
+    """Bytes on disk, multiplications by precision, energy of them."""
+    section = Section("size", "Size and energy")
+    plain = _float_bytes(sources.results)
+    rows = [Bar("float32 weights (parameters x 4 bytes)", plain, f"{plain / 1e6:.2f} MB", 0)]
+    for label, one in _files(sources):
+        smaller = f"{one['size_bytes'] / 1e6:.2f} MB ({plain / one['size_bytes']:.1f}x)"
+        rows.append(Bar(label, one["size_bytes"], smaller, 1))
+    told = "; ".join(f"{row.label} {row.text}" for row in rows)
+    section.blocks.append(Figure((Picture(bars(rows, told), told),), "Size on disk"))
+    if len(rows) == 1:
+        section.blocks.append(
+            missing(
+                "No file was exported: make quantize with export.targets naming a target that "
+                "executes this precision writes one."
+            )
+        )
+    plan = sources.results.get("plan")
+    if plan is None:
+        section.blocks.append(missing("Energy is estimated from a plan, which this run has not."))
+        return section
+    total = sum(plan["macs"].values())
+    macs = [
+        (Cell(kind), number(count / 1e6, 3), number(100 * count / total, 2))
+        for kind, count in plan["macs"].items()
+    ]
+    columns = ("precision", "MACs (M)", "share %")
+    section.blocks.append(Table("Multiplications of one image", columns, macs, columns[1:]))
+    energy = f"{plan['energy_mj']:.4f} mJ an image"
+    before = _float_energy(sources)
+    if before:
+        energy += f", {before / plan['energy_mj']:.1f}x below the {before:.4f} mJ of float32"
+    section.blocks.append(
+        Text(f"Energy of the products, by the 45 nm figures (an estimate, not measured): {energy}.")
+    )
+    return section
+
+
+def _float_bytes(results: Json) -> int:
+    return 4 * int(results["rewrites"][-1]["parameters"])
+
+
+def _float_energy(sources: Sources) -> float | None:
+    """Of the same products in float32; the rotations of a quantized model are none of them."""
+    plan = sources.evidence.get("plan")
+    if plan is None:
+        return None
+    macs = sum(site["macs"] for site in plan["sites"])
+    return float(macs * sum(ENERGY_PJ["float"]) * 1e-9)
+
+
+def _files(sources: Sources) -> list[tuple[str, dict[str, Any]]]:
+    """Every exported file once, with the targets it is for; equal digests are one file."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for target, export in sources.results["exports"].items():
+        for model in export.get("models", {}).values():
+            found.setdefault(model["sha256"], ([], model))[0].append(target)
+    return [(f"{one['file']} ({', '.join(names)})", one) for names, one in found.values()]
+
+
+def _smallest(sources: Sources) -> dict[str, Any] | None:
+    """The smallest file of the run's own precision; megabytes decide about a device."""
+    own = [
+        export["models"][sources.results["precision"]]
+        for export in sources.results["exports"].values()
+        if sources.results["precision"] in export.get("models", {})
+    ]
+    return min(own, key=lambda model: int(model["size_bytes"]), default=None)
