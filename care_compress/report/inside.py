@@ -54,7 +54,8 @@ def _profile(found: Json, decisions: dict[str, Json]) -> Figure:
     rows = []
     for one in found["sites"]:
         name, decision = one["site"], decisions[one["site"]]
-        stage = f"stage {name.split('.')[1]}" if name.startswith("stages.") else name.split(".")[0]
+        parts = name.split(".")
+        stage = parts[1] if parts[0] == "stages" else parts[0]
         told = f"{name} ({decision['precision']}): {one['sqnr_db']:.1f} dB"
         rows.append(Dot(one["sqnr_db"], _kind(decision), told, stage))
     worst = min(found["sites"], key=lambda one: float(one["sqnr_db"]))
@@ -69,7 +70,8 @@ def _profile(found: Json, decisions: dict[str, Json]) -> Figure:
         (Picture(dots(rows, "dB", told), told),),
         "Signal over quantization noise at the output of each layer",
         legend,
-        f"In the order of the network, on {found['images']} images; higher is nearer to float. The "
+        f"In the order of the network, its stages numbered, on {found['images']} images; higher is "
+        "nearer to float. The "
         "reference is the same network with its quantizers off; noise of earlier layers is "
         "included.",
     )
@@ -188,8 +190,8 @@ def changes(sources: Sources) -> Section:
     section.blocks.append(
         Text(
             f"{changed} of {found['images']:,} answers differ from the float model's: "
-            f"{found['lost']} were right before, {found['gained']} are right now, "
-            f"{changed - found['lost'] - found['gained']} are wrong both times."
+            f"{found['lost']} lost (right before), {found['gained']} gained (right now), "
+            f"{changed - found['lost'] - found['gained']} wrong both times."
         )
     )
     if not changed:
@@ -205,7 +207,7 @@ def changes(sources: Sources) -> Section:
     photos = tuple(_photo(one) for one in found["flipped"])
     section.blocks += [
         Table(caption, columns, rows, ("images",), tall=True),
-        Gallery(f"{len(photos)} of the {changed} images whose answer changed", photos),
+        Gallery(f"Images whose answer changed, {len(photos)} of {changed}", photos),
     ]
     return section
 
@@ -222,8 +224,8 @@ def _photo(one: Json) -> Photo:
         picture=one["picture"],
         name=one["name"],
         label=one["label"],
-        before=f"{one['before']} ({100 * one['sure_before']:.0f} %)",
-        after=f"{one['after']} ({100 * one['sure_after']:.0f} %)",
+        before=f"{one['before']} ({100 * one['sure_before']:.0f}\u00a0%)",
+        after=f"{one['after']} ({100 * one['sure_after']:.0f}\u00a0%)",
         verdict=verdict,
         tone=tone,
     )
@@ -236,7 +238,9 @@ def training(sources: Sources) -> Section:
         section.blocks += _curve("Float training", sources.trained, None)
     if sources.qat:
         baseline = (sources.results.get("float") or {}).get("top1")
-        section.blocks += _curve("Quantization-aware training", sources.qat, baseline)
+        begin = _begin(sources)
+        history = {"validations": begin + sources.qat["validations"]}
+        section.blocks += _curve("Quantization-aware training", history, baseline)
     elif not sources.is_float:
         section.blocks.append(
             missing(
@@ -247,6 +251,13 @@ def training(sources: Sources) -> Section:
     if not section.blocks:
         section.blocks.append(missing("Nothing was trained in this run: it loaded a checkpoint."))
     return section
+
+
+def _begin(sources: Sources) -> list[Json]:
+    """What QAT started from: the PTQ model, of our own backend; NNCF calibrates another one."""
+    if sources.results.get("backend") != "torchao":
+        return []
+    return [{"epoch": 0.0, "top1": sources.results["candidates"]["ptq"]["top1"]}]
 
 
 def _curve(title: str, history: Json, baseline: float | None) -> list[Block]:

@@ -15,6 +15,7 @@ from care_compress.report.blocks import (
     Tiles,
     Tone,
     interval,
+    megabytes,
     missing,
     number,
 )
@@ -22,6 +23,7 @@ from care_compress.report.plots import Bar, Span, bars, spans
 from care_compress.report.sources import Json, Sources
 
 NORMAL_95 = 1.959964
+Model = tuple[str, str, Json]  # its name, the target where it is a file for one, its figures
 
 
 def verdict(sources: Sources) -> Section:
@@ -48,7 +50,8 @@ def _headline(sources: Sources) -> Text:
     pair = sources.pair or sources.kept
     where = "on the exported files" if sources.pair else "in simulation"
     name = results["precision"].upper()
-    said = f"{name} costs {pair['drop']:.2f} points of top-1 {interval(pair['drop_ci95'])} {where}"
+    drop = f"{pair['drop']:.2f} points {interval(pair['drop_ci95'])}"
+    said = f"{name}: a top-1 drop of {drop} {where}"
     budget = results["budget"]
     if budget is None:
         return Text(f"{said}. The recipe sets no budget.")
@@ -58,7 +61,7 @@ def _headline(sources: Sources) -> Text:
     if pair["drop_ci95"][1] > limit:
         return Text(
             f"{said}: within the {limit:g} that the recipe allows, though the interval reaches "
-            "beyond it; more images would settle it.",
+            "beyond it.",
             "good",
         )
     return Text(f"{said}: within the {limit:g} that the recipe allows.", "good")
@@ -139,8 +142,8 @@ def _speed(sources: Sources) -> list[Text | Table]:
 def _said(verdict: Json | str) -> tuple[Cell, ...]:
     """A target and its verdict; plain text names its target itself."""
     if isinstance(verdict, str):
-        return Cell("all"), Cell(verdict)
-    return Cell(str(verdict.get("target", "all"))), Cell(str(verdict.get("text", "")))
+        return Cell(""), Cell(verdict)
+    return Cell(str(verdict.get("target", ""))), Cell(str(verdict.get("text", "")))
 
 
 def _limit(value: float | None) -> Cell:
@@ -160,29 +163,20 @@ def accuracy(sources: Sources) -> Section:
     """Top-1 and top-5 with intervals: in simulation, and of the exported files."""
     results = sources.results
     images = results["accuracy"]["images"]
-    found: list[tuple[str, str, Json]] = []
+    found: list[Model] = []
     if sources.is_float:
-        found.append(("float", "this run", dict(results["accuracy"])))
+        found.append(("float", "", dict(results["accuracy"])))
     else:
-        found.append(("float", "this run", dict(results["float"])))
+        found.append(("float", "", dict(results["float"])))
         for name, candidate in results["candidates"].items():
             kept = f"{name} (kept)" if name == results["kept"] else name
-            found.append((kept, "this run", candidate))
+            found.append((kept, "", candidate))
     section = Section("accuracy", "Accuracy")
-    compare = sources.compare
-    section.blocks.append(_accuracy_plot(sources, "In this run", found, images))
-    section.blocks.append(_accuracy_table(f"On {images:,} validation images", found, images))
-    if compare is not None:
-        pairs = {pair.get("candidate"): pair for pair in compare.get("pairs") or []}
-        exported = [
-            (name, "exported", {**pairs.get(name, {}), **model})
-            for name, model in (compare.get("models") or {}).items()
-        ]
-        if exported:
-            count = compare["images"]
-            title = f"Exported files on the same {count:,} images (compare)"
-            section.blocks.append(_accuracy_plot(sources, "Exported files", exported, count))
-            section.blocks.append(_accuracy_table(title, exported, count))
+    section.blocks += [
+        _accuracy_plot(sources, "In this run", {"": found}, images),
+        _accuracy_table(f"On {images:,} validation images", found, images),
+    ]
+    section.blocks += _exported(sources)
     section.blocks.append(
         Text(
             "The interval of a top-1 is Wilson's; that of a drop is of paired images, and so far "
@@ -192,27 +186,60 @@ def accuracy(sources: Sources) -> Section:
     return section
 
 
+def _exported(sources: Sources) -> list[Figure | Table]:
+    """The files themselves, as compare measured them: by target where it says so."""
+    compare = sources.compare
+    if compare is None:
+        return []
+    by_target: dict[str, list[Model]] = {}
+    for target, models in (compare.get("targets") or {}).items():
+        found = [
+            (name, target, {**_pair(compare, target, name), **one})
+            for name, one in models.items()
+            if one.get("top1") is not None
+        ]
+        if found:
+            by_target[target] = found
+    if not by_target:
+        return []
+    images = compare["images"]
+    rows = [row for found in by_target.values() for row in found]
+    return [
+        _accuracy_plot(sources, "Exported files", by_target, images),
+        _accuracy_table(f"Exported files on {images:,} images", rows, images),
+    ]
+
+
+def _pair(compare: Json, target: str, name: str) -> Json:
+    """What compare found about a model beside its baseline, on this target or on all."""
+    for pair in compare.get("pairs") or []:
+        if pair.get("candidate") == name and pair.get("target", target) == target:
+            return {key: pair.get(key) for key in ("drop", "drop_ci95", "agreement", "mcnemar_p")}
+    return {}
+
+
 def _accuracy_plot(
-    sources: Sources, title: str, found: list[tuple[str, str, Json]], images: int
+    sources: Sources, title: str, groups: dict[str, list[Model]], images: int
 ) -> Figure:
-    rows = []
-    for name, _, one in found:
-        low, high = wilson(one["top1"], images)
-        rows.append(
-            Span(name, one["top1"], low, high, f"{one['top1']:.2f} %", sources.series(name))
-        )
-    told = "; ".join(f"{row.label} {row.text}" for row in rows)
-    drawing = spans(rows, f"Top-1 with 95 % intervals: {told}")
-    return Figure((Picture(drawing, told),), f"{title}: top-1 with its 95 % interval")
+    pictures = []
+    for group, found in groups.items():
+        rows = []
+        for name, _, one in found:
+            low, high = wilson(one["top1"], images)
+            text = f"{one['top1']:.2f} %"
+            rows.append(Span(name, one["top1"], low, high, text, sources.series(name)))
+        told = "; ".join(f"{row.label} {row.text}" for row in rows)
+        pictures.append(Picture(spans(rows, f"Top-1 with 95 % intervals: {told}"), told, group))
+    return Figure(tuple(pictures), f"{title}: top-1 with its 95 % interval")
 
 
-def _accuracy_table(caption: str, found: list[tuple[str, str, Json]], images: int) -> Table:
+def _accuracy_table(caption: str, found: list[Model], images: int) -> Table:
     columns = ["model", "top-1 %", "95 %", "top-5 %", "drop", "drop 95 %", "same answer %"]
-    tested = any("mcnemar_p" in one for _, _, one in found)
-    if tested:
-        columns.append("McNemar p")
+    exported = any(target for _, target, _ in found)
+    if exported:
+        columns = ["target", *columns, "McNemar p"]
     rows = []
-    for name, _, one in found:
+    for name, target, one in found:
         drop = one.get("drop")
         row = [
             Cell(name),
@@ -223,10 +250,11 @@ def _accuracy_table(caption: str, found: list[tuple[str, str, Json]], images: in
             Cell("" if drop is None else interval(one["drop_ci95"])),
             number(one.get("agreement")),
         ]
-        if tested:
-            row.append(number(one.get("mcnemar_p"), 3))
+        if exported:
+            row = [Cell(target), *row, number(one.get("mcnemar_p"), 3)]
         rows.append(tuple(row))
-    return Table(caption, tuple(columns), rows, ("top-1 %", "top-5 %", "drop", "same answer %"))
+    numeric = ("top-1 %", "top-5 %", "drop", "same answer %", "McNemar p")
+    return Table(caption, tuple(columns), rows, numeric)
 
 
 def size(sources: Sources) -> Section:
@@ -281,11 +309,12 @@ def _float_energy(sources: Sources) -> float | None:
 
 
 def _files(sources: Sources) -> list[tuple[str, dict[str, Any]]]:
-    """Every exported file once, with the targets it is for; equal digests are one file."""
-    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    """Every kind of exported file once, with the targets it is for."""
+    found: dict[tuple[str, str], tuple[list[str], dict[str, Any]]] = {}
     for target, export in sources.results["exports"].items():
         for model in export.get("models", {}).values():
-            found.setdefault(model["sha256"], ([], model))[0].append(target)
+            kind = (model["file"], megabytes(model["size_bytes"]).text)
+            found.setdefault(kind, ([], model))[0].append(target)
     return [(f"{one['file']} ({', '.join(names)})", one) for names, one in found.values()]
 
 

@@ -11,7 +11,8 @@ from care_compress.report.svg import Drawing, ticks
 LEFT, RIGHT = 0.085, 0.985  # of the width; values of an axis stand left of it
 SERIES = (("circle", "s0"), ("square", "s1"), ("triangle", "s2"), ("diamond", "s3"))
 ROW = 46
-NAMED = 0.12  # part of the width, below which a name would run into the next
+FARTHEST = 2.0  # times the longest bar, where whiskers are cut
+NAMED = 0.05  # part of the width, below which a name would run into the next
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Bar:
 def bars(rows: Sequence[Bar], told: str, longest: float = 0.0) -> Markup:
     """Horizontal bars from zero to `longest` or further, each under its own label."""
     drawing = Drawing(ROW * len(rows))
-    longest = max([longest, 1e-12, *(max(row.value, *row.marks, 0) for row in rows)])
+    farthest = max([longest, 1e-12, *(max(row.value, *row.marks, 0) for row in rows)])
+    # On a busy machine p99 is many times p50, and would leave no bar to be seen.
+    longest = min(farthest, FARTHEST * max([longest, 1e-12, *(row.value for row in rows)]))
     for index, row in enumerate(rows):
         top, reach = ROW * index, 0.985 / longest
         drawing.text(0, top + 14, row.label)
@@ -36,8 +39,13 @@ def bars(rows: Sequence[Bar], told: str, longest: float = 0.0) -> Markup:
         drawing.bar(0, top + 21, 1, 14, "track")
         drawing.bar(0, top + 21, row.value * reach, 14, f"s{row.series % len(SERIES)}")
         if row.marks:
-            drawing.line(row.value * reach, top + 28, max(row.marks) * reach, top + 28, "whisker")
+            end = min(1.0, max(row.marks) * reach)
+            drawing.line(row.value * reach, top + 28, end, top + 28, "whisker")
+            if max(row.marks) > longest:
+                drawing.mark("right", 1, top + 28, "arrow", f"goes on to {max(row.marks):.3g}")
         for mark in row.marks:
+            if mark > longest:
+                continue
             drawing.line(mark * reach, top + 23, mark * reach, top + 33, "whisker")
     return drawing.markup(told)
 

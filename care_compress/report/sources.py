@@ -46,11 +46,11 @@ class Sources:
 
     @property
     def pair(self) -> Json | None:
-        """The run's model in compare.json, beside its baseline there."""
+        """The run's model in compare.json beside its baseline, on the target that costs it most."""
         pairs = (self.compare or {}).get("pairs") or []
         named = [pair for pair in pairs if pair.get("candidate") in self._mine]
         chosen = named or (pairs if len(pairs) == 1 else [])
-        return dict(chosen[0]) if chosen else None
+        return dict(max(chosen, key=lambda pair: float(pair["drop"]))) if chosen else None
 
     def series(self, name: str) -> int:
         """The colour and shape of a model, the same wherever it is drawn: 0 float, 1 this run's."""

@@ -14,6 +14,7 @@ MARKS = {
     "circle": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
     "triangle": "M0 -5.5L5.2 4H-5.2z",
     "square": "M-4 -4h8v8h-8z",
+    "right": "M-9 -5L0 0L-9 5z",
     "diamond": "M0 -5.6L5.6 0L0 5.6L-5.6 0z",
 }
 
