@@ -69,6 +69,7 @@ def comparison(candidate: str = "int8_ptq") -> dict[str, Any]:
         "verdicts": [
             {
                 "target": "openvino-cpu",
+                "pays": True,
                 "text": "INT8 pays: 1.9x over FP32, 1.4x over BF16, drop 0.25 [-0.24, 0.74]",
             },
             "onnxruntime-cpu: INT8 pays little: 1.2x over FP32",

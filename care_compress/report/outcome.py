@@ -122,7 +122,7 @@ def _speed(sources: Sources) -> list[Text | Table]:
             blocks.append(Text(f"✗ {one['name']} is broken: {value}, limit {limit}.", "bad"))
     verdicts = [_said(said) for said in compare.get("verdicts") or []]
     if verdicts:
-        blocks.append(Table("By target", ("target", "verdict"), verdicts))
+        blocks.append(Table("By target", ("target", "pays", "verdict"), verdicts))
     budgets = compare.get("budgets") or []
     if budgets:
         rows = [
@@ -142,8 +142,9 @@ def _speed(sources: Sources) -> list[Text | Table]:
 def _said(verdict: Json | str) -> tuple[Cell, ...]:
     """A target and its verdict; plain text names its target itself."""
     if isinstance(verdict, str):
-        return Cell(""), Cell(verdict)
-    return Cell(str(verdict.get("target", ""))), Cell(str(verdict.get("text", "")))
+        return Cell(""), Cell(""), Cell(verdict)
+    pays = {"True": "✓ yes", "False": "✗ no"}.get(str(verdict.get("pays")), "")
+    return Cell(str(verdict.get("target", ""))), Cell(pays), Cell(str(verdict.get("text", "")))
 
 
 def _limit(value: float | None) -> Cell:

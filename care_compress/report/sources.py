@@ -56,10 +56,8 @@ class Sources:
         """The colour and shape of a model, the same wherever it is drawn: 0 float, 1 this run's."""
         if name in self._mine or name == f"{self.results.get('kept')} (kept)":
             return 1
-        if name in {"float", "fp32"}:
-            return 0
-        others = [one for one in (self.compare or {}).get("models") or {} if one != "fp32"]
-        return 2 + others.index(name) % 2 if name in others else 2
+        bases = {pair.get("baseline") for pair in (self.compare or {}).get("pairs") or []}
+        return 0 if name in {"float", "fp32", *bases} else 3 if "16" in name else 2
 
 
 def read_results(run_dir: Path) -> Json:
@@ -72,7 +70,7 @@ def read_results(run_dir: Path) -> Json:
 
 def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
     """Everything else."""
-    beside = run_dir.with_name(f"{results['run']}_sensitivity")
+    beside = run_dir.with_name(f"{run_dir.resolve().name}_sensitivity")
     return Sources(
         name=results["run"],
         results=results,

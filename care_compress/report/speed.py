@@ -9,6 +9,7 @@ from care_compress.report.blocks import (
     Picture,
     Section,
     Table,
+    interval,
     missing,
     number,
 )
@@ -33,7 +34,7 @@ def latency(sources: Sources) -> Section:
     section = Section("latency", "Latency")
     pictures: list[Picture] = []
     rows: list[tuple[Cell, ...]] = []
-    unavailable: list[str] = []
+    unavailable: list[tuple[Cell, ...]] = []
     for target, models in ((sources.compare or {}).get("targets") or {}).items():
         unavailable += _unavailable(target, models)
         found = {name: one for name, one in models.items() if one.get("latency_ms")}
@@ -49,6 +50,7 @@ def latency(sources: Sources) -> Section:
                 for name, one in found.items()
             ]
     section.blocks += _figures(pictures, rows)
+    section.blocks += _settings(sources)
     if sources.compare is None:
         section.blocks.append(
             missing(
@@ -56,7 +58,9 @@ def latency(sources: Sources) -> Section:
                 "does that, each model beside the other."
             )
         )
-    section.blocks += [missing(line) for line in unavailable]
+    if unavailable:
+        columns = ("target", "model", "why, and how to get it")
+        section.blocks.append(Table("Not measured here", columns, unavailable))
     section.blocks += _provenance(sources)
     return section
 
@@ -68,19 +72,46 @@ def _figures(pictures: list[Picture], rows: list[tuple[Cell, ...]]) -> list[Bloc
         Figure(
             tuple(pictures),
             "Milliseconds of one run",
-            note="The bar ends at p50, ticks stand at p90 and p99. Each target has its own scale.",
+            note="The bar ends at p50, ticks stand at p90 and p99; an arrow means that p99 is much "
+            "farther. Each target has its own scale.",
         ),
         Table("Latency and throughput", COLUMNS, rows, COLUMNS[3:]),
     ]
 
 
-def _unavailable(target: str, models: dict[str, Json]) -> list[str]:
-    """One sentence for each reason, not one for each model."""
+def _settings(sources: Sources) -> list[Block]:
+    """Other batches and numbers of threads, where compare tells them."""
+    rows = []
+    for setting in (sources.compare or {}).get("latency") or []:
+        for one in setting["rows"]:
+            ends = one.get("speedup_ci95")
+            rows.append(
+                (
+                    number(setting["batch"], 0),
+                    number(setting["threads"], 0),
+                    Cell(one["target"]),
+                    Cell(one["name"]),
+                    number(one["latency_ms"]["p50"], 3),
+                    number(one["throughput"], 0),
+                    number(one.get("speedup"), 2),
+                    Cell(interval(ends) if ends else ""),
+                    Cell("too noisy to say" if one.get("noisy") else ""),
+                )
+            )
+    if not rows:
+        return []
+    columns = ("batch", "threads", "target", "model", "p50 ms", "images/s", "speed-up", "95 %", "")
+    numeric = ("batch", "threads", "p50 ms", "images/s", "speed-up")
+    return [Table("By batch and threads, models timed in turn", columns, rows, numeric, tall=True)]
+
+
+def _unavailable(target: str, models: dict[str, Json]) -> list[tuple[Cell, ...]]:
+    """One row for each reason, not one for each model."""
     reasons: dict[str, list[str]] = {}
     for name, one in models.items():
         if not one.get("latency_ms"):
             reasons.setdefault(str(one.get("why") or "it was not timed"), []).append(name)
-    return [f"{target}, {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return [(Cell(target), Cell(", ".join(names)), Cell(why)) for why, names in reasons.items()]
 
 
 def _picture(sources: Sources, title: str, found: dict[str, Json]) -> Picture:
