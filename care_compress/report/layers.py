@@ -14,6 +14,7 @@ from care_compress.quantize.placement import PRODUCTS, QuantizedCare, site_of
 
 BINS = 32
 HARDEST = 6
+BATCH = 8  # every layer's output of a batch is held, twice
 OUT_OF_REACH_DB = 200.0  # stands for no difference at all, which JSON has no number for
 ANY_SHAPE = torch.Size((1, 1, 1, 1))
 # Called with a quantizer, what enters it and what leaves it.
@@ -80,7 +81,7 @@ def measure_layers(model: QuantizedCare, batches: Iterable[Tensor]) -> dict[str,
     The reference is the same graph with its quantizers off: rescaling moves numbers between
     layers, so the layers of the model before it are not comparable one by one.
     """
-    held = list(batches)
+    held = [part for images in batches for part in torch.split(images, BATCH)]
     outputs = {decision.site.name: _Distance() for decision in model.plan.decisions}
     inputs: dict[str, _Input] = {}
 

@@ -48,7 +48,8 @@ def _headline(sources: Sources) -> Text:
     """The drop beside its limit, of the exported files where compare has measured them."""
     results = sources.results
     pair = sources.pair or sources.kept
-    where = "on the exported files" if sources.pair else "in simulation"
+    made = "of NNCF's file" if results["backend"] == "nncf" else "in simulation"
+    where = "on the exported files" if sources.pair else made
     name = results["precision"].upper()
     drop = f"{pair['drop']:.2f} points {interval(pair['drop_ci95'])}"
     said = f"{name}: a top-1 drop of {drop} {where}"
@@ -120,9 +121,7 @@ def _speed(sources: Sources) -> list[Text | Table]:
         if not one.get("ok"):
             value, limit = (_limit(one.get(key)).text for key in ("value", "limit"))
             blocks.append(Text(f"✗ {one['name']} is broken: {value}, limit {limit}.", "bad"))
-    verdicts = [_said(said) for said in compare.get("verdicts") or []]
-    if verdicts:
-        blocks.append(Table("By target", ("target", "pays", "verdict"), verdicts))
+    blocks += [_said(said) for said in compare.get("verdicts") or []]
     budgets = compare.get("budgets") or []
     if budgets:
         rows = [
@@ -139,12 +138,14 @@ def _speed(sources: Sources) -> list[Text | Table]:
     return blocks
 
 
-def _said(verdict: Json | str) -> tuple[Cell, ...]:
-    """A target and its verdict; plain text names its target itself."""
+def _said(verdict: Json | str) -> Text:
+    """A verdict of compare as a sentence; plain text names its target itself."""
     if isinstance(verdict, str):
-        return Cell(""), Cell(""), Cell(verdict)
-    pays = {"True": "✓ yes", "False": "✗ no"}.get(str(verdict.get("pays")), "")
-    return Cell(str(verdict.get("target", ""))), Cell(pays), Cell(str(verdict.get("text", "")))
+        return Text(verdict)
+    text = f"{verdict.get('target')}: {verdict.get('text')}"
+    if "pays" not in verdict:
+        return Text(text)
+    return Text(f"✓ {text}", "good") if verdict["pays"] else Text(f"✗ {text}", "bad")
 
 
 def _limit(value: float | None) -> Cell:
@@ -262,12 +263,18 @@ def size(sources: Sources) -> Section:
     """Bytes on disk, multiplications by precision, energy of them."""
     section = Section("size", "Size and energy")
     plain = _float_bytes(sources.results)
-    rows = [Bar("float32 weights (parameters x 4 bytes)", plain, f"{plain / 1e6:.2f} MB", 0)]
+    rows = [Bar("float32 weights", plain, f"{plain / 1e6:.2f} MB", 0)]
     for label, one in _files(sources):
         smaller = f"{one['size_bytes'] / 1e6:.2f} MB ({plain / one['size_bytes']:.1f}x)"
         rows.append(Bar(label, one["size_bytes"], smaller, 1))
     told = "; ".join(f"{row.label} {row.text}" for row in rows)
-    section.blocks.append(Figure((Picture(bars(rows, told), told),), "Size on disk"))
+    section.blocks.append(
+        Figure(
+            (Picture(bars(rows, told), told),),
+            "Size on disk",
+            note="The float32 weights are parameters times 4 bytes, without a file around them.",
+        )
+    )
     if len(rows) == 1:
         section.blocks.append(
             missing(
@@ -316,7 +323,10 @@ def _files(sources: Sources) -> list[tuple[str, dict[str, Any]]]:
         for model in export.get("models", {}).values():
             kind = (model["file"], megabytes(model["size_bytes"]).text)
             found.setdefault(kind, ([], model))[0].append(target)
-    return [(f"{one['file']} ({', '.join(names)})", one) for names, one in found.values()]
+    return [
+        (f"{one['file']}, {names[0] if len(names) == 1 else f'{len(names)} targets'}", one)
+        for names, one in found.values()
+    ]
 
 
 def _smallest(sources: Sources) -> dict[str, Any] | None:

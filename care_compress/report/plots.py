@@ -34,7 +34,7 @@ def bars(rows: Sequence[Bar], told: str, longest: float = 0.0) -> Markup:
     longest = min(farthest, FARTHEST * max([longest, 1e-12, *(row.value for row in rows)]))
     for index, row in enumerate(rows):
         top, reach = ROW * index, 0.985 / longest
-        drawing.text(0, top + 14, row.label)
+        drawing.name(top + 14, row.label)
         drawing.text(1, top + 14, row.text, "end", "figure")
         drawing.bar(0, top + 21, 1, 14, "track")
         drawing.bar(0, top + 21, row.value * reach, 14, f"s{row.series % len(SERIES)}")
@@ -80,7 +80,7 @@ def spans(rows: Sequence[Span], told: str) -> Markup:
     for index, row in enumerate(rows):
         top = ROW * index
         shape, kind = SERIES[row.series % len(SERIES)]
-        drawing.text(0, top + 14, row.label)
+        drawing.name(top + 14, row.label)
         drawing.text(1, top + 14, row.text, "end", "figure")
         drawing.line(at(row.low), top + 30, at(row.high), top + 30, "whisker")
         for end in (row.low, row.high):

@@ -59,7 +59,7 @@ def latency(sources: Sources) -> Section:
             )
         )
     if unavailable:
-        columns = ("target", "model", "why, and how to get it")
+        columns = ("target", "why, and how to get it", "model")
         section.blocks.append(Table("Not measured here", columns, unavailable))
     section.blocks += _provenance(sources)
     return section
@@ -111,7 +111,7 @@ def _unavailable(target: str, models: dict[str, Json]) -> list[tuple[Cell, ...]]
     for name, one in models.items():
         if not one.get("latency_ms"):
             reasons.setdefault(str(one.get("why") or "it was not timed"), []).append(name)
-    return [(Cell(target), Cell(", ".join(names)), Cell(why)) for why, names in reasons.items()]
+    return [(Cell(target), Cell(why), Cell(", ".join(names))) for why, names in reasons.items()]
 
 
 def _picture(sources: Sources, title: str, found: dict[str, Json]) -> Picture:

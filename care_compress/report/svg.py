@@ -8,6 +8,7 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
+NAME = 0.66  # of the width, for the names of rows
 Anchor = Literal["start", "middle", "end"]
 # A shape beside each colour: who cannot tell two colours can tell these.
 MARKS = {
@@ -46,6 +47,13 @@ class Drawing:
         self.parts.append(
             f'<text class="{kind}" x="{_at(x)}" y="{y:g}" text-anchor="{anchor}">'
             f"{escape(text)}</text>"
+        )
+
+    def name(self, y: float, text: str) -> None:
+        """Letters at the left that end where a figure at the right begins, however long."""
+        self.parts.append(
+            f'<svg y="{y - 14:g}" width="{_at(NAME)}" height="19"><title>{escape(text)}</title>'
+            f'<text class="label" y="14">{escape(text)}</text></svg>'
         )
 
     def mark(self, shape: str, x: float, y: float, kind: str, told: str = "") -> None:
