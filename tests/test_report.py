@@ -19,7 +19,7 @@ from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe import load_recipe
 from care_compress.report import evidence
-from care_compress.report.outcome import wilson
+from care_compress.report.scores import wilson
 from care_compress.report.sources import read_results
 from care_compress.report.svg import ticks
 from care_compress.report.write import write_report

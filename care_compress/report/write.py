@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from care_compress.report import inside, outcome, record, speed
+from care_compress.report import cost, inside, record, scores, speed, verdict
 from care_compress.report.document import as_markdown
 from care_compress.report.evidence import gather
 from care_compress.report.page import as_html
@@ -17,10 +17,10 @@ from care_compress.report.sources import read_results, read_sources
 from care_compress.run import write_text
 
 SECTIONS = (
-    outcome.verdict,
-    outcome.accuracy,
+    verdict.verdict,
+    scores.accuracy,
     speed.latency,
-    outcome.size,
+    cost.size,
     inside.layers,
     inside.histograms,
     inside.changes,
