@@ -211,6 +211,16 @@ def test_what_is_missing_is_said_with_its_command(bare: Path) -> None:
     assert not re.search(r"\d ms", words(section(page, "latency"))), "nothing was timed"
 
 
+def test_a_comparison_without_targets_still_shows_its_models(bare: Path, tmp_path: Path) -> None:
+    run = tmp_path / "int8_ptq"
+    shutil.copytree(bare, run)
+    put(run / "compare.json", {**comparison(), "targets": {}, "verdicts": [], "budgets": []})
+    write_report(run, QUIET)
+    page = page_of(run)
+    assert "Exported files on 400 images" in section(page, "accuracy")
+    assert not re.search(r"\d ms", words(section(page, "latency")))
+
+
 def test_images_that_moved_away_are_a_reason(bare: Path, tmp_path: Path) -> None:
     run = tmp_path / "moved"
     shutil.copytree(bare, run)

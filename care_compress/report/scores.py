@@ -68,7 +68,13 @@ def _exported(sources: Sources) -> list[Figure | Table]:
         ]
         if found:
             by_target[target] = found
-    if not by_target:
+    if not by_target:  # nothing ran here; compare may have measured the models elsewhere
+        by_target["all targets"] = [
+            (name, "all targets", {**_pair(compare, "", name), **one})
+            for name, one in (compare.get("models") or {}).items()
+            if one.get("top1") is not None
+        ]
+    if not any(by_target.values()):
         return []
     images = compare["images"]
     rows = [row for found in by_target.values() for row in found]
