@@ -1,0 +1,148 @@
+"""What the report shows beyond the run's own figures, gathered once from the kept model.
+
+Written to ``evidence.json`` in the run directory. A second report of the same model reads it again;
+another model, other images or another checkpoint make it anew.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from care_compress.data.sources import check_classes, open_samples
+from care_compress.errors import CareError
+from care_compress.evaluate.accuracy import spread_indices
+from care_compress.evaluate.exports import digest_of
+from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
+from care_compress.model.rewrite import rewrite
+from care_compress.predictor import Predictor
+from care_compress.progress import step_line
+from care_compress.quantize.artifact import load_saved
+from care_compress.quantize.plan_table import plan_as_json, rule_text
+from care_compress.recipe import Recipe, load_recipe
+from care_compress.report.answers import Images, measure_answers
+from care_compress.report.layers import measure_layers
+from care_compress.run import fingerprint, sha256_file, write_text
+from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.runtime.opening import open_predictor
+
+VERSION = 1  # raised when the same model would be described in another way
+# Answers on as many images as so many MACs allow, within these ends: a flipped answer is rare, and
+# a large network on a slow core should not keep its user waiting for pictures.
+MACS = 25e9
+FEWEST, MOST = 256, 4000
+LAYER_IMAGES = 32  # many thousand values of every layer; they are run three times
+NNCF_HAS_NO_PLAN = "NNCF places its quantizers by itself: there is no plan of ours."
+CPU = torch.device("cpu")
+NNCF_HAS_NO_LAYERS = (
+    "NNCF wrote OpenVINO's own file: its layers have other names and no simulation to compare with."
+)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The run's models and what they were made from."""
+
+    recipe: Recipe
+    model: Path
+    checkpoint: Path
+
+    def float_predictor(self) -> Predictor:
+        network = load_checkpoint(self.checkpoint, self.recipe.model.arch)
+        compact = rewrite(network, self.recipe.rewrite)
+        return TorchPredictor(compact, network.num_classes, CPU)
+
+    def key(self, images: int) -> str:
+        """Equal only where the evidence would be."""
+        return fingerprint(
+            {
+                "version": VERSION,
+                "model": digest_of(self.model),
+                "checkpoint": sha256_file(self.checkpoint),
+                "data": self.recipe.data.model_dump(mode="json", exclude={"workers"}),
+                "images": images,
+            }
+        )
+
+
+def gather(run_dir: Path, results: dict[str, Any], console: Console) -> dict[str, Any]:
+    """The evidence of a run, from its file where that is still true; reasons for what is missing.
+
+    `results` is the run's results.json. Nothing here ends a report: images that moved away are a
+    reason, not an error.
+    """
+    if "model" not in results:
+        return {"missing": _all_missing("This run quantized nothing.")}
+    try:
+        kept = _kept(run_dir, results["model"])
+        images = _affordable(results)
+        key = kept.key(images)
+        known = _read(run_dir / "evidence.json")
+        if known is not None and known.get("key") == key:
+            return known
+        with step_line(console) as notify:
+            notify("gathering evidence for the report")
+            found = {"key": key, **_measured(kept, images)}
+    except (CareError, OSError) as error:
+        reason = error.message if isinstance(error, CareError) else str(error.strerror)
+        return {"missing": _all_missing(f"It could not be measured: {reason}")}
+    write_text(run_dir / "evidence.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _affordable(results: dict[str, Any]) -> int:
+    """How many images answers are compared on; never more than the run was measured on."""
+    wanted = max(FEWEST, min(MOST, int(MACS / results["rewrites"][-1]["macs"])))
+    return min(wanted, int(results["accuracy"]["images"]))
+
+
+def _all_missing(reason: str) -> dict[str, str]:
+    return dict.fromkeys(("plan", "layers", "answers"), reason)
+
+
+def _kept(run_dir: Path, model: str) -> _Kept:
+    recipe = load_recipe(str(run_dir / "recipe.yaml"))
+    checkpoint = run_dir / "float" / "model.safetensors"
+    if recipe.train is None:
+        assert recipe.model.checkpoint is not None  # the recipe's own check
+        checkpoint = resolve_checkpoint(recipe.model.checkpoint)
+    return _Kept(recipe, run_dir / model, checkpoint)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What was gathered before; a damaged file is gathered again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _measured(kept: _Kept, count: int) -> dict[str, Any]:
+    recipe = kept.recipe
+    samples = open_samples(recipe.data, "val")
+    before = kept.float_predictor()
+    check_classes(samples, before.num_classes)
+    images = Images(samples, recipe.data, spread_indices(len(samples), count))
+    if kept.model.suffix != ".safetensors":
+        after = open_predictor(str(kept.model), CPU)
+        return {
+            "answers": measure_answers(before, after, images),
+            "missing": {"plan": NNCF_HAS_NO_PLAN, "layers": NNCF_HAS_NO_LAYERS},
+        }
+    saved = load_saved(kept.model)
+    # Spread over all images again: the first of a folder are all of one class.
+    few = Images(samples, recipe.data, spread_indices(len(samples), min(count, LAYER_IMAGES)))
+    batches = (few.inputs(batch.images) for batch in few.batches())
+    layers = measure_layers(saved.model, batches)
+    simulated = TorchPredictor(saved.model, saved.model.num_classes, CPU)
+    return {
+        "plan": plan_as_json(saved.model.plan),
+        "rules": [rule_text(rule) for rule in saved.section.rules],
+        "layers": layers,
+        "answers": measure_answers(before, simulated, images),
+        "missing": {},
+    }

@@ -1,0 +1,111 @@
+"""The files of a run directory that a report is written from; only results.json must be there."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from care_compress.errors import RunError
+from care_compress.recipe import read_yaml
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run left; None or empty for what it did not make."""
+
+    name: str
+    results: Json
+    recipe: Json  # as it was resolved
+    manifest: Json
+    evidence: Json
+    calibration: Json | None = None
+    tuning: Json | None = None
+    trained: Json | None = None  # history of the float training
+    qat: Json | None = None
+    compare: Json | None = None
+    sensitivity: Json | None = None
+    exports: dict[str, Json] = field(default_factory=dict)  # by target
+    measured: dict[str, Json] = field(default_factory=dict)  # by file
+
+    @property
+    def is_float(self) -> bool:
+        """Nothing was quantized."""
+        return "candidates" not in self.results
+
+    @property
+    def kept(self) -> Json:
+        """The figures of the quantized model that was kept."""
+        return dict(self.results["candidates"][self.results["kept"]])
+
+    @property
+    def _mine(self) -> set[str]:
+        """What compare may call this run's model."""
+        return {self.name, self.results["recipe"], self.results["precision"]}
+
+    @property
+    def pair(self) -> Json | None:
+        """The run's model in compare.json beside its baseline, on the target that costs it most."""
+        pairs = (self.compare or {}).get("pairs") or []
+        named = [pair for pair in pairs if pair.get("candidate") in self._mine]
+        chosen = named or (pairs if len(pairs) == 1 else [])
+        return dict(max(chosen, key=lambda pair: float(pair["drop"]))) if chosen else None
+
+    def series(self, name: str) -> int:
+        """The colour and shape of a model, the same wherever it is drawn: 0 float, 1 this run's."""
+        if name in self._mine or name == f"{self.results.get('kept')} (kept)":
+            return 1
+        bases = {pair.get("baseline") for pair in (self.compare or {}).get("pairs") or []}
+        return 0 if name in {"float", "fp32", *bases} else 3 if "16" in name else 2
+
+
+def read_results(run_dir: Path) -> Json:
+    """results.json, without which there is nothing to report."""
+    found = _json(run_dir / "results.json")
+    if found is None:
+        raise RunError(f"{run_dir} has no results.json.", "make the run first: make quantize")
+    return found
+
+
+def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
+    """Everything else."""
+    beside = run_dir.with_name(f"{run_dir.resolve().name}_sensitivity")
+    return Sources(
+        name=results["run"],
+        results=results,
+        recipe=_recipe(run_dir / "recipe.yaml"),
+        evidence=evidence,
+        manifest=_json(run_dir / "manifest.json") or {},
+        calibration=_json(run_dir / "calibration.json"),
+        tuning=_json(run_dir / "ptq" / "tuning.json"),
+        trained=_json(run_dir / "float" / "history.json"),
+        qat=_json(run_dir / "qat" / "history.json"),
+        compare=_json(run_dir / "compare.json"),
+        sensitivity=_json(beside / "sensitivity.json"),
+        exports=_all(sorted(run_dir.glob("exports/*/export.json")), parent=True),
+        measured=_all(sorted(run_dir.glob("measured/*.json")), parent=False),
+    )
+
+
+def _recipe(path: Path) -> Json:
+    content = read_yaml(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _all(paths: list[Path], parent: bool) -> dict[str, Json]:
+    found = {(path.parent.name if parent else path.stem): _json(path) for path in paths}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def _json(path: Path) -> Json | None:
+    """None where there is no such file; an error where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}.", "make it again") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no results.", "make it again")
+    return content

@@ -1,0 +1,187 @@
+"""Latency on every target: from compare where it ran here, from boards where they measured."""
+
+from typing import Any
+
+from care_compress.report.blocks import (
+    Block,
+    Cell,
+    Figure,
+    Picture,
+    Section,
+    Table,
+    interval,
+    missing,
+    number,
+)
+from care_compress.report.plots import Bar, bars
+from care_compress.report.sources import Json, Sources
+
+COLUMNS = (
+    "target",
+    "measured on",
+    "model",
+    "p50 ms",
+    "p90 ms",
+    "p99 ms",
+    "images/s",
+    "in integers %",
+    "top-1 %",
+)
+
+
+def latency(sources: Sources) -> Section:
+    """Bars from zero to p50 with ticks at p90 and p99, each target on a scale of its own."""
+    section = Section("latency", "Latency")
+    pictures: list[Picture] = []
+    rows: list[tuple[Cell, ...]] = []
+    unavailable: list[tuple[Cell, ...]] = []
+    for target, models in ((sources.compare or {}).get("targets") or {}).items():
+        unavailable += _unavailable(target, models)
+        found = {name: one for name, one in models.items() if one.get("latency_ms")}
+        if found:
+            pictures.append(_picture(sources, target, found))
+            rows += [_row(target, "this machine", name, one) for name, one in found.items()]
+    for board in sources.measured.values():
+        found, title = _board(board), f"{board['target']}, measured on {board['board']['name']}"
+        if found:
+            pictures.append(_picture(sources, title, found))
+            rows += [
+                _row(board["target"], board["board"]["name"], name, one)
+                for name, one in found.items()
+            ]
+    section.blocks += _figures(pictures, rows)
+    section.blocks += _settings(sources)
+    if sources.compare is None:
+        section.blocks.append(
+            missing(
+                f"Latency here has not been measured: python eval/compare.py fp32 {sources.name} "
+                "does that, each model beside the other."
+            )
+        )
+    if unavailable:
+        columns = ("target", "why, and how to get it", "model")
+        section.blocks.append(Table("Not measured here", columns, unavailable))
+    section.blocks += _provenance(sources)
+    return section
+
+
+def _figures(pictures: list[Picture], rows: list[tuple[Cell, ...]]) -> list[Block]:
+    if not pictures:
+        return []
+    return [
+        Figure(
+            tuple(pictures),
+            "Milliseconds of one run",
+            note="The bar ends at p50, ticks stand at p90 and p99; an arrow means that p99 is much "
+            "farther. Each target has its own scale.",
+        ),
+        Table("Latency and throughput", COLUMNS, rows, COLUMNS[3:]),
+    ]
+
+
+def _settings(sources: Sources) -> list[Block]:
+    """Other batches and numbers of threads, where compare tells them."""
+    rows = []
+    for setting in (sources.compare or {}).get("latency") or []:
+        for one in setting["rows"]:
+            ends = one.get("speedup_ci95")
+            rows.append(
+                (
+                    number(setting["batch"], 0),
+                    number(setting["threads"], 0),
+                    Cell(one["target"]),
+                    Cell(one["name"]),
+                    number(one["latency_ms"]["p50"], 3),
+                    number(one["throughput"], 0),
+                    number(one.get("speedup"), 2),
+                    Cell(interval(ends) if ends else ""),
+                    Cell("too noisy to say" if one.get("noisy") else ""),
+                )
+            )
+    if not rows:
+        return []
+    columns = ("batch", "threads", "target", "model", "p50 ms", "images/s", "speed-up", "95 %", "")
+    numeric = ("batch", "threads", "p50 ms", "images/s", "speed-up")
+    return [Table("By batch and threads, models timed in turn", columns, rows, numeric, tall=True)]
+
+
+def _unavailable(target: str, models: dict[str, Json]) -> list[tuple[Cell, ...]]:
+    """One row for each reason, not one for each model."""
+    reasons: dict[str, list[str]] = {}
+    for name, one in models.items():
+        if not one.get("latency_ms"):
+            reasons.setdefault(str(one.get("why") or "it was not timed"), []).append(name)
+    return [(Cell(target), Cell(why), Cell(", ".join(names))) for why, names in reasons.items()]
+
+
+def _picture(sources: Sources, title: str, found: dict[str, Json]) -> Picture:
+    rows = []
+    for name, one in found.items():
+        ms = one["latency_ms"]
+        marks = tuple(ms[key] for key in ("p90", "p99") if ms.get(key) is not None)
+        rows.append(Bar(name, ms["p50"], _milliseconds(ms["p50"]), sources.series(name), marks))
+    told = f"{title}: " + "; ".join(f"{row.label} p50 {row.text}" for row in rows)
+    return Picture(bars(rows, told), told, title)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3f} ms" if value < 1 else f"{value:.2f} ms"
+
+
+def _row(target: str, where: str, name: str, one: Json) -> tuple[Cell, ...]:
+    ms, share = one["latency_ms"], one.get("int8_mac_share")
+    return (
+        Cell(target),
+        Cell(where),
+        Cell(name),
+        *(number(ms.get(key), 3) for key in ("p50", "p90", "p99")),
+        number(one.get("throughput"), 0),
+        number(None if share is None else 100 * share, 1),
+        number(one.get("top1")),
+    )
+
+
+def _board(board: Json) -> dict[str, Json]:
+    """A board's engines in the form of compare's; those that were not timed are left out."""
+    found = {}
+    for name, engine in board["models"].items():
+        if engine.get("speed"):
+            accuracy = engine.get("accuracy") or {}
+            found[name] = {**engine["speed"], "top1": accuracy.get("top1")}
+    return found
+
+
+def _provenance(sources: Sources) -> list[Block]:
+    """Which board, library and setting each imported measurement comes from."""
+    if not sources.measured:
+        return [
+            missing(
+                "No board has been measured: make bundle packs what one needs, and care-compress "
+                "import-results takes its results home."
+            )
+        ]
+    columns = ("target", "model", "board", "library", "power mode", "batch", "verified", "date")
+    rows = []
+    for board in sources.measured.values():
+        for name, engine in board["models"].items():
+            rows.append(_provenance_row(board, name, engine))
+    return [Table("Measured on boards, by the script of the bundle", columns, rows, ("batch",))]
+
+
+def _provenance_row(board: Json, name: str, engine: dict[str, Any]) -> tuple[Cell, ...]:
+    speed, accuracy = engine.get("speed") or {}, engine.get("accuracy")
+    checked = "no"
+    if accuracy is not None:
+        result = "passed" if accuracy["passed"] else "FAILED"
+        checked = f"{result}: {accuracy['agreement']:.1f} % as exported"
+    about = board["board"]
+    return (
+        Cell(board["target"]),
+        Cell(name),
+        Cell(about["name"]),
+        Cell(f"{about['library']} {about['library_version']}"),
+        Cell((speed.get("before") or {}).get("power_mode") or "not told"),
+        number(speed.get("batch"), 0),
+        Cell(checked),
+        Cell(board["measured_at"]),
+    )

@@ -1,0 +1,43 @@
+"""The report of a run: ``report.html`` and ``report.md`` in its directory.
+
+Everything comes from files that the run, compare and the boards left; what is not there becomes a
+sentence that says which command makes it.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from care_compress.report import cost, inside, record, scores, speed, verdict
+from care_compress.report.document import as_markdown
+from care_compress.report.evidence import gather
+from care_compress.report.page import as_html
+from care_compress.report.sources import read_results, read_sources
+from care_compress.run import write_text
+
+SECTIONS = (
+    verdict.verdict,
+    scores.accuracy,
+    speed.latency,
+    cost.size,
+    inside.layers,
+    inside.histograms,
+    inside.changes,
+    inside.training,
+    record.plan,
+    record.exports,
+    record.manifest,
+)
+
+
+def write_report(run_dir: Path, console: Console) -> tuple[Path, Path]:
+    """Write both files and say where; equal files, equal bytes."""
+    results = read_results(run_dir)
+    sources = read_sources(run_dir, results, gather(run_dir, results, console))
+    sections = [section(sources) for section in SECTIONS]
+    page, text = run_dir / "report.html", run_dir / "report.md"
+    write_text(page, as_html(sources, sections))
+    write_text(text, as_markdown(sources, sections))
+    console.print(f"report: {escape(str(page))}", soft_wrap=True)
+    return page, text

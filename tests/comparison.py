@@ -1,0 +1,144 @@
+"""compare.json and a board's results as they are written, for the tests of the report."""
+
+from typing import Any
+
+
+def _timed(p50: float, top1: float, share: float | None = None) -> dict[str, Any]:
+    return {
+        "available": True,
+        "why": None,
+        "top1": top1,
+        "latency_ms": {"p50": p50, "p90": 1.09 * p50, "p99": 1.31 * p50},
+        "throughput": 1000 / p50,
+        "int8_mac_share": share,
+    }
+
+
+def _absent(why: str) -> dict[str, Any]:
+    return {
+        "available": False,
+        "why": why,
+        "top1": None,
+        "latency_ms": None,
+        "throughput": None,
+        "int8_mac_share": None,
+    }
+
+
+def comparison(candidate: str = "int8_ptq") -> dict[str, Any]:
+    """fp32, bf16 and the candidate on two runtimes here, and one that cannot run here."""
+    no_gpu = "there is no NVIDIA GPU: make bundle packs what the board needs"
+    return {
+        "images": 400,
+        "models": {
+            "fp32": {"top1": 95.0, "top5": 99.75, "size_bytes": 2115364, "params": 457292},
+            "bf16": {"top1": 95.0, "top5": 99.75, "size_bytes": 2115364, "params": 457292},
+            candidate: {"top1": 94.75, "top5": 99.75, "size_bytes": 872348, "params": 457292},
+        },
+        "pairs": [
+            {
+                "baseline": "fp32",
+                "candidate": candidate,
+                "drop": 0.25,
+                "drop_ci95": [-0.24, 0.74],
+                "agreement": 99.25,
+                "mcnemar_p": 1.0,
+            },
+            {
+                "baseline": "fp32",
+                "candidate": "bf16",
+                "drop": 0.0,
+                "drop_ci95": [0.0, 0.0],
+                "agreement": 100.0,
+                "mcnemar_p": 1.0,
+            },
+        ],
+        "targets": {
+            "openvino-cpu": {
+                "fp32": _timed(0.98, 95.0),
+                "bf16": _timed(0.71, 95.0),
+                candidate: _timed(0.52, 94.75, 1.0),
+            },
+            "onnxruntime-cpu": {
+                "fp32": _timed(1.42, 95.0),
+                "bf16": _absent("ONNX Runtime has no bfloat16 convolution on a CPU"),
+                candidate: _timed(1.18, 94.75),
+            },
+            "tensorrt-jetson-orin": {name: _absent(no_gpu) for name in ("fp32", "bf16", candidate)},
+        },
+        "verdicts": [
+            {
+                "target": "openvino-cpu",
+                "pays": True,
+                "text": "INT8 pays: 1.9x over FP32, 1.4x over BF16, drop 0.25 [-0.24, 0.74]",
+            },
+            "onnxruntime-cpu: INT8 pays little: 1.2x over FP32",
+        ],
+        "budgets": [
+            {"name": "max_top1_drop", "limit": 0.3, "value": 0.25, "ok": True},
+            {"name": "min_speedup openvino-cpu", "limit": 2.0, "value": 1.88, "ok": False},
+        ],
+        "machine": {"noisy": False},
+    }
+
+
+def board_results(run: str) -> dict[str, Any]:
+    """Two engines of a Jetson, as `bench` and `verify` describe them."""
+    conditions = {
+        "power_mode": "MAXN",
+        "gpu_mhz": 1300.0,
+        "cpu_mhz": 2201.0,
+        "temperatures_c": {"gpu": 48.5},
+    }
+    models = {}
+    for name, p50 in (("int8", 0.31), ("fp16", 0.36)):
+        models[name] = {
+            "onnx_sha256": "a" * 64,
+            "engine_sha256": "b" * 64,
+            "size_bytes": 1_400_000,
+            "layers_from": "engine",
+            "precisions": {"INT8": 60, "FP16": 20},
+            "accuracy": {
+                "images": 64,
+                "top1": 95.3,
+                "expected_top1": 95.3,
+                "agreement": 100.0,
+                "sqnr_db": 33.0,
+                "max_deviation": 0.2,
+                "passed": True,
+                "measured_at": "2026-11-20T10:00:00+00:00",
+            },
+            "speed": {
+                "batch": 1,
+                "cuda_graph": True,
+                "runs": 500,
+                "seconds": 5.0,
+                "latency_ms": {"p50": p50, "p90": 1.05 * p50, "p99": 1.2 * p50},
+                "throughput": 1000 / p50,
+                "before": conditions,
+                "after": conditions,
+                "measured_at": "2026-11-20T10:01:00+00:00",
+            },
+        }
+    return {
+        "format": 1,
+        "kind": "care-deploy-results",
+        "target": "tensorrt-jetson-orin",
+        "run": run,
+        "recipe": run,
+        "fingerprint": "c" * 64,
+        "bundle_sha256": "d" * 64,
+        "board": {
+            "name": "NVIDIA Jetson AGX Orin",
+            "gpu": {"name": "Orin", "compute_capability": "8.7"},
+            "library": "tensorrt",
+            "library_version": "10.3.0",
+            "cuda": {},
+            "l4t": None,
+            "jetpack": None,
+            "python": "3.10",
+            "architecture": "aarch64",
+        },
+        "models": models,
+        "measured_at": "2026-11-20T10:02:00+00:00",
+    }
