@@ -24,7 +24,7 @@ define READY
 endef
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize compare bundle engine doctor test check recipes bench-data bench-train bench-quantize ablate clean
+.PHONY: help setup quantize compare report bundle engine doctor test check recipes bench-data bench-train bench-quantize ablate clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -39,6 +39,9 @@ quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES=
 
 compare: $(VENV)/.user ## models side by side on every target: MODELS="fp32 int8"
 	@$(BIN)/python eval/compare.py $(MODELS)
+
+report: $(VENV)/.user ## one page of a finished run: [RUN=int8_qat]
+	@$(BIN)/care-compress report '$(DEPLOYED)'
 
 bundle: $(VENV)/.user ## pack a run for a Jetson: TARGET=tensorrt-jetson-orin [RUN=int8_qat]
 	$(READY)

@@ -226,6 +226,7 @@ def compare(
     data: Annotated[str | None, typer.Option(help="for bare files: their images")] = None,
     res: Annotated[int, typer.Option(help="for bare files: their resolution")] = 224,
     crop: Annotated[float, typer.Option(help="for bare files: their crop ratio")] = 0.875,
+    report: Annotated[bool, typer.Option(help="write report.html of the last run, too")] = True,
     runs: Runs = Path("runs"),
 ) -> None:
     """Accuracy and latency side by side on every target; exit code 0 if every budget holds."""
@@ -238,8 +239,19 @@ def compare(
     from care_compress.comparison import CompareOptions
 
     wanted = None if targets is None else tuple(targets.split(","))
-    options = CompareOptions(wanted, images, json, max_drop, min_speedup, section)
+    options = CompareOptions(wanted, images, json, max_drop, min_speedup, section, report=report)
     sys.exit(run_compare(models, runs, options, Console()))
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="a run's name")] = "int8_qat",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write report.html and report.md of a finished run."""
+    from care_compress.report.write import write_report
+
+    write_report(runs / _plain(run), Console())
 
 
 RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken")]

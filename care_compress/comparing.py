@@ -28,6 +28,7 @@ from care_compress.errors import DataError, RunError, TargetError
 from care_compress.evaluate.compare_tables import accuracy_table, latency_table
 from care_compress.evaluate.exports import digest_of
 from care_compress.pipeline import run_recipe
+from care_compress.report.write import write_report
 from care_compress.run import write_text
 from care_compress.sections import DataSection
 
@@ -53,6 +54,9 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
     time_files(found, data, samples, options, console)
     decide(found, options)
     _report(found, samples, data, options, console)
+    last = found.models[-1].run
+    if options.report and last is not None:
+        write_report(last, console)
     return 0 if all(budget.ok for budget in found.budgets) else 1
 
 

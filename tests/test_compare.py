@@ -64,6 +64,7 @@ def compared(runs: Path) -> Any:
     file = runs.parent / "compared.json"
     options = CompareOptions(json_file=file, max_drop=100.0, latency=QUICK)
     assert run_compare(["fp32", "int8"], runs, options, QUIET) == 0
+    assert (runs / "mine" / "report.html").is_file()
     return json.loads(file.read_text())
 
 
@@ -123,7 +124,7 @@ def test_the_timed_file_is_the_scored_file(compared: Any, runs: Path) -> None:
 def test_a_budget_that_is_not_met_is_one_line_and_exit_code_1(
     runs: Path, compared: Any, options: dict[str, float], name: str, capsys: Any
 ) -> None:
-    few = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, **options)  # type: ignore[arg-type]
+    few = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, report=False, **options)  # type: ignore[arg-type]
     met = options.get("max_drop") is not None and compared["pairs"][0]["drop"] <= 0
     code = run_compare(["mine_fp32", "mine"], runs, few, Console(width=200))
     lines = [line for line in capsys.readouterr().out.splitlines() if name in line]
@@ -171,7 +172,7 @@ def test_what_a_board_measured_stands_beside_the_rest(
     take_results(tmp_path / "results.json", runs, None, QUIET)
     file = tmp_path / "out.json"
     targets = ("onnxruntime-cpu", "tensorrt-jetson-orin")
-    options = CompareOptions(targets=targets, json_file=file, latency=QUICK)
+    options = CompareOptions(targets=targets, json_file=file, latency=QUICK, report=False)
     run_compare(["mine_fp32", "mine"], runs, options, Console(width=200))
     on = json.loads(file.read_text())["targets"]["tensorrt-jetson-orin"]
     assert on["mine"]["latency_ms"]["p50"] == 1.0 and on["mine fp16"]["latency_ms"]["p50"] == 1.3
@@ -193,14 +194,14 @@ def test_files_can_be_compared_without_runs(runs: Path, start: list[str], compar
     assert run_compare(files, runs, options, QUIET) == 0, "no budget, so none is broken"
     assert json.loads(file.read_text())["images"] == 16
     with pytest.raises(DataError, match="--data, --res and --crop"):
-        run_compare(files, runs, CompareOptions(latency=QUICK), QUIET)
+        run_compare(files, runs, CompareOptions(report=False, latency=QUICK), QUIET)
 
 
 def test_other_images_give_no_drop(runs: Path, start: list[str], compared: Any) -> None:
     other = [*start, "data.crop_pct=0.9", "export.targets=[onnxruntime-cpu]"]
     run_recipe(load_recipe("fp32", other), runs, "cropped", QUIET)
     with pytest.raises(DataError, match="a drop between them means nothing"):
-        run_compare(["cropped", "mine"], runs, CompareOptions(latency=QUICK), QUIET)
+        run_compare(["cropped", "mine"], runs, CompareOptions(report=False, latency=QUICK), QUIET)
 
 
 def test_a_changed_file_is_not_compared(runs: Path, compared: Any) -> None:
@@ -209,7 +210,9 @@ def test_a_changed_file_is_not_compared(runs: Path, compared: Any) -> None:
     path.write_bytes(before + b"\n")
     try:
         with pytest.raises(RunError, match=r"int8.onnx is not the file that was exported"):
-            run_compare(["mine_fp32", "mine"], runs, CompareOptions(latency=QUICK), QUIET)
+            run_compare(
+                ["mine_fp32", "mine"], runs, CompareOptions(report=False, latency=QUICK), QUIET
+            )
     finally:
         path.write_bytes(before)
 
@@ -227,7 +230,7 @@ def test_mistakes_are_named(
     runs: Path, names: list[str], options: dict[str, Any], error: type, message: str, compared: Any
 ) -> None:
     with pytest.raises(error, match=message):
-        run_compare(names, runs, CompareOptions(latency=QUICK, **options), QUIET)
+        run_compare(names, runs, CompareOptions(report=False, latency=QUICK, **options), QUIET)
 
 
 def test_the_script_runs_from_any_directory(runs: Path, compared: Any, tmp_path: Path) -> None:
@@ -235,7 +238,7 @@ def test_the_script_runs_from_any_directory(runs: Path, compared: Any, tmp_path:
         [
             sys.executable, str(ROOT / "eval" / "compare.py"), "fp32", "int8", "--runs", str(runs),
             "--images", "8", "--targets", "onnxruntime-cpu", "--json", "out.json",
-            "--max-drop", "100",
+            "--max-drop", "100", "--no-report",
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ},
     )  # fmt: skip
