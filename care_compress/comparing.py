@@ -49,6 +49,14 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
             f"none of the files can be run here: {'; '.join(sorted(set(missing.values())))}.",
             "compare on the machine that has the target",
         )
+    for one in models[1:]:
+        shared = {e.target for e in entries if e.name == models[0].name}
+        shared &= {e.target for e in entries if e.name == one.name}
+        if not shared and one.run is None:
+            raise TargetError(
+                f"no target runs both {models[0].name} and {one.name}.",
+                "compare two files for one runtime, or two runs",
+            )
     collected = score(entries, models, samples, data, options, console)
     found = Comparison(models, entries, missing, collected)
     time_files(found, data, samples, options, console)

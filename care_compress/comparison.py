@@ -32,7 +32,7 @@ from care_compress.progress import progress_bar, step_line
 from care_compress.runtime.on_openvino import OpenVinoPredictor, has_bfloat16, openvino_devices
 from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.runners import Runner, open_runner
-from care_compress.sections import DataSection
+from care_compress.sections import BudgetSection, DataSection
 from care_compress.target import load_target
 
 BATCHES = (1, 8)
@@ -254,48 +254,47 @@ def _images(samples: Samples, data: DataSection, count: int) -> torch.Tensor:
 def decide(found: Comparison, options: CompareOptions) -> None:
     """A verdict for each target and candidate, and the budgets of the candidates."""
     for candidate in found.models[1:]:
-        budget = candidate.recipe.budget if candidate.recipe else None
-        limit = options.max_drop
-        if limit is None and budget is not None:
-            limit = budget.max_top1_drop
-        drops = []
+        budget = candidate.recipe.budget if candidate.recipe else BudgetSection()
+        limit = budget.max_top1_drop if options.max_drop is None else options.max_drop
         for target in found.targets:
-            drop = found.drop(target, candidate.name)
-            speedups = dict(_speedups(found, target, candidate.name))
-            noisy = any(
-                one.is_noisy
-                for key, one in found.latency.get((1, 1), {}).items()
-                if key.startswith(f"{target}/")
-            )
-            if drop is not None:
-                drops.append(drop.value)
-                found.verdicts.append(judge(target, candidate.name, speedups, drop, limit, noisy))
-            board = found.boards.get((target, candidate.name))
-            if board is not None and candidate.recipe is not None:
-                said = board_verdict(candidate.name, candidate.recipe.precision, board)
-                found.verdicts += [] if said is None else [said]
-            least = options.min_speedup
-            if least is None and budget is not None and budget.min_speedup:
-                least = budget.min_speedup.get(target)
+            found.verdicts += _verdicts(found, candidate, target, limit)
+            least = options.min_speedup or (budget.min_speedup or {}).get(target)
             if least is not None and found.entry(target, candidate.name):
-                over = speedups.get(found.baseline.name)
+                over = dict(_speedups(found, target, candidate.name)).get(found.baseline.name)
                 value = None if over is None else over[0]
-                ok = value is not None and value >= least
-                found.budgets.append(Budget(f"min_speedup on {target}", least, value, ok))
+                found.budgets.append(_at_least(f"min_speedup on {target}", least, value))
         if limit is not None:
-            worst = max(drops, default=None)
-            ok = worst is not None and worst <= limit
-            found.budgets.append(Budget(f"max_top1_drop of {candidate.name}", limit, worst, ok))
-        if budget is not None and budget.max_size is not None:
+            drops = [found.drop(target, candidate.name) for target in found.targets]
+            worst = max((drop.value for drop in drops if drop is not None), default=None)
+            found.budgets.append(_at_most(f"max_top1_drop of {candidate.name}", limit, worst))
+        if budget.max_size is not None:
             size = max((size_of(p) for p in candidate.files.values()), default=0) / 1e6
-            found.budgets.append(
-                Budget(
-                    f"max_size of {candidate.name} (MB)",
-                    budget.max_size,
-                    size,
-                    size <= budget.max_size,
-                )
-            )
+            name = f"max_size of {candidate.name} (MB)"
+            found.budgets.append(_at_most(name, budget.max_size, size))
+
+
+def _at_most(name: str, limit: float, value: float | None) -> Budget:
+    return Budget(name, limit, value, value is not None and value <= limit)
+
+
+def _at_least(name: str, limit: float, value: float | None) -> Budget:
+    return Budget(name, limit, value, value is not None and value >= limit)
+
+
+def _verdicts(
+    found: Comparison, candidate: Contender, target: str, limit: float | None
+) -> Iterator[Verdict]:
+    drop = found.drop(target, candidate.name)
+    if drop is not None:
+        speedups = dict(_speedups(found, target, candidate.name))
+        timed = found.latency.get((1, 1), {})
+        noisy = any(one.is_noisy for key, one in timed.items() if key.startswith(f"{target}/"))
+        yield judge(target, candidate.name, speedups, drop, limit, noisy)
+    board = found.boards.get((target, candidate.name))
+    if board is not None and candidate.recipe is not None:
+        said = board_verdict(candidate.name, candidate.recipe.precision, board)
+        if said is not None:
+            yield said
 
 
 def _speedups(

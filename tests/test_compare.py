@@ -18,7 +18,7 @@ from care_compress.comparing import run_compare
 from care_compress.comparison import CompareOptions
 from care_compress.data.loader import Batch
 from care_compress.deploying import take_results
-from care_compress.errors import CareError, DataError, RecipeError, RunError
+from care_compress.errors import CareError, DataError, RecipeError, RunError, TargetError
 from care_compress.evaluate.answers import collect_answers
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.significance import (
@@ -193,6 +193,9 @@ def test_files_can_be_compared_without_runs(runs: Path, start: list[str], compar
     options = CompareOptions(json_file=file, data=data, images=16, latency=QUICK)
     assert run_compare(files, runs, options, QUIET) == 0, "no budget, so none is broken"
     assert json.loads(file.read_text())["images"] == 16
+    mixed = [files[0], str(runs / "mine" / "exports" / "openvino-cpu" / "int8.xml")]
+    with pytest.raises(TargetError, match="no target runs both"):
+        run_compare(mixed, runs, options, QUIET)
     with pytest.raises(DataError, match="--data, --res and --crop"):
         run_compare(files, runs, CompareOptions(report=False, latency=QUICK), QUIET)
 
