@@ -13,6 +13,7 @@ from care_compress.run import write_text
 
 SHOWN = 40  # sites in a plot; the table and the JSON have all
 matplotlib.rcParams["svg.hashsalt"] = "care-compress"  # equal data, equal file
+matplotlib.rcParams["svg.fonttype"] = "none"
 
 
 def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
@@ -30,7 +31,7 @@ def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
     axes.set_title(f"The {len(shown)} hardest of {len(found)} sites", loc="left")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_trials(trials: Sequence[Trial], max_drop: float, unit: str, path: Path) -> None:
@@ -50,7 +51,7 @@ def plot_trials(trials: Sequence[Trial], max_drop: float, unit: str, path: Path)
     axes.set_title(f"{len(trials)} trials", loc="left")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def pareto(trials: Sequence[Trial]) -> list[Trial]:
@@ -72,7 +73,8 @@ def short_name(site: str) -> str:
     return f"{parts[1]}.{parts[3]} {'.'.join(parts[5:]) or parts[4]}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write it; letters stay letters, which keeps files small and text searchable."""
     content = io.StringIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
     write_text(path, content.getvalue())

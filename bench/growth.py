@@ -1,0 +1,187 @@
+"""How time grows: with the pixels of an image, the images at once, threads, and in the pipeline.
+
+Linear attention must stay linear: were it quadratic, the exponent of time over pixels would rise
+towards 2 with the resolution. All points of a curve take turns, so that a busy minute does not
+bend it; the exponent is fitted to every turn, and its interval is that of the turns.
+"""
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from material import TARGETS, Finished, Scale, checkpoint, finished, image_folder, recipe_for
+from numpy.typing import NDArray
+from peers import publish
+from rich.console import Console
+
+from care_compress import machine
+from care_compress.evaluate.agreement import CheckImages
+from care_compress.evaluate.exports import digest_of
+from care_compress.evaluate.latency import LatencyPlan, measure_latency
+from care_compress.evaluate.significance import ratio_interval
+from care_compress.export.about import About, Preprocessing
+from care_compress.export.to_onnx import write_onnx
+from care_compress.export.to_openvino import write_ir
+from care_compress.model.care import Care
+from care_compress.model.checkpoint import load_checkpoint
+from care_compress.model.rewrite import rewrite
+from care_compress.recipe import load_recipe
+from care_compress.run import fingerprint, git_revision, write_text
+from care_compress.runtime.on_openvino import has_bfloat16
+from care_compress.runtime.runners import open_runner
+from care_compress.target import load_target
+from care_compress.variants import Variants
+
+RESOLUTIONS = (128, 224, 320, 416, 512)
+BATCHES = (1, 2, 4, 8, 16)
+CALIBRATION = (64, 128, 256, 512)  # images of the pipeline's curve
+PLAN = LatencyPlan(seconds=0.7, least_runs=15, warmup=2)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One way to run the network, whose curves are drawn."""
+
+    what: str
+    precision: str
+    files: dict[int, Path]  # by resolution
+
+
+def measure_growth(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
+    """All curves of one size: an earlier measurement of the same files, or a new one."""
+    data = image_folder(root / "images").model_copy(update={"resolution": scale.resolution})
+    folder = root / scale.arch
+    weights = checkpoint(scale, data, root)
+    ours = finished(recipe_for("int8_ptq", scale, data, weights), folder, "int8_ptq", console)
+    chosen = sorted({*RESOLUTIONS, scale.resolution})
+    subjects = subjects_of(ours, load_checkpoint(weights), chosen, folder / "growth", console)
+    digests = [digest_of(path) for one in subjects for path in one.files.values()]
+    key = fingerprint([digests, str(PLAN), machine.installed_versions()])
+    store = folder / f"growth_{scale.resolution}.json"
+    kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
+    if kept.get("key") != key:
+        console.print("timing resolutions, batches and threads", markup=False)
+        before = psutil.getloadavg()[0]
+        kept = {
+            "key": key,
+            "arch": scale.arch,
+            "date": str(datetime.now(UTC).date()),
+            "revision": git_revision() or "unknown",
+            **curves_of(subjects, scale.resolution),
+            "pipeline": pipeline_curve(root / "pipeline", console),
+            "load_average": [round(before, 2), round(psutil.getloadavg()[0], 2)],
+        }
+        write_text(store, json.dumps(kept, indent=1) + "\n")
+    return kept
+
+
+def subjects_of(
+    ours: Finished, model: Care, resolutions: Sequence[int], folder: Path, console: Console
+) -> list[Subject]:
+    """The published network and our INT8, exported for every resolution."""
+    published, openvino, onnxruntime = {}, {}, {}
+    for resolution in resolutions:
+        console.print(f"exporting for {resolution} x {resolution}", markup=False)
+        place = folder / str(resolution)
+        published[resolution] = publish(model, resolution, place).with_suffix(".xml")
+        if resolution == ours.recipe.data.resolution:
+            openvino[resolution], onnxruntime[resolution] = (ours.file(name) for name in TARGETS)
+            continue
+        openvino[resolution], onnxruntime[resolution] = place / "int8.xml", place / "int8.onnx"
+        if not openvino[resolution].is_file():
+            export_at(ours, model, resolution, place)
+    return [
+        Subject("published network, FP32, OpenVINO", "f32", published),
+        Subject("ours, INT8, OpenVINO", "bf16" if has_bfloat16() else "f32", openvino),
+        Subject("ours, INT8, ONNX Runtime", "f32", onnxruntime),
+    ]
+
+
+def export_at(ours: Finished, model: Care, resolution: int, folder: Path) -> None:
+    """The run's quantized network for images of another size."""
+    data = ours.recipe.data.model_copy(update={"resolution": resolution})
+    recipe = ours.recipe.model_copy(update={"data": data})
+    compact = rewrite(copy.deepcopy(model), recipe.rewrite)
+    pixels = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
+    images = CheckImages(pixels, torch.zeros(1, dtype=torch.int64), data)
+    variants = Variants(recipe, model, compact, ours.path / str(ours.results["model"]), images)
+    about = About(recipe.name, "growth", (), Preprocessing.of(data))
+    onnx = variants.of(load_target("onnxruntime-cpu"))
+    write_onnx(onnx.graph, about, folder / "int8.onnx", onnx.quantized)
+    openvino = variants.of(load_target("openvino-cpu"))
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "model.onnx"
+        write_onnx(openvino.graph, about, source, openvino.quantized)
+        write_ir(source, about, folder / "int8.xml", half=False)
+
+
+def curves_of(subjects: list[Subject], resolution: int) -> dict[str, Any]:
+    """Time over pixels, images at once, and threads; one thread but in the last."""
+    sizes = sorted(subjects[0].files)
+    threads = range(1, len(machine.usable_cores()) + 1)
+    return {
+        "resolution": curves(
+            {one.what: [_run(one, size, 1, 1) for size in sizes] for one in subjects},
+            [size * size for size in sizes],
+        ),
+        "batch": curves(
+            {one.what: [_run(one, resolution, n, 1) for n in BATCHES] for one in subjects}, BATCHES
+        ),
+        "threads": curves(
+            {one.what: [_run(one, resolution, 1, n) for n in threads] for one in subjects}, threads
+        ),
+    }
+
+
+def _run(one: Subject, resolution: int, batch: int, threads: int) -> Callable[[], object]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, resolution, resolution, generator=generator)
+    return open_runner(one.files[resolution], images, threads, one.precision).run
+
+
+def curves(runs: dict[str, list[Callable[[], object]]], points: Sequence[int]) -> dict[str, Any]:
+    """Milliseconds of every point of every curve, all in turns."""
+    flat = {f"{what}@{at}": run for what, row in runs.items() for at, run in enumerate(row)}
+    found = measure_latency(flat, 1, PLAN)
+    rows = []
+    for what in runs:
+        row = [found[f"{what}@{at}"] for at in range(len(points))]
+        medians_TP = np.stack([one.medians for one in row], axis=1)
+        rows.append(
+            {
+                "what": what,
+                "ms": [round(float(np.median(one.medians)), 3) for one in row],
+                "exponent": exponent(points, medians_TP),
+                "noisy": any(one.is_noisy for one in row),
+            }
+        )
+    return {"points": list(points), "rows": rows}
+
+
+def exponent(points: Sequence[int], medians_TP: NDArray[np.float64]) -> list[float] | None:
+    """The p of time ~ points^p, fitted to each turn, with the 95 % interval of the turns."""
+    if len(points) < 2:
+        return None
+    logs = np.log(np.asarray(points, np.float64))
+    logs -= logs.mean()
+    slopes = np.log(medians_TP) @ logs / (logs @ logs)
+    return [round(value, 3) for value in ratio_interval(slopes, np.ones_like(slopes))]
+
+
+def pipeline_curve(root: Path, console: Console) -> dict[str, Any]:
+    """Seconds of selecting and quantizing the included model on more and more images."""
+    seconds = []
+    for images in CALIBRATION:
+        overrides = ("export.targets=[]", "evaluate.images=64")
+        recipe = load_recipe("int8_ptq", overrides, {"quantize.calibrate.images": images})
+        spent = finished(recipe, root, str(images), console).results["seconds"]
+        seconds.append(round(spent["select"] + spent["ptq"], 2))
+    return {"points": list(CALIBRATION), "seconds": seconds}
