@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from material import TARGETS, Finished, Scale, checkpoint, finished, image_folder, recipe_for
+from material import TARGETS, Finished, Scale, finished, recipe_for, run_of
 from numpy.typing import NDArray
 from peers import publish
 from rich.console import Console
@@ -30,8 +30,7 @@ from care_compress.evaluate.significance import ratio_interval
 from care_compress.export.about import About, Preprocessing
 from care_compress.export.to_onnx import write_onnx
 from care_compress.export.to_openvino import write_ir
-from care_compress.model.care import Care
-from care_compress.model.checkpoint import load_checkpoint
+from care_compress.model.care import ARCHITECTURES, Care
 from care_compress.model.rewrite import rewrite
 from care_compress.recipe import load_recipe
 from care_compress.run import fingerprint, git_revision, write_text
@@ -42,7 +41,9 @@ from care_compress.variants import Variants
 
 RESOLUTIONS = (128, 224, 320, 416, 512)
 BATCHES = (1, 2, 4, 8, 16)
-CALIBRATION = (64, 128, 256, 512)  # images of the pipeline's curve
+CALIBRATION = (64, 128, 256, 512)  # images, for the included care_nano
+SMALL = 96  # pixels, at which the sizes are quantized to see how PTQ grows with them
+UNEXPORTED = ("export.targets=[]", "evaluate.images=64")
 PLAN = LatencyPlan(seconds=0.7, least_runs=15, warmup=2)
 
 
@@ -57,12 +58,10 @@ class Subject:
 
 def measure_growth(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
     """All curves of one size: an earlier measurement of the same files, or a new one."""
-    data = image_folder(root / "images").model_copy(update={"resolution": scale.resolution})
+    ours = run_of("int8_ptq", scale, root, console)
     folder = root / scale.arch
-    weights = checkpoint(scale, data, root)
-    ours = finished(recipe_for("int8_ptq", scale, data, weights), folder, "int8_ptq", console)
     chosen = sorted({*RESOLUTIONS, scale.resolution})
-    subjects = subjects_of(ours, load_checkpoint(weights), chosen, folder / "growth", console)
+    subjects = subjects_of(ours, chosen, folder / "growth", console)
     digests = [digest_of(path) for one in subjects for path in one.files.values()]
     key = fingerprint([digests, str(PLAN), machine.installed_versions()])
     store = folder / f"growth_{scale.resolution}.json"
@@ -76,7 +75,7 @@ def measure_growth(scale: Scale, root: Path, console: Console) -> dict[str, Any]
             "date": str(datetime.now(UTC).date()),
             "revision": git_revision() or "unknown",
             **curves_of(subjects, scale.resolution),
-            "pipeline": pipeline_curve(root / "pipeline", console),
+            "pipeline": pipeline_times(root / "pipeline", console),
             "load_average": [round(before, 2), round(psutil.getloadavg()[0], 2)],
         }
         write_text(store, json.dumps(kept, indent=1) + "\n")
@@ -84,9 +83,10 @@ def measure_growth(scale: Scale, root: Path, console: Console) -> dict[str, Any]
 
 
 def subjects_of(
-    ours: Finished, model: Care, resolutions: Sequence[int], folder: Path, console: Console
+    ours: Finished, resolutions: Sequence[int], folder: Path, console: Console
 ) -> list[Subject]:
     """The published network and our INT8, exported for every resolution."""
+    model = ours.network()
     published, openvino, onnxruntime = {}, {}, {}
     for resolution in resolutions:
         console.print(f"exporting for {resolution} x {resolution}", markup=False)
@@ -176,12 +176,25 @@ def exponent(points: Sequence[int], medians_TP: NDArray[np.float64]) -> list[flo
     return [round(value, 3) for value in ratio_interval(slopes, np.ones_like(slopes))]
 
 
-def pipeline_curve(root: Path, console: Console) -> dict[str, Any]:
-    """Seconds of selecting and quantizing the included model on more and more images."""
-    seconds = []
+def pipeline_times(root: Path, console: Console) -> dict[str, Any]:
+    """Seconds of PTQ, selection included: of one network on more images, of larger networks."""
+    by_images, by_size = [], []
     for images in CALIBRATION:
-        overrides = ("export.targets=[]", "evaluate.images=64")
-        recipe = load_recipe("int8_ptq", overrides, {"quantize.calibrate.images": images})
-        spent = finished(recipe, root, str(images), console).results["seconds"]
-        seconds.append(round(spent["select"] + spent["ptq"], 2))
-    return {"points": list(CALIBRATION), "seconds": seconds}
+        recipe = load_recipe("int8_ptq", UNEXPORTED, {"quantize.calibrate.images": images})
+        by_images.append(_ptq_seconds(finished(recipe, root / "images", str(images), console)))
+    macs = []
+    for arch in ARCHITECTURES:
+        recipe = recipe_for("int8_ptq", Scale(arch, SMALL), root)
+        export = recipe.export.model_copy(update={"targets": ()})
+        run = finished(recipe.model_copy(update={"export": export}), root / arch, "ptq", console)
+        by_size.append(_ptq_seconds(run))
+        macs.append(int(run.results["rewrites"][0]["macs"]))
+    return {
+        "images": {"points": list(CALIBRATION), "seconds": by_images},
+        "macs": {"points": macs, "names": list(ARCHITECTURES), "seconds": by_size},
+    }
+
+
+def _ptq_seconds(run: Finished) -> float:
+    spent = run.results["seconds"]
+    return round(float(spent["select"] + spent["ptq"]), 2)

@@ -22,7 +22,7 @@ from care_compress.data.sources import open_samples
 from care_compress.errors import RunError
 from care_compress.evaluate.exports import digest_of
 from care_compress.model.care import Care, build_model
-from care_compress.model.checkpoint import save_checkpoint
+from care_compress.model.checkpoint import load_checkpoint, save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.selection import CalibrationSet, read_list
 from care_compress.recipe import Recipe, load_recipe, parse, read_yaml
@@ -58,6 +58,11 @@ class Finished:
         if digest_of(path) != model["sha256"]:
             raise RunError(f"{path} is not the file that was evaluated.", "rm -r runs/bench")
         return path
+
+    def network(self) -> Care:
+        """The float network that it began with, as published."""
+        assert self.recipe.model.checkpoint is not None
+        return load_checkpoint(self.recipe.model.checkpoint)
 
     @property
     def revision(self) -> str:
@@ -113,13 +118,29 @@ def first_images(data: DataSection, count: int) -> Tensor:
     return batch.images.contiguous()
 
 
-def checkpoint(scale: Scale, data: DataSection, root: Path) -> Path:
-    """The network of this size, made once."""
-    path = root / scale.arch / "model.safetensors"
-    if not path.is_file():
+def run_of(name: str, scale: Scale, root: Path, console: Console) -> Finished:
+    """A shipped recipe on this network: the run that is there already, or a new one."""
+    recipe = recipe_for(name, scale, root)
+    return finished(recipe, root / scale.arch, name, console)
+
+
+def recipe_for(name: str, scale: Scale, root: Path) -> Recipe:
+    """A shipped recipe for the CPU targets, on weights and images that are made where missing."""
+    data = image_folder(root / "images").model_copy(update={"resolution": scale.resolution})
+    weights = root / scale.arch / "model.safetensors"
+    if not weights.is_file():
         model = lifelike(scale.arch, first_images(data, 16))
-        save_checkpoint(model, path, {"made_by": "make bench", "seed": "0"})
-    return path
+        save_checkpoint(model, weights, {"made_by": "make bench", "seed": "0"})
+    values: dict[str, object] = {
+        "model": {"checkpoint": str(weights)},
+        "data": data.model_dump(mode="json"),
+        "evaluate.images": IMAGES["val"],
+        "export.images": IMAGES["val"],
+        "export.targets": list(TARGETS),
+    }
+    if name != "fp32":
+        values["quantize.calibrate.images"] = CALIBRATION
+    return load_recipe(name, (), values)
 
 
 def finished(recipe: Recipe, root: Path, name: str, console: Console) -> Finished:
@@ -136,17 +157,3 @@ def _is_finished(recipe: Recipe, path: Path) -> bool:
     if not (path / "results.json").is_file():
         return False
     return parse(Recipe, read_yaml(path / "recipe.yaml"), "recipe.yaml") == recipe
-
-
-def recipe_for(name: str, scale: Scale, data: DataSection, weights: Path) -> Recipe:
-    """A shipped recipe on this network and these images, for the CPU targets."""
-    values: dict[str, object] = {
-        "model": {"checkpoint": str(weights)},
-        "data": data.model_copy(update={"resolution": scale.resolution}).model_dump(mode="json"),
-        "evaluate.images": IMAGES["val"],
-        "export.images": IMAGES["val"],
-        "export.targets": list(TARGETS),
-    }
-    if name != "fp32":
-        values["quantize.calibrate.images"] = CALIBRATION
-    return load_recipe(name, (), values)

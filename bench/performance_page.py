@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def write_page(docs: Path) -> None:
     growth = store / "growth.json"
     if growth.is_file():
         found = json.loads(growth.read_text())
-        plot_growth(found, sizes, store / "growth.svg")
-        parts.append(growth_text(found, sizes))
+        plot_growth(found, store / "growth.svg")
+        parts.append(growth_text(found))
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     write_text(page, f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}")
@@ -60,8 +61,9 @@ def _setting(setting: Found) -> list[str]:
     low, high = setting["load_average"]
     many = "one thread" if setting["threads"] == 1 else f"{setting['threads']} threads"
     busy = "; other work ran" if min(low, high) > setting["threads"] + OWN else ""
+    load = f"load average {low:.1f} before, {high:.1f} after{busy}"
     lines = [
-        f"Batch {setting['batch']}, {many} (load average {low:.1f} before, {high:.1f} after{busy}):",
+        f"Batch {setting['batch']}, {many} ({load}):",
         "",
         "| runtime | file | ms (p50) | faster than published FP32 [95 %] "
         "| our INT8 is faster by [95 %] |",
@@ -108,7 +110,7 @@ def _digests(found: Found) -> dict[str, str]:
     return names
 
 
-def growth_text(found: Found, sizes: list[Found]) -> str:
+def growth_text(found: Found) -> str:
     """The curves as tables: milliseconds of every point and the exponent."""
     low, high = found["load_average"]
     lines = [
@@ -129,25 +131,22 @@ def growth_text(found: Found, sizes: list[Found]) -> str:
             for row in part["rows"]:
                 spent = [1e6 * ms / p for ms, p in zip(row["ms"], part["points"], strict=True)]
                 lines.append(_curve({"what": f"{row['what']}: ns per pixel"}, spent))
-    pipeline = found["pipeline"]
-    heads = [str(point) for point in pipeline["points"]]
-    lines += ["", f"| calibration images, care_nano at 64 | {' | '.join(heads)} |"]
-    lines.append("|---" * (len(heads) + 1) + "|")
-    lines.append(f"| seconds of PTQ | {' | '.join(str(s) for s in pipeline['seconds'])} |")
-    if sizes:
-        lines += [
-            "",
-            "| PTQ on 64 images | M MACs | seconds of PTQ | of export to both CPU targets |",
-        ]
-        lines.append("|---|---|---|---|")
-        for one in sizes:
-            spent = one["seconds"]["int8_ptq"]
-            lines.append(
-                f"| {one['arch']} at {one['resolution']} | {one['macs'] / 1e6:,.0f} "
-                f"| {spent['ptq']:.0f} | {spent['export']:.0f} |"
-            )
+    images, macs = found["pipeline"]["images"], found["pipeline"]["macs"]
+    lines += ["", "Seconds of PTQ, one run each, selection of the images included:", ""]
+    lines += _row("care_nano at 64, calibration images", images["points"], head=True)
+    lines += _row("seconds", images["seconds"])
+    sizes = [
+        f"{name}, {points / 1e6:,.0f} M MACs"
+        for name, points in zip(macs["names"], macs["points"], strict=True)
+    ]
+    lines += ["", *_row("64 images at 96x96", sizes, head=True), *_row("seconds", macs["seconds"])]
     lines += ["", "![growth](performance/growth.svg)", ""]
     return "\n".join(lines)
+
+
+def _row(name: str, values: Sequence[object], head: bool = False) -> list[str]:
+    line = f"| {name} | {' | '.join(str(value) for value in values)} |"
+    return [line, "|---" * (len(values) + 1) + "|"] if head else [line]
 
 
 def _curve(row: Found, values: list[float]) -> str:
@@ -181,7 +180,7 @@ def _colour(row: Found) -> str:
     return BASE if row["what"].startswith("published") else PEER
 
 
-def plot_growth(found: Found, sizes: list[Found], path: Path) -> None:
+def plot_growth(found: Found, path: Path) -> None:
     """Plots with both axes logarithmic: a straight line of slope 1 is linear."""
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     figure.subplots(2, 3)
@@ -192,13 +191,12 @@ def plot_growth(found: Found, sizes: list[Found], path: Path) -> None:
             axes.loglog(part["points"], row["ms"], "o-", color=colour, label=row["what"], ms=4)
         _finish(axes, title, "ms", part["points"])
     figure.axes[0].legend(frameon=False, fontsize=7)
-    pipeline, axes = found["pipeline"], figure.axes[3]
-    axes.loglog(pipeline["points"], pipeline["seconds"], "o-", color=OURS, ms=4)
-    _finish(axes, "calibration images (care_nano)", "seconds of PTQ", pipeline["points"])
-    macs = [one["macs"] / 1e6 for one in sizes]
-    spent = [one["seconds"]["int8_ptq"]["ptq"] for one in sizes]
-    figure.axes[4].loglog(macs, spent, "o", color=OURS, ms=4)
-    _finish(figure.axes[4], "million MACs of the network", "seconds of PTQ, 64 images", macs)
+    images, macs = found["pipeline"]["images"], found["pipeline"]["macs"]
+    millions = [point / 1e6 for point in macs["points"]]
+    figure.axes[3].loglog(images["points"], images["seconds"], "o-", color=OURS, ms=4)
+    _finish(figure.axes[3], "calibration images (care_nano)", "seconds of PTQ", images["points"])
+    figure.axes[4].loglog(millions, macs["seconds"], "o-", color=OURS, ms=4)
+    _finish(figure.axes[4], "million MACs of the network", "seconds of PTQ", millions)
     figure.axes[5].set_axis_off()
     save_figure(figure, path)
 

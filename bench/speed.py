@@ -18,15 +18,7 @@ from typing import Any
 import psutil
 import torch
 from growth import measure_growth
-from material import (
-    Finished,
-    Scale,
-    checkpoint,
-    finished,
-    first_images,
-    image_folder,
-    recipe_for,
-)
+from material import Finished, Scale, first_images, run_of
 from peers import (
     NNCF,
     NNCF_TRANSFORMER,
@@ -45,7 +37,6 @@ from care_compress import machine
 from care_compress.errors import TargetError
 from care_compress.evaluate.exports import digest_of, size_of
 from care_compress.evaluate.latency import Latency, LatencyPlan, measure_latency
-from care_compress.model.checkpoint import load_checkpoint
 from care_compress.run import fingerprint, write_text
 from care_compress.runtime.on_openvino import has_bfloat16
 from care_compress.runtime.runners import Runner, open_runner
@@ -103,13 +94,10 @@ def main() -> None:
 
 def bench(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
     """Everything about one size: an earlier measurement of the same files, or a new one."""
-    data = image_folder(root / "images").model_copy(update={"resolution": scale.resolution})
-    folder = root / scale.arch
-    weights = checkpoint(scale, data, root)
-    ours = finished(recipe_for("int8_ptq", scale, data, weights), folder, "int8_ptq", console)
-    plain = finished(recipe_for("fp32", scale, data, weights), folder, "fp32", console)
+    ours, plain = (run_of(name, scale, root, console) for name in ("int8_ptq", "fp32"))
     console.print(f"{scale.arch}: the peers' files", markup=False)
-    published = publish(load_checkpoint(weights), scale.resolution, folder / "peers")
+    folder = root / scale.arch
+    published = publish(ours.network(), scale.resolution, folder / "peers")
     calibration = ours.calibration().batches(ours.recipe.data, 32, torch.device("cpu"))
     peers = make_peers(published, torch.cat(list(calibration)))
     entries = entries_of(ours, plain, published, peers)
@@ -117,22 +105,23 @@ def bench(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
     key = fingerprint([files, str(PLAN), machine.installed_versions()])
     store = folder / f"speed_{scale.resolution}.json"
     kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
+    about = machine.describe()
     if kept.get("key") != key:
-        images = first_images(data, max(BATCHES))
-        settings = [measured(entries, images, console) for images in by_setting(images)]
         kept = {
             "key": key,
             "arch": scale.arch,
             "resolution": scale.resolution,
             "date": str(datetime.now(UTC).date()),
             "revision": ours.revision,
-            "machine": machine.describe(),
-            "seconds": {"int8_ptq": ours.results["seconds"], "fp32": plain.results["seconds"]},
-            "macs": ours.results["rewrites"][0]["macs"],
+            "machine": {name: about[name] for name in ("cpu", "python", "libraries")},
             "files": files,
-            "settings": settings,
+            "settings": [],
         }
-        write_text(store, json.dumps(kept, indent=1) + "\n")
+    done = {(setting["batch"], setting["threads"]) for setting in kept["settings"]}
+    for setting in by_setting(first_images(ours.recipe.data, max(BATCHES))):
+        if (len(setting.images_BCHW), setting.threads) not in done:
+            kept["settings"].append(measured(entries, setting, console))
+            write_text(store, json.dumps(kept, indent=1) + "\n")
     return kept
 
 

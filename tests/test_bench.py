@@ -130,8 +130,6 @@ def made_up() -> dict[str, Any]:
             "cpu": {"name": "a processor", "logical_cores": 2},
             "libraries": {"openvino": "1", "onnxruntime": "2", "nncf": "3"},
         },
-        "seconds": {"int8_ptq": {"ptq": 60.0, "export": 70.0}},
-        "macs": 717_000_000,
         "files": {"int8/OpenVINO": {"file": "int8.xml", "sha256": "ab" * 32, "bytes": 1}},
         "settings": [setting],
     }
@@ -148,7 +146,10 @@ def grown() -> dict[str, Any]:
         "resolution": part,
         "batch": part,
         "threads": lone,
-        "pipeline": {"points": [64, 128], "seconds": [3.0, 6.0]},
+        "pipeline": {
+            "images": {"points": [64, 128], "seconds": [3.0, 6.0]},
+            "macs": {"points": [5e6, 7e8], "names": ["small", "large"], "seconds": [1.0, 9.0]},
+        },
     }
 
 
@@ -167,6 +168,8 @@ def test_the_page_holds_tables_and_plots_and_keeps_what_people_wrote(tmp_path: P
     assert "load average 0.5 before, 1.2 after" in text
     assert "`abababababababab` `int8.xml`" in text
     assert "| ours | 1.0 | 4.0 | 1.00 [0.90, 1.10] |" in text
+    assert "| seconds | 3.0 | 6.0 |" in text
+    assert "small, 5 M MACs | large, 700 M MACs |" in text
     for name in ("care_s0", "growth"):
         assert f"(performance/{name}.svg)" in text
         svg = (docs / "performance" / f"{name}.svg").read_text()
