@@ -5,9 +5,7 @@ towards 2 with the resolution. All points of a curve take turns, so that a busy 
 bend it; the exponent is fitted to every turn, and its interval is that of the turns.
 """
 
-import copy
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,26 +21,21 @@ from peers import publish
 from rich.console import Console
 
 from care_compress import machine
-from care_compress.evaluate.agreement import CheckImages
 from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.significance import ratio_interval
-from care_compress.export.about import About, Preprocessing
-from care_compress.export.to_onnx import write_onnx
-from care_compress.export.to_openvino import write_ir
-from care_compress.model.care import ARCHITECTURES, Care
-from care_compress.model.rewrite import rewrite
+from care_compress.model.care import ARCHITECTURES
 from care_compress.recipe import load_recipe
 from care_compress.run import fingerprint, git_revision, write_text
 from care_compress.runtime.on_openvino import has_bfloat16
 from care_compress.runtime.runners import open_runner
-from care_compress.target import load_target
-from care_compress.variants import Variants
 
 RESOLUTIONS = (128, 224, 320, 416, 512)
 BATCHES = (1, 2, 4, 8, 16)
 CALIBRATION = (64, 128, 256, 512)  # images, for the included care_nano
 SMALL = 96  # pixels, at which the sizes are quantized to see how PTQ grows with them
+# Enough where only speed is asked: it depends on the form of the graph, not on its scales.
+FEW = ("quantize.calibrate.images=8", "evaluate.images=8", "export.images=8")
 UNEXPORTED = ("export.targets=[]", "evaluate.images=64")
 PLAN = LatencyPlan(seconds=0.7, least_runs=15, warmup=2)
 
@@ -59,12 +52,11 @@ class Subject:
 def measure_growth(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
     """All curves of one size: an earlier measurement of the same files, or a new one."""
     ours = run_of("int8_ptq", scale, root, console)
-    folder = root / scale.arch
     chosen = sorted({*RESOLUTIONS, scale.resolution})
-    subjects = subjects_of(ours, chosen, folder / "growth", console)
+    subjects = subjects_of(ours, scale, chosen, root, console)
     digests = [digest_of(path) for one in subjects for path in one.files.values()]
     key = fingerprint([digests, str(PLAN), machine.installed_versions()])
-    store = folder / f"growth_{scale.resolution}.json"
+    store = root / scale.arch / f"growth_{scale.resolution}.json"
     kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
     if kept.get("key") != key:
         console.print("timing resolutions, batches and threads", markup=False)
@@ -83,44 +75,23 @@ def measure_growth(scale: Scale, root: Path, console: Console) -> dict[str, Any]
 
 
 def subjects_of(
-    ours: Finished, resolutions: Sequence[int], folder: Path, console: Console
+    ours: Finished, scale: Scale, resolutions: Sequence[int], root: Path, console: Console
 ) -> list[Subject]:
     """The published network and our INT8, exported for every resolution."""
-    model = ours.network()
     published, openvino, onnxruntime = {}, {}, {}
     for resolution in resolutions:
-        console.print(f"exporting for {resolution} x {resolution}", markup=False)
-        place = folder / str(resolution)
-        published[resolution] = publish(model, resolution, place).with_suffix(".xml")
-        if resolution == ours.recipe.data.resolution:
-            openvino[resolution], onnxruntime[resolution] = (ours.file(name) for name in TARGETS)
-            continue
-        openvino[resolution], onnxruntime[resolution] = place / "int8.xml", place / "int8.onnx"
-        if not openvino[resolution].is_file():
-            export_at(ours, model, resolution, place)
+        place = root / scale.arch / "growth" / str(resolution)
+        run = ours
+        if resolution != scale.resolution:
+            recipe = recipe_for("int8_ptq", Scale(scale.arch, resolution), root, FEW)
+            run = finished(recipe, place, "int8_ptq", console)
+        published[resolution] = publish(run.network(), resolution, place).with_suffix(".xml")
+        openvino[resolution], onnxruntime[resolution] = (run.file(name) for name in TARGETS)
     return [
         Subject("published network, FP32, OpenVINO", "f32", published),
         Subject("ours, INT8, OpenVINO", "bf16" if has_bfloat16() else "f32", openvino),
         Subject("ours, INT8, ONNX Runtime", "f32", onnxruntime),
     ]
-
-
-def export_at(ours: Finished, model: Care, resolution: int, folder: Path) -> None:
-    """The run's quantized network for images of another size."""
-    data = ours.recipe.data.model_copy(update={"resolution": resolution})
-    recipe = ours.recipe.model_copy(update={"data": data})
-    compact = rewrite(copy.deepcopy(model), recipe.rewrite)
-    pixels = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8)
-    images = CheckImages(pixels, torch.zeros(1, dtype=torch.int64), data)
-    variants = Variants(recipe, model, compact, ours.path / str(ours.results["model"]), images)
-    about = About(recipe.name, "growth", (), Preprocessing.of(data))
-    onnx = variants.of(load_target("onnxruntime-cpu"))
-    write_onnx(onnx.graph, about, folder / "int8.onnx", onnx.quantized)
-    openvino = variants.of(load_target("openvino-cpu"))
-    with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary) / "model.onnx"
-        write_onnx(openvino.graph, about, source, openvino.quantized)
-        write_ir(source, about, folder / "int8.xml", half=False)
 
 
 def curves_of(subjects: list[Subject], resolution: int) -> dict[str, Any]:

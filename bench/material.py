@@ -7,6 +7,7 @@ seen the images, and the images are those of builtin:shapes, as files of a 1,000
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -124,7 +125,7 @@ def run_of(name: str, scale: Scale, root: Path, console: Console) -> Finished:
     return finished(recipe, root / scale.arch, name, console)
 
 
-def recipe_for(name: str, scale: Scale, root: Path) -> Recipe:
+def recipe_for(name: str, scale: Scale, root: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A shipped recipe for the CPU targets, on weights and images that are made where missing."""
     data = image_folder(root / "images").model_copy(update={"resolution": scale.resolution})
     weights = root / scale.arch / "model.safetensors"
@@ -140,7 +141,7 @@ def recipe_for(name: str, scale: Scale, root: Path) -> Recipe:
     }
     if name != "fp32":
         values["quantize.calibrate.images"] = CALIBRATION
-    return load_recipe(name, (), values)
+    return load_recipe(name, overrides, values)
 
 
 def finished(recipe: Recipe, root: Path, name: str, console: Console) -> Finished:
