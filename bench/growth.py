@@ -30,7 +30,7 @@ from care_compress.run import fingerprint, git_revision, write_text
 from care_compress.runtime.on_openvino import has_bfloat16
 from care_compress.runtime.runners import open_runner
 
-RESOLUTIONS = (128, 224, 320, 416, 512)
+RESOLUTIONS = (128, 224, 320, 512)
 BATCHES = (1, 2, 4, 8, 16)
 CALIBRATION = (64, 128, 256, 512)  # images, for the included care_nano
 SMALL = 96  # pixels, at which the sizes are quantized to see how PTQ grows with them

@@ -1,12 +1,11 @@
 """The same network by other people's tools, from their packages, with the settings they recommend.
 
 ONNX Runtime (the docstring of its `quantize_static`): `quant_pre_process` first, Q/DQ, u8
-activations and s8 weights on an x86 processor with VNNI, its default choice of operations; per
-channel for the weights. That it quantizes sums and attention too costs time here, so the choice
-many users make, convolutions and products alone, is measured as well. NNCF (the docstring of its
-`quantize`): the mixed preset for a network with GELU, its default choice of operations and of bias
-correction; and the transformer model type. Both get the published network and the images that
-ours was calibrated on.
+activations and s8 weights on an x86 processor with VNNI, weights per channel; once with its own
+choice of operations, once with convolutions and products alone, as many users choose. NNCF (the
+docstring of its `quantize`): the mixed preset, which is for networks with GELU, its own choice of
+operations and of bias correction; once more with the transformer model type. All get the published
+network and the images that ours was calibrated on.
 """
 
 import platform

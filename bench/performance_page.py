@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from care_compress.errors import CareError
 from care_compress.evaluate.plots import save_figure
@@ -206,6 +207,8 @@ def _finish(axes: Any, x: str, y: str, points: list[float]) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_xticks(points, [f"{point:,.0f}" for point in points], fontsize=7, rotation=30)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -137,8 +137,13 @@ def entries_of(
         ("float_bf16", "ours, BF16", Made(plain.file("openvino-cpu")), "bf16"),
         ("int8", "ours, INT8", Made(ours.file("openvino-cpu")), halves),
         ("int8_f32", "ours, INT8, the rest in FP32", Made(ours.file("openvino-cpu")), "f32"),
-        (STATIC, "ONNX Runtime quantize_static", peers[f"{STATIC}.xml"], halves),
-        (STATIC_PRODUCTS, "the same, products only", peers[f"{STATIC_PRODUCTS}.xml"], halves),
+        (STATIC, "quantize_static, its choice", peers[f"{STATIC}.xml"], halves),
+        (
+            STATIC_PRODUCTS,
+            "quantize_static, products only",
+            peers[f"{STATIC_PRODUCTS}.xml"],
+            halves,
+        ),
         (NNCF, "NNCF, mixed preset", peers[f"{NNCF}.xml"], halves),
         (NNCF_TRANSFORMER, "NNCF, transformer", peers[f"{NNCF_TRANSFORMER}.xml"], halves),
     ]
@@ -150,8 +155,8 @@ def entries_of(
         ("published", "published network, FP32", Made(published)),
         ("float", "ours, FP32", Made(plain.file("onnxruntime-cpu"))),
         ("int8", "ours, INT8", Made(ours.file("onnxruntime-cpu"))),
-        (STATIC, "ONNX Runtime quantize_static", peers[f"{STATIC}.onnx"]),
-        (STATIC_PRODUCTS, "the same, products only", peers[f"{STATIC_PRODUCTS}.onnx"]),
+        (STATIC, "quantize_static, its choice", peers[f"{STATIC}.onnx"]),
+        (STATIC_PRODUCTS, "quantize_static, products only", peers[f"{STATIC_PRODUCTS}.onnx"]),
     ]
     return [
         *(
