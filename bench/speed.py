@@ -121,6 +121,7 @@ def bench(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
     for setting in by_setting(first_images(ours.recipe.data, max(BATCHES))):
         if (len(setting.images_BCHW), setting.threads) not in done:
             kept["settings"].append(measured(entries, setting, console))
+            kept["settings"].sort(key=lambda one: (one["batch"], one["threads"]))
             write_text(store, json.dumps(kept, indent=1) + "\n")
     return kept
 
