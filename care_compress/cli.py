@@ -244,6 +244,21 @@ def compare(
 
 
 @app.command()
+def fidelity(
+    run: Annotated[str, typer.Argument(help="a run's name")],
+    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
+    images: Annotated[int, typer.Option(min=1, help="N evenly spaced validation images")] = 16,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Follow a run from the float model to each file: what every step loses, and where."""
+    from care_compress.fidelity import run_fidelity
+
+    wanted = None if targets is None else tuple(targets.split(","))
+    run_fidelity(runs, _plain(run), wanted, images, json, Console())
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(help="a run's name")] = "int8_qat",
     runs: Runs = Path("runs"),

@@ -7,8 +7,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from care_compress.quantize.distance import EXACT_DB
 from care_compress.quantize.mixed import Trial
-from care_compress.quantize.sensitivity import EXACT_DB, Sensitivity
+from care_compress.quantize.sensitivity import Sensitivity
 from care_compress.run import write_text
 
 SHOWN = 40  # sites in a plot; the table and the JSON have all
