@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -256,6 +256,21 @@ def fidelity(
 
     wanted = None if targets is None else tuple(targets.split(","))
     run_fidelity(runs, _plain(run), wanted, images, json, Console())
+
+
+@app.command()
+def layers(
+    file: Annotated[Path, typer.Argument(help="an .onnx, .xml or .engine file, anyone's")],
+    res: Annotated[int | None, typer.Option(help="input resolution; the file's own")] = None,
+    precision: Annotated[
+        Literal["f32", "bf16"], typer.Option(help="what OpenVINO may round floats to")
+    ] = "f32",
+    json: Annotated[Path | None, typer.Option(help="also write every layer here")] = None,
+) -> None:
+    """Show what a runtime makes of a file: its layers, their precision and their time."""
+    from care_compress.evaluate.layers import show_layers
+
+    show_layers(file, res, precision, json, Console())
 
 
 @app.command()

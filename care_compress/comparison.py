@@ -30,6 +30,7 @@ from care_compress.evaluate.significance import drop_interval
 from care_compress.evaluate.verdicts import Budget, Drop, Verdict, judge
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar, step_line
+from care_compress.runtime.layer_times import Profile
 from care_compress.runtime.on_openvino import OpenVinoPredictor, has_bfloat16, openvino_devices
 from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.runners import Runner, open_runner
@@ -84,6 +85,7 @@ class Comparison:
     collected: Collected
     latency: dict[tuple[int, int], dict[str, Latency]] = field(default_factory=dict)
     load_seconds: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, Profile] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 

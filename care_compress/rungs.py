@@ -163,6 +163,8 @@ class Ladder:
 
 def _how(target: Target) -> str:
     """How to get an engine of a target."""
+    if target.builds_without_device:
+        return "install the tensorrt-rtx extra, then make quantize"
     if target.device == "gpu":
         return f"make engine TARGET={target.name}, on a machine with that GPU"
     return f"make bundle TARGET={target.name} for the board, then care-compress import-results"

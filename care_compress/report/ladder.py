@@ -15,7 +15,7 @@ def fidelity(sources: Sources) -> Section:
     if found is None:
         section.blocks.append(missing(f"Not measured: care-compress fidelity {sources.name}."))
         return section
-    if found["results_sha256"] != sources.results_sha256:
+    if found.get("results_sha256") != sources.results_sha256:
         section.blocks.append(
             missing(
                 "fidelity.json is of an earlier run of this name: care-compress fidelity "
@@ -34,10 +34,7 @@ def fidelity(sources: Sources) -> Section:
         ),
     ]
     names, cells = hardest_sites(found)
-    rows = [
-        (Cell(short_name(site)), *(_decibels(one) for one in distances))
-        for site, distances in cells
-    ]
+    rows = [(Cell(short_name(site)), *map(_decibels, distances)) for site, distances in cells]
     caption = f"The {len(rows)} hardest sites, dB of each step; empty where a site's meaning moved"
     if rows:
         section.blocks.append(Table(caption, ("site", *names), rows, tuple(names)))
