@@ -62,7 +62,7 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
     collected = score(entries, models, samples, data, options, console)
     found = Comparison(models, entries, missing, collected)
     time_files(found, data, samples, options, console)
-    profile_files(found, data, samples, console)
+    profile_files(found, data, samples, options, console)
     decide(found, options)
     _report(found, samples, data, options, console)
     last = found.models[-1].run

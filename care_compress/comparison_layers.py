@@ -3,27 +3,34 @@
 import torch
 from rich.console import Console
 
-from care_compress.comparison import Comparison
+from care_compress.comparison import CompareOptions, Comparison
 from care_compress.contenders import Contender
 from care_compress.data.loader import BadImages
 from care_compress.data.samples import Samples
 from care_compress.evaluate.images import hold_images
 from care_compress.progress import step_line
-from care_compress.runtime.profile import profile_layers, read_engine_profile
+from care_compress.runtime.profile import SECONDS, profile_layers, read_engine_profile
 from care_compress.sections import DataSection
 
 
-def profile_files(found: Comparison, data: DataSection, samples: Samples, console: Console) -> None:
+def profile_files(
+    found: Comparison,
+    data: DataSection,
+    samples: Samples,
+    options: CompareOptions,
+    console: Console,
+) -> None:
     """Layers of what runs here with their times; of engines that were built, their precisions."""
     single = data.model_copy(update={"workers": 0})
     (image,) = hold_images(samples, single, 1, BadImages()).batches(1)
     image = image.contiguous(memory_format=torch.contiguous_format)
+    seconds = min(SECONDS, options.latency.seconds)
     with step_line(console) as notify:
         for entry in found.entries:
             if entry.path.suffix in (".onnx", ".xml"):
                 notify(f"profiling {entry.name} on {entry.target}")
                 found.layers[entry.key] = profile_layers(
-                    entry.path, image, 1, entry.precision, entry.device
+                    entry.path, image, 1, entry.precision, entry.device, seconds
                 )
     for target, name in found.missing:
         model = next(one for one in found.models if one.name == name)

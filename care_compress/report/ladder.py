@@ -5,7 +5,7 @@ from care_compress.evaluate.plots import short_name
 from care_compress.report.blocks import Cell, Section, Table, Text, missing, number
 from care_compress.report.sources import Json, Sources
 
-COLUMNS = ("rung", "made from", "logits dB", "to float dB", "same answers %", "first parts at")
+COLUMNS = ("rung", "logits dB", "to float dB", "same answers %", "first parts at", "made from")
 
 
 def fidelity(sources: Sources) -> Section:
@@ -27,10 +27,12 @@ def fidelity(sources: Sources) -> Section:
     section.blocks += [
         Text(
             "Each rung is compared with the one it was made from, so that a step answers for its "
-            "own loss alone. 80 dB and more is the order of float sums."
+            "own loss alone; 80 dB and more is the order of float sums. With its quantizers off "
+            "a quantized model still has the biases that PTQ corrected and the weights that QAT "
+            "trained: that is the rung called rescaled."
         ),
         Table(
-            f"On {found['images']:,} images", COLUMNS, [_rung(row) for row in rungs], COLUMNS[2:5]
+            f"On {found['images']:,} images", COLUMNS, [_rung(row) for row in rungs], COLUMNS[1:4]
         ),
     ]
     names, cells = hardest_sites(found)
@@ -47,11 +49,11 @@ def fidelity(sources: Sources) -> Section:
 def _rung(row: Json) -> tuple[Cell, ...]:
     return (
         Cell(row["rung"]),
-        Cell(row["before"] or ""),
         _decibels(row["sqnr_db"]),
         _decibels(row["to_float_db"]),
         number(row["same_percent"], 1),
         Cell(parting_text(row)),
+        Cell(row["before"] or ""),
     )
 
 

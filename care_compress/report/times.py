@@ -1,11 +1,9 @@
 """Where the time goes: sums by kind, and every layer beside the baseline's."""
 
-from collections.abc import Iterable
-
+from care_compress.evaluate.plots import short_name
 from care_compress.report.blocks import Block, Cell, Table, number
 from care_compress.report.sources import Json, Sources
 
-KINDS = ("target", "model", "kind", "layers", "ms", "share %")
 LAYERS = ("site", "kind", "enters as", "ms", "share %", "baseline as", "baseline ms", "times")
 NUMERIC = ("ms", "share %", "baseline ms", "times")
 PRODUCTS = ("integer products", "float products")
@@ -22,30 +20,34 @@ def layer_times(sources: Sources) -> list[Block]:
     told = {target: models for target, models in told.items() if models}
     if not told:
         return []
-    sums = [row for target, models in told.items() for row in _sums(target, models)]
-    blocks: list[Block] = [
-        Table("Where the time goes, batch 1, one thread", KINDS, sums, KINDS[3:], tall=True)
-    ]
+    blocks: list[Block] = []
     for target, models in told.items():
-        blocks += _target(sources, target, models)
+        blocks += [_sums(target, models), *_layers(sources, target, models)]
     return blocks
 
 
-def _sums(target: str, models: dict[str, Json]) -> Iterable[tuple[Cell, ...]]:
-    for name, one in models.items():
-        for kind, found in one["by_kind"].items():
-            share = found["share"]
-            yield (
-                Cell(target),
-                Cell(name),
-                Cell(kind),
-                number(found["layers"], 0),
-                number(found["ms"], 3),
-                number(None if share is None else 100 * share, 1),
-            )
+def _sums(target: str, models: dict[str, Json]) -> Table:
+    """Kinds by models; how many layers there are, where nothing was timed."""
+    timed = any(one["layers_ms"] is not None for one in models.values())
+    units = ("ms", "%") if timed else ("layers",)
+    columns = [f"{name} {unit}" for name in models for unit in units]
+    rows = []
+    for kind in next(iter(models.values()))["by_kind"]:
+        row = [Cell(kind)]
+        for one in models.values():
+            found = one["by_kind"][kind]
+            if timed:
+                row += [number(found["ms"], 3), number(100 * found["share"], 0)]
+            else:
+                row.append(number(found["layers"], 0))
+        rows.append(tuple(row))
+    caption = f"{target}: where the time goes, batch 1, one thread"
+    if not timed:
+        caption = f"{target}: what the engine's layers are; their times need its GPU"
+    return Table(caption, ("kind", *columns), rows, tuple(columns))
 
 
-def _target(sources: Sources, target: str, models: dict[str, Json]) -> list[Block]:
+def _layers(sources: Sources, target: str, models: dict[str, Json]) -> list[Block]:
     """Layers of the run's model on one target; products alone where nothing was timed."""
     name = next((name for name in models if sources.series(name) == 1), None)
     if name is None:
@@ -57,7 +59,7 @@ def _target(sources: Sources, target: str, models: dict[str, Json]) -> list[Bloc
         layers, before = _products(layers), _products(before)
     mine, theirs = _joined(layers), _joined(before)
     rows = [_row(key, mine.get(key, []), theirs.get(key, [])) for key in {**mine, **theirs}]
-    what = "every layer" if timed else "the engine's products; nothing was timed without its GPU"
+    what = "every layer" if timed else "the engine's products"
     return [Table(f"{target}: {what}, beside the baseline's", LAYERS, rows, NUMERIC, tall=True)]
 
 
@@ -70,7 +72,8 @@ def _joined(layers: list[Json]) -> dict[Key, list[Json]]:
     found: dict[Key, list[Json]] = {}
     for layer in layers:
         work = "product" if layer["group"] in PRODUCTS else str(layer["kind"])
-        site = str(layer["sites"][0]) if layer["sites"] else MADE_HERE
+        # Short, because a site that a norm was folded into has another number behind it.
+        site = short_name(str(layer["sites"][0])) if layer["sites"] else MADE_HERE
         found.setdefault((site, work), []).append(layer)
     return found
 
@@ -84,10 +87,10 @@ def _row(key: Key, mine: list[Json], theirs: list[Json]) -> tuple[Cell, ...]:
         Cell(key[0]),
         Cell(f"{kinds} x{count}" if count > 1 else kinds),
         Cell(_precisions(mine)),
-        number(now, 4),
+        number(now, 3),
         number(100 * sum(share) if share else None, 1),
         Cell(_precisions(theirs)),
-        number(before, 4),
+        number(before, 3),
         number(before / now if now and before else None, 2),
     )
 
