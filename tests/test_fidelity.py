@@ -16,6 +16,7 @@ from rich.console import Console
 from tiny import image_folder
 
 from care_compress import fidelity
+from care_compress import rungs as rungs_of_run
 from care_compress.cli import main
 from care_compress.errors import CheckpointError, DataError, RunError
 from care_compress.evaluate.divergence import sharpest_fall
@@ -25,6 +26,7 @@ from care_compress.quantize.distance import EXACT_DB, Distance
 from care_compress.recipe import load_recipe
 from care_compress.report import evidence
 from care_compress.report.write import write_report
+from care_compress.runtime.on_onnxruntime import OnnxPredictor
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 QUIET = Console(quiet=True)
@@ -86,6 +88,20 @@ def test_a_target_with_other_limits_has_a_simulation_of_its_own(rungs: dict[str,
 def test_an_engine_that_is_not_here_says_how_to_get_it(rungs: dict[str, Any]) -> None:
     why = rungs["engine of tensorrt-jetson-orin"]["missing"]
     assert "make bundle TARGET=tensorrt-jetson-orin" in why
+
+
+def test_an_engine_that_runs_shows_its_logits(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(runs / "mine", tmp_path / "mine")
+    (tmp_path / "mine/exports/tensorrt-jetson-orin/int8.engine").touch()
+    # Stands for a GPU: the engine answers as its graph does.
+    graph = lambda path, device: OnnxPredictor(Path(path).with_suffix(".onnx"))  # noqa: E731
+    monkeypatch.setattr(rungs_of_run, "open_predictor", graph)
+    found = climb(tmp_path, "mine", ("tensorrt-jetson-orin",))["engine of tensorrt-jetson-orin"]
+    assert found["before"] == "int8.onnx for tensorrt-jetson-orin"
+    assert (found["sqnr_db"], found["sites"]) == (EXACT_DB, {})
+    assert found["note"] == "an engine gives logits only"
 
 
 def test_a_spoiled_file_is_named_at_the_layer_that_was_spoiled(runs: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from care_compress.evaluate.plots import short_name
 from care_compress.quantize.distance import EXACT_DB
 
 HARDEST = 15
+ABSENT = "not here, see below"
 
 
 def rung_table(value: dict[str, Any]) -> Table:
@@ -20,9 +21,11 @@ def rung_table(value: dict[str, Any]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("first parts at", no_wrap=True)
     for row in value["rungs"]:
-        if "missing" not in row:
-            cells = (row["rung"], row["before"] or "", *_figures(row), parting_text(row))
-            table.add_row(*(escape(cell) for cell in cells))
+        if "missing" in row:
+            cells = [row["rung"], "", "", "", "", ABSENT]
+        else:
+            cells = [row["rung"], row["before"] or "", *_figures(row), parting_text(row)]
+        table.add_row(*(escape(cell) for cell in cells))
     return table
 
 

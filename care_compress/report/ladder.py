@@ -1,6 +1,6 @@
 """The fidelity ladder: what each step from the float model to a file cost, and where."""
 
-from care_compress.evaluate.ladder_tables import decibels, hardest_sites, parting_text
+from care_compress.evaluate.ladder_tables import ABSENT, decibels, hardest_sites, parting_text
 from care_compress.evaluate.plots import short_name
 from care_compress.report.blocks import Cell, Section, Table, Text, missing, number
 from care_compress.report.sources import Json, Sources
@@ -23,7 +23,7 @@ def fidelity(sources: Sources) -> Section:
             )
         )
         return section
-    rungs = [row for row in found["rungs"] if "missing" not in row]
+    rungs = [_rung(row) for row in found["rungs"]]
     section.blocks += [
         Text(
             "Each rung is compared with the one it was made from, so that a step answers for its "
@@ -31,9 +31,7 @@ def fidelity(sources: Sources) -> Section:
             "a quantized model still has the biases that PTQ corrected and the weights that QAT "
             "trained: that is the rung called rescaled."
         ),
-        Table(
-            f"On {found['images']:,} images", COLUMNS, [_rung(row) for row in rungs], COLUMNS[1:4]
-        ),
+        Table(f"On {found['images']:,} images", COLUMNS, rungs, COLUMNS[1:4]),
     ]
     names, cells = hardest_sites(found)
     rows = [(Cell(short_name(site)), *map(_decibels, distances)) for site, distances in cells]
@@ -47,6 +45,8 @@ def fidelity(sources: Sources) -> Section:
 
 
 def _rung(row: Json) -> tuple[Cell, ...]:
+    if "missing" in row:
+        return (Cell(row["rung"]), *[Cell("")] * 3, Cell(ABSENT), Cell(""))
     return (
         Cell(row["rung"]),
         _decibels(row["sqnr_db"]),
