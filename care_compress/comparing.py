@@ -147,8 +147,10 @@ def _report(
         if setting["rows"]:
             wide.print(latency_table(setting))
     for target, rows in value["targets"].items():
-        if any(one.get("by_kind") for one in rows.values()):
+        if any(one.get("layers_ms") for one in rows.values()):
             wide.print(kind_table(f"Where the time goes on {target}, batch 1, 1 thread", rows))
+        elif any(one.get("by_kind") for one in rows.values()):
+            wide.print(kind_table(f"Layers of the engines for {target}, not timed here", rows))
     for target in found.targets:
         reasons = {
             why

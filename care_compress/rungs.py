@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from care_compress.errors import RunError, TargetError
 from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.ladder import Absent, Rung
-from care_compress.evaluate.taps import Taken, run_graph, run_module, tap_file
+from care_compress.evaluate.taps import FileTap, Taken, run_graph, run_module, tap_file
 from care_compress.finished import FinishedRun
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
+from care_compress.predictor import Predictor
 from care_compress.quantize.artifact import Saved, load_saved
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.retarget import retarget
@@ -69,10 +70,12 @@ class Ladder:
             Rung(REWRITTEN, partial(run_module, compact), FLOAT, tuple(kept), note=NOT_ALL)
         )
         path = self.run.kept
+        if path is not None and not path.is_file():
+            raise RunError(f"the quantized model {path} is gone.", "make the run again")
         if path is None:
             self._files(lambda targets: (REWRITTEN, tuple(site.name for site in sites)))
         elif path.suffix == ".safetensors":
-            self._quantized(_intact(load_saved, path), compact)
+            self._quantized(load_saved(path), compact)
         else:
             name = "quantized by NNCF"
             self.rungs.append(_file(name, path, REWRITTEN, (), NNCF_HAS_NO_SITES, ()))
@@ -106,30 +109,34 @@ class Ladder:
     def _files(self, before: Callable[[list[Target]], tuple[str, tuple[str, ...]]]) -> None:
         """A rung for each different file, after what it was made from; engines behind."""
         note = NNCF_HAS_NO_SITES if self.run.results.get("backend") == "nncf" else ""
-        shared: dict[str, list[Target]] = {}
-        paths: dict[str, Path] = {}
+        for path, targets in self._different_files():
+            origin, sites = before(targets)
+            name = f"{path.name} for {_in_short(targets)}"
+            self.rungs.append(_file(name, path, origin, sites, note, _names(targets)))
+            for target in targets:
+                if target.is_engine:
+                    self._engine(target, name)
+
+    def _different_files(self) -> list[tuple[Path, list[Target]]]:
+        """Exported files, each once, with the targets that share it; reasons for the others."""
+        shared: dict[str, tuple[Path, list[Target]]] = {}
+        reasons: dict[str, list[str]] = {}
         for target, export in self._exports():
             main = export.get("models", {}).get(self.run.recipe.precision)
             if main is None:
-                reason = export.get("skipped") or export.get("failed") or "nothing was exported"
-                self.gone.append(Absent(f"file for {target.name}", reason))
+                said = export.get("skipped") or export.get("failed") or "nothing was exported"
+                reasons.setdefault(said.replace(target.name, "it"), []).append(target.name)
                 continue
             path = self.run.path / "exports" / target.name / main["file"]
             if not path.is_file():
-                why = "it is gone; make quantize exports it again"
-                self.gone.append(Absent(f"{path.name} for {target.name}", why))
+                gone = f"{path.name} is gone; make quantize exports it again"
+                reasons.setdefault(gone, []).append(target.name)
                 continue
-            digest = digest_of(path)
-            shared.setdefault(digest, []).append(target)
-            paths[digest] = path
-        for digest, targets in shared.items():
-            origin, sites = before(targets)
-            name = f"{paths[digest].name} for {_in_short(targets)}"
-            rung = _file(name, paths[digest], origin, sites, note, _names(targets))
-            self.rungs.append(rung)
-            for target in targets:
-                if target.is_engine:
-                    self._engine(target, rung.name)
+            shared.setdefault(digest_of(path), (path, []))[1].append(target)
+        self.gone += [
+            Absent(f"file for {', '.join(names)}", reason) for reason, names in reasons.items()
+        ]
+        return list(shared.values())
 
     def _exports(self) -> Iterable[tuple[Target, dict[str, Any]]]:
         found = self.run.results["exports"]
@@ -157,7 +164,7 @@ class Ladder:
         except TargetError as error:
             self.gone.append(Absent(name, str(error)))
             return
-        run = lambda image: Taken(predict(image))  # noqa: E731 (one expression, used once)
+        run = partial(_read, predict, None)
         self.rungs.append(Rung(name, run, file, (), (target.name,), ENGINE_HAS_NO_SITES))
 
 
@@ -168,12 +175,6 @@ def _how(target: Target) -> str:
     if target.device == "gpu":
         return f"make engine TARGET={target.name}, on a machine with that GPU"
     return f"make bundle TARGET={target.name} for the board, then care-compress import-results"
-
-
-def _intact(load: Callable[[Path], Saved], path: Path) -> Saved:
-    if not path.is_file():
-        raise RunError(f"the quantized model {path} is gone.", "make the run again")
-    return load(path)
 
 
 def _names(targets: list[Target]) -> tuple[str, ...]:
@@ -197,8 +198,12 @@ def _file(
     """An exported file: logits as it is, sites from a copy that shows them."""
     # The target's device may be elsewhere: its file is read on the CPU, its floats in float32.
     predict = OpenVinoPredictor(path) if path.suffix == ".xml" else open_predictor(str(path), CPU)
-    tap = tap_file(path, sites)
-    return Rung(name, lambda image: Taken(predict(image), tap(image)), before, sites, targets, note)
+    run = partial(_read, predict, tap_file(path, sites))
+    return Rung(name, run, before, sites, targets, note)
+
+
+def _read(predict: Predictor, tap: FileTap | None, image: Tensor) -> Taken:
+    return Taken(predict(image), {} if tap is None else tap(image))
 
 
 def _published(model: nn.Module, switches: RewriteSection, image: Tensor) -> Taken:
