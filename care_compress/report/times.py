@@ -3,10 +3,11 @@
 from care_compress.evaluate.plots import short_name
 from care_compress.report.blocks import Block, Cell, Table, number
 from care_compress.report.sources import Json, Sources
+from care_compress.runtime.layer_times import FLOAT, INTEGER
 
 LAYERS = ("site", "kind", "enters as", "ms", "share %", "baseline as", "baseline ms", "times")
 NUMERIC = ("ms", "share %", "baseline ms", "times")
-PRODUCTS = ("integer products", "float products")
+PRODUCTS = (INTEGER, FLOAT)
 MADE_HERE = "made by the runtime"
 Key = tuple[str, str]
 
@@ -17,11 +18,10 @@ def layer_times(sources: Sources) -> list[Block]:
         target: {name: one for name, one in models.items() if one.get("layers")}
         for target, models in ((sources.compare or {}).get("targets") or {}).items()
     }
-    told = {target: models for target, models in told.items() if models}
-    if not told:
-        return []
     blocks: list[Block] = []
     for target, models in told.items():
+        if not models:
+            continue
         blocks += [_sums(target, models), *_layers(sources, target, models)]
     return blocks
 
@@ -37,7 +37,8 @@ def _sums(target: str, models: dict[str, Json]) -> Table:
         for one in models.values():
             found = one["by_kind"][kind]
             if timed:
-                row += [number(found["ms"], 3), number(100 * found["share"], 0)]
+                share = found["share"]
+                row += [number(found["ms"], 3), number(None if share is None else 100 * share, 0)]
             else:
                 row.append(number(found["layers"], 0))
         rows.append(tuple(row))
