@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Torch has crashed when it trained in a process in which OpenVINO had run much before (LOG.md).
-ALONE := tests/test_compare.py tests/test_report.py tests/test_nncf_control.py
+ALONE := tests/test_compare.py tests/test_report.py tests/test_nncf_control.py tests/test_fidelity.py \
+	tests/test_layers.py
 
 RECIPE ?= int8_qat
 MODELS ?= fp32 int8

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -241,6 +241,36 @@ def compare(
     wanted = None if targets is None else tuple(targets.split(","))
     options = CompareOptions(wanted, images, json, max_drop, min_speedup, section, report=report)
     sys.exit(run_compare(models, runs, options, Console()))
+
+
+@app.command()
+def fidelity(
+    run: Annotated[str, typer.Argument(help="a run's name")],
+    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
+    images: Annotated[int, typer.Option(min=1, help="N evenly spaced validation images")] = 16,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Follow a run from the float model to each file: what every step loses, and where."""
+    from care_compress.fidelity import run_fidelity
+
+    wanted = None if targets is None else tuple(targets.split(","))
+    run_fidelity(runs, _plain(run), wanted, images, json, Console())
+
+
+@app.command()
+def layers(
+    file: Annotated[Path, typer.Argument(help="an .onnx, .xml or .engine file, anyone's")],
+    res: Annotated[int | None, typer.Option(help="input resolution; the file's own")] = None,
+    precision: Annotated[
+        Literal["f32", "bf16"], typer.Option(help="what OpenVINO may round floats to")
+    ] = "f32",
+    json: Annotated[Path | None, typer.Option(help="also write every layer here")] = None,
+) -> None:
+    """Show what a runtime makes of a file: its layers, their precision and their time."""
+    from care_compress.evaluate.layers import show_layers
+
+    show_layers(file, res, precision, json, Console())
 
 
 @app.command()

@@ -21,12 +21,14 @@ from care_compress.comparison import (
     time_files,
 )
 from care_compress.comparison_json import comparison_as_json
+from care_compress.comparison_layers import profile_files
 from care_compress.contenders import Contender, contenders, float_recipe_of, same_images
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.errors import DataError, RunError, TargetError
 from care_compress.evaluate.compare_tables import accuracy_table, latency_table
 from care_compress.evaluate.exports import digest_of
+from care_compress.evaluate.layers import kind_table
 from care_compress.pipeline import run_recipe
 from care_compress.report.write import write_report
 from care_compress.run import write_text
@@ -60,6 +62,7 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
     collected = score(entries, models, samples, data, options, console)
     found = Comparison(models, entries, missing, collected)
     time_files(found, data, samples, options, console)
+    profile_files(found, data, samples, options, console)
     decide(found, options)
     _report(found, samples, data, options, console)
     last = found.models[-1].run
@@ -143,6 +146,11 @@ def _report(
     for setting in value["latency"]:
         if setting["rows"]:
             wide.print(latency_table(setting))
+    for target, rows in value["targets"].items():
+        if any(one.get("layers_ms") for one in rows.values()):
+            wide.print(kind_table(f"Where the time goes on {target}, batch 1, 1 thread", rows))
+        elif any(one.get("by_kind") for one in rows.values()):
+            wide.print(kind_table(f"Layers of the engines for {target}, not timed here", rows))
     for target in found.targets:
         reasons = {
             why

@@ -24,11 +24,13 @@ from care_compress.errors import TargetError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.answers import Answers, Collected, collect_answers
 from care_compress.evaluate.exports import size_of
+from care_compress.evaluate.images import hold_images
 from care_compress.evaluate.latency import Latency, LatencyPlan, measure_latency
 from care_compress.evaluate.significance import drop_interval
 from care_compress.evaluate.verdicts import Budget, Drop, Verdict, judge
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar, step_line
+from care_compress.runtime.layer_times import Profile
 from care_compress.runtime.on_openvino import OpenVinoPredictor, has_bfloat16, openvino_devices
 from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.runners import Runner, open_runner
@@ -83,6 +85,7 @@ class Comparison:
     collected: Collected
     latency: dict[tuple[int, int], dict[str, Latency]] = field(default_factory=dict)
     load_seconds: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, Profile] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 
@@ -244,11 +247,10 @@ def _runners(entries: list[Entry], images: torch.Tensor, threads: int) -> dict[s
 
 
 def _images(samples: Samples, data: DataSection, count: int) -> torch.Tensor:
-    wanted = spread_indices(len(samples), count)
     single = data.model_copy(update={"workers": 0})
-    (batch, *_) = prepared_batches(samples, single, count, bad=BadImages(), indices=wanted)
-    repeats = -(-count // len(batch.images))
-    return batch.images.repeat(repeats, 1, 1, 1)[:count].contiguous()
+    (images,) = hold_images(samples, single, count, BadImages()).batches(count)
+    repeats = -(-count // len(images))
+    return images.repeat(repeats, 1, 1, 1)[:count].contiguous()
 
 
 def decide(found: Comparison, options: CompareOptions) -> None:

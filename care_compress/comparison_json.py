@@ -125,7 +125,8 @@ def _target(found: Comparison, target: str) -> dict[str, Any]:
 def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
     entry = found.entry(target, name)
     if entry is None:
-        return {"available": False, "why": found.missing.get((target, name), "no such file")}
+        why = found.missing.get((target, name), "no such file")
+        return {"available": False, "why": why, **_layers(found, f"{target}/{name}")}
     timed = found.latency.get((1, 1), {}).get(entry.key)
     answers = found.collected.answers[entry.key]
     return {
@@ -140,7 +141,14 @@ def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
         "sha256": digest_of(entry.path),
         "size_bytes": size_of(entry.path),
         "load_seconds": found.load_seconds.get(entry.key),
+        **_layers(found, entry.key),
     }
+
+
+def _layers(found: Comparison, key: str) -> dict[str, Any]:
+    """What runs, layer by layer, and the sums by kind."""
+    profile = found.layers.get(key)
+    return {} if profile is None else profile.as_json()
 
 
 def _share(found: Comparison, entry: Entry) -> float | None:

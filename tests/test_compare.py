@@ -117,6 +117,22 @@ def test_the_timed_file_is_the_scored_file(compared: Any, runs: Path) -> None:
     assert all(setting["rows"] for setting in compared["latency"])
 
 
+def test_every_layer_is_told_with_its_kind_and_its_time(compared: Any) -> None:
+    on = compared["targets"]["openvino-cpu"]
+    plain, rounded = on["mine_fp32"], on["mine"]
+    for model in (plain, rounded):
+        total = sum(layer["ms"] for layer in model["layers"])
+        assert total == pytest.approx(model["layers_ms"]) and total > 0
+        assert sum(one["ms"] for one in model["by_kind"].values()) == pytest.approx(total)
+    assert plain["by_kind"]["integer products"]["layers"] == 0
+    assert rounded["by_kind"]["integer products"]["layers"] > 50
+    stem = [layer for layer in rounded["layers"] if layer["sites"][:1] == ["stem.0"]]
+    assert "u8" in {layer["precision"] for layer in stem if layer["group"] == "integer products"}
+    assert compared["targets"]["onnxruntime-cpu"]["mine"]["layers"]
+    orin = compared["targets"]["tensorrt-jetson-orin"]["mine"]
+    assert "layers" not in orin, "no engine, no layers"
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [({"max_drop": 0.0}, "max_top1_drop"), ({"min_speedup": 1000.0}, "min_speedup")],

@@ -14,11 +14,11 @@ from care_compress.data.loader import BadImages, Batch, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import Accuracy
+from care_compress.evaluate.significance import NORMAL_95
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar
+from care_compress.quantize.distance import Distance
 from care_compress.sections import DataSection
-
-NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class Paired:
     lost: int  # right before, wrong now
     gained: int  # wrong before, right now
     agreeing: int  # same answer, right or wrong
-    signal: float  # sum of squared baseline logits
-    noise: float  # sum of squared logit differences
+    distance: Distance  # of the logits
 
     @property
     def drop(self) -> float:
@@ -55,11 +54,6 @@ class Paired:
         """Percent of images with the same answer."""
         return 100 * self.agreeing / self.baseline.images
 
-    @property
-    def sqnr_db(self) -> float:
-        """Logit signal over quantization noise."""
-        return math.inf if self.noise == 0 else 10 * math.log10(self.signal / self.noise)
-
     def as_json(self) -> dict[str, Any]:
         """The numbers as ``results.json`` holds them; points in percent."""
         return {
@@ -69,7 +63,7 @@ class Paired:
             "drop": self.drop,
             "drop_ci95": list(self.drop_ci95),
             "agreement": self.agreement,
-            "sqnr_db": None if self.noise == 0 else self.sqnr_db,
+            "sqnr_db": self.distance.known_db,
         }
 
 
@@ -104,7 +98,7 @@ def count_pairs(
     """Run both over all prepared batches and count."""
     images = lost = gained = agreeing = 0
     right, in_top5 = [0, 0], [0, 0]
-    signal = noise = 0.0
+    distance = Distance()
     for batch in batches:
         before, after = baseline(batch.images).cpu(), candidate(batch.images).cpu()
         hits = []
@@ -117,8 +111,7 @@ def count_pairs(
         lost += int((hits[0] & ~hits[1]).sum())
         gained += int((~hits[0] & hits[1]).sum())
         agreeing += int((before.argmax(dim=1) == after.argmax(dim=1)).sum())
-        signal += float(before.double().square().sum())
-        noise += float((before.double() - after.double()).square().sum())
+        distance.add(before, after)
         progress(len(batch.labels))
     if not images:
         raise DataError("there was no image to evaluate.", "check the source and its val split")
@@ -128,6 +121,5 @@ def count_pairs(
         lost,
         gained,
         agreeing,
-        signal,
-        noise,
+        distance,
     )
