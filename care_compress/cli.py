@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -40,6 +40,7 @@ ValFraction = Annotated[float | None, typer.Option(help="data.val_fraction")]
 Override = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable")]
 # Not --run: torchrun would take that for an abbreviation of its own --run-path.
 RunName = Annotated[str | None, typer.Option(help="run name; the recipe's if left out")]
+Precision = Literal["f32", "bf16", "f16"]
 Runs = Annotated[Path, typer.Option(help="where run directories live")]
 
 
@@ -210,6 +211,36 @@ def accuracy(
     from care_compress.evaluate.accuracy import measure_artifact
 
     measure_artifact(artifact, section, images, batch, json, Console())
+
+
+@app.command()
+def latency(
+    artifact: Annotated[str, typer.Argument(help=".onnx, .xml, .engine, checkpoint, builtin:NAME")],
+    batch: Annotated[str, typer.Option(help="images at once, separated by commas")] = "1,8",
+    threads: Annotated[
+        str | None, typer.Option(help="separated by commas; one and all if left out")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="what OpenVINO may round floats to; its own choice")
+    ] = None,
+    res: Annotated[int | None, typer.Option(min=32, help="where the file leaves it open")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+) -> None:
+    """Time one artifact: latency, throughput, load time, peak memory, size; and the machine."""
+    batches = _counts("--batch", batch)
+    counts = None if threads is None else _counts("--threads", threads)
+
+    from care_compress.evaluate.speed import SpeedOptions, measure_speed
+
+    measure_speed(artifact, SpeedOptions(batches, counts, precision, res, json), Console())
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    """``1,8`` as numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise CareError(f"{option} {text!r} is no list of positive numbers.", f"write {option} 1,8")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @app.command()
