@@ -185,7 +185,7 @@ def select(
 
 @app.command()
 def accuracy(
-    artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME or .onnx file")],
+    artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME, .onnx, .xml, .engine")],
     data: Annotated[str, typer.Option(help="folder, zip, hf:, wds: or builtin: source")],
     res: Annotated[int, typer.Option(help="input resolution")],
     crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
@@ -197,7 +197,9 @@ def accuracy(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="other data keys: mean=[0.5,0.5,0.5]")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="also write the numbers here; resumes if interrupted")
+    ] = None,
 ) -> None:
     """Measure top-1 and top-5 of one artifact on the validation images of a source."""
     values = {
@@ -208,7 +210,7 @@ def accuracy(
     }
     section = parse_section(DataSection, values, set_ or [], "the command line")
 
-    from care_compress.evaluate.accuracy import measure_artifact
+    from care_compress.evaluate.scoring import measure_artifact
 
     measure_artifact(artifact, section, images, batch, json, Console())
 

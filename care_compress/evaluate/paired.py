@@ -12,7 +12,6 @@ from torch import Tensor
 
 from care_compress.data.loader import BadImages, Batch, prepared_batches
 from care_compress.data.samples import Samples
-from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import Accuracy
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar
@@ -33,10 +32,27 @@ class Paired:
     signal: float  # sum of squared baseline logits
     noise: float  # sum of squared logit differences
 
+    def __add__(self, other: "Paired") -> "Paired":
+        """Counts over both sets of images."""
+        return Paired(
+            self.baseline + other.baseline,
+            self.candidate + other.candidate,
+            self.lost + other.lost,
+            self.gained + other.gained,
+            self.agreeing + other.agreeing,
+            self.signal + other.signal,
+            self.noise + other.noise,
+        )
+
+    @property
+    def images(self) -> int:
+        """How many, if any: a share of few images may be empty, the whole may not."""
+        return self.baseline.counted()
+
     @property
     def drop(self) -> float:
         """Baseline top-1 minus candidate top-1, in points."""
-        return 100 * (self.lost - self.gained) / self.baseline.images
+        return 100 * (self.lost - self.gained) / self.images
 
     @property
     def drop_ci95(self) -> tuple[float, float]:
@@ -45,7 +61,7 @@ class Paired:
         Var = (lost + gained - (lost - gained)^2 / n) / n^2: only images whose answer changed sides
         count, so it is far narrower than the intervals of the two accuracies.
         """
-        n = self.baseline.images
+        n = self.images
         changed, net = self.lost + self.gained, self.lost - self.gained
         half = NORMAL_95 * math.sqrt(max(0.0, changed - net**2 / n)) / n
         return self.drop - 100 * half, self.drop + 100 * half
@@ -53,7 +69,7 @@ class Paired:
     @property
     def agreement(self) -> float:
         """Percent of images with the same answer."""
-        return 100 * self.agreeing / self.baseline.images
+        return 100 * self.agreeing / self.images
 
     @property
     def sqnr_db(self) -> float:
@@ -120,8 +136,6 @@ def count_pairs(
         signal += float(before.double().square().sum())
         noise += float((before.double() - after.double()).square().sum())
         progress(len(batch.labels))
-    if not images:
-        raise DataError("there was no image to evaluate.", "check the source and its val split")
     return Paired(
         Accuracy(images, right[0], in_top5[0]),
         Accuracy(images, right[1], in_top5[1]),
