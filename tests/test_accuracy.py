@@ -15,6 +15,7 @@ from rich.console import Console
 from tiny import image_folder
 
 from care_compress.data.sources import open_samples
+from care_compress.errors import RunError
 from care_compress.evaluate import scoring
 from care_compress.evaluate.accuracy import Accuracy, own_share
 from care_compress.evaluate.scoring import measure_artifact
@@ -148,6 +149,16 @@ def test_the_state_of_another_evaluation_is_not_continued(
     found = measure_artifact(chosen, data, images, batch, file, Console())
     assert "starting anew" in capsys.readouterr().out
     assert found.images == {"images": 20}.get(change, 47)
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(
+    artifact: str, data: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = stop_after(99, KeyboardInterrupt, monkeypatch)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write"):
+        measure_artifact(artifact, data, None, 8, tmp_path / "file" / "out.json", QUIET)
+    assert not scored
 
 
 def test_without_a_file_nothing_is_left_behind(

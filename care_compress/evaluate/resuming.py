@@ -57,7 +57,7 @@ class ProgressFile:
 
     def write(self, progress: Progress) -> None:
         """Write now."""
-        if self.path is not None and progress.done:
+        if self.path is not None:
             content = {"evaluation": self.evaluation, **asdict(progress)}
             write_text(self.path, json.dumps(content) + "\n")
         self._written = time.monotonic()

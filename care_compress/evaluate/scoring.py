@@ -34,12 +34,16 @@ from care_compress.runtime.opening import artifact_path, open_predictor
 from care_compress.sections import DataSection
 from care_compress.train.distributed import World, join_world
 
+# On a CPU memory of larger batches is new each time, and the system clears it first: at 224 that
+# costs more than everything else beside the network (LOG.md).
+BATCH_SIZES = {"cpu": 32, "cuda": 256}
+
 
 def measure_artifact(
     artifact: str,
     data: DataSection,
     images: int | None,
-    batch_size: int,
+    batch_size: int | None,
     json_file: Path | None,
     console: Console,
 ) -> Accuracy:
@@ -53,6 +57,7 @@ def measure_artifact(
         predict = open_predictor(artifact, world.device, threads)
         samples = open_samples(data, "val")
         check_classes(samples, predict.num_classes)
+        batch_size = batch_size or BATCH_SIZES[world.device.type]
         chosen = own_share(spread_indices(len(samples), images), batch_size, world)
         job = _Job(samples, data, chosen, batch_size, world.device)
         evaluation = fingerprint([digest_of(path), images, world.rank, world.size, *job.facts()])
@@ -104,6 +109,7 @@ def _score(
         console.print(f"going on after {before:,} images")
     elif state.is_of_another:
         console.print("another evaluation was interrupted here: starting anew")
+    state.write(so_far)  # a place that cannot be written to is found now, not after hours
     try:
         with progress_bar(console, "evaluating", len(job.indices)) as advance:
             advance(so_far.done)
@@ -112,7 +118,10 @@ def _score(
                 so_far = found
                 state.keep(so_far)
     except BaseException as error:
-        state.write(so_far)
+        if so_far.done:
+            state.write(so_far)
+        else:
+            state.remove()
         if isinstance(error, KeyboardInterrupt):
             console.print(state.hint())
         raise
