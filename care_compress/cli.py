@@ -190,7 +190,9 @@ def accuracy(
     res: Annotated[int, typer.Option(help="input resolution")],
     crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
     images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="images per batch")] = 256,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="images at once; 32 on a CPU, 256 on a GPU")
+    ] = None,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="count them and go on")
     ] = False,
@@ -274,6 +276,22 @@ def compare(
     wanted = None if targets is None else tuple(targets.split(","))
     options = CompareOptions(wanted, images, json, max_drop, min_speedup, section, report=report)
     sys.exit(run_compare(models, runs, options, Console()))
+
+
+@app.command()
+def reference(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="some of its recipes; all if left out")
+    ] = None,
+    accepted: Annotated[
+        Path | None, typer.Option(help="accepted values; eval/reference.yaml if left out")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Check that recipes still give the accepted top-1 and size; exit code 1 if one drifted."""
+    from care_compress.reference import REFERENCE_FILE, run_reference
+
+    sys.exit(run_reference(recipes or [], accepted or REFERENCE_FILE, runs, Console()))
 
 
 @app.command()
