@@ -78,7 +78,7 @@ class Check:
         said = "ok   " if self.holds else "DRIFT"
         return (
             f"{said} {self.recipe} on {self.target}: {self.what} {self.value:,.10g}, "
-            f"accepted {self.accepted:,.10g} +- {self.tolerance:,.4g}"
+            f"accepted {self.accepted:,.10g} +- {round(self.tolerance, 2):,.10g}"
         )
 
 
