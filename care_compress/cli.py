@@ -191,7 +191,7 @@ def accuracy(
     crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
     images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="images at once; 32 on a CPU, 256 on a GPU")
+        int | None, typer.Option(min=1, help="images at once; 16 on a CPU, 256 on a GPU")
     ] = None,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="count them and go on")

@@ -36,7 +36,7 @@ from care_compress.train.distributed import World, join_world
 
 # On a CPU memory of larger batches is new each time, and the system clears it first: at 224 that
 # costs more than everything else beside the network (LOG.md).
-BATCH_SIZES = {"cpu": 32, "cuda": 256}
+BATCH_SIZES = {"cpu": 16, "cuda": 256}
 
 
 def measure_artifact(
