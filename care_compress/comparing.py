@@ -7,11 +7,9 @@ printed, and the exit code.
 import json
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.markup import escape
 
-from care_compress import machine
 from care_compress.comparison import (
     CompareOptions,
     Comparison,
@@ -29,6 +27,7 @@ from care_compress.errors import DataError, RunError, TargetError
 from care_compress.evaluate.compare_tables import accuracy_table, latency_table
 from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.layers import kind_table
+from care_compress.evaluate.speed import show_machine
 from care_compress.pipeline import run_recipe
 from care_compress.report.write import write_report
 from care_compress.run import write_text
@@ -160,8 +159,9 @@ def _report(
         for why in sorted(reasons):
             text = f"{target}: not measured here: {why}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
-    load = psutil.getloadavg()[0]
-    console.print(f"load average {load:.1f} on {len(machine.usable_cores())} cores")
+    show_machine(value["machine"], console)
+    if found.is_noisy:
+        console.print("[yellow]some figures are noisy: other programs had the cores, too[/]")
     for verdict in found.verdicts:
         colour = {True: "green", False: "red", None: "yellow"}[verdict.pays]
         console.print(

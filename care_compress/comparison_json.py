@@ -44,7 +44,11 @@ def comparison_as_json(found: Comparison, samples: Samples, data: DataSection) -
             for (batch, threads), timed in found.latency.items()
         ],
         "data": {**data.model_dump(mode="json"), "samples": samples.fingerprint()},
-        "machine": machine.describe(),
+        "machine": {
+            **machine.describe(),
+            "load_average": found.load_average,
+            "noisy": found.is_noisy,
+        },
     }
 
 
@@ -142,6 +146,7 @@ def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
         "size_bytes": size_of(entry.path),
         "load_seconds": found.load_seconds.get(entry.key),
         **_layers(found, entry.key),
+        "peak_memory_bytes": found.peak_memory.get(entry.key),
     }
 
 

@@ -38,6 +38,7 @@ from care_compress.quantize.spec import Plan
 from care_compress.run import sha256_file
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.opening import open_predictor
+from care_compress.train.distributed import World
 from care_compress.train.state import Progress
 from care_compress.workshop import Workshop, compared, training_in
 
@@ -104,10 +105,12 @@ def _searched(shop: Workshop, job: PtqJob, validation: Samples) -> Found:
     assert section is not None and section.search is not None
     assert recipe.budget.max_top1_drop is not None  # the recipe's own check
     images = section.search.images
+    # The other processes wait for the search: none of them would count a share.
+    alone = replace(shop, world=World(device=shop.world.device))
 
     def judge(model: QuantizedCare) -> float:
         predict = TorchPredictor(model, model.num_classes, shop.world.device)
-        return compared(shop, job.network, predict, validation, images).drop
+        return compared(alone, job.network, predict, validation, images).drop
 
     def show(trial: Trial) -> None:
         within = "within" if trial.within else "over"

@@ -11,6 +11,7 @@ def _timed(p50: float, top1: float, share: float | None = None) -> dict[str, Any
         "latency_ms": {"p50": p50, "p90": 1.09 * p50, "p99": 1.31 * p50},
         "throughput": 1000 / p50,
         "int8_mac_share": share,
+        "peak_memory_bytes": int(40e6 * p50),
     }
 
 

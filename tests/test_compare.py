@@ -94,6 +94,17 @@ def test_the_json_is_the_interface(compared: Any) -> None:
     assert budget["ok"] and budget["limit"] == 100.0
 
 
+def test_memory_and_the_state_of_the_machine_are_recorded(compared: Any) -> None:
+    on = compared["targets"]
+    for target in ("onnxruntime-cpu", "openvino-cpu"):
+        for name in ("mine_fp32", "mine"):
+            assert on[target][name]["peak_memory_bytes"] > 0
+    assert "peak_memory_bytes" not in on["tensorrt-jetson-orin"]["mine"]
+    about = compared["machine"]
+    assert set(about["load_average"]) == {"before", "after"}
+    assert "governor" in about["cpu"] and isinstance(about["noisy"], bool)
+
+
 def test_accuracy_is_that_of_the_files(compared: Any, runs: Path) -> None:
     results = json.loads((runs / "mine_fp32" / "results.json").read_text())
     assert compared["targets"]["onnxruntime-cpu"]["mine_fp32"]["top1"] == pytest.approx(

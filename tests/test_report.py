@@ -159,6 +159,13 @@ def test_evidence_is_the_models_own(bare: Path) -> None:
     assert flips == 48 - answers["same"] and len(answers["flipped"]) == min(flips, 24)
 
 
+def test_memory_of_every_compared_file_is_shown(full: Path, bare: Path) -> None:
+    size = section(page_of(full), "size")
+    assert "39.20 MB" in size and "20.80 MB" in size, "of fp32 and int8_ptq on openvino-cpu"
+    write_report(bare, QUIET)
+    assert "Memory has not been measured" in section(page_of(bare), "size")
+
+
 def test_flipped_images_are_shown_with_both_answers(full: Path) -> None:
     answers = section(page_of(full), "answers")
     assert answers.count("<img ") == 1 and 'src="data:image/jpeg;base64,/9j/4AAQ"' in answers

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from care_compress.data.loader import BadImages, Batch, prepared_batches
 from care_compress.data.samples import Samples
-from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import Accuracy
 from care_compress.evaluate.significance import NORMAL_95
 from care_compress.predictor import Predictor
@@ -32,10 +31,26 @@ class Paired:
     agreeing: int  # same answer, right or wrong
     distance: Distance  # of the logits
 
+    def __add__(self, other: "Paired") -> "Paired":
+        """Counts over both sets of images."""
+        return Paired(
+            self.baseline + other.baseline,
+            self.candidate + other.candidate,
+            self.lost + other.lost,
+            self.gained + other.gained,
+            self.agreeing + other.agreeing,
+            self.distance + other.distance,
+        )
+
+    @property
+    def images(self) -> int:
+        """How many, if any: a share of few images may be empty, the whole may not."""
+        return self.baseline.counted()
+
     @property
     def drop(self) -> float:
         """Baseline top-1 minus candidate top-1, in points."""
-        return 100 * (self.lost - self.gained) / self.baseline.images
+        return 100 * (self.lost - self.gained) / self.images
 
     @property
     def drop_ci95(self) -> tuple[float, float]:
@@ -44,7 +59,7 @@ class Paired:
         Var = (lost + gained - (lost - gained)^2 / n) / n^2: only images whose answer changed sides
         count, so it is far narrower than the intervals of the two accuracies.
         """
-        n = self.baseline.images
+        n = self.images
         changed, net = self.lost + self.gained, self.lost - self.gained
         half = NORMAL_95 * math.sqrt(max(0.0, changed - net**2 / n)) / n
         return self.drop - 100 * half, self.drop + 100 * half
@@ -52,7 +67,7 @@ class Paired:
     @property
     def agreement(self) -> float:
         """Percent of images with the same answer."""
-        return 100 * self.agreeing / self.baseline.images
+        return 100 * self.agreeing / self.images
 
     def as_json(self) -> dict[str, Any]:
         """The numbers as ``results.json`` holds them; points in percent."""
@@ -113,8 +128,6 @@ def count_pairs(
         agreeing += int((before.argmax(dim=1) == after.argmax(dim=1)).sum())
         distance.add(before, after)
         progress(len(batch.labels))
-    if not images:
-        raise DataError("there was no image to evaluate.", "check the source and its val split")
     return Paired(
         Accuracy(images, right[0], in_top5[0]),
         Accuracy(images, right[1], in_top5[1]),

@@ -27,6 +27,10 @@ class Distance:
         self.signal += float(wanted.square().sum())
         self.noise += float((wanted - found.double()).square().sum())
 
+    def __add__(self, other: "Distance") -> "Distance":
+        """Over both sets."""
+        return Distance(self.signal + other.signal, self.noise + other.noise)
+
     @property
     def sqnr_db(self) -> float:
         """Infinite for no difference, minus infinite where anything is no number."""
