@@ -85,8 +85,8 @@ def _options(name: str, runs: Path) -> list[Contender]:
             raise CareError(f"{name} is not a file.", "check the path, or name a run")
         return [Contender(name, {_reader(path): path})]
     if (runs / name / "results.json").is_file():
-        return [_of_run(runs / name)]
-    every = [_of_run(folder.parent) for folder in runs.glob("*/results.json")]
+        return [of_run(runs / name)]
+    every = [of_run(folder.parent) for folder in runs.glob("*/results.json")]
     wanted = [
         one
         for one in every
@@ -106,7 +106,8 @@ def _age(contender: Contender) -> float:
     return -(contender.run / "results.json").stat().st_mtime
 
 
-def _of_run(run: Path) -> Contender:
+def of_run(run: Path) -> Contender:
+    """The model of a finished run."""
     try:
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
         recipe = parse(Recipe, read_yaml(run / "recipe.yaml"), str(run / "recipe.yaml"))
