@@ -335,6 +335,22 @@ def report(
     write_report(runs / _plain(run), Console())
 
 
+@app.command()
+def tune(
+    target: Annotated[str, typer.Argument(help="openvino-cpu, onnxruntime-cpu")],
+    run: Annotated[str, typer.Option(help="the run whose export is tuned")] = "int8_qat",
+    images: Annotated[int, typer.Option(min=1, help="validation images for the drop")] = 512,
+    max_drop: Annotated[float | None, typer.Option(min=0, help="points of top-1")] = None,
+    again: Annotated[bool, typer.Option("--again", help="measure, whatever is known")] = False,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Find the placement that is fastest on this processor, and export it."""
+    from care_compress.tuning import TuneOptions, run_tune
+
+    options = TuneOptions(images, max_drop, again)
+    run_tune(runs, _plain(run), target, options, Console())
+
+
 RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken")]
 
 

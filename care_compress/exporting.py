@@ -59,7 +59,7 @@ def exported(
         with shop.stage("export"), step_line(shop.console) as notify:
             images = hold_images(validation, shop.recipe.data, shop.recipe.export.images, shop.bad)
             variants = Variants(shop.recipe, model, compact, kept, images)
-            export = _Export(shop, variants, _about(shop.recipe, variants, validation), notify)
+            export = Exporter(shop, variants, about_export(variants, validation), notify)
             for target in targets:
                 notify(f"exporting to {target.name}")
                 done.append(export.to(target))
@@ -75,9 +75,10 @@ def chosen_targets(recipe: Recipe) -> tuple[Target, ...]:
     return all_targets() if names is None else tuple(load_target(name) for name in names)
 
 
-def _about(recipe: Recipe, variants: Variants, validation: Samples) -> About:
-    """The fingerprint is of contents alone, wherever the files lie."""
-    kept, prepared = variants.kept, Preprocessing.of(recipe.data)
+def about_export(variants: Variants, validation: Samples) -> About:
+    """What the files say of themselves; the fingerprint is of contents, wherever they lie."""
+    recipe, kept = variants.recipe, variants.kept
+    prepared = Preprocessing.of(recipe.data)
     weights = sha256_file(kept) if kept else state_digest(variants.compact.state_dict())
     content = {"model": weights, "preprocessing": asdict(prepared), "classes": validation.classes}
     return About(recipe.name, fingerprint(content), tuple(validation.classes), prepared)
@@ -143,8 +144,8 @@ def check_exports(done: list[Exported]) -> None:
 
 
 @dataclass
-class _Export:
-    """One run's export."""
+class Exporter:
+    """Writes one run's model to targets."""
 
     shop: Workshop
     variants: Variants

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from care_compress.evaluate.images import HeldImages
 from care_compress.export.float_graph import float_graph
+from care_compress.export.forms import Form, form_for, in_form
 from care_compress.export.half import write_half
 from care_compress.export.integers import put_integers
+from care_compress.export.products import use_integer_products
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
@@ -24,6 +26,7 @@ from care_compress.quantization_sections import QuantizeSection, RuleSection
 from care_compress.quantize.artifact import Saved, load_saved
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.retarget import retarget
+from care_compress.quantize.spec import Plan
 from care_compress.recipe import Recipe
 from care_compress.run import fingerprint
 from care_compress.runtime.on_torch import TorchPredictor
@@ -85,6 +88,7 @@ class Variants:
     kept: Path | None  # the quantized model; none for a float recipe
     images: HeldImages
     made: dict[str, Variant] = field(default_factory=dict)
+    graphs: dict[Form, ir.Model] = field(default_factory=dict)  # in float
 
     @cached_property
     def saved(self) -> Saved | None:
@@ -109,27 +113,35 @@ class Variants:
     def of(self, target: Target) -> Variant:
         """What `target` executes; `RecipeError` if it cannot. Targets of the same limits share."""
         limits = target.model_dump(include=SHARED)
-        key = fingerprint({**limits, "typed": target.is_typed})
+        alike = (target.is_typed, target.device == "cpu", target.runtime == "onnxruntime")
+        key = fingerprint({**limits, "alike": alike})
         if key not in self.made:
             self.made[key] = self._make(target)
         return self.made[key]
 
     def _make(self, target: Target) -> Variant:
-        graph = ir.from_proto(ir.to_proto(self._inner))
-        graph.opset_imports[""] = target.opset
         if self.saved is None:
+            graph = self._inner(target, None)
             return Variant(self.compact, self.plain.logits, graph)
         rules = export_rules(self.recipe, self.saved.section, target)
         model = retarget(self.saved.model, self.saved.network, rules, target)
+        graph = self._inner(target, model.plan)
         put_integers(graph, model)
+        if target.runtime == "onnxruntime":
+            use_integer_products(graph)
         if target.is_typed:
             write_half(graph)
         return Variant(model, self._logits(model), graph)
 
-    @cached_property
-    def _inner(self) -> ir.Model:
-        """The float network inside the quantized model, or the float model itself."""
-        return self._graph(self.compact if self.saved is None else self.saved.network)
+    def _inner(self, target: Target, plan: Plan | None) -> ir.Model:
+        """The float network inside the quantized model, or the float model itself, to be edited."""
+        form = form_for(target, plan)
+        if form not in self.graphs:
+            network = self.compact if self.saved is None else self.saved.network
+            self.graphs[form] = self._graph(in_form(network, form))
+        graph = ir.from_proto(ir.to_proto(self.graphs[form]))
+        graph.opset_imports[""] = target.opset
+        return graph
 
     def _graph(self, network: CompactCare) -> ir.Model:
         recipe = self.recipe

@@ -18,6 +18,7 @@ from care_compress.quantize.quiet import silent
 
 INPUT, OUTPUT = "images", "logits"
 FIRST_OPSET = 20  # of Gelu as one operation; what is used here means the same in later ones
+LARGEST_SHARED = 65536  # elements: the masks of attention are one for each stage
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "Add"})
 
@@ -45,7 +46,7 @@ def float_graph(network: CompactCare, resolution: int, batch: Batch = "dynamic")
     assert program is not None
     model = program.model
     _name_by_module(model.graph, {name for name, _ in network.named_modules()})
-    DeduplicateInitializersPass()(model)
+    DeduplicateInitializersPass(size_limit=LARGEST_SHARED)(model)
     RemoveUnusedNodesPass()(model)
     model.producer_name, model.producer_version = "care-compress", None
     if batch != "dynamic":

@@ -34,7 +34,9 @@ def check_pairs(graph: onnx.GraphProto, quantized: QuantizedCare | None) -> None
     """Every planned tensor has its Q/DQ pair, and no DequantizeLinear has two readers."""
     integers = [] if quantized is None else list(quantized.integers())
     weights = sum(quantizer.operand == "weight" for quantizer in integers)
-    stored = {tensor.name for tensor in graph.initializer}
+    # A bias may be stored as integers, too: of 32 bits.
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT4)
+    stored = {tensor.name for tensor in graph.initializer if tensor.data_type in kinds}
     quantizes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     dequantizes = [node for node in graph.node if node.op_type == "DequantizeLinear"]
     found = sum(node.input[0] in stored for node in dequantizes)

@@ -47,9 +47,13 @@ class SlicedMixer(TokenMixer):
         g, memory = self.group, x_BCHW.shape[1] - 3 * self.group
         att = x_BCHW[:, memory : memory + g]
         att = self.strips(att) if self.head_dim is None else self.attention(att)
-        c1 = self.dwconv1(x_BCHW[:, memory + g : memory + 2 * g])
-        c2 = self.dwconv2(x_BCHW[:, memory + 2 * g :])
-        return x_BCHW[:, :memory], torch.cat([att, c1, c2], dim=1)
+        return x_BCHW[:, :memory], torch.cat([att, *self.windows(x_BCHW)], dim=1)
+
+    def windows(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """The 3x3 and the 7x7, on the last two groups."""
+        start = x_BCHW.shape[1] - 2 * self.group
+        c1 = self.dwconv1(x_BCHW[:, start : start + self.group])
+        return c1, self.dwconv2(x_BCHW[:, start + self.group :])
 
     def split_heads(self, qk_BCHW: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Queries and keys, each (B, h, d, N)."""
@@ -137,11 +141,11 @@ class GlobalMean(nn.Module):
 
 
 class PooledDepthwise(nn.Module):
-    """A zero-padded depthwise 3x3 followed by the global mean, as nine border-corrected sums.
+    """A zero-padded depthwise 3x3 followed by the global mean, as one weighted sum.
 
-    mean_p sum_d w[d] x[p + d] = (1/N) sum_d w[d] S_d, where S_d sums x over all positions that
-    offset d can reach: the total minus one border row and/or column, plus their shared corner.
-    Needs about a ninth of the multiplications and never stores the convolution's output.
+    mean_p sum_d w[d] x[p + d] = (1/N) sum_q x[q] sum_d w[d] [q - d is inside]: one weight for each
+    position, which differs from the kernel's sum at the border only. Needs a ninth of the
+    multiplications, and never stores the convolution's output.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -152,16 +156,17 @@ class PooledDepthwise(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Pooled features (B, C)."""
-        rows_BCW = x_BCHW.sum(dim=2)
-        top, bottom = x_BCHW[:, :, 0], x_BCHW[:, :, -1]
-        # Kernel row 0 looks one up, so it never reads the bottom row; row 2 never the top one.
-        reached = torch.stack([rows_BCW - bottom, rows_BCW, rows_BCW - top], dim=2)
-        total = reached.sum(dim=3)
-        left, right = reached[..., 0], reached[..., -1]
-        sums_BC33 = torch.stack([total - right, total, total - left], dim=3)
-        pixels = x_BCHW.shape[2] * x_BCHW.shape[3]
-        pooled = (sums_BC33 * self.weight).sum(dim=(2, 3)) / pixels
+        rows_3H, columns_3W = (_reached(size, x_BCHW) for size in x_BCHW.shape[2:])
+        weight_CHW = rows_3H.T @ self.weight @ columns_3W
+        pooled = (x_BCHW * weight_CHW).sum(dim=(2, 3)) / (x_BCHW.shape[2] * x_BCHW.shape[3])
         return pooled if self.bias is None else pooled + self.bias
+
+
+def _reached(size: int, like: Tensor) -> Tensor:
+    """Whether row d of a 3-wide kernel reaches a position from inside: (3, size)."""
+    place = torch.arange(size, device=like.device)
+    # Row 0 looks one up, so it never reads the last position; row 2 never the first.
+    return torch.stack([place < size - 1, place >= 0, place > 0]).to(like.dtype)
 
 
 class TwinHeads(nn.Module):

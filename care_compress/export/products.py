@@ -1,0 +1,160 @@
+"""Quantized 1x1 convolutions as integer matrix products, the only ones that ONNX Runtime has.
+
+It multiplies the integers of a convolution only if the result is quantized at once. Here a GELU or
+a residual stands between, so it would fall back to float (13 ms, its FP32 takes 11: see
+docs/PERFORMANCE.md). A Gemm between Q/DQ pairs may give out floats:
+
+    Transpose -> Reshape -> Q -> DQ -> Gemm -> Reshape -> Transpose
+
+with the bias in whole steps of the integer sums. ONNX Runtime moves the transposes through the
+network until most of them meet and cancel.
+"""
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from care_compress.export.float_graph import product_nodes
+
+_DATA, _WEIGHT, _BIAS = 0, 1, 2
+_LARGEST = 2**31 - 1
+
+
+def use_integer_products(model: ir.Model) -> None:
+    """Replace every 1x1 convolution of two quantized operands in place."""
+    names = (f"m{number}" for number in count())
+    for name, node in product_nodes(model.graph).items():
+        if node.op_type == "Conv" and _is_pointwise(node):
+            _Product(model.graph, node, name, names).replace()
+    graph = model.graph
+    for unused in [key for key, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[unused]
+
+
+def _is_pointwise(node: ir.Node) -> bool:
+    """One group, a 1x1 kernel, 8 bits, one scale of the data, and a bias that fits into int32."""
+    data, weight = _maker(node, _DATA), _maker(node, _WEIGHT)
+    if any(maker is None or maker.op_type != "DequantizeLinear" for maker in (data, weight)):
+        return False
+    stored, groups = _input(weight, 0), node.attributes.get("group")
+    return (
+        stored.dtype == ir.DataType.INT8
+        and _numbers(stored).shape[2:] == (1, 1)
+        and (groups is None or groups.as_int() == 1)
+        and _numbers(_input(data, 1)).size == 1
+        and float(np.abs(_bias_steps(node)).max()) <= _LARGEST
+    )
+
+
+class _Product:
+    """One convolution and the nodes that take its place."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node, name: str, names: Iterator[str]) -> None:
+        self.graph, self.node, self.name, self.names = graph, node, name, names
+        data, weight = _maker(node, _DATA), _maker(node, _WEIGHT)
+        assert data is not None and weight is not None
+        self.data, self.weight = data, weight
+
+    def replace(self) -> None:
+        """Put the product where the convolution was."""
+        out = self.node.outputs[0]
+        assert out.shape is not None
+        _, channels, height, width = out.shape
+        self._flatten_data()
+        self._transpose_weight()
+        operands = [self.node.inputs[_DATA], self.node.inputs[_WEIGHT], self._bias()]
+        rows = self._made("Gemm", operands, "/Gemm")
+        image = self._made("Reshape", [rows, self._shape(-1, height, width, channels)], "/image")
+        # The site's own name goes to the node that gives out what the convolution gave.
+        last = self._made("Transpose", [image], "", perm=[0, 3, 1, 2])
+        last.shape, last.dtype = out.shape, out.dtype
+        for use in list(out.uses()):
+            use.node.replace_input_with(use.idx, last)
+        self.graph.remove(self.node, safe=True)
+
+    def _flatten_data(self) -> None:
+        """Quantize rows of channels, one for each pixel: elements that lie side by side."""
+        quantize = _maker(self.data, 0)
+        assert quantize is not None and quantize.op_type == "QuantizeLinear"
+        channels = _numbers(_input(self.weight, 0)).shape[1]
+        last = self._made(
+            "Transpose", [quantize.inputs[0]], "/last", before=quantize, perm=[0, 2, 3, 1]
+        )
+        rows = self._made("Reshape", [last, self._shape(-1, channels)], "/rows", before=quantize)
+        quantize.replace_input_with(0, rows)
+
+    def _transpose_weight(self) -> None:
+        stored = _input(self.weight, 0)
+        integers = _numbers(stored)[:, :, 0, 0].T
+        self.weight.replace_input_with(0, self._constant(f"{stored.name}_t", integers))
+        if "axis" in self.weight.attributes:
+            self.weight.attributes["axis"] = ir.AttrInt64("axis", 1)
+
+    def _bias(self) -> ir.Value:
+        """The bias as integers with the step of the sums; simulated so, by `retarget`."""
+        steps = self._constant(f"{self.name}.bias", _bias_steps(self.node).astype(np.int32))
+        unit = self._constant(f"{self.name}.bias_unit", _step(self.node))
+        return self._made("DequantizeLinear", [steps, unit], "/bias_dq", axis=0)
+
+    def _shape(self, *sizes: object) -> ir.Value:
+        numbers = [int(str(size)) for size in sizes]
+        name = "shape_" + "x".join(str(number) for number in numbers)
+        found = self.graph.initializers.get(name)
+        return found or self._constant(name, np.array(numbers, np.int64))
+
+    def _constant(self, name: str, value: NDArray[np.generic]) -> ir.Value:
+        tensor = ir.tensor(np.ascontiguousarray(value), name=name)
+        made = ir.Value(
+            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+        )
+        self.graph.initializers[name] = made
+        return made
+
+    def _made(
+        self,
+        kind: str,
+        inputs: list[ir.Value | None],
+        name: str,
+        before: ir.Node | None = None,
+        **attributes: int | list[int],
+    ) -> ir.Value:
+        node = ir.node(kind, inputs, attributes or None, name=f"{self.name}{name}")
+        node.outputs[0].name = next(self.names)
+        self.graph.insert_before(before or self.node, node)
+        return node.outputs[0]
+
+
+def _maker(node: ir.Node, place: int) -> ir.Node | None:
+    value = node.inputs[place]
+    return None if value is None else value.producer()
+
+
+def _input(node: ir.Node | None, place: int) -> ir.Value:
+    assert node is not None
+    value = node.inputs[place]
+    assert value is not None
+    return value
+
+
+def _numbers(value: ir.Value) -> NDArray[np.generic]:
+    assert value.const_value is not None
+    found: NDArray[np.generic] = value.const_value.numpy()
+    return found
+
+
+def _step(node: ir.Node) -> NDArray[np.float32]:
+    """What one step of each output channel's integer sum is worth."""
+    data, weight = (
+        _numbers(_input(_maker(node, place), 1)).astype(np.float32) for place in (_DATA, _WEIGHT)
+    )
+    step: NDArray[np.float32] = np.broadcast_to(data * weight, _numbers(_input(node, _BIAS)).shape)
+    return step
+
+
+def _bias_steps(node: ir.Node) -> NDArray[np.float64]:
+    bias = _numbers(_input(node, _BIAS)).astype(np.float64)
+    steps: NDArray[np.float64] = np.round(bias / _step(node).astype(np.float64))
+    return steps
