@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Torch has crashed when it trained in a process in which OpenVINO had run much before (LOG.md).
-ALONE := tests/test_compare.py tests/test_report.py tests/test_nncf_control.py
+ALONE := tests/test_compare.py tests/test_report.py tests/test_nncf_control.py tests/test_fidelity.py \
+	tests/test_layers.py
 
 RECIPE ?= int8_qat
 MODELS ?= fp32 int8
@@ -27,7 +28,7 @@ define READY
 endef
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize compare report bundle engine doctor test check recipes bench bench-data bench-train bench-quantize ablate clean
+.PHONY: help setup quantize compare reference report bundle engine doctor test check recipes bench bench-data bench-train bench-quantize bench-evaluate ablate clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -42,6 +43,9 @@ quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES=
 
 compare: $(VENV)/.user ## models side by side on every target: MODELS="fp32 int8"
 	@$(BIN)/python eval/compare.py $(MODELS)
+
+reference: $(VENV)/.user ## check that recipes still give their accepted values: [MODELS="fp32 int8_ptq"]
+	@$(BIN)/care-compress reference $(if $(filter command% environment%,$(origin MODELS)),$(MODELS))
 
 report: $(VENV)/.user ## one page of a finished run: [RUN=int8_qat]
 	@$(BIN)/care-compress report '$(DEPLOYED)'
@@ -82,6 +86,9 @@ bench-train: $(VENV)/.dev ## images/s of the trainer beside bare forward + backw
 
 bench-quantize: $(VENV)/.dev ## cost of a QAT step and of calibration beside the float model
 	@$(BIN)/python bench/quantize.py
+
+bench-evaluate: $(VENV)/.dev ## cost of an evaluation beside decoding alone and inference alone
+	@$(BIN)/python bench/evaluate.py
 
 ablate: $(VENV)/.dev ## each method added and removed: [CKPT= DATA= RES=], into docs/RESULTS.md; resumes
 	@$(BIN)/python bench/ablate.py --report $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -40,6 +40,7 @@ ValFraction = Annotated[float | None, typer.Option(help="data.val_fraction")]
 Override = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable")]
 # Not --run: torchrun would take that for an abbreviation of its own --run-path.
 RunName = Annotated[str | None, typer.Option(help="run name; the recipe's if left out")]
+Precision = Literal["f32", "bf16", "f16"]
 Runs = Annotated[Path, typer.Option(help="where run directories live")]
 
 
@@ -184,19 +185,23 @@ def select(
 
 @app.command()
 def accuracy(
-    artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME or .onnx file")],
+    artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME, .onnx, .xml, .engine")],
     data: Annotated[str, typer.Option(help="folder, zip, hf:, wds: or builtin: source")],
     res: Annotated[int, typer.Option(help="input resolution")],
     crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
     images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="images per batch")] = 256,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="images at once; 16 on a CPU, 256 on a GPU")
+    ] = None,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="count them and go on")
     ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="other data keys: mean=[0.5,0.5,0.5]")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="also write the numbers here; resumes if interrupted")
+    ] = None,
 ) -> None:
     """Measure top-1 and top-5 of one artifact on the validation images of a source."""
     values = {
@@ -207,9 +212,39 @@ def accuracy(
     }
     section = parse_section(DataSection, values, set_ or [], "the command line")
 
-    from care_compress.evaluate.accuracy import measure_artifact
+    from care_compress.evaluate.scoring import measure_artifact
 
     measure_artifact(artifact, section, images, batch, json, Console())
+
+
+@app.command()
+def latency(
+    artifact: Annotated[str, typer.Argument(help=".onnx, .xml, .engine, checkpoint, builtin:NAME")],
+    batch: Annotated[str, typer.Option(help="images at once, separated by commas")] = "1,8",
+    threads: Annotated[
+        str | None, typer.Option(help="separated by commas; one and all if left out")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="what OpenVINO may round floats to; its own choice")
+    ] = None,
+    res: Annotated[int | None, typer.Option(min=32, help="where the file leaves it open")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+) -> None:
+    """Time one artifact: latency, throughput, load time, peak memory, size; and the machine."""
+    batches = _counts("--batch", batch)
+    counts = None if threads is None else _counts("--threads", threads)
+
+    from care_compress.evaluate.speed import SpeedOptions, measure_speed
+
+    measure_speed(artifact, SpeedOptions(batches, counts, precision, res, json), Console())
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    """``1,8`` as numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise CareError(f"{option} {text!r} is no list of positive numbers.", f"write {option} 1,8")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @app.command()
@@ -244,6 +279,52 @@ def compare(
 
 
 @app.command()
+def fidelity(
+    run: Annotated[str, typer.Argument(help="a run's name")],
+    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
+    images: Annotated[int, typer.Option(min=1, help="N evenly spaced validation images")] = 16,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Follow a run from the float model to each file: what every step loses, and where."""
+    from care_compress.fidelity import run_fidelity
+
+    wanted = None if targets is None else tuple(targets.split(","))
+    run_fidelity(runs, _plain(run), wanted, images, json, Console())
+
+
+@app.command()
+def layers(
+    file: Annotated[Path, typer.Argument(help="an .onnx, .xml or .engine file, anyone's")],
+    res: Annotated[int | None, typer.Option(help="input resolution; the file's own")] = None,
+    precision: Annotated[
+        Literal["f32", "bf16"], typer.Option(help="what OpenVINO may round floats to")
+    ] = "f32",
+    json: Annotated[Path | None, typer.Option(help="also write every layer here")] = None,
+) -> None:
+    """Show what a runtime makes of a file: its layers, their precision and their time."""
+    from care_compress.evaluate.layers import show_layers
+
+    show_layers(file, res, precision, json, Console())
+
+
+@app.command()
+def reference(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="some of its recipes; all if left out")
+    ] = None,
+    accepted: Annotated[
+        Path | None, typer.Option(help="accepted values; eval/reference.yaml if left out")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Check that recipes still give the accepted top-1 and size; exit code 1 if one drifted."""
+    from care_compress.reference import REFERENCE_FILE, run_reference
+
+    sys.exit(run_reference(recipes or [], accepted or REFERENCE_FILE, runs, Console()))
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(help="a run's name")] = "int8_qat",
     runs: Runs = Path("runs"),
@@ -252,6 +333,22 @@ def report(
     from care_compress.report.write import write_report
 
     write_report(runs / _plain(run), Console())
+
+
+@app.command()
+def tune(
+    target: Annotated[str, typer.Argument(help="openvino-cpu, onnxruntime-cpu")],
+    run: Annotated[str, typer.Option(help="the run whose export is tuned")] = "int8_qat",
+    images: Annotated[int, typer.Option(min=1, help="validation images for the drop")] = 512,
+    max_drop: Annotated[float | None, typer.Option(min=0, help="points of top-1")] = None,
+    again: Annotated[bool, typer.Option("--again", help="measure, whatever is known")] = False,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Find the placement that is fastest on this processor, and export it."""
+    from care_compress.tuning import TuneOptions, run_tune
+
+    options = TuneOptions(images, max_drop, again)
+    run_tune(runs, _plain(run), target, options, Console())
 
 
 RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken")]

@@ -7,11 +7,9 @@ printed, and the exit code.
 import json
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.markup import escape
 
-from care_compress import machine
 from care_compress.comparison import (
     CompareOptions,
     Comparison,
@@ -21,12 +19,15 @@ from care_compress.comparison import (
     time_files,
 )
 from care_compress.comparison_json import comparison_as_json
+from care_compress.comparison_layers import profile_files
 from care_compress.contenders import Contender, contenders, float_recipe_of, same_images
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.errors import DataError, RunError, TargetError
 from care_compress.evaluate.compare_tables import accuracy_table, latency_table
 from care_compress.evaluate.exports import digest_of
+from care_compress.evaluate.layers import kind_table
+from care_compress.evaluate.speed import show_machine
 from care_compress.pipeline import run_recipe
 from care_compress.report.write import write_report
 from care_compress.run import write_text
@@ -60,6 +61,7 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
     collected = score(entries, models, samples, data, options, console)
     found = Comparison(models, entries, missing, collected)
     time_files(found, data, samples, options, console)
+    profile_files(found, data, samples, options, console)
     decide(found, options)
     _report(found, samples, data, options, console)
     last = found.models[-1].run
@@ -143,6 +145,11 @@ def _report(
     for setting in value["latency"]:
         if setting["rows"]:
             wide.print(latency_table(setting))
+    for target, rows in value["targets"].items():
+        if any(one.get("layers_ms") for one in rows.values()):
+            wide.print(kind_table(f"Where the time goes on {target}, batch 1, 1 thread", rows))
+        elif any(one.get("by_kind") for one in rows.values()):
+            wide.print(kind_table(f"Layers of the engines for {target}, not timed here", rows))
     for target in found.targets:
         reasons = {
             why
@@ -152,8 +159,9 @@ def _report(
         for why in sorted(reasons):
             text = f"{target}: not measured here: {why}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
-    load = psutil.getloadavg()[0]
-    console.print(f"load average {load:.1f} on {len(machine.usable_cores())} cores")
+    show_machine(value["machine"], console)
+    if found.is_noisy:
+        console.print("[yellow]some figures are noisy: other programs had the cores, too[/]")
     for verdict in found.verdicts:
         colour = {True: "green", False: "red", None: "yellow"}[verdict.pays]
         console.print(

@@ -23,12 +23,15 @@ from care_compress.data.sources import check_classes
 from care_compress.errors import TargetError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.answers import Answers, Collected, collect_answers
-from care_compress.evaluate.exports import size_of
+from care_compress.evaluate.exports import digest_of, size_of
+from care_compress.evaluate.images import hold_images
 from care_compress.evaluate.latency import Latency, LatencyPlan, measure_latency
 from care_compress.evaluate.significance import drop_interval
 from care_compress.evaluate.verdicts import Budget, Drop, Verdict, judge
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar, step_line
+from care_compress.runtime.layer_times import Profile
+from care_compress.runtime.memory import peak_memory
 from care_compress.runtime.on_openvino import OpenVinoPredictor, has_bfloat16, openvino_devices
 from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.runners import Runner, open_runner
@@ -83,6 +86,9 @@ class Comparison:
     collected: Collected
     latency: dict[tuple[int, int], dict[str, Latency]] = field(default_factory=dict)
     load_seconds: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, Profile] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    load_average: dict[str, float] = field(default_factory=dict)  # before and after the timing
     verdicts: list[Verdict] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 
@@ -96,6 +102,11 @@ class Comparison:
             for target, board in measured_on_boards(one.run).items()
             if target in self.targets and self.entry(target, one.name) is None
         }
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether any file's turns differ too much to say anything fine."""
+        return any(one.is_noisy for timed in self.latency.values() for one in timed.values())
 
     @property
     def baseline(self) -> Contender:
@@ -212,6 +223,7 @@ def time_files(
 ) -> None:
     """Latency of every file at every batch size and number of threads."""
     cores = len(machine.usable_cores())
+    found.load_average["before"] = machine.load_average()
     with step_line(console) as notify:
         for batch, threads in product(BATCHES, dict.fromkeys((1, cores))):
             notify(f"timing batch {batch} on {threads} threads")
@@ -223,6 +235,26 @@ def time_files(
             found.latency[batch, threads] = measure_latency(runs, batch, options.latency)
             if (batch, threads) == (1, 1):
                 found.load_seconds = {key: r.load_seconds for key, r in runners.items()}
+        found.load_average["after"] = machine.load_average()
+        notify("measuring memory")
+        _measure_memory(found, data.resolution)
+
+
+def _measure_memory(found: Comparison, resolution: int) -> None:
+    """Of every file and setting once: the same bytes may be there for several models."""
+    known: dict[tuple[str, ...], int] = {}
+    for entry in found.entries:
+        if entry.path.suffix not in (".onnx", ".xml"):
+            continue
+        key = (digest_of(entry.path), entry.target, entry.precision)
+        if key not in known:
+            known[key] = peak_memory(
+                entry.path,
+                size=(resolution, resolution),
+                precision=entry.precision,
+                device=entry.device,
+            )
+        found.peak_memory[entry.key] = known[key]
 
 
 def _runners(entries: list[Entry], images: torch.Tensor, threads: int) -> dict[str, Runner]:
@@ -244,11 +276,10 @@ def _runners(entries: list[Entry], images: torch.Tensor, threads: int) -> dict[s
 
 
 def _images(samples: Samples, data: DataSection, count: int) -> torch.Tensor:
-    wanted = spread_indices(len(samples), count)
     single = data.model_copy(update={"workers": 0})
-    (batch, *_) = prepared_batches(samples, single, count, bad=BadImages(), indices=wanted)
-    repeats = -(-count // len(batch.images))
-    return batch.images.repeat(repeats, 1, 1, 1)[:count].contiguous()
+    (images,) = hold_images(samples, single, count, BadImages()).batches(count)
+    repeats = -(-count // len(images))
+    return images.repeat(repeats, 1, 1, 1)[:count].contiguous()
 
 
 def decide(found: Comparison, options: CompareOptions) -> None:

@@ -44,7 +44,11 @@ def comparison_as_json(found: Comparison, samples: Samples, data: DataSection) -
             for (batch, threads), timed in found.latency.items()
         ],
         "data": {**data.model_dump(mode="json"), "samples": samples.fingerprint()},
-        "machine": machine.describe(),
+        "machine": {
+            **machine.describe(),
+            "load_average": found.load_average,
+            "noisy": found.is_noisy,
+        },
     }
 
 
@@ -125,7 +129,8 @@ def _target(found: Comparison, target: str) -> dict[str, Any]:
 def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
     entry = found.entry(target, name)
     if entry is None:
-        return {"available": False, "why": found.missing.get((target, name), "no such file")}
+        why = found.missing.get((target, name), "no such file")
+        return {"available": False, "why": why, **_layers(found, f"{target}/{name}")}
     timed = found.latency.get((1, 1), {}).get(entry.key)
     answers = found.collected.answers[entry.key]
     return {
@@ -140,7 +145,15 @@ def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
         "sha256": digest_of(entry.path),
         "size_bytes": size_of(entry.path),
         "load_seconds": found.load_seconds.get(entry.key),
+        **_layers(found, entry.key),
+        "peak_memory_bytes": found.peak_memory.get(entry.key),
     }
+
+
+def _layers(found: Comparison, key: str) -> dict[str, Any]:
+    """What runs, layer by layer, and the sums by kind."""
+    profile = found.layers.get(key)
+    return {} if profile is None else profile.as_json()
 
 
 def _share(found: Comparison, entry: Entry) -> float | None:

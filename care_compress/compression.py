@@ -1,17 +1,15 @@
 """The quantize stages: PTQ, the search for bits and QAT, by either backend."""
 
-import contextlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
 
-from care_compress.data.loader import evaluation_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
-from care_compress.data.transforms import EvalTransform
 from care_compress.evaluate.accuracy import spread_indices
+from care_compress.evaluate.images import pixel_batches
 from care_compress.evaluate.paired import Paired
 from care_compress.evaluate.plots import plot_trials
 from care_compress.model.compact import CompactCare
@@ -40,6 +38,7 @@ from care_compress.quantize.spec import Plan
 from care_compress.run import sha256_file
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.opening import open_predictor
+from care_compress.train.distributed import World
 from care_compress.train.state import Progress
 from care_compress.workshop import Workshop, compared, training_in
 
@@ -106,10 +105,12 @@ def _searched(shop: Workshop, job: PtqJob, validation: Samples) -> Found:
     assert section is not None and section.search is not None
     assert recipe.budget.max_top1_drop is not None  # the recipe's own check
     images = section.search.images
+    # The other processes wait for the search: none of them would count a share.
+    alone = replace(shop, world=World(device=shop.world.device))
 
     def judge(model: QuantizedCare) -> float:
         predict = TorchPredictor(model, model.num_classes, shop.world.device)
-        return compared(shop, job.network, predict, validation, images).drop
+        return compared(alone, job.network, predict, validation, images).drop
 
     def show(trial: Trial) -> None:
         within = "within" if trial.within else "over"
@@ -153,17 +154,10 @@ def _accuracy_control(shop: Workshop, validation: Samples) -> AccuracyControl:
     """Evenly spaced validation images, kept as pixels: the search looks at them many times."""
     recipe = shop.recipe
     wanted = min(CONTROL_IMAGES, recipe.evaluate.images or CONTROL_IMAGES)
-    transform = EvalTransform(recipe.data.resolution, recipe.data.crop_pct, recipe.data.exif_rotate)
-    batches = evaluation_batches(
-        validation,
-        transform,
-        recipe.evaluate.batch_size,
-        recipe.data,
-        bad=shop.bad,
-        indices=spread_indices(len(validation), wanted),
-    )
-    with contextlib.closing(batches):
-        items = [(batch.images, batch.labels) for batch in batches]
+    indices = spread_indices(len(validation), wanted)
+    size = recipe.evaluate.batch_size
+    batches = pixel_batches(validation, recipe.data, indices, size, shop.bad)
+    items = [(batch.images, batch.labels) for batch in batches]
     assert recipe.budget.max_top1_drop is not None  # the recipe's own check
     return AccuracyControl(recipe.budget.max_top1_drop, items, recipe.data)
 

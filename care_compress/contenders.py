@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from care_compress.errors import CareError, RunError
-from care_compress.recipe import Precision, Recipe, load_recipe, parse, read_yaml
+from care_compress.errors import CareError
+from care_compress.finished import read_run
+from care_compress.recipe import Precision, Recipe, load_recipe
 from care_compress.runtime.opening import CHECKPOINT_SUFFIXES
 from care_compress.sections import DataSection
 
@@ -107,11 +108,8 @@ def _age(contender: Contender) -> float:
 
 
 def _of_run(run: Path) -> Contender:
-    try:
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        recipe = parse(Recipe, read_yaml(run / "recipe.yaml"), str(run / "recipe.yaml"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"run {run} cannot be read: {error}.", "make it again") from error
+    found = read_run(run)
+    results, recipe = found.results, found.recipe
     files = {}
     for target, export in results.get("exports", {}).items():
         main = export.get("models", {}).get(recipe.precision)

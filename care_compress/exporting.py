@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from care_compress.data.loader import evaluation_batches
 from care_compress.data.samples import Samples
-from care_compress.data.transforms import EvalTransform
-from care_compress.errors import DataError, ExportError, RecipeError, TargetError
+from care_compress.errors import ExportError, RecipeError, TargetError
 from care_compress.evaluate.accuracy import spread_indices
-from care_compress.evaluate.agreement import CheckImages, compare_logits
+from care_compress.evaluate.agreement import compare_logits
 from care_compress.evaluate.divergence import first_divergence
 from care_compress.evaluate.exports import Exported, File, digest_of, export_table
+from care_compress.evaluate.images import hold_images
 from care_compress.export.about import About, Preprocessing
 from care_compress.export.to_engine import build_ahead
 from care_compress.export.to_onnx import write_onnx
@@ -59,9 +57,9 @@ def exported(
         shutil.rmtree(shop.run.path / "exports", ignore_errors=True)
     if shop.world.is_main and targets:
         with shop.stage("export"), step_line(shop.console) as notify:
-            images = check_images(shop, validation)
+            images = hold_images(validation, shop.recipe.data, shop.recipe.export.images, shop.bad)
             variants = Variants(shop.recipe, model, compact, kept, images)
-            export = _Export(shop, variants, _about(shop.recipe, variants, validation), notify)
+            export = Exporter(shop, variants, about_export(variants, validation), notify)
             for target in targets:
                 notify(f"exporting to {target.name}")
                 done.append(export.to(target))
@@ -77,23 +75,10 @@ def chosen_targets(recipe: Recipe) -> tuple[Target, ...]:
     return all_targets() if names is None else tuple(load_target(name) for name in names)
 
 
-def check_images(shop: Workshop, validation: Samples) -> CheckImages:
-    """Evenly spaced validation images."""
-    data = shop.recipe.data
-    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
-    wanted = spread_indices(len(validation), shop.recipe.export.images)
-    batches = list(
-        evaluation_batches(validation, transform, 32, data, bad=shop.bad, indices=wanted)
-    )
-    if not batches:
-        raise DataError("there is no image to compare exports on.", "check the val split")
-    pixels = torch.cat([batch.images for batch in batches])
-    return CheckImages(pixels, torch.cat([batch.labels for batch in batches]), data)
-
-
-def _about(recipe: Recipe, variants: Variants, validation: Samples) -> About:
-    """The fingerprint is of contents alone, wherever the files lie."""
-    kept, prepared = variants.kept, Preprocessing.of(recipe.data)
+def about_export(variants: Variants, validation: Samples) -> About:
+    """What the files say of themselves; the fingerprint is of contents, wherever they lie."""
+    recipe, kept = variants.recipe, variants.kept
+    prepared = Preprocessing.of(recipe.data)
     weights = sha256_file(kept) if kept else state_digest(variants.compact.state_dict())
     content = {"model": weights, "preprocessing": asdict(prepared), "classes": validation.classes}
     return About(recipe.name, fingerprint(content), tuple(validation.classes), prepared)
@@ -159,8 +144,8 @@ def check_exports(done: list[Exported]) -> None:
 
 
 @dataclass
-class _Export:
-    """One run's export."""
+class Exporter:
+    """Writes one run's model to targets."""
 
     shop: Workshop
     variants: Variants

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Cpu:
     logical_cores: int
     # Feature -> present, e.g. {"avx2": True, "avx512_vnni": False}; empty if it cannot be read.
     features: Mapping[str, bool]
+    # How Linux sets their clocks: "performance", "powersave, schedutil"; None where nothing says.
+    governor: str | None = None
 
 
 @dataclass(frozen=True)
@@ -276,26 +278,42 @@ def usable_cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
+def scaling_governor(root: Path, usable: Collection[int]) -> str | None:
+    """The governors of these cores below /sys/devices/system/cpu; a virtual machine has none."""
+    paths = (root / f"cpu{core}" / "cpufreq" / "scaling_governor" for core in usable)
+    found = {_text(path).strip() for path in paths} - {""}
+    return ", ".join(sorted(found)) or None
+
+
+def load_average() -> float:
+    """Processes that wanted a core in the last minute, ours too, on the whole machine."""
+    return psutil.getloadavg()[0]
+
+
 def _read_cpu(quota: float | None) -> Cpu:
     usable = usable_cores()
-    match platform.system():
-        case "Linux":
-            cpu = parse_cpuinfo(_text(Path("/proc/cpuinfo")), usable)
-        case "Darwin":
-            text = _output("sysctl", "machdep.cpu.brand_string", "hw")
-            cpu = parse_sysctl(text, len(usable))
-        case _:
-            physical = psutil.cpu_count(logical=False) or len(usable)
-            cpu = Cpu(platform.processor(), physical, len(usable), {})
+    governor = scaling_governor(Path("/sys/devices/system/cpu"), usable)
+    cpu = replace(_read_processor(usable), governor=governor)
     if quota is None:
         return cpu
     allowed = max(1, int(quota))
-    return Cpu(
-        cpu.name,
-        min(cpu.physical_cores, allowed),
-        min(cpu.logical_cores, allowed),
-        cpu.features,
+    return replace(
+        cpu,
+        physical_cores=min(cpu.physical_cores, allowed),
+        logical_cores=min(cpu.logical_cores, allowed),
     )
+
+
+def _read_processor(usable: set[int]) -> Cpu:
+    match platform.system():
+        case "Linux":
+            return parse_cpuinfo(_text(Path("/proc/cpuinfo")), usable)
+        case "Darwin":
+            text = _output("sysctl", "machdep.cpu.brand_string", "hw")
+            return parse_sysctl(text, len(usable))
+        case _:
+            physical = psutil.cpu_count(logical=False) or len(usable)
+            return Cpu(platform.processor(), physical, len(usable), {})
 
 
 def _text(path: Path) -> str:

@@ -19,7 +19,7 @@ from care_compress.compression import Candidate, quantized, trained_quantized
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import DataError, RecipeError, TrainingError
-from care_compress.evaluate.accuracy import Accuracy, spread_indices
+from care_compress.evaluate.accuracy import Accuracy
 from care_compress.evaluate.exports import Exported
 from care_compress.evaluate.tables import quantized_table, rewrite_table
 from care_compress.exporting import check_exports, check_targets, chosen_targets, exported
@@ -41,7 +41,7 @@ from care_compress.target import Target, load_target
 from care_compress.train.distributed import World, join_world
 from care_compress.train.network import check_batch_size, train_network
 from care_compress.variants import export_rules
-from care_compress.workshop import Workshop, measured, opened, training_in
+from care_compress.workshop import Workshop, opened, scored, training_in
 
 
 def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
         model = float_model(shop, validation)
         compact, steps = rewritten(shop, model)
         if recipe.quantize is None:
-            accuracy = evaluated(shop, compact, validation)
+            accuracy = scored(shop, compact, validation)
             done = exported(shop, model, compact, None, validation)
             results = report_float(shop, validation, steps, accuracy, done)
             check_exports(done)
@@ -208,13 +208,6 @@ def rewritten(shop: Workshop, model: Care) -> tuple[CompactCare, list[RewriteSte
         compact, steps = rewrite_in_steps(model, shop.recipe.rewrite, shop.recipe.data.resolution)
     shop.console.print(rewrite_table(steps))
     return compact, steps
-
-
-def evaluated(shop: Workshop, model: CompactCare, validation: Samples) -> Accuracy:
-    """Top-1 and top-5 on the validation images."""
-    with shop.stage("evaluate"):
-        chosen = spread_indices(len(validation), shop.recipe.evaluate.images)
-        return measured(shop, model, validation, chosen)
 
 
 def report_float(

@@ -138,6 +138,7 @@ class NncfSection(Section):
 # What only our own backend does.
 OURS = (
     "rules",
+    "activation",
     "prescale",
     "equalize",
     "covariance",
@@ -161,6 +162,9 @@ class QuantizeSection(Section):
         "openvino-cpu", description="whose limits hold; null: simulated, no runtime's"
     )
     rules: tuple[RuleSection, ...] = ()
+    activation: Literal["gelu", "hard_swish"] = Field(
+        "gelu", description="hard_swish is cheaper and another function: it needs qat to heal"
+    )
     calibrate: CalibrateSection = CalibrateSection()
     prescale: Unit | Literal["trained", "search"] = Field(
         "search", description="alpha of the pre-norm scale site; trained: leave BatchNorm as it is"

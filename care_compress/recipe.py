@@ -93,7 +93,8 @@ def read_yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{path} is not readable YAML: {error}.", "correct the file") from error
+        why = " ".join(str(error).split())  # the parser draws where it is, over several lines
+        raise RecipeError(f"{path} is not readable YAML: {why}.", "correct the file") from error
 
 
 def load_recipe(

@@ -98,23 +98,7 @@ class Run:
     @contextlib.contextmanager
     def open(self, recipe: Recipe, machine: Mapping[str, Any]) -> Iterator["Run"]:
         """Lock the directory, record the recipe and the machine, release on the way out."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise RunError(
-                f"cannot use {self.path}: {error.strerror}.", "choose another --runs directory"
-            ) from error
-        with lock:
-            try:
-                # lockf, not flock: decoding workers would inherit a flock and hold it for seconds
-                # after their parent was killed, when the same command should go on.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(
-                    f"another process is working in {self.path}.",
-                    "wait for it, or give this run another --name",
-                ) from None
+        with self._locked():
             for leftover in self.path.rglob(".*.tmp"):
                 leftover.unlink()  # of a process that was killed while it wrote
             resolved = recipe.model_dump(mode="json")
@@ -135,6 +119,38 @@ class Run:
             yield self
             self._manifest["finished"] = _now()
             self._write_manifest()
+
+    @contextlib.contextmanager
+    def reopen(self) -> Iterator["Run"]:
+        """Lock a finished run to replace some of its files."""
+        with self._locked():
+            path = self.path / "manifest.json"
+            try:
+                self._manifest = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise RunError(f"{path} cannot be read: {error}.", "make the run again") from error
+            yield self
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunError(
+                f"cannot use {self.path}: {error.strerror}.", "choose another --runs directory"
+            ) from error
+        with lock:
+            try:
+                # lockf, not flock: decoding workers would inherit a flock and hold it for seconds
+                # after their parent was killed, when the same command should go on.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"another process is working in {self.path}.",
+                    "wait for it, or give this run another --name",
+                ) from None
+            yield
 
     def record_input(self, name: str, value: object) -> None:
         """Note what went in (a digest, a data set's description)."""

@@ -88,6 +88,9 @@ class Target(Section):
     rules: tuple[RuleSection, ...] = Field(
         (), description="what an export adds to a recipe's rules: sites that run faster in float"
     )
+    placements: dict[str, tuple[RuleSection, ...]] = Field(
+        {}, description="other rules that may be faster on one processor: `care-compress tune`"
+    )
     builds_without_device: bool = Field(
         False, description="an engine can be built where the device is absent"
     )

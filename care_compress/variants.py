@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from care_compress.evaluate.agreement import CheckImages
+from care_compress.evaluate.images import HeldImages
 from care_compress.export.float_graph import float_graph
 from care_compress.export.forms import Form, form_for, in_form
 from care_compress.export.half import write_half
@@ -86,7 +86,7 @@ class Variants:
     model: Care
     compact: CompactCare
     kept: Path | None  # the quantized model; none for a float recipe
-    images: CheckImages
+    images: HeldImages
     made: dict[str, Variant] = field(default_factory=dict)
     graphs: dict[Form, ir.Model] = field(default_factory=dict)  # in float
 

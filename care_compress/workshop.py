@@ -11,7 +11,13 @@ from torch import nn
 from care_compress import machine
 from care_compress.data.loader import BadImages
 from care_compress.data.samples import Samples
-from care_compress.evaluate.accuracy import Accuracy, measure_accuracy, spread_indices
+from care_compress.evaluate.accuracy import (
+    NOTHING,
+    Accuracy,
+    measure_accuracy,
+    own_share,
+    spread_indices,
+)
 from care_compress.evaluate.paired import Paired, measure_pair
 from care_compress.model.compact import CompactCare
 from care_compress.predictor import Predictor
@@ -56,7 +62,7 @@ def opened(run: Run, recipe: Recipe, world: World) -> Iterator[Run]:
 def measured(
     shop: Workshop, model: nn.Module, validation: Samples, indices: Sequence[int]
 ) -> Accuracy:
-    """Accuracy of a torch module on these validation images."""
+    """Accuracy of a torch module on these validation images, all by this process."""
     predict = TorchPredictor(model, len(validation.classes), shop.world.device)
     return measure_accuracy(
         predict,
@@ -68,6 +74,22 @@ def measured(
         console=shop.console,
         device=shop.world.device,
     )
+
+
+def scored(shop: Workshop, model: nn.Module, validation: Samples) -> Accuracy:
+    """Accuracy on the recipe's validation images; each process counts its share."""
+    evaluate, world = shop.recipe.evaluate, shop.world
+    chosen = spread_indices(len(validation), evaluate.images)
+    with shop.stage("evaluate"):
+        mine = measured(shop, model, validation, own_share(chosen, evaluate.batch_size, world))
+        _share_bad(shop)
+        return sum(world.gathered(mine), NOTHING)
+
+
+def _share_bad(shop: Workshop) -> None:
+    """Every process knows all images that were left out; the main one reports them."""
+    for reasons in shop.world.gathered(shop.bad.reasons):
+        shop.bad.reasons.update(reasons)
 
 
 def validating(shop: Workshop, validation: Samples) -> Validate:
@@ -102,18 +124,25 @@ def compared(
     validation: Samples,
     images: int | None = None,
 ) -> Paired:
-    """A quantized model beside the float one; on `images`, or as many as the recipe evaluates."""
-    recipe, device = shop.recipe, shop.world.device
+    """A quantized model beside the float one; on `images`, or as many as the recipe evaluates.
+
+    Each process counts its share, so all of the shop's world must come here.
+    """
+    recipe, world, device = shop.recipe, shop.world, shop.world.device
     classes = len(validation.classes)
+    chosen = spread_indices(len(validation), images or recipe.evaluate.images)
     with shop.stage("evaluate"):
-        return measure_pair(
+        mine = measure_pair(
             TorchPredictor(compact, classes, device),
             model,
             validation,
             recipe.data,
             batch_size=recipe.evaluate.batch_size,
-            indices=spread_indices(len(validation), images or recipe.evaluate.images),
+            indices=own_share(chosen, recipe.evaluate.batch_size, world),
             bad=shop.bad,
             console=shop.console,
             device=device,
         )
+        _share_bad(shop)
+        first, *others = world.gathered(mine)
+        return sum(others, first)

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of one artifact: a checkpoint or an ONNX file.
+"""Top-1 and top-5 of one artifact: a checkpoint, an .onnx, .xml or .engine file.
 
 python eval/accuracy.py model.pth --data images.zip --res 96 --crop 1.0
 """

@@ -11,6 +11,7 @@ def _timed(p50: float, top1: float, share: float | None = None) -> dict[str, Any
         "latency_ms": {"p50": p50, "p90": 1.09 * p50, "p99": 1.31 * p50},
         "throughput": 1000 / p50,
         "int8_mac_share": share,
+        "peak_memory_bytes": int(40e6 * p50),
     }
 
 
@@ -79,6 +80,29 @@ def comparison(candidate: str = "int8_ptq") -> dict[str, Any]:
             {"name": "min_speedup openvino-cpu", "limit": 2.0, "value": 1.88, "ok": False},
         ],
         "machine": {"noisy": False},
+    }
+
+
+def layers(precision: str, scale: float, convert: bool, site: str = "stem.0") -> dict[str, Any]:
+    """A convolution and a reorder as compare writes them."""
+    rows = [
+        ("conv", "Convolution", [site], precision, scale),
+        ("reorder", "Reorder", [], "f32", 0.5 * scale if convert else 0.0),
+    ]
+    group = "integer products" if precision == "u8" else "float products"
+    total = sum(row[4] for row in rows)
+    keys = ("name", "kind", "sites", "precision", "ms")
+    found = [dict(zip(keys, row, strict=True)) for row in rows]
+    for one, place in zip(found, (group, "reorder and convert"), strict=True):
+        one |= {"group": place, "share": one["ms"] / total}
+    by_kind = {one["group"]: {"layers": 1, "ms": one["ms"], "share": one["share"]} for one in found}
+    empty = {"layers": 0, "ms": 0.0, "share": 0.0}
+    kinds = ("integer products", "float products", "reorder and convert")
+    return {
+        "layers": found,
+        "by_kind": {kind: by_kind.get(kind, empty) for kind in kinds},
+        "layers_ms": total,
+        "profiled_ms": 1.1 * total,
     }
 
 

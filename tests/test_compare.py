@@ -94,6 +94,17 @@ def test_the_json_is_the_interface(compared: Any) -> None:
     assert budget["ok"] and budget["limit"] == 100.0
 
 
+def test_memory_and_the_state_of_the_machine_are_recorded(compared: Any) -> None:
+    on = compared["targets"]
+    for target in ("onnxruntime-cpu", "openvino-cpu"):
+        for name in ("mine_fp32", "mine"):
+            assert on[target][name]["peak_memory_bytes"] > 0
+    assert "peak_memory_bytes" not in on["tensorrt-jetson-orin"]["mine"]
+    about = compared["machine"]
+    assert set(about["load_average"]) == {"before", "after"}
+    assert "governor" in about["cpu"] and isinstance(about["noisy"], bool)
+
+
 def test_accuracy_is_that_of_the_files(compared: Any, runs: Path) -> None:
     results = json.loads((runs / "mine_fp32" / "results.json").read_text())
     assert compared["targets"]["onnxruntime-cpu"]["mine_fp32"]["top1"] == pytest.approx(
@@ -115,6 +126,22 @@ def test_the_timed_file_is_the_scored_file(compared: Any, runs: Path) -> None:
         assert compared["targets"][target]["mine"]["sha256"] == export["models"]["int8"]["sha256"]
     assert {(s["batch"], s["threads"] > 1) for s in compared["latency"]} >= {(1, False), (8, False)}
     assert all(setting["rows"] for setting in compared["latency"])
+
+
+def test_every_layer_is_told_with_its_kind_and_its_time(compared: Any) -> None:
+    on = compared["targets"]["openvino-cpu"]
+    plain, rounded = on["mine_fp32"], on["mine"]
+    for model in (plain, rounded):
+        total = sum(layer["ms"] for layer in model["layers"])
+        assert total == pytest.approx(model["layers_ms"]) and total > 0
+        assert sum(one["ms"] for one in model["by_kind"].values()) == pytest.approx(total)
+    assert plain["by_kind"]["integer products"]["layers"] == 0
+    assert rounded["by_kind"]["integer products"]["layers"] > 50
+    stem = [layer for layer in rounded["layers"] if layer["sites"][:1] == ["stem.0"]]
+    assert "u8" in {layer["precision"] for layer in stem if layer["group"] == "integer products"}
+    assert compared["targets"]["onnxruntime-cpu"]["mine"]["layers"]
+    orin = compared["targets"]["tensorrt-jetson-orin"]["mine"]
+    assert "layers" not in orin, "no engine, no layers"
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_the_kept_file_opens_and_scores_what_was_reported(
 ) -> None:
     path = recipe(tmp_path, data, checkpoint, max_steps=4)
     results = run_recipe(load_recipe(str(path)), tmp_path, "run", QUIET)
-    from care_compress.evaluate.accuracy import measure_artifact
+    from care_compress.evaluate.scoring import measure_artifact
 
     loaded = load_recipe(str(path))
     artifact = str(tmp_path / "run" / results["model"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison import board_results, comparison
+from comparison import board_results, comparison, layers
 from quantized import care
 from rich.console import Console
 from tiny import CLASSES, image_folder
@@ -34,7 +34,8 @@ HOSTILE = {
     "red": "{{ 7*7 }}",
 }
 SECTIONS = (
-    "verdict accuracy latency size layers activations answers training plan exports manifest"
+    "verdict accuracy latency size fidelity layers activations answers training plan exports "
+    "manifest"
 ).split()
 
 
@@ -158,6 +159,13 @@ def test_evidence_is_the_models_own(bare: Path) -> None:
     assert flips == 48 - answers["same"] and len(answers["flipped"]) == min(flips, 24)
 
 
+def test_memory_of_every_compared_file_is_shown(full: Path, bare: Path) -> None:
+    size = section(page_of(full), "size")
+    assert "39.20 MB" in size and "20.80 MB" in size, "of fp32 and int8_ptq on openvino-cpu"
+    write_report(bare, QUIET)
+    assert "Memory has not been measured" in section(page_of(bare), "size")
+
+
 def test_flipped_images_are_shown_with_both_answers(full: Path) -> None:
     answers = section(page_of(full), "answers")
     assert answers.count("<img ") == 1 and 'src="data:image/jpeg;base64,/9j/4AAQ"' in answers
@@ -219,6 +227,29 @@ def test_a_comparison_without_targets_still_shows_its_models(bare: Path, tmp_pat
     page = page_of(run)
     assert "Exported files on 400 images" in section(page, "accuracy")
     assert not re.search(r"\d ms", words(section(page, "latency")))
+
+
+def test_layers_stand_beside_the_baselines_and_their_names_never_run(
+    bare: Path, tmp_path: Path
+) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="needs the dev extra")
+    run = tmp_path / "int8_ptq"
+    shutil.copytree(bare, run)
+    value = comparison()
+    evil = "<script>window.pwned=1</script>"
+    on = value["targets"]["openvino-cpu"]
+    on["fp32"] |= layers("f32", 0.75, convert=False)
+    on["int8_ptq"] |= layers("u8", 0.25, convert=True)
+    on["int8_ptq"]["layers"].append({**on["int8_ptq"]["layers"][0], "sites": [evil], "kind": evil})
+    jsonschema.validate(value, json.loads((SCHEMAS / "compare.schema.json").read_text()))
+    put(run / "compare.json", value)
+    write_report(run, QUIET)
+    page = page_of(run)
+    assert page.count("<script") == 1, "the page's own"
+    said = words(section(page, "latency"))
+    assert "openvino-cpu: where the time goes" in said
+    assert "stem.0 Convolution u8 0.250 66.7 f32 0.750 3.00" in said, "beside the baseline's"
+    assert "made by the runtime Reorder f32 0.125 33.3" in said, "the cost of reordering"
 
 
 def test_images_that_moved_away_are_a_reason(bare: Path, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from care_compress.evaluate.plots import pareto, short_name
 from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize import mixed
 from care_compress.quantize import sensitivity as measured
+from care_compress.quantize.distance import EXACT_DB
 from care_compress.quantize.mixed import LADDER, Trial, search_bits
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.ptq import PtqJob, planned
 from care_compress.quantize.sensitivity import (
-    EXACT_DB,
     effect,
     logits_of,
     measure_sensitivity,

@@ -1,10 +1,9 @@
 """Top-1 and top-5 of any predictor, streaming: memory does not grow with the number of images."""
 
 import contextlib
-import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,13 +11,11 @@ from torch import Tensor
 
 from care_compress.data.loader import CPU, BadImages, Batch, prepared_batches
 from care_compress.data.samples import Samples
-from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import DataError
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar
-from care_compress.run import write_text
-from care_compress.runtime.opening import open_predictor
 from care_compress.sections import DataSection
+from care_compress.train.distributed import World
 
 
 @dataclass(frozen=True)
@@ -29,69 +26,44 @@ class Accuracy:
     correct: int
     correct_in_top5: int
 
+    def __add__(self, other: "Accuracy") -> "Accuracy":
+        """Counts over both sets."""
+        return Accuracy(
+            self.images + other.images,
+            self.correct + other.correct,
+            self.correct_in_top5 + other.correct_in_top5,
+        )
+
     @property
     def top1(self) -> float:
         """Percent of images whose highest logit is right."""
-        return 100 * self.correct / self._counted()
+        return 100 * self.correct / self.counted()
 
     @property
     def top5(self) -> float:
         """Percent of images whose label is among the five highest logits."""
-        return 100 * self.correct_in_top5 / self._counted()
+        return 100 * self.correct_in_top5 / self.counted()
 
-    def _counted(self) -> int:
+    def counted(self) -> int:
+        """How many images; none is an error."""
         if self.images == 0:
             raise DataError("there was no image to evaluate.", "check the source and its val split")
         return self.images
 
 
-def measure_artifact(
-    artifact: str,
-    data: DataSection,
-    images: int | None,
-    batch_size: int,
-    json_file: Path | None,
-    console: Console,
-) -> Accuracy:
-    """Score one file on the validation images of a source, and say so."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    predict = open_predictor(artifact, device)
-    samples = open_samples(data, "val")
-    check_classes(samples, predict.num_classes)
-    bad = BadImages()
-    accuracy = measure_accuracy(
-        predict,
-        samples,
-        data,
-        batch_size=batch_size,
-        indices=spread_indices(len(samples), images),
-        bad=bad,
-        console=console,
-        device=device,
-    )
-    for name, reason in bad.reasons.items():
-        console.print(f"skipped {name}: {reason}", markup=False)
-    console.print(
-        f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  on {accuracy.images:,} images"
-    )
-    if json_file is not None:
-        result = {
-            "artifact": artifact,
-            "images": accuracy.images,
-            "top1": accuracy.top1,
-            "top5": accuracy.top5,
-            "skipped_images": bad.reasons,
-            "data": data.model_dump(mode="json"),
-            "samples": samples.fingerprint(),
-        }
-        write_text(json_file, json.dumps(result, indent=2) + "\n")
-    return accuracy
+NOTHING = Accuracy(0, 0, 0)
 
 
 def spread_indices(count: int, wanted: int | None) -> list[int]:
     """`wanted` of `count` images, evenly spaced: the first of a folder are all of one class."""
     chosen = min(wanted or count, count)
     return [i * count // chosen for i in range(chosen)]
+
+
+def own_share(indices: Sequence[int], batch_size: int, world: World) -> Sequence[int]:
+    """One process's part of these images: whole batches, so that any number finds the same."""
+    first, last = world.share(math.ceil(len(indices) / batch_size))
+    return indices[first * batch_size : last * batch_size]
 
 
 def measure_accuracy(
@@ -114,20 +86,23 @@ def measure_accuracy(
         return count_correct(predict, batches, advance)
 
 
-@torch.inference_mode()
 def count_correct(
     predict: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
     progress: Callable[[int], None] = lambda images: None,
 ) -> Accuracy:
     """Run `predict` over all prepared batches."""
-    images = correct = in_top5 = 0
+    found = NOTHING
     for batch in batches:
-        logits = predict(batch.images)
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = ranked.cpu() == batch.labels[:, None]
-        images += len(batch.labels)
-        correct += int(hits[:, 0].sum())
-        in_top5 += int(hits.sum())
+        found += count_batch(predict, batch)
         progress(len(batch.labels))
-    return Accuracy(images, correct, in_top5)
+    return found
+
+
+@torch.inference_mode()
+def count_batch(predict: Callable[[Tensor], Tensor], batch: Batch) -> Accuracy:
+    """Run `predict` over one prepared batch."""
+    logits = predict(batch.images)
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = ranked.cpu() == batch.labels[:, None]
+    return Accuracy(len(batch.labels), int(hits[:, 0].sum()), int(hits.sum()))

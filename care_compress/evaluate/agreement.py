@@ -1,16 +1,12 @@
 """Whether a file computes what the model does: logits beside logits, on real images."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from care_compress.data.transforms import normalize
-from care_compress.predictor import Predictor
-from care_compress.sections import DataSection
+from care_compress.quantize.distance import sqnr_db
 
 # Rounding to a step is chaotic: a difference in the last bit of a float sum moves a value by a
 # whole step, so two exact implementations of one INT8 model are 35 to 50 dB apart (the simulation
@@ -22,25 +18,6 @@ LEAST_AGREEMENT = 99.5
 # Two classes are a tie where they are closer than so many deviations of a file that is this much
 # better than it needs to be.
 TIE, BETTER_DB = 4.0, 10.0
-
-
-@dataclass(frozen=True)
-class CheckImages:
-    """Real images, decoded once: bytes, of which batches are prepared when they are needed."""
-
-    pixels_BCHW: Tensor  # uint8
-    labels: Tensor
-    data: DataSection
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """The network's inputs."""
-        for pixels in torch.split(self.pixels_BCHW, size):
-            yield normalize(pixels, self.data.mean, self.data.std)
-
-    def logits(self, predict: Predictor, size: int = 32) -> Tensor:
-        """Logits (N, K) of all images."""
-        with torch.inference_mode():
-            return torch.cat([predict(images).float().cpu() for images in self.batches(size)])
 
 
 @dataclass(frozen=True)
@@ -88,22 +65,14 @@ def compare_logits(
 
     With the float model's logits, a reference that is coarser than `LEAST_SQNR_DB` is held to less.
     """
-    own_db = math.inf if float_NK is None else _sqnr_db(float_NK, reference_NK)
+    own_db = math.inf if float_NK is None else sqnr_db(float_NK, reference_NK)
     least_db = min(LEAST_SQNR_DB, own_db - BELOW_OWN_DB)
-    sqnr_db = _sqnr_db(reference_NK, found_NK)
-    if sqnr_db == -math.inf:
-        return Agreement(len(found_NK), 0, 0, sqnr_db, least_db)
+    found_db = sqnr_db(reference_NK, found_NK)
+    if found_db == -math.inf:
+        return Agreement(len(found_NK), 0, 0, found_db, least_db)
     answers = found_NK.argmax(dim=1, keepdim=True)
     same = (reference_NK.argmax(dim=1, keepdim=True) == answers).squeeze(1)
     margin = reference_NK.amax(dim=1) - reference_NK.gather(1, answers).squeeze(1)
     deviation = reference_NK.double().square().mean().sqrt() * 10 ** (-(least_db + BETTER_DB) / 20)
     ties = ~same & (margin <= TIE * deviation)
-    return Agreement(len(found_NK), int(same.sum()), int(ties.sum()), sqnr_db, least_db)
-
-
-def _sqnr_db(reference: Tensor, found: Tensor) -> float:
-    noise = float((reference.double() - found.double()).square().sum())
-    if not math.isfinite(noise):
-        return -math.inf
-    signal = float(reference.double().square().sum())
-    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    return Agreement(len(found_NK), int(same.sum()), int(ties.sum()), found_db, least_db)

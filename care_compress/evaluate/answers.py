@@ -14,6 +14,7 @@ from torch import Tensor
 from care_compress.data.loader import Batch
 from care_compress.errors import DataError
 from care_compress.predictor import Predictor
+from care_compress.quantize.distance import Distance
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class Answers:
     right: NDArray[np.bool_]
     in_top5: NDArray[np.bool_]
     confidence: NDArray[np.float32]  # of the class answered
-    noise: float  # sum of squared logit differences to the baseline
-    signal: float  # sum of squared logits of the baseline
+    distance: Distance  # of the logits to the baseline's
 
     @property
     def top1(self) -> float:
@@ -40,7 +40,7 @@ class Answers:
     @property
     def sqnr_db(self) -> float | None:
         """Distance of the logits to the baseline's; None for the baseline itself."""
-        return None if self.noise == 0 else float(10 * np.log10(self.signal / self.noise))
+        return self.distance.known_db
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Growing:
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.noise = self.signal = 0.0
+        self.distance = Distance()
 
     def add(self, logits: Tensor, labels: Tensor, baseline: Tensor) -> None:
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
@@ -65,14 +65,13 @@ class _Growing:
         first = logits.argmax(dim=1)
         confidence = odds.gather(1, first[:, None]).squeeze(1)
         self.parts.append((first.int(), ranked[:, 0], ranked.any(dim=1), confidence))
-        self.noise += float((logits.double() - baseline.double()).square().sum())
-        self.signal += float(baseline.double().square().sum())
+        self.distance.add(baseline, logits)
 
     def done(self) -> Answers:
         first, right, top5, confidence = (
             torch.cat(column).numpy() for column in zip(*self.parts, strict=True)
         )
-        return Answers(first, right, top5, confidence, self.noise, self.signal)
+        return Answers(first, right, top5, confidence, self.distance)
 
 
 @torch.inference_mode()

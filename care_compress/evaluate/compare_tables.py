@@ -11,14 +11,23 @@ def accuracy_table(value: dict[str, Any]) -> Table:
     table.title_justify = "left"
     table.add_column("target", no_wrap=True)
     table.add_column("model", no_wrap=True)
-    for column in ("top-1", "top-5", "drop [95 %]", "McNemar p", "same answer", "SQNR", "size"):
+    for column in (
+        "top-1",
+        "top-5",
+        "drop [95 %]",
+        "McNemar p",
+        "same answer",
+        "SQNR",
+        "size",
+        "memory",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     pairs = {(pair["target"], pair["candidate"]): pair for pair in value["pairs"]}
     for target, models in value["targets"].items():
         for name, found in models.items():
             if found["available"] and found["top1"] is not None:
                 pair = pairs.get((target, name))
-                table.add_row(target, name, *_scores(found), *_beside(pair), _size(found))
+                table.add_row(target, name, *_scores(found), *_beside(pair), *_bytes(found))
     return table
 
 
@@ -40,8 +49,13 @@ def _beside(pair: dict[str, Any] | None) -> tuple[str, str, str, str]:
     )
 
 
-def _size(found: dict[str, Any]) -> str:
-    return f"{found['size_bytes'] / 1e6:.2f} MB"
+def _bytes(found: dict[str, Any]) -> tuple[str, str]:
+    """On disk, and in memory at its peak where that was measured."""
+    memory = found.get("peak_memory_bytes")
+    return (
+        f"{found['size_bytes'] / 1e6:.2f} MB",
+        "" if memory is None else f"{memory / 1e6:.1f} MB",
+    )
 
 
 def latency_table(setting: dict[str, Any]) -> Table:

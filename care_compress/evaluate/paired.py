@@ -12,13 +12,12 @@ from torch import Tensor
 
 from care_compress.data.loader import BadImages, Batch, prepared_batches
 from care_compress.data.samples import Samples
-from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import Accuracy
+from care_compress.evaluate.significance import NORMAL_95
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar
+from care_compress.quantize.distance import Distance
 from care_compress.sections import DataSection
-
-NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,28 @@ class Paired:
     lost: int  # right before, wrong now
     gained: int  # wrong before, right now
     agreeing: int  # same answer, right or wrong
-    signal: float  # sum of squared baseline logits
-    noise: float  # sum of squared logit differences
+    distance: Distance  # of the logits
+
+    def __add__(self, other: "Paired") -> "Paired":
+        """Counts over both sets of images."""
+        return Paired(
+            self.baseline + other.baseline,
+            self.candidate + other.candidate,
+            self.lost + other.lost,
+            self.gained + other.gained,
+            self.agreeing + other.agreeing,
+            self.distance + other.distance,
+        )
+
+    @property
+    def images(self) -> int:
+        """How many, if any: a share of few images may be empty, the whole may not."""
+        return self.baseline.counted()
 
     @property
     def drop(self) -> float:
         """Baseline top-1 minus candidate top-1, in points."""
-        return 100 * (self.lost - self.gained) / self.baseline.images
+        return 100 * (self.lost - self.gained) / self.images
 
     @property
     def drop_ci95(self) -> tuple[float, float]:
@@ -45,7 +59,7 @@ class Paired:
         Var = (lost + gained - (lost - gained)^2 / n) / n^2: only images whose answer changed sides
         count, so it is far narrower than the intervals of the two accuracies.
         """
-        n = self.baseline.images
+        n = self.images
         changed, net = self.lost + self.gained, self.lost - self.gained
         half = NORMAL_95 * math.sqrt(max(0.0, changed - net**2 / n)) / n
         return self.drop - 100 * half, self.drop + 100 * half
@@ -53,12 +67,7 @@ class Paired:
     @property
     def agreement(self) -> float:
         """Percent of images with the same answer."""
-        return 100 * self.agreeing / self.baseline.images
-
-    @property
-    def sqnr_db(self) -> float:
-        """Logit signal over quantization noise."""
-        return math.inf if self.noise == 0 else 10 * math.log10(self.signal / self.noise)
+        return 100 * self.agreeing / self.images
 
     def as_json(self) -> dict[str, Any]:
         """The numbers as ``results.json`` holds them; points in percent."""
@@ -69,7 +78,7 @@ class Paired:
             "drop": self.drop,
             "drop_ci95": list(self.drop_ci95),
             "agreement": self.agreement,
-            "sqnr_db": None if self.noise == 0 else self.sqnr_db,
+            "sqnr_db": self.distance.known_db,
         }
 
 
@@ -104,7 +113,7 @@ def count_pairs(
     """Run both over all prepared batches and count."""
     images = lost = gained = agreeing = 0
     right, in_top5 = [0, 0], [0, 0]
-    signal = noise = 0.0
+    distance = Distance()
     for batch in batches:
         before, after = baseline(batch.images).cpu(), candidate(batch.images).cpu()
         hits = []
@@ -117,17 +126,13 @@ def count_pairs(
         lost += int((hits[0] & ~hits[1]).sum())
         gained += int((~hits[0] & hits[1]).sum())
         agreeing += int((before.argmax(dim=1) == after.argmax(dim=1)).sum())
-        signal += float(before.double().square().sum())
-        noise += float((before.double() - after.double()).square().sum())
+        distance.add(before, after)
         progress(len(batch.labels))
-    if not images:
-        raise DataError("there was no image to evaluate.", "check the source and its val split")
     return Paired(
         Accuracy(images, right[0], in_top5[0]),
         Accuracy(images, right[1], in_top5[1]),
         lost,
         gained,
         agreeing,
-        signal,
-        noise,
+        distance,
     )

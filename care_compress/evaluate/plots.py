@@ -1,16 +1,20 @@
 """Pictures of a measurement, as SVG files that a browser shows."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from care_compress.quantize.distance import EXACT_DB
 from care_compress.quantize.mixed import Trial
-from care_compress.quantize.sensitivity import EXACT_DB, Sensitivity
+from care_compress.quantize.sensitivity import Sensitivity
 from care_compress.run import write_text
 
+_IN_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)(\..+)?$")
+_DOWNSAMPLE = re.compile(r"stages\.(\d+)\.downsample\b")
 SHOWN = 40  # sites in a plot; the table and the JSON have all
 matplotlib.rcParams["svg.hashsalt"] = "care-compress"  # equal data, equal file
 matplotlib.rcParams["svg.fonttype"] = "none"
@@ -65,12 +69,12 @@ def pareto(trials: Sequence[Trial]) -> list[Trial]:
 
 def short_name(site: str) -> str:
     """``stages.2.blocks.0.inter_layer.inter1_fc1`` as ``2.0 inter1_fc1``."""
-    parts = site.split(".")
-    if parts[0] != "stages":
-        return site
-    if parts[2] != "blocks":
-        return f"{parts[1]} downsample"
-    return f"{parts[1]}.{parts[3]} {'.'.join(parts[5:]) or parts[4]}"
+    if found := _DOWNSAMPLE.match(site):
+        return f"{found[1]} downsample"
+    if found := _IN_BLOCK.match(site):
+        rest = (found[3] or ".block").removeprefix(".")
+        return f"{found[1]}.{found[2]} {rest.partition('.')[2] or rest}"
+    return site
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+NORMAL_95 = 1.959964  # deviations that hold 95 % of a normal distribution
 DRAWS = 10_000
 BINS = 15
 

@@ -39,6 +39,6 @@ def quantized_table(candidates: Sequence[tuple[str, Paired]], kept: str) -> Tabl
             f"{paired.candidate.top5:.2f} %",
             f"{paired.drop:.2f} [{low:.2f}, {high:.2f}]",
             f"{paired.agreement:.2f} %",
-            f"{paired.sqnr_db:.1f} dB",
+            f"{paired.distance.sqnr_db:.1f} dB",
         )
     return table

@@ -9,8 +9,10 @@ clips between Q and DQ, and leaves it to an optimizer whether a pair survives.
 import ast
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
 from torch import nn
 
@@ -59,6 +61,16 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
 def product_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
     """The node that computes each site: named as the site is, and nothing else."""
     return {node.name: node for node in graph if node.name and "/" not in node.name}
+
+
+def add_constant(graph: ir.Graph, name: str, value: NDArray[np.generic]) -> ir.Value:
+    """A new constant of the graph."""
+    tensor = ir.tensor(value, name=name)
+    made = ir.Value(
+        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+    )
+    graph.initializers[name] = made
+    return made
 
 
 def module_of(node: ir.Node) -> str:

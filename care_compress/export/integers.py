@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from care_compress.export.float_graph import product_nodes
+from care_compress.export.float_graph import add_constant, product_nodes
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import ROOT, QuantizedCare
 
@@ -61,7 +61,7 @@ def _store_weight(
     if spec.bits == 4:
         kind = ir.DataType.INT4
         model.opset_imports[""] = max(model.opset_imports[""], FOUR_BIT_OPSET)
-    stored = _constant(model.graph, before.name, _narrowed(integers, kind))
+    stored = add_constant(model.graph, before.name, _narrowed(integers, kind))
     pair = _Pair(model.graph, quantizer, scale, attributes, kind)
     node.replace_input_with(place, pair.dequantized(stored, node))
 
@@ -71,7 +71,7 @@ def _store_bias(graph: ir.Graph, node: ir.Node, site: str, quantized: QuantizedC
     value = node.inputs[BIAS] if len(node.inputs) > BIAS else None
     if value is not None:
         bias = quantized.graph.get_parameter(f"{ROOT}.{site}.bias").detach().numpy()
-        node.replace_input_with(BIAS, _constant(graph, _new_name(graph, "b"), bias))
+        node.replace_input_with(BIAS, add_constant(graph, _new_name(graph, "b"), bias))
 
 
 def _quantize_edge(graph: ir.Graph, node: ir.Node, quantizer: IntQuantizer) -> None:
@@ -122,12 +122,12 @@ class _Pair:
         if whole:
             scales, zeros = scales.reshape(()), zeros.reshape(())
             self.attributes = {}
-        self.scale = _constant(graph, _new_name(graph, "s"), scales)
+        self.scale = add_constant(graph, _new_name(graph, "s"), scales)
         # Most zero points are arrays of zeros: one of each length serves all.
         shape = "x".join(str(size) for size in zeros.shape)
         name = _new_name(graph, "z") if zeros.any() else f"zero_{kind.name}_{shape}"
         found = graph.initializers.get(name)
-        self.zero_point = found or _constant(graph, name, _narrowed(zeros, kind))
+        self.zero_point = found or add_constant(graph, name, _narrowed(zeros, kind))
 
     @classmethod
     def of_activation(cls, graph: ir.Graph, quantizer: IntQuantizer) -> "_Pair":
@@ -161,15 +161,6 @@ class _Pair:
 def _new_name(graph: ir.Graph, kind: str) -> str:
     """Short, because a file repeats names often."""
     return f"{kind}{len(graph.initializers)}"
-
-
-def _constant(graph: ir.Graph, name: str, value: NDArray[np.generic]) -> ir.Value:
-    tensor = ir.tensor(value, name=name)
-    made = ir.Value(
-        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
-    )
-    graph.initializers[name] = made
-    return made
 
 
 def _narrowed(integers: NDArray[np.generic], kind: ir.DataType) -> NDArray[np.generic]:

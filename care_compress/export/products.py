@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from care_compress.export.float_graph import product_nodes
+from care_compress.export.float_graph import add_constant, product_nodes
 
 _DATA, _WEIGHT, _BIAS = 0, 1, 2
 _LARGEST = 2**31 - 1
@@ -88,30 +88,26 @@ class _Product:
 
     def _transpose_weight(self) -> None:
         stored = _input(self.weight, 0)
-        integers = _numbers(stored)[:, :, 0, 0].T
-        self.weight.replace_input_with(0, self._constant(f"{stored.name}_t", integers))
+        integers = np.ascontiguousarray(_numbers(stored)[:, :, 0, 0].T)
+        self.weight.replace_input_with(0, add_constant(self.graph, f"{stored.name}_t", integers))
         if "axis" in self.weight.attributes:
             self.weight.attributes["axis"] = ir.AttrInt64("axis", 1)
 
     def _bias(self) -> ir.Value:
         """The bias as integers with the step of the sums; simulated so, by `retarget`."""
-        steps = self._constant(f"{self.name}.bias", _bias_steps(self.node).astype(np.int32))
-        unit = self._constant(f"{self.name}.bias_unit", _step(self.node))
-        return self._made("DequantizeLinear", [steps, unit], "/bias_dq", axis=0)
+        site, unit = self.name, np.ascontiguousarray(_step(self.node))
+        steps = _bias_steps(self.node).astype(np.int32)
+        values = [
+            add_constant(self.graph, f"{site}.bias", steps),
+            add_constant(self.graph, f"{site}.bias_unit", unit),
+        ]
+        return self._made("DequantizeLinear", values, "/bias_dq", axis=0)
 
     def _shape(self, *sizes: object) -> ir.Value:
         numbers = [int(str(size)) for size in sizes]
         name = "shape_" + "x".join(str(number) for number in numbers)
         found = self.graph.initializers.get(name)
-        return found or self._constant(name, np.array(numbers, np.int64))
-
-    def _constant(self, name: str, value: NDArray[np.generic]) -> ir.Value:
-        tensor = ir.tensor(np.ascontiguousarray(value), name=name)
-        made = ir.Value(
-            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
-        )
-        self.graph.initializers[name] = made
-        return made
+        return found or add_constant(self.graph, name, np.array(numbers, np.int64))
 
     def _made(
         self,

@@ -68,7 +68,7 @@ class SlicedMixer(TokenMixer):
 
 
 class CompactInteraction(Interaction):
-    """`Interaction` with a place for a rotation between each depthwise conv and its second 1x1."""
+    """`Interaction` with places for another activation, and for rotations before second 1x1s."""
 
     def __init__(self, source: Interaction) -> None:
         nn.Module.__init__(self)
@@ -77,15 +77,16 @@ class CompactInteraction(Interaction):
         for name in ("inter2_fc2", "inter2_add"):  # the last interaction has neither
             if not hasattr(self, name):
                 setattr(self, name, None)
+        self.activation: nn.Module = nn.GELU()
         self.inter1_rotation: nn.Module = nn.Identity()
         self.inter2_rotation: nn.Module = nn.Identity()
 
     def forward(self, memory: Tensor, features: Tensor) -> Tensor:
         """Mix channels of the features, then of everything."""
-        x: Tensor = F.gelu(self.inter1_fc1(self.inter1_norm(features)))
+        x: Tensor = self.activation(self.inter1_fc1(self.inter1_norm(features)))
         x = self.inter1_fc2(self.inter1_rotation(self.inter1_conv(x)))
         everything = torch.cat([memory, self.inter1_add(features, x)], dim=1)
-        x = F.gelu(self.inter2_fc1(self.inter2_norm(everything)))
+        x = self.activation(self.inter2_fc1(self.inter2_norm(everything)))
         x = self.inter2_conv(x)
         if self.inter2_fc2 is None or self.inter2_add is None:
             return x
@@ -157,7 +158,9 @@ class PooledDepthwise(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Pooled features (B, C)."""
         rows_3H, columns_3W = (_reached(size, x_BCHW) for size in x_BCHW.shape[2:])
-        weight_CHW = rows_3H.T @ self.weight @ columns_3W
+        reached_33HW = rows_3H[:, None, :, None] * columns_3W[:, None, :]
+        # All of it is constant at one input size, and no part of what an image costs.
+        weight_CHW = (self.weight[..., None, None] * reached_33HW).sum(dim=(1, 2))
         pooled = (x_BCHW * weight_CHW).sum(dim=(2, 3)) / (x_BCHW.shape[2] * x_BCHW.shape[3])
         return pooled if self.bias is None else pooled + self.bias
 

@@ -17,6 +17,7 @@ from care_compress.errors import CalibrationError
 from care_compress.model.attention import CovarianceCore
 from care_compress.model.compact import CompactCare, SlicedMixer
 from care_compress.quantization_sections import QuantizeSection
+from care_compress.quantize.activation import use_hard_swish
 from care_compress.quantize.calibrate import Batches, calibrate, not_finite
 from care_compress.quantize.correct import correct, images_to_hold
 from care_compress.quantize.equalize import (
@@ -76,6 +77,8 @@ def planned(
     """A copy of the network in the form that is quantized, and the plan for it; needs no data."""
     network = copy.deepcopy(network)
     norms_to_affine(network)
+    if section.activation == "hard_swish":
+        use_hard_swish(network)
     target = load_target(section.target) if section.target else None
     plan = make_plan(network, section.rules, target, resolution)
     if section.covariance:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from care_compress.quantize.distance import Distance
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.run import write_text
-
-EXACT_DB = 200.0  # shown for no difference at all, which has no logarithm
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,12 @@ def logits_of(model: QuantizedCare, images: Sequence[Tensor]) -> Tensor:
 
 def effect(quantized_BK: Tensor, float_BK: Tensor, labels_B: Tensor) -> Effect:
     """SQNR of the logits, mean KL(float || quantized), and top-1 lost in points."""
-    noise = float((quantized_BK - float_BK).double().square().sum())
-    signal = float(float_BK.double().square().sum())
-    ratio = EXACT_DB if noise == 0 else 10 * torch.log10(torch.tensor(signal / noise)).item()
+    distance = Distance()
+    distance.add(float_BK, quantized_BK)
     before, after = (F.log_softmax(x.double(), dim=1) for x in (float_BK, quantized_BK))
     kl = F.kl_div(after, before, reduction="batchmean", log_target=True)
     right = [(x.argmax(dim=1) == labels_B).double().mean() for x in (float_BK, quantized_BK)]
-    return Effect(ratio, float(kl), 100 * float(right[0] - right[1]))
+    return Effect(distance.shown_db, float(kl), 100 * float(right[0] - right[1]))
 
 
 def quantized_sites(model: QuantizedCare) -> list[str]:

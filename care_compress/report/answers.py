@@ -1,7 +1,6 @@
 """Which answers quantization changed: class by class, and the images themselves, made small."""
 
 import base64
-import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from care_compress.data.loader import BadImages, Batch, evaluation_batches
+from care_compress.data.loader import BadImages, Batch
 from care_compress.data.samples import Samples
-from care_compress.data.transforms import EvalTransform, normalize
+from care_compress.data.transforms import normalize
+from care_compress.evaluate.images import pixel_batches
 from care_compress.predictor import Predictor
 from care_compress.sections import DataSection
 
@@ -33,13 +33,7 @@ class Images:
 
     def batches(self) -> Iterator[Batch]:
         """Their pixels."""
-        data = self.data
-        transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
-        loaded = evaluation_batches(
-            self.samples, transform, BATCH, data, bad=BadImages(), indices=self.indices
-        )
-        with contextlib.closing(loaded):
-            yield from loaded
+        return pixel_batches(self.samples, self.data, self.indices, BATCH, BadImages())
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """Pixels as the network takes them."""

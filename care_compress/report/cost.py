@@ -4,6 +4,7 @@ from typing import Any
 
 from care_compress.quantize.spec import ENERGY_PJ
 from care_compress.report.blocks import (
+    Block,
     Cell,
     Figure,
     Picture,
@@ -41,6 +42,7 @@ def size(sources: Sources) -> Section:
                 "executes this precision writes one."
             )
         )
+    section.blocks.append(_memory(sources))
     plan = sources.results.get("plan")
     if plan is None:
         section.blocks.append(missing("Energy is estimated from a plan, which this run has not."))
@@ -60,6 +62,22 @@ def size(sources: Sources) -> Section:
         Text(f"Energy of the products, by the 45 nm figures (an estimate, not measured): {energy}.")
     )
     return section
+
+
+def _memory(sources: Sources) -> Block:
+    """What each compared file adds to its runtime."""
+    rows = [
+        (Cell(target), Cell(name), megabytes(one["peak_memory_bytes"]))
+        for target, models in ((sources.compare or {}).get("targets") or {}).items()
+        for name, one in models.items()
+        if one.get("peak_memory_bytes")
+    ]
+    if not rows:
+        return missing(
+            f"Memory has not been measured: python eval/compare.py fp32 {sources.name} does that."
+        )
+    columns = ("target", "model", "peak memory")
+    return Table("Memory of one image, above the runtime's own", columns, rows, columns[2:])
 
 
 def float_bytes(results: Json) -> int:

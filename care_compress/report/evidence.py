@@ -16,13 +16,14 @@ from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import CareError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.exports import digest_of
-from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
+from care_compress.finished import read_run
+from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
 from care_compress.predictor import Predictor
 from care_compress.progress import step_line
 from care_compress.quantize.artifact import load_saved
 from care_compress.quantize.plan_table import plan_as_json, rule_text
-from care_compress.recipe import Recipe, load_recipe
+from care_compress.recipe import Recipe
 from care_compress.report.answers import Images, measure_answers
 from care_compress.report.layers import measure_layers
 from care_compress.run import fingerprint, sha256_file, write_text
@@ -104,12 +105,8 @@ def _all_missing(reason: str) -> dict[str, str]:
 
 
 def _kept(run_dir: Path, model: str) -> _Kept:
-    recipe = load_recipe(str(run_dir / "recipe.yaml"))
-    checkpoint = run_dir / "float" / "model.safetensors"
-    if recipe.train is None:
-        assert recipe.model.checkpoint is not None  # the recipe's own check
-        checkpoint = resolve_checkpoint(recipe.model.checkpoint)
-    return _Kept(recipe, run_dir / model, checkpoint)
+    run = read_run(run_dir)
+    return _Kept(run.recipe, run_dir / model, run.checkpoint)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

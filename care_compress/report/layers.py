@@ -1,42 +1,22 @@
 """What quantization does to each layer: distance of its output, and the values that enter it."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
 
+from care_compress.evaluate.taps import run_graph
+from care_compress.quantize.distance import Distance
 from care_compress.quantize.fakequant import IntQuantizer
-from care_compress.quantize.placement import PRODUCTS, QuantizedCare, site_of
+from care_compress.quantize.placement import QuantizedCare
 
 BINS = 32
 HARDEST = 6
 BATCH = 8  # every layer's output of a batch is held, twice
-OUT_OF_REACH_DB = 200.0  # stands for no difference at all, which JSON has no number for
 ANY_SHAPE = torch.Size((1, 1, 1, 1))
-# Called with a quantizer, what enters it and what leaves it.
-Seen = Callable[[IntQuantizer, Tensor, Tensor], None]
-
-
-@dataclass
-class _Distance:
-    """Signal and noise, summed over batches."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, expected: Tensor, found: Tensor) -> None:
-        self.signal += float(expected.double().square().sum())
-        self.noise += float((expected.double() - found.double()).square().sum())
-
-    @property
-    def sqnr_db(self) -> float:
-        if self.noise == 0 or self.signal == 0:
-            return OUT_OF_REACH_DB
-        return min(OUT_OF_REACH_DB, 10 * math.log10(self.signal / self.noise))
 
 
 @dataclass
@@ -44,7 +24,7 @@ class _Input:
     """The activation that one site quantizes first."""
 
     quantizer: IntQuantizer
-    rounding: _Distance = field(default_factory=_Distance)
+    rounding: Distance = field(default_factory=Distance)
     low: float = math.inf
     high: float = -math.inf
 
@@ -52,26 +32,6 @@ class _Input:
         self.rounding.add(before, after)
         self.low = min(self.low, float(before.min()))
         self.high = max(self.high, float(before.max()))
-
-
-class _Tap(Interpreter):
-    """Runs the graph; keeps what each site computes, shows what each quantizer changes."""
-
-    def __init__(self, model: QuantizedCare, seen: Seen | None = None) -> None:
-        super().__init__(model.graph)
-        self.seen = seen
-        self.kept: dict[str, Tensor] = {}
-
-    def run_node(self, n: Node) -> Any:
-        inputs, _ = self.fetch_args_kwargs_from_env(n)
-        out = super().run_node(n)
-        if n.target in PRODUCTS and isinstance(out, Tensor):
-            self.kept.setdefault(site_of(n), out)
-        if self.seen is not None and n.op == "call_module":
-            module = self.fetch_attr(str(n.target))
-            if isinstance(module, IntQuantizer) and module.operand != "weight":
-                self.seen(module, inputs[0], out)
-        return out
 
 
 @torch.inference_mode()
@@ -82,7 +42,7 @@ def measure_layers(model: QuantizedCare, batches: Iterable[Tensor]) -> dict[str,
     layers, so the layers of the model before it are not comparable one by one.
     """
     held = [part for images in batches for part in torch.split(images, BATCH)]
-    outputs = {decision.site.name: _Distance() for decision in model.plan.decisions}
+    outputs = {decision.site.name: Distance() for decision in model.plan.decisions}
     inputs: dict[str, _Input] = {}
 
     def see(quantizer: IntQuantizer, before: Tensor, after: Tensor) -> None:
@@ -92,22 +52,20 @@ def measure_layers(model: QuantizedCare, batches: Iterable[Tensor]) -> dict[str,
 
     for images in held:
         model.enable(False)
-        plain = _Tap(model)
-        plain.run(images)
+        plain = run_graph(model, images)
         model.enable(True)
-        rounded = _Tap(model, see)
-        rounded.run(images)
+        rounded = run_graph(model, images, see)
         for site, distance in outputs.items():
-            if site in plain.kept:
-                distance.add(plain.kept[site], rounded.kept[site])
-    hardest = sorted(inputs, key=lambda site: inputs[site].rounding.sqnr_db)[:HARDEST]
+            if site in plain.sites:
+                distance.add(plain.sites[site], rounded.sites[site])
+    hardest = sorted(inputs, key=lambda site: inputs[site].rounding.shown_db)[:HARDEST]
     return {
         "images": sum(len(images) for images in held),
         "sites": [
             {
                 "site": site,
-                "sqnr_db": distance.sqnr_db,
-                "input_db": inputs[site].rounding.sqnr_db if site in inputs else None,
+                "sqnr_db": distance.shown_db,
+                "input_db": inputs[site].rounding.shown_db if site in inputs else None,
             }
             for site, distance in outputs.items()
         ],
@@ -159,7 +117,7 @@ class _Histogram:
             "site": quantizer.site,
             "operand": quantizer.operand,
             "spec": str(quantizer.spec),
-            "input_db": self.source.rounding.sqnr_db,
+            "input_db": self.source.rounding.shown_db,
             "observed": [self.source.low, self.source.high],
             "range": [float(low.min()), float(high.max())],
             "ranges": low.numel(),
@@ -188,5 +146,5 @@ def _histograms(
             found[id(quantizer)].count(before, after)
 
     for images in batches:
-        _Tap(model, see).run(images)
+        run_graph(model, images, see)
     return [histogram.as_json() for histogram in found.values()]

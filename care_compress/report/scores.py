@@ -2,6 +2,7 @@
 
 import math
 
+from care_compress.evaluate.significance import NORMAL_95
 from care_compress.report.blocks import (
     Cell,
     Figure,
@@ -15,7 +16,6 @@ from care_compress.report.blocks import (
 from care_compress.report.plots import Span, spans
 from care_compress.report.sources import Json, Sources
 
-NORMAL_95 = 1.959964
 Model = tuple[str, str, Json]  # its name, the target where it is a file for one, its figures
 
 

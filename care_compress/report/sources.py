@@ -7,6 +7,7 @@ from typing import Any
 
 from care_compress.errors import RunError
 from care_compress.recipe import read_yaml
+from care_compress.run import sha256_file
 
 Json = dict[str, Any]
 
@@ -20,11 +21,13 @@ class Sources:
     recipe: Json  # as it was resolved
     manifest: Json
     evidence: Json
+    results_sha256: str
     calibration: Json | None = None
     tuning: Json | None = None
     trained: Json | None = None  # history of the float training
     qat: Json | None = None
     compare: Json | None = None
+    fidelity: Json | None = None
     sensitivity: Json | None = None
     exports: dict[str, Json] = field(default_factory=dict)  # by target
     measured: dict[str, Json] = field(default_factory=dict)  # by file
@@ -74,6 +77,7 @@ def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
     return Sources(
         name=results["run"],
         results=results,
+        results_sha256=sha256_file(run_dir / "results.json"),
         recipe=_recipe(run_dir / "recipe.yaml"),
         evidence=evidence,
         manifest=_json(run_dir / "manifest.json") or {},
@@ -82,6 +86,7 @@ def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
         trained=_json(run_dir / "float" / "history.json"),
         qat=_json(run_dir / "qat" / "history.json"),
         compare=_json(run_dir / "compare.json"),
+        fidelity=_json(run_dir / "fidelity.json"),
         sensitivity=_json(beside / "sensitivity.json"),
         exports=_all(sorted(run_dir.glob("exports/*/export.json")), parent=True),
         measured=_all(sorted(run_dir.glob("measured/*.json")), parent=False),

@@ -15,6 +15,7 @@ from care_compress.report.blocks import (
 )
 from care_compress.report.plots import Bar, bars
 from care_compress.report.sources import Json, Sources
+from care_compress.report.times import layer_times
 
 COLUMNS = (
     "target",
@@ -51,6 +52,7 @@ def latency(sources: Sources) -> Section:
             ]
     section.blocks += _figures(pictures, rows)
     section.blocks += _settings(sources)
+    section.blocks += layer_times(sources)
     if sources.compare is None:
         section.blocks.append(
             missing(

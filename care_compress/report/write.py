@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from care_compress.report import cost, inside, record, scores, speed, verdict
+from care_compress.report import cost, inside, ladder, record, scores, speed, verdict
 from care_compress.report.document import as_markdown
 from care_compress.report.evidence import gather
 from care_compress.report.page import as_html
@@ -21,6 +21,7 @@ SECTIONS = (
     scores.accuracy,
     speed.latency,
     cost.size,
+    ladder.fidelity,
     inside.layers,
     inside.histograms,
     inside.changes,

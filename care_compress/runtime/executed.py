@@ -40,7 +40,7 @@ def executed_layers(compiled: Any) -> list[ExecutedLayer]:
     return [
         _layer(operation)
         for operation in compiled.get_runtime_model().get_ordered_ops()
-        if _about(operation, "layerType") in _PRODUCTS
+        if about(operation, "layerType") in _PRODUCTS
     ]
 
 
@@ -73,17 +73,17 @@ def _is_quantized(output: Any) -> bool:
 
 
 def _layer(operation: Any) -> ExecutedLayer:
-    kind = _about(operation, "layerType")
+    kind = about(operation, "layerType")
     macs = _macs(operation, kind != "Convolution")
-    precision = _about(operation, "runtimePrecision")
+    precision = about(operation, "runtimePrecision")
     if kind == "FullyConnected" and precision in INTEGERS:
         # Here the runtime precision is that of the weights, which may be expanded to float.
         precision = str(operation.input(0).get_element_type().to_string())
     return ExecutedLayer(
         name=operation.get_friendly_name(),
-        origin=tuple(_about(operation, "originalLayersNames").split(",")),
+        origin=tuple(about(operation, "originalLayersNames").split(",")),
         precision=precision,
-        kernel=_about(operation, "primitiveType"),
+        kernel=about(operation, "primitiveType"),
         macs=macs,
     )
 
@@ -98,7 +98,8 @@ def _macs(operation: Any, matrices: bool) -> int:
     return math.prod(out[1:]) * math.prod(right) // out[1]
 
 
-def _about(operation: Any, key: str) -> str:
+def about(operation: Any, key: str) -> str:
+    """What a compiled operation says of itself; empty where it does not."""
     info = operation.get_rt_info()
     return str(info[key].astype(str)) if key in info else ""
 

@@ -1,5 +1,7 @@
 """From a file on disk to a predictor, by its suffix."""
 
+from pathlib import Path
+
 import torch
 
 from care_compress.errors import TargetError
@@ -15,27 +17,36 @@ from care_compress.runtime.on_torch import TorchPredictor
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
 
 
-def open_predictor(artifact: str, device: torch.device) -> Predictor:
+def artifact_path(artifact: str) -> Path:
+    """The file behind an artifact's name, if it is there and of a kind that can be run."""
+    path = resolve_checkpoint(artifact)
+    if path.suffix not in (*CHECKPOINT_SUFFIXES, ".onnx", ".xml", ".engine"):
+        raise TargetError(
+            f"{artifact} is of no kind that can be run.",
+            f"give a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}), builtin:NAME, an .onnx, an "
+            ".xml or an .engine file",
+        )
+    if not path.is_file():
+        raise TargetError(f"{path} is not a file.", "check the path")
+    return path
+
+
+def open_predictor(artifact: str, device: torch.device, threads: int | None = None) -> Predictor:
     """Anything this package writes or reads, ready to run.
 
     A float checkpoint in any form `load_checkpoint` reads, a quantized ``.safetensors`` (in
-    simulation), an ``.onnx`` file, an OpenVINO ``.xml`` or a TensorRT ``.engine``.
+    simulation), an ``.onnx`` file, an OpenVINO ``.xml`` or a TensorRT ``.engine``. `threads` are
+    those of ONNX Runtime and OpenVINO, all if left out; torch has its own setting.
     """
-    path = resolve_checkpoint(artifact)
+    path = artifact_path(artifact)
     if path.suffix == ".onnx":
-        return OnnxPredictor(path)
+        return OnnxPredictor(path, threads)
     if path.suffix == ".xml":
-        return OpenVinoPredictor(path)
+        return OpenVinoPredictor(path, threads)
     if path.suffix == ".engine":
         return EnginePredictor(path)
     if path.suffix == ".safetensors" and quantized_header(path) is not None:
         quantized = load_quantized(path)
         return TorchPredictor(quantized, quantized.num_classes, device)
-    if path.suffix in CHECKPOINT_SUFFIXES:
-        model = load_checkpoint(path)
-        return TorchPredictor(rewrite(model), model.num_classes, device)
-    raise TargetError(
-        f"{artifact} is of no kind that can be run.",
-        f"give a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}), builtin:NAME, an .onnx, an "
-        ".xml or an .engine file",
-    )
+    model = load_checkpoint(path)
+    return TorchPredictor(rewrite(model), model.num_classes, device)

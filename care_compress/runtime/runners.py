@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from torch import Tensor
 
-from care_compress.errors import TargetError
+from care_compress.errors import CareError, TargetError
 from care_compress.quantize.openvino_library import load_openvino
 from care_compress.runtime.on_onnxruntime import open_session
+from care_compress.runtime.opening import open_predictor
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,23 @@ class Runner:
 def open_runner(
     path: Path, images_BCHW: Tensor, threads: int, precision: str, device: str = "CPU"
 ) -> Runner:
-    """An ``.onnx`` or ``.xml`` file for this batch; `precision` is what OpenVINO may round to.
+    """Any artifact for this batch; `precision` is what OpenVINO may round to.
 
     The file itself stays as it is: our graphs name their batch in one place only, and that is
     changed in memory.
     """
     began = time.perf_counter()
     try:
-        run = (
-            _onnxruntime(path, images_BCHW, threads)
-            if path.suffix == ".onnx"
-            else _openvino(path, images_BCHW, threads, precision, device)
-        )
+        match path.suffix:
+            case ".onnx":
+                run = _onnxruntime(path, images_BCHW, threads)
+            case ".xml":
+                run = openvino_request(path, images_BCHW, threads, precision, device)
+            case _:
+                run = _predictor(path, images_BCHW, threads)
         run()
+    except CareError:
+        raise
     except Exception as error:  # each runtime has classes of its own
         raise TargetError(
             f"{path.name} does not run on {len(images_BCHW)} images at once.",
@@ -47,17 +53,40 @@ def open_runner(
 
 
 def _onnxruntime(path: Path, images_BCHW: Tensor, threads: int) -> Callable[[], object]:
-    model = onnx.load(path)
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = len(images_BCHW)
-    session = open_session(model.SerializeToString(), threads)
+    session = open_session(batched_onnx(path, len(images_BCHW)), threads)
     feed = {session.get_inputs()[0].name: images_BCHW.contiguous().numpy()}
     return lambda: session.run(None, feed)
 
 
-def _openvino(
-    path: Path, images_BCHW: Tensor, threads: int, precision: str, device: str
-) -> Callable[[], Any]:
+def _predictor(path: Path, images_BCHW: Tensor, threads: int) -> Callable[[], object]:
+    """What torch or TensorRT runs, as a user of it would wait for: images in, logits out."""
+    predict = open_predictor(str(path), torch.device("cpu"))
+
+    def run() -> object:
+        torch.set_num_threads(threads)  # one setting for the whole process
+        return predict(images_BCHW)
+
+    return run
+
+
+def batched_onnx(path: Path, batch: int) -> bytes:
+    """The content of an ONNX file, for this batch."""
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def openvino_request(
+    path: Path,
+    images_BCHW: Tensor,
+    threads: int,
+    precision: str,
+    device: str,
+    profiled: bool = False,
+) -> "Request":
+    """An IR file compiled for these images; `profiled`, it counts the time of every layer."""
     openvino = load_openvino()
     core = openvino.Core()
     model = core.read_model(path)
@@ -68,18 +97,21 @@ def _openvino(
     }
     if device == "CPU":
         settings["INFERENCE_NUM_THREADS"] = threads
+    if profiled:
+        settings["PERF_COUNT"] = True
     request = core.compile_model(model, device, settings).create_infer_request()
     images = images_BCHW.contiguous().numpy()
     request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
-    return _Request(request, images)
+    return Request(request, images)
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """An inference request with the images whose address it holds."""
 
     request: Any
     images: Any
 
     def __call__(self) -> Any:
+        """Run them."""
         return self.request.infer()

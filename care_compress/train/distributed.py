@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from care_compress.errors import TrainingError
 
 WAITING = timedelta(hours=24)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    local_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
-        """The process that prints, writes and evaluates."""
+        """The process that prints and writes."""
         return self.rank == 0
 
     def share(self, count: int) -> tuple[int, int]:
@@ -43,6 +45,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def gathered(self, value: Value) -> list[Value]:
+        """What every process has, in their order."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value)
+        return every
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -70,7 +80,7 @@ def join_world() -> Iterator[World]:
     # The others wait while the main process quantizes or searches, which may take hours.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAITING)
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:
         dist.destroy_process_group()
 

@@ -1,0 +1,56 @@
+"""Evenly spaced images of a data set: streamed as pixels, or decoded once and held."""
+
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from care_compress.data.loader import BadImages, Batch, evaluation_batches
+from care_compress.data.samples import Samples
+from care_compress.data.transforms import EvalTransform, normalize
+from care_compress.errors import DataError
+from care_compress.evaluate.accuracy import spread_indices
+from care_compress.predictor import Predictor
+from care_compress.sections import DataSection
+
+
+@dataclass(frozen=True)
+class HeldImages:
+    """Real images, decoded once: bytes, of which batches are prepared when they are needed."""
+
+    pixels_BCHW: Tensor  # uint8
+    labels: Tensor
+    data: DataSection
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The network's inputs."""
+        for pixels in torch.split(self.pixels_BCHW, size):
+            yield normalize(pixels, self.data.mean, self.data.std)
+
+    def logits(self, predict: Predictor, size: int = 32) -> Tensor:
+        """Logits (N, K) of all images."""
+        with torch.inference_mode():
+            return torch.cat([predict(images).float().cpu() for images in self.batches(size)])
+
+
+def pixel_batches(
+    samples: Samples, data: DataSection, indices: Sequence[int], size: int, bad: BadImages
+) -> Generator[Batch]:
+    """Pixels of these images, cut as the recipe says, in the order given."""
+    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
+    loaded = evaluation_batches(samples, transform, size, data, bad=bad, indices=indices)
+    with contextlib.closing(loaded):
+        yield from loaded
+
+
+def hold_images(
+    samples: Samples, data: DataSection, count: int | None, bad: BadImages
+) -> HeldImages:
+    """`count` images of a split, or all of them."""
+    batches = list(pixel_batches(samples, data, spread_indices(len(samples), count), 32, bad))
+    if not batches:
+        raise DataError("there is no image to compare on.", "check the val split")
+    pixels = torch.cat([batch.images for batch in batches])
+    return HeldImages(pixels, torch.cat([batch.labels for batch in batches]), data)

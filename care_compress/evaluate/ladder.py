@@ -1,0 +1,115 @@
+"""How a model changes on its way from the published float model to a file: rung by rung.
+
+Each rung is compared with the one it was made from: logits, answers, and the output of every site
+that means the same in both. A step's own loss stands between two rungs; what all of them lost
+together stands beside the float model.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from care_compress.evaluate.divergence import Parting, sharpest_fall
+from care_compress.evaluate.taps import Outputs, Taken
+from care_compress.quantize.distance import Distance
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One form of the model."""
+
+    name: str
+    run: Callable[[Tensor], Taken]  # one image
+    before: str | None  # the rung it was made from; none for the first
+    sites: tuple[str, ...] = ()  # that mean the same in both, in the order of the network
+    targets: tuple[str, ...] = ()  # which it belongs to; none: all of them
+    note: str = ""  # why it shows no sites, or not all of them
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A rung that cannot be stood on here."""
+
+    name: str
+    why: str  # and how to get it
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``fidelity.json`` holds it."""
+        return {"rung": self.name, "missing": self.why}
+
+
+@dataclass
+class Step:
+    """One rung beside the one before it, summed over images."""
+
+    rung: Rung
+    images: int = 0
+    same: int = 0  # answers, as the rung before
+    same_as_float: int = 0
+    logits: Distance = field(default_factory=Distance)
+    to_float: Distance = field(default_factory=Distance)
+    sites: dict[str, Distance] = field(default_factory=dict)
+
+    def add(self, found: Taken, before: Taken, plain: Taken) -> None:
+        """Count one image."""
+        self.images += len(found.logits)
+        self.logits.add(before.logits, found.logits)
+        self.to_float.add(plain.logits, found.logits)
+        answers = found.logits.argmax(dim=1)
+        self.same += int((before.logits.argmax(dim=1) == answers).sum())
+        self.same_as_float += int((plain.logits.argmax(dim=1) == answers).sum())
+        for site in self.rung.sites:
+            self._add_site(site, before.sites, found.sites)
+
+    def _add_site(self, site: str, before: Outputs, found: Outputs) -> None:
+        expected, value = before.get(site), found.get(site)
+        # A product of attention heads may leave a file in another layout, never in another size.
+        if expected is not None and value is not None and expected.numel() == value.numel():
+            distance = self.sites.setdefault(site, Distance())
+            distance.add(expected, value.reshape(expected.shape))
+
+    @property
+    def parts_at(self) -> Parting | None:
+        """The site where the two part; none where all of them are near."""
+        return sharpest_fall({site: one.shown_db for site, one in self.sites.items()})
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``fidelity.json`` holds it; 200 dB stand for no difference at all."""
+        first, parting = self.rung.before is None, self.parts_at
+        return {
+            "rung": self.rung.name,
+            "before": self.rung.before,
+            "targets": list(self.rung.targets),
+            "sqnr_db": None if first else self.logits.shown_db,
+            "to_float_db": None if first else self.to_float.shown_db,
+            "same_percent": 100 * self.same / self.images,
+            "same_as_float_percent": 100 * self.same_as_float / self.images,
+            "parts_at": None
+            if parting is None
+            else {
+                "site": parting.site,
+                "sqnr_db": parting.sqnr_db,
+                "before_db": parting.before_db,
+            },
+            "sites": {site: one.shown_db for site, one in self.sites.items()},
+            "note": self.rung.note,
+        }
+
+
+@torch.inference_mode()
+def climb(
+    rungs: Sequence[Rung], images: Iterable[Tensor], notify: Callable[[str], None]
+) -> list[Step]:
+    """Run every rung on every image, one image at a time: all outputs of all rungs are held."""
+    steps = [Step(rung) for rung in rungs]
+    for number, image in enumerate(images, 1):
+        notify(f"climbing with image {number}")
+        taken: dict[str, Taken] = {}
+        for step in steps:
+            rung = step.rung
+            found = taken[rung.name] = rung.run(image)
+            step.add(found, taken[rung.before or rung.name], taken[rungs[0].name])
+    return steps

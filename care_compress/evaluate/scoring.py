@@ -1,0 +1,158 @@
+"""``care-compress accuracy FILE``: one artifact on a whole image set, however long that takes.
+
+Images stream, so memory does not grow with them. Under torchrun each process takes its share. With
+``--json`` an interrupted evaluation goes on where it was, and ends with the same numbers.
+"""
+
+import contextlib
+import json
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from care_compress import machine
+from care_compress.data.loader import BadImages, prepared_batches
+from care_compress.data.samples import Samples
+from care_compress.data.sources import check_classes, open_samples
+from care_compress.evaluate.accuracy import (
+    NOTHING,
+    Accuracy,
+    count_batch,
+    own_share,
+    spread_indices,
+)
+from care_compress.evaluate.exports import digest_of
+from care_compress.evaluate.resuming import Progress, ProgressFile
+from care_compress.predictor import Predictor
+from care_compress.progress import progress_bar
+from care_compress.run import fingerprint, write_text
+from care_compress.runtime.opening import artifact_path, open_predictor
+from care_compress.sections import DataSection
+from care_compress.train.distributed import World, join_world
+
+# On a CPU memory of larger batches is new each time, and the system clears it first: at 224 that
+# costs more than everything else beside the network (LOG.md).
+BATCH_SIZES = {"cpu": 16, "cuda": 256}
+
+
+def measure_artifact(
+    artifact: str,
+    data: DataSection,
+    images: int | None,
+    batch_size: int | None,
+    json_file: Path | None,
+    console: Console,
+) -> Accuracy:
+    """Score one file on the validation images of a source, and say so."""
+    path = artifact_path(artifact)
+    with join_world() as world:
+        console = console if world.is_main else Console(quiet=True)
+        threads = None
+        if world.local_size > 1:  # each runtime would take all cores
+            threads = max(1, len(machine.usable_cores()) // world.local_size)
+        predict = open_predictor(artifact, world.device, threads)
+        samples = open_samples(data, "val")
+        check_classes(samples, predict.num_classes)
+        batch_size = batch_size or BATCH_SIZES[world.device.type]
+        chosen = own_share(spread_indices(len(samples), images), batch_size, world)
+        job = _Job(samples, data, chosen, batch_size, world.device)
+        evaluation = fingerprint([digest_of(path), images, world.rank, world.size, *job.facts()])
+        state = ProgressFile.beside(json_file, world, evaluation)
+        mine = _score(predict, job, state, world, console)
+        every = world.gathered(mine)
+        accuracy = sum((one.accuracy for one in every), NOTHING)
+        skipped = {name: why for one in every for name, why in one.skipped.items()}
+        _show(accuracy, skipped, console)
+        if json_file is not None and world.is_main:
+            result = {
+                "artifact": artifact,
+                "images": accuracy.images,
+                "top1": accuracy.top1,
+                "top5": accuracy.top5,
+                "skipped_images": skipped,
+                "data": data.model_dump(mode="json"),
+                "samples": samples.fingerprint(),
+            }
+            write_text(json_file, json.dumps(result, indent=2) + "\n")
+        world.wait()  # the states are of use until the result is written
+        state.remove()
+    return accuracy
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One process's images."""
+
+    samples: Samples
+    data: DataSection
+    indices: Sequence[int]  # rising
+    batch_size: int
+    device: torch.device
+
+    def facts(self) -> list[object]:
+        """What decides the numbers beside the model; how many processes decode does not."""
+        data = self.data.model_dump(mode="json", exclude={"workers"})
+        return [data, self.samples.content_digest(), self.batch_size, self.device.type]
+
+
+def _score(
+    predict: Predictor, job: _Job, state: ProgressFile, world: World, console: Console
+) -> Progress:
+    """The share of one process, from where it was interrupted."""
+    so_far = state.read()
+    before = sum(world.gathered(so_far.done))
+    if before:
+        console.print(f"going on after {before:,} images")
+    elif state.is_of_another:
+        console.print("another evaluation was interrupted here: starting anew")
+    state.write(so_far)  # a place that cannot be written to is found now, not after hours
+    try:
+        with progress_bar(console, "evaluating", len(job.indices)) as advance:
+            advance(so_far.done)
+            for found in _batches(predict, job, so_far):
+                advance(found.done - so_far.done)
+                so_far = found
+                state.keep(so_far)
+    except BaseException as error:
+        if so_far.done:
+            state.write(so_far)
+        else:
+            state.remove()
+        if isinstance(error, KeyboardInterrupt):
+            console.print(state.hint())
+        raise
+    return so_far
+
+
+def _batches(predict: Predictor, job: _Job, start: Progress) -> Iterator[Progress]:
+    """What is known after each batch."""
+    bad = BadImages(dict(start.skipped))
+    accuracy = start.accuracy
+    batches = prepared_batches(
+        job.samples,
+        job.data,
+        job.batch_size,
+        bad=bad,
+        indices=job.indices[start.done :],
+        device=job.device,
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            accuracy += count_batch(predict, batch)
+            # Bad images are no part of a batch, but its last image tells which batch it is.
+            number = bisect_left(job.indices, int(batch.indices[-1])) // job.batch_size
+            done = min((number + 1) * job.batch_size, len(job.indices))
+            yield Progress(done, accuracy, bad.reasons)
+    yield Progress(len(job.indices), accuracy, bad.reasons)
+
+
+def _show(accuracy: Accuracy, skipped: Mapping[str, str], console: Console) -> None:
+    for name, reason in skipped.items():
+        console.print(f"skipped {name}: {reason}", markup=False)
+    console.print(
+        f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  on {accuracy.images:,} images"
+    )

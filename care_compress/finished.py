@@ -1,0 +1,83 @@
+"""A finished run, read again: its recipe, its results, and the models it was made of."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from care_compress.errors import CheckpointError, RunError
+from care_compress.model.checkpoint import resolve_checkpoint
+from care_compress.recipe import Recipe, parse, read_yaml
+from care_compress.run import sha256_file
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left."""
+
+    path: Path
+    recipe: Recipe
+    results: dict[str, Any]
+
+    @property
+    def kept(self) -> Path | None:
+        """The quantized model that was kept; none of a float run."""
+        return self.path / self.results["model"] if "model" in self.results else None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The float weights: those the run trained, or those the recipe names."""
+        if self.recipe.train is not None:
+            return self.path / "float" / "model.safetensors"
+        assert self.recipe.model.checkpoint is not None  # the recipe's own check
+        return resolve_checkpoint(self.recipe.model.checkpoint)
+
+    def checked_checkpoint(self) -> Path:
+        """The float weights, if they are still where they were and what they were."""
+        path = self.checkpoint
+        if not path.is_file():
+            raise CheckpointError(
+                f"the float model of {self.path.name}, {path}, is gone.",
+                "put it back, or make the run again",
+            )
+        known = self._recorded_digest()
+        if known is not None and sha256_file(path) != known:
+            raise CheckpointError(
+                f"{path} is not the float model that {self.path.name} was made from.",
+                "put that one back, or make the run again",
+            )
+        return path
+
+    def _recorded_digest(self) -> str | None:
+        """What the manifest says of the weights; it may be gone, and then nobody knows."""
+        path = self.path / "manifest.json"
+        if not path.is_file():
+            return None
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if self.recipe.train is not None:
+            digest = manifest["outputs"].get("float/model.safetensors")
+        else:
+            digest = manifest["inputs"].get("checkpoint", {}).get("sha256")
+        return None if digest is None else str(digest)
+
+
+def read_run(path: Path) -> FinishedRun:
+    """The run in a directory; `RunError` where it cannot be read."""
+    try:
+        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        recipe = parse(Recipe, read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"run {path} cannot be read: {error}.", "make it again") from error
+    return FinishedRun(path, recipe, results)
+
+
+def find_run(runs: Path, name: str) -> FinishedRun:
+    """The run of this name; those that are there are named where it is not."""
+    if not (runs / name / "results.json").is_file():
+        known = sorted(path.parent.name for path in runs.glob("*/results.json"))
+        there = f"there are {', '.join(known)}; or " if known else ""
+        raise RunError(
+            f"there is no finished run called {name} in {runs}.",
+            f"{there}make one: make quantize RECIPE={name}",
+        )
+    return read_run(runs / name)

@@ -1,0 +1,104 @@
+"""The layers that a runtime executes, each with its origin, its precision and its time.
+
+Profiling costs time itself, so the sum stands a little above the latency.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+INTEGER, FLOAT, CONVERT = "integer products", "float products", "reorder and convert"
+ELEMENTWISE, OTHER = "element-wise", "other"
+GROUPS = (INTEGER, FLOAT, CONVERT, ELEMENTWISE, OTHER)
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One executed layer."""
+
+    name: str  # as the runtime calls it
+    kind: str  # Convolution, QLinearConv, Reorder
+    sites: tuple[str, ...]  # the modules, or nodes, of the file that were fused into it
+    precision: str  # u8, i8, bf16, f16, f32: of what enters
+    group: str  # one of GROUPS
+    ms: float | None  # None where nothing was timed
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All layers of one file, in the order they run."""
+
+    layers: tuple[LayerTime, ...]
+    whole_ms: float | None  # of one run, with the profiler on
+
+    @property
+    def total_ms(self) -> float:
+        """Of all layers."""
+        return sum(layer.ms or 0.0 for layer in self.layers)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether any layer has a time."""
+        return any(layer.ms is not None for layer in self.layers)
+
+    def share(self, layer: LayerTime) -> float | None:
+        """Of the sum of all layers."""
+        return None if layer.ms is None or not self.total_ms else layer.ms / self.total_ms
+
+    def by_kind(self) -> dict[str, dict[str, Any]]:
+        """Layers, milliseconds and share of each group."""
+        return {group: self._sum(group) for group in GROUPS}
+
+    def _sum(self, group: str) -> dict[str, Any]:
+        found = [layer for layer in self.layers if layer.group == group]
+        if not self.is_timed:
+            return {"layers": len(found), "ms": None, "share": None}
+        ms = sum(layer.ms or 0.0 for layer in found)
+        return {"layers": len(found), "ms": ms, "share": ms / self.total_ms}
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``compare.json`` holds it under a target's model."""
+        return {
+            "layers": [{**asdict(layer), "share": self.share(layer)} for layer in self.layers],
+            "by_kind": self.by_kind(),
+            "layers_ms": self.total_ms if self.is_timed else None,
+            "profiled_ms": self.whole_ms,  # of a run with the profiler on, overhead included
+        }
+
+
+def modules_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The modules that operations belong to, each once.
+
+    Ours are called ``module`` or ``module/Gelu``; other exporters write ``/layer/Conv`` for a node,
+    which stays as it is.
+    """
+    found = [name if name.startswith("/") else name.partition("/")[0] for name in names]
+    return tuple(dict.fromkeys(name for name in found if name))
+
+
+def engine_profile(layers: Sequence[dict[str, Any]]) -> Profile:
+    """The layers that an engine's description tells: precisions, no times.
+
+    Nothing of an engine is timed by layer without its GPU. Arithmetic on shapes is left out.
+    """
+    found = [layer for layer in layers if layer["precision"] not in ("INT32", "INT64", "BOOL")]
+    return Profile(tuple(_engine_layer(layer) for layer in found), None)
+
+
+# As TensorRT's inspector and its network name them.
+_ENGINE_PRODUCTS = ("CONV", "GEMM", "MATRIX_MULTIPLY", "MATMUL")
+_ENGINE_CONVERT = ("REFORMAT", "QUANTIZE", "CAST", "SHUFFLE", "REORDER")
+_ENGINE_ELEMENTWISE = ("ELEMENTWISE", "POINTWISE", "ACTIVATION", "UNARY", "NORMALIZATION", "SCALE")
+
+
+def _engine_layer(layer: dict[str, Any]) -> LayerTime:
+    kind, precision = str(layer["type"]), str(layer["precision"])
+    upper = kind.upper()
+    group = OTHER
+    if any(word in upper for word in _ENGINE_PRODUCTS):
+        group = INTEGER if precision in ("INT8", "INT4") else FLOAT
+    elif any(word in upper for word in _ENGINE_CONVERT):
+        group = CONVERT
+    elif any(word in upper for word in _ENGINE_ELEMENTWISE):
+        group = ELEMENTWISE
+    return LayerTime(str(layer["name"]), kind, modules_of(layer["origin"]), precision, group, None)

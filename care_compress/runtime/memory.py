@@ -1,0 +1,154 @@
+"""Peak memory of one file, measured in a process of its own that holds nothing else.
+
+    python -m care_compress.runtime.memory model.onnx '{"threads": 1}'
+
+Imports stand where they are needed: the process must hold the runtime and numpy and not torch, and
+what is counted is the rise from loading the file on, above the runtime's own.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from care_compress.errors import TargetError
+
+RUNS = 3  # a runtime may take more memory in its second run than in its first
+LONGEST = 600.0  # seconds
+
+Run = Callable[[], object]
+
+
+def peak_memory(
+    path: Path,
+    *,
+    size: tuple[int, int],
+    threads: int = 1,
+    precision: str = "f32",
+    device: str = "CPU",
+) -> int:
+    """Bytes that loading and running a file takes at its peak, for one image at a time.
+
+    A file of a larger fixed batch is run at that batch.
+    """
+    settings = {"size": size, "threads": threads, "precision": precision, "device": device}
+    command = [sys.executable, "-m", "care_compress.runtime.memory", str(path)]
+    # PYTHONPATH is ours already; the folder of the package need not be the current one.
+    done = subprocess.run(
+        [*command, json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LONGEST,
+    )
+    if done.returncode:
+        reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
+        raise TargetError(
+            f"the memory of {path} could not be measured: {reason.strip()[:200]}.",
+            "check that care-compress accuracy runs the file",
+        )
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"])
+
+
+def main() -> None:
+    """What the child process does."""
+    path, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    load = {".onnx": _onnxruntime, ".xml": _openvino}.get(path.suffix, _torch)(path, settings)
+    before = _start_counting()
+    run = load()
+    for _ in range(RUNS):
+        run()
+    print(json.dumps({"peak_memory_bytes": _peak() - before}))
+
+
+def _onnxruntime(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
+    import numpy as np
+    import onnxruntime
+
+    def load() -> Run:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = settings["threads"]
+        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        wanted = session.get_inputs()[0]
+        batch = wanted.shape[0] if isinstance(wanted.shape[0], int) else 1
+        feed = {wanted.name: np.zeros((batch, 3, *settings["size"]), np.float32)}
+        return lambda: session.run(None, feed)
+
+    return load
+
+
+def _openvino(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
+    # It sends usage to a statistics server from its import on, unasked; without this it cannot.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import numpy as np
+    import openvino
+
+    def load() -> Run:
+        core = openvino.Core()
+        wanted = {
+            "INFERENCE_PRECISION_HINT": settings["precision"],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if settings["device"] == "CPU":
+            wanted["INFERENCE_NUM_THREADS"] = settings["threads"]
+        compiled = core.compile_model(core.read_model(path), settings["device"], wanted)
+        size = compiled.inputs[0].partial_shape[0]
+        batch = 1 if size.is_dynamic else size.get_length()
+        images = np.zeros((batch, 3, *settings["size"]), np.float32)
+        return lambda: compiled([images])
+
+    return load
+
+
+def _torch(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
+    import torch
+
+    from care_compress.runtime.opening import open_predictor
+
+    torch.set_num_threads(settings["threads"])
+
+    def load() -> Run:
+        predict = open_predictor(str(path), torch.device("cpu"))
+        images = torch.zeros(1, 3, *settings["size"])
+        return lambda: predict(images)
+
+    return load
+
+
+def _start_counting() -> int:
+    """What the process holds now; the peak is counted from here on where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _peak()
+    return int(psutil.Process().memory_info().rss)
+
+
+def _peak() -> int:
+    """Most bytes this process has held."""
+    # Not ru_maxrss on Linux: it keeps the peak of the process that started this one.
+    for line in _status().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _status() -> str:
+    try:
+        return Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

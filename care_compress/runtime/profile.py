@@ -1,0 +1,55 @@
+"""Where a file spends its time, layer by layer: ``care-compress layers FILE``.
+
+A runtime fuses, reorders and converts; what it runs are not the operations of the file. Settings
+are those that ``compare`` times with, so that a layer's time is part of the latency beside it.
+"""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from care_compress.device.enginefile import origin_path
+from care_compress.errors import TargetError
+from care_compress.runtime.layer_times import Profile, engine_profile
+from care_compress.runtime.profile_onnxruntime import profile_onnxruntime
+from care_compress.runtime.profile_openvino import profile_openvino
+
+SECONDS = 0.5  # of runs that are timed
+
+
+def profile_layers(
+    path: Path,
+    images_BCHW: Tensor,
+    threads: int = 1,
+    precision: str = "f32",
+    device: str = "CPU",
+    seconds: float = SECONDS,
+) -> Profile:
+    """Every layer of any ``.onnx`` or ``.xml`` file with one image input, as it is executed.
+
+    `precision` is what OpenVINO may round floats to; ONNX Runtime has no such choice.
+    """
+    try:
+        if path.suffix == ".xml":
+            return profile_openvino(path, images_BCHW, threads, precision, device, seconds)
+        return profile_onnxruntime(path, images_BCHW, threads, seconds)
+    except Exception as error:  # each runtime has classes of its own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise TargetError(
+            f"{path.name} cannot be profiled on images of {list(images_BCHW.shape)}: "
+            f"{(lines or [repr(error)])[-1][:200]}.",
+            "give the resolution it was exported for (--res), or export it again",
+        ) from error
+
+
+def read_engine_profile(path: Path) -> Profile:
+    """An engine's layers in their precisions, from the description beside it; no times."""
+    about = origin_path(path)
+    try:
+        return engine_profile(json.loads(about.read_text(encoding="utf-8"))["layers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TargetError(
+            f"{about}, which tells the layers of {path.name}, cannot be read: {error!r}.",
+            "keep the files of an export together, or build the engine again",
+        ) from error
