@@ -28,7 +28,7 @@ define READY
 endef
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize compare reference report bundle engine doctor test check recipes bench-data bench-train bench-quantize bench-evaluate ablate clean
+.PHONY: help setup quantize compare reference report bundle engine doctor test check recipes bench bench-data bench-train bench-quantize bench-evaluate ablate clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -74,6 +74,9 @@ check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, recipe validation
 
 recipes: $(VENV)/.user ## list the recipes that ship
 	@$(BIN)/care-compress recipes
+
+bench: $(VENV)/.dev ## INT8 beside every alternative, into docs/PERFORMANCE.md (25 minutes): [ARCH=care_s0]; resumes
+	@$(BIN)/python bench/speed.py $(if $(ARCH),--arch '$(ARCH)')
 
 bench-data: $(VENV)/.dev ## images/s of the loader beside a plain PIL + DataLoader loop
 	@$(BIN)/python bench/data.py

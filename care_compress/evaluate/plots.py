@@ -17,6 +17,7 @@ _IN_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)(\..+)?$")
 _DOWNSAMPLE = re.compile(r"stages\.(\d+)\.downsample\b")
 SHOWN = 40  # sites in a plot; the table and the JSON have all
 matplotlib.rcParams["svg.hashsalt"] = "care-compress"  # equal data, equal file
+matplotlib.rcParams["svg.fonttype"] = "none"
 
 
 def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
@@ -34,7 +35,7 @@ def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
     axes.set_title(f"The {len(shown)} hardest of {len(found)} sites", loc="left")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_trials(trials: Sequence[Trial], max_drop: float, unit: str, path: Path) -> None:
@@ -54,7 +55,7 @@ def plot_trials(trials: Sequence[Trial], max_drop: float, unit: str, path: Path)
     axes.set_title(f"{len(trials)} trials", loc="left")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def pareto(trials: Sequence[Trial]) -> list[Trial]:
@@ -76,7 +77,8 @@ def short_name(site: str) -> str:
     return site
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write it; letters stay letters, which keeps files small and text searchable."""
     content = io.StringIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
     write_text(path, content.getvalue())

@@ -14,8 +14,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
+from torch import nn
 
-from care_compress.model.compact import CompactCare
 from care_compress.quantize.quiet import silent
 
 INPUT, OUTPUT = "images", "logits"
@@ -27,7 +27,7 @@ _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "Add"})
 Batch = int | Literal["dynamic"]
 
 
-def float_graph(network: CompactCare, resolution: int, batch: Batch = "dynamic") -> ir.Model:
+def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -> ir.Model:
     """Export a float network for images of one size, and a fixed or free number of them.
 
     Nothing in the graph depends on the batch, so whoever loads a file may give it another one.

@@ -1,0 +1,246 @@
+"""INT8 against every alternative, on one machine, in turns (`make bench`).
+
+For each size of CARE at 224: the files of real runs, the published network, and what other tools
+make of it (`peers.py`), in OpenVINO and ONNX Runtime, at batch 1 and 8, on one thread and on all.
+Then how time grows (`growth.py`), and docs/PERFORMANCE.md from all of it (`performance_page.py`).
+What is finished is kept in ``runs/bench``; remove that folder to begin anew.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from growth import measure_growth
+from material import Finished, Scale, first_images, run_of
+from peers import (
+    NNCF,
+    NNCF_TRANSFORMER,
+    STATIC,
+    STATIC_PRODUCTS,
+    Made,
+    make_peers,
+    publish,
+    reason_of,
+)
+from performance_page import table_of, write_page
+from rich.console import Console
+from torch import Tensor
+
+from care_compress import machine
+from care_compress.errors import TargetError
+from care_compress.evaluate.exports import digest_of, size_of
+from care_compress.evaluate.latency import Latency, LatencyPlan, measure_latency
+from care_compress.run import fingerprint, write_text
+from care_compress.runtime.on_openvino import has_bfloat16
+from care_compress.runtime.runners import Runner, open_runner
+
+ARCHES = ("care_s0", "care_s1", "care_s2")
+RESOLUTION = 224
+BATCHES = (1, 8)
+# Fewer runs than compare takes: there are three times as many files, and eight images take long.
+PLAN = LatencyPlan(seconds=1.0, least_runs=15, warmup=3)
+OPENVINO, ONNXRUNTIME = "OpenVINO", "ONNX Runtime"
+Interval = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file in one runtime and setting."""
+
+    key: str
+    what: str
+    runtime: str
+    made: Made
+    precision: str = "f32"  # what OpenVINO may round floats to
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is the INT8 file that all others are held against."""
+        return self.key.startswith("int8/")
+
+
+def main() -> None:
+    """Make what is missing, measure what is not measured, write JSON and the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", action="append", choices=(*ARCHES, "care_nano"))
+    parser.add_argument("--resolution", type=int, default=RESOLUTION)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--no-growth", action="store_true", help="only the tables")
+    options = parser.parse_args()
+    console = Console(width=150)
+    root = options.runs / "bench"
+    found = {}
+    for arch in options.arch or ARCHES:
+        scale = Scale(arch, options.resolution)
+        found[arch] = bench(scale, root, console)
+        console.print(table_of(found[arch]), markup=False, soft_wrap=True)
+    store = options.docs / "performance"
+    for arch, value in found.items():
+        write_text(store / f"{arch}.json", json.dumps(value, indent=1) + "\n")
+    if not options.no_growth:
+        value = measure_growth(Scale(next(iter(found)), options.resolution), root, console)
+        write_text(store / "growth.json", json.dumps(value, indent=1) + "\n")
+    write_page(options.docs)
+    console.print(f"written to {options.docs / 'PERFORMANCE.md'}")
+
+
+def bench(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
+    """Everything about one size: an earlier measurement of the same files, or a new one."""
+    ours, plain = (run_of(name, scale, root, console) for name in ("int8_ptq", "fp32"))
+    console.print(f"{scale.arch}: the peers' files", markup=False)
+    folder = root / scale.arch
+    published = publish(ours.network(), scale.resolution, folder / "peers")
+    calibration = ours.calibration().batches(ours.recipe.data, 32, torch.device("cpu"))
+    peers = make_peers(published, torch.cat(list(calibration)))
+    entries = entries_of(ours, plain, published, peers)
+    files = {entry.key: said_of(entry.made) for entry in entries}
+    key = fingerprint([files, str(PLAN), machine.installed_versions()])
+    store = folder / f"speed_{scale.resolution}.json"
+    kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
+    about = machine.describe()
+    if kept.get("key") != key:
+        kept = {
+            "key": key,
+            "arch": scale.arch,
+            "resolution": scale.resolution,
+            "date": str(datetime.now(UTC).date()),
+            "revision": ours.revision,
+            "machine": {name: about[name] for name in ("cpu", "python", "libraries")},
+            "files": files,
+            "settings": [],
+        }
+    done = {(setting["batch"], setting["threads"]) for setting in kept["settings"]}
+    for setting in by_setting(first_images(ours.recipe.data, max(BATCHES))):
+        if (len(setting.images_BCHW), setting.threads) not in done:
+            kept["settings"].append(measured(entries, setting, console))
+            kept["settings"].sort(key=lambda one: (one["batch"], one["threads"]))
+            write_text(store, json.dumps(kept, indent=1) + "\n")
+    return kept
+
+
+def entries_of(
+    ours: Finished, plain: Finished, published: Path, peers: dict[str, Made]
+) -> list[Entry]:
+    """Every file in every runtime that reads it; the published network in FP32 is the first."""
+    halves = "bf16" if has_bfloat16() else "f32"  # what OpenVINO chooses unasked
+    openvino = [
+        ("published", "published network, FP32", Made(published.with_suffix(".xml")), "f32"),
+        ("published_bf16", "published network, BF16", Made(published.with_suffix(".xml")), "bf16"),
+        ("float", "ours, FP32", Made(plain.file("openvino-cpu")), "f32"),
+        ("float_bf16", "ours, BF16", Made(plain.file("openvino-cpu")), "bf16"),
+        ("int8", "ours, INT8", Made(ours.file("openvino-cpu")), halves),
+        ("int8_f32", "ours, INT8, the rest in FP32", Made(ours.file("openvino-cpu")), "f32"),
+        (STATIC, "quantize_static, its choice", peers[f"{STATIC}.xml"], halves),
+        (
+            STATIC_PRODUCTS,
+            "quantize_static, products only",
+            peers[f"{STATIC_PRODUCTS}.xml"],
+            halves,
+        ),
+        (NNCF, "NNCF, mixed preset", peers[f"{NNCF}.xml"], halves),
+        (NNCF_TRANSFORMER, "NNCF, transformer", peers[f"{NNCF_TRANSFORMER}.xml"], halves),
+    ]
+    if halves == "f32":
+        openvino = [
+            row for row in openvino if row[0] not in ("published_bf16", "float_bf16", "int8_f32")
+        ]
+    onnxruntime = [
+        ("published", "published network, FP32", Made(published)),
+        ("float", "ours, FP32", Made(plain.file("onnxruntime-cpu"))),
+        ("int8", "ours, INT8", Made(ours.file("onnxruntime-cpu"))),
+        (STATIC, "quantize_static, its choice", peers[f"{STATIC}.onnx"]),
+        (STATIC_PRODUCTS, "quantize_static, products only", peers[f"{STATIC_PRODUCTS}.onnx"]),
+    ]
+    return [
+        *(
+            Entry(f"{key}/{OPENVINO}", what, OPENVINO, made, hint)
+            for key, what, made, hint in openvino
+        ),
+        *(
+            Entry(f"{key}/{ONNXRUNTIME}", what, ONNXRUNTIME, made)
+            for key, what, made in onnxruntime
+        ),
+    ]
+
+
+def said_of(made: Made) -> dict[str, Any]:
+    """Which file it is: that of the run, by the digest its results have."""
+    if made.reason:
+        return {"reason": made.reason}
+    return {"file": made.path.name, "sha256": digest_of(made.path), "bytes": size_of(made.path)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How many images at once, on how many threads."""
+
+    images_BCHW: Tensor
+    threads: int
+
+
+def by_setting(images_BCHW: Tensor) -> Iterator[Setting]:
+    """Each batch size on one thread and on all."""
+    for batch, threads in product(BATCHES, dict.fromkeys((1, len(machine.usable_cores())))):
+        yield Setting(images_BCHW[:batch].contiguous(), threads)
+
+
+def measured(entries: list[Entry], setting: Setting, console: Console) -> dict[str, Any]:
+    """One table: every file in turns."""
+    batch, threads = len(setting.images_BCHW), setting.threads
+    console.print(f"timing batch {batch} on {threads} threads", markup=False)
+    runners, reasons = opened(entries, setting)
+    before = psutil.getloadavg()[0]
+    runs: dict[str, Callable[[], object]] = {key: one.run for key, one in runners.items()}
+    timed = measure_latency(runs, batch, PLAN)
+    rows = [row_of(entry, timed, reasons.get(entry.key, "")) for entry in entries]
+    load = [round(before, 2), round(psutil.getloadavg()[0], 2)]
+    return {"batch": batch, "threads": threads, "load_average": load, "rows": rows}
+
+
+def opened(entries: list[Entry], setting: Setting) -> tuple[dict[str, Runner], dict[str, str]]:
+    """What runs, and why the others do not."""
+    runners: dict[str, Runner] = {}
+    reasons: dict[str, str] = {}
+    for entry in entries:
+        if entry.made.reason:
+            reasons[entry.key] = entry.made.reason
+            continue
+        try:
+            runners[entry.key] = open_runner(
+                entry.made.path, setting.images_BCHW, setting.threads, entry.precision
+            )
+        except TargetError as error:
+            reasons[entry.key] = reason_of(error)
+    return runners, reasons
+
+
+def row_of(entry: Entry, timed: dict[str, Latency], reason: str) -> dict[str, Any]:
+    """One line of a table, with its ratios inside the runtime it ran in."""
+    said = {"key": entry.key, "what": entry.what, "runtime": entry.runtime}
+    if entry.key not in timed:
+        return {**said, "reason": reason}
+    mine = timed[entry.key]
+    return {
+        **said,
+        "ms": {name: round(value, 3) for name, value in mine.percentiles().items()},
+        "images_per_second": round(mine.throughput, 1),
+        "over_published": _rounded(mine.speedup_over(timed[f"published/{entry.runtime}"])),
+        "int8_over_it": _rounded(timed[f"int8/{entry.runtime}"].speedup_over(mine)),
+        "noisy": mine.is_noisy,
+    }
+
+
+def _rounded(interval: Interval) -> list[float]:
+    return [round(value, 3) for value in interval]
+
+
+if __name__ == "__main__":
+    main()

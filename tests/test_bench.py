@@ -1,0 +1,222 @@
+"""The speed bench: peers' files, tables from made-up timings, the fit of a curve."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import growth
+import material
+import numpy as np
+import peers
+import performance_page as page
+import pytest
+import speed
+import torch
+from rich.console import Console
+
+from care_compress.errors import CareError, RunError
+from care_compress.evaluate.latency import Latency, LatencyPlan
+from care_compress.sections import DataSection
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> DataSection:
+    folder = material.image_folder(tmp_path_factory.mktemp("images"))
+    return folder.model_copy(update={"resolution": SIZE})
+
+
+@pytest.fixture(scope="module")
+def network(images: DataSection) -> Any:
+    return material.lifelike("care_nano", material.first_images(images, 4))
+
+
+def test_images_are_those_of_the_built_in_set_among_a_thousand_classes(
+    images: DataSection,
+) -> None:
+    samples = material.open_samples(images, "train")
+    assert len(samples) == material.IMAGES["train"]
+    assert len(samples.classes) == material.CLASSES
+    drawn = material.Shapes("train").image(0)
+    same = [i for i in range(len(samples)) if np.array_equal(samples.image(i), drawn)]
+    assert len(same) == 1
+
+
+def test_a_lifelike_network_is_seeded_and_uneven(network: Any, images: DataSection) -> None:
+    again = material.lifelike("care_nano", material.first_images(images, 4))
+    for mine, other in zip(network.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    logits = network(material.first_images(images, 4))
+    assert torch.isfinite(logits).all() and logits.std() > 0.1
+    gains = network.stages[2].blocks[0].inter_layer.inter1_norm.weight
+    assert gains.max() > 5 * gains.min()
+
+
+def test_peers_leave_files_that_run_or_a_reason(
+    network: Any, images: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("Check failed\n  no such operation\n")
+
+    monkeypatch.setattr(peers, "_nncf", fails)
+    published = peers.publish(network, SIZE, tmp_path)
+    pixels = material.first_images(images, 2)
+    made = peers.make_peers(published, pixels)
+    assert {made[f"{name}.xml"].reason for name in (peers.NNCF, peers.NNCF_TRANSFORMER)} == {
+        "no such operation"
+    }
+    setting = speed.Setting(pixels[:1], 1)
+    entries = [
+        speed.Entry("published/OpenVINO", "", "OpenVINO", peers.Made(published)),
+        speed.Entry("int8/OpenVINO", "", "OpenVINO", made[f"{peers.STATIC}.onnx"]),
+        speed.Entry("static/OpenVINO", "", "OpenVINO", made[f"{peers.STATIC_PRODUCTS}.xml"]),
+        speed.Entry("nncf/OpenVINO", "", "OpenVINO", made[f"{peers.NNCF}.xml"]),
+    ]
+    monkeypatch.setattr(speed, "PLAN", LatencyPlan(0.01, 3, 1, 3))
+    found = speed.measured(entries, setting, Console(quiet=True))
+    assert [("ms" in row, row.get("reason")) for row in found["rows"]] == [
+        (True, None),
+        (True, None),
+        (True, None),
+        (False, "no such operation"),
+    ]
+    text = (tmp_path / f"{peers.STATIC_PRODUCTS}.onnx").read_bytes()
+    assert peers.make_peers(published, pixels)[f"{peers.STATIC_PRODUCTS}.onnx"].path.is_file()
+    assert (tmp_path / f"{peers.STATIC_PRODUCTS}.onnx").read_bytes() == text
+
+
+def test_ratios_are_within_a_runtime() -> None:
+    def turns(*medians: float) -> Latency:
+        return Latency(tuple(np.full(3, value) for value in medians), 1)
+
+    timed = {
+        "published/OpenVINO": turns(12, 12.4, 11.8),
+        "int8/OpenVINO": turns(6, 6.2, 5.9),
+        "other/OpenVINO": turns(9, 9.3, 8.85),
+        "published/ONNX Runtime": turns(100, 100, 100),
+    }
+    entry = speed.Entry("other/OpenVINO", "other", "OpenVINO", peers.Made(Path("x.xml")))
+    row = speed.row_of(entry, timed, "")
+    assert row["over_published"] == pytest.approx([4 / 3] * 3, abs=1e-3)
+    assert row["int8_over_it"] == pytest.approx([1.5] * 3)
+    assert not row["noisy"]
+
+
+def made_up() -> dict[str, Any]:
+    rows = [
+        {
+            "key": key,
+            "what": what,
+            "runtime": "OpenVINO",
+            "ms": {"p50": ms, "p90": ms, "p99": ms},
+            "over_published": [12 / ms, 1.0, 2.5],
+            "int8_over_it": [ms / 6, 0.5, 2.5],
+            "noisy": noisy,
+        }
+        for key, what, ms, noisy in (
+            ("published/OpenVINO", "published network, FP32", 12.0, False),
+            ("int8/OpenVINO", "ours, INT8", 6.0, True),
+        )
+    ]
+    missing = {"key": "nncf/OpenVINO", "what": "NNCF", "runtime": "OpenVINO", "reason": "a | b"}
+    setting = {"batch": 1, "threads": 1, "load_average": [0.5, 1.25], "rows": [*rows, missing]}
+    return {
+        "arch": "care_s0",
+        "resolution": 224,
+        "date": "2026-01-01",
+        "revision": "0123456789",
+        "machine": {
+            "cpu": {"name": "a processor", "logical_cores": 2},
+            "libraries": {"openvino": "1", "onnxruntime": "2", "nncf": "3"},
+        },
+        "files": {"int8/OpenVINO": {"file": "int8.xml", "sha256": "ab" * 32, "bytes": 1}},
+        "settings": [setting],
+    }
+
+
+def grown() -> dict[str, Any]:
+    row = {"what": "ours", "ms": [1.0, 4.0], "exponent": [1.0, 0.9, 1.1], "noisy": False}
+    part = {"points": [100, 400], "rows": [row] * 3}
+    lone = {"points": [1], "rows": [{**row, "ms": [1.0], "exponent": None}] * 3}
+    return {
+        "arch": "care_s0",
+        "date": "2026-01-01",
+        "load_average": [0.1, 0.2],
+        "resolution": part,
+        "batch": part,
+        "threads": lone,
+        "pipeline": {
+            "images": {"points": [64, 128], "seconds": [3.0, 6.0]},
+            "macs": {"points": [5e6, 7e8], "names": ["small", "large"], "seconds": [1.0, 9.0]},
+        },
+    }
+
+
+def test_the_page_holds_tables_and_plots_and_keeps_what_people_wrote(tmp_path: Path) -> None:
+    docs = tmp_path
+    (docs / "performance").mkdir()
+    (docs / "performance" / "care_s0.json").write_text(json.dumps(made_up()))
+    (docs / "performance" / "growth.json").write_text(json.dumps(grown()))
+    (docs / "PERFORMANCE.md").write_text(f"# Mine\n{page.BEGIN}\nold\n{page.END}\nyours\n")
+    page.write_page(docs)
+    text = (docs / "PERFORMANCE.md").read_text()
+    assert text.startswith("# Mine\n") and text.endswith(f"{page.END}\nyours\n")
+    assert "old" not in text
+    assert "| OpenVINO | ours, INT8 | 6.00 (noisy) | 2.00x [1.00, 2.50] |  |" in text
+    assert "| NNCF | does not run: a / b |" in text
+    assert "load average 0.5 before, 1.2 after" in text
+    assert "`abababababababab` `int8.xml`" in text
+    assert "| ours | 1.0 | 4.0 | 1.00 [0.90, 1.10] |" in text
+    assert "| seconds | 3.0 | 6.0 |" in text
+    assert "small, 5 M MACs | large, 700 M MACs |" in text
+    for name in ("care_s0", "growth"):
+        assert f"(performance/{name}.svg)" in text
+        svg = (docs / "performance" / f"{name}.svg").read_text()
+        assert "<svg" in svg and len(svg) < 100_000
+    page.write_page(docs)
+    assert (docs / "PERFORMANCE.md").read_text() == text
+
+
+def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "PERFORMANCE.md").write_text("mine alone")
+    with pytest.raises(CareError, match="markers"):
+        page.write_page(tmp_path)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_the_exponent_is_found_in_spite_of_busy_turns(power: float) -> None:
+    points = [128**2, 224**2, 512**2]
+    rng = np.random.default_rng(0)
+    busy = rng.uniform(1, 3, (15, 1))  # a turn is slow as a whole
+    noise = rng.normal(1, 0.02, (15, 3))
+    found = growth.exponent(points, 1e-4 * np.array(points, float) ** power * busy * noise)
+    assert found is not None
+    value, low, high = found
+    assert low <= value <= high
+    assert value == pytest.approx(power, abs=0.05)
+    assert growth.exponent([1], np.ones((15, 1))) is None
+
+
+def test_curves_time_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "PLAN", LatencyPlan(0.001, 3, 1, 3))
+    calls = dict.fromkeys(range(3), 0)
+
+    def run(at: int) -> None:
+        calls[at] += 1
+
+    found = growth.curves({"x": [lambda at=at: run(at) for at in range(3)]}, [1, 2, 3])  # type: ignore[misc]
+    assert found["points"] == [1, 2, 3]
+    assert len(found["rows"][0]["ms"]) == 3
+    assert min(calls.values()) > 3
+
+
+def test_a_changed_file_is_not_benched(tmp_path: Path) -> None:
+    folder = tmp_path / "exports" / "onnxruntime-cpu"
+    folder.mkdir(parents=True)
+    (folder / "int8.onnx").write_bytes(b"other")
+    recipe = material.load_recipe("int8_ptq")
+    model = {"file": "int8.onnx", "sha256": "0" * 64}
+    results = {"exports": {"onnxruntime-cpu": {"models": {"int8": model}}}}
+    with pytest.raises(RunError, match="not the file that was evaluated"):
+        material.Finished(tmp_path, recipe, results).file("onnxruntime-cpu")
