@@ -9,10 +9,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Torch has crashed when it trained in a process in which OpenVINO had run much before (LOG.md).
-ALONE := tests/test_compare.py tests/test_report.py tests/test_nncf_control.py tests/test_fidelity.py \
-	tests/test_layers.py
-
 RECIPE ?= int8_qat
 MODELS ?= fp32 int8
 TARGET ?= tensorrt-jetson-orin
@@ -62,8 +58,7 @@ doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 	@$(BIN)/care-compress doctor
 
 test: $(VENV)/.dev ## the test suite (under 15 minutes on two cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(foreach file,$(ALONE),--ignore $(file))
-	@set -e; for file in $(ALONE); do $(BIN)/python -m pytest $$file; done
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, recipe validation
 	@$(BIN)/ruff check .

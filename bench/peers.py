@@ -23,7 +23,7 @@ from torch import Tensor
 from care_compress.export.float_graph import INPUT, float_graph
 from care_compress.model.care import Care
 from care_compress.quantize.nncf_backend import save_openvino
-from care_compress.quantize.openvino_library import load_nncf, load_openvino
+from care_compress.quantize.openvino_library import load_nncf, load_openvino, openvino_core
 from care_compress.quantize.quiet import silent
 from care_compress.run import atomic_file
 
@@ -138,7 +138,7 @@ def _nncf(
 ) -> None:
     nncf = load_nncf()
     with silent():
-        model = load_openvino().Core().read_model(published.with_suffix(".xml"))
+        model = openvino_core().read_model(published.with_suffix(".xml"))
         quantized = nncf.quantize(
             model,
             nncf.Dataset(images),

@@ -23,7 +23,7 @@ from care_compress.pipeline import run_recipe
 from care_compress.quantization_sections import NncfSection
 from care_compress.quantize import nncf_backend, nncf_qat
 from care_compress.quantize.nncf_backend import AccuracyControl, Calibration, quantize_openvino
-from care_compress.quantize.openvino_library import load_openvino
+from care_compress.quantize.openvino_library import openvino_core
 from care_compress.recipe import load_recipe
 from care_compress.runtime.opening import open_predictor
 from care_compress.train import loop
@@ -58,7 +58,7 @@ def calibration(items: list[nncf_backend.Item]) -> Calibration:
 
 
 def quantizers(path: Path) -> int:
-    model = load_openvino().Core().read_model(path)
+    model = openvino_core().read_model(path)
     return sum(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
 
 

@@ -10,6 +10,7 @@ from care_compress.errors import CareError
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare, PooledDepthwise
 from care_compress.model.rewrite import REWRITES, rewrite_in_steps
+from care_compress.quantize.openvino_library import openvino_core
 from care_compress.sections import RewriteSection
 
 SIZES = [(96, 96), (97, 131), (33, 47)]  # odd sizes reach the borders of the 2x2 and the 3x3
@@ -131,11 +132,11 @@ def test_exports_with_a_dynamic_batch_and_without_splits(exported: str) -> None:
 
 
 def test_a_plain_nncf_pass_over_the_export_compiles_in_openvino(exported: str) -> None:
-    openvino = pytest.importorskip("openvino", reason="needs the openvino extra")
+    pytest.importorskip("openvino", reason="needs the openvino extra")
     nncf = pytest.importorskip("nncf", reason="needs the openvino extra")
     import numpy as np
 
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(exported)
     model.reshape([2, 3, 64, 64])
     images = [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from care_compress.quantize.fakequant import IntQuantizer
-from care_compress.quantize.openvino_library import load_openvino
+from care_compress.quantize.openvino_library import openvino_core
 from care_compress.quantize.placement import PRODUCTS, QuantizedCare, site_of
 from care_compress.runtime.on_onnxruntime import open_session
 
@@ -117,7 +117,7 @@ def _tap_onnx(path: Path, wanted: set[str]) -> FileTap:
 
 
 def _tap_openvino(path: Path, wanted: set[str]) -> FileTap:
-    core = load_openvino().Core()
+    core = openvino_core()
     model = core.read_model(path)
     known = [op for op in model.get_ordered_ops() if op.get_friendly_name() in wanted]
     if not known:  # NNCF's file has names of its own

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from care_compress.export.about import About
 from care_compress.quantize.nncf_backend import save_openvino
-from care_compress.quantize.openvino_library import load_openvino
+from care_compress.quantize.openvino_library import load_openvino, openvino_core
 from care_compress.quantize.quiet import silent
 
 
@@ -15,7 +15,7 @@ def write_ir(source: Path, about: About, path: Path, half: bool) -> None:
     """
     openvino = load_openvino()
     with silent():
-        convert = openvino.Core().read_model if source.suffix == ".xml" else openvino.convert_model
+        convert = openvino_core().read_model if source.suffix == ".xml" else openvino.convert_model
         model = convert(source)
     model.set_friendly_name("care")
     for key, value in about.as_texts().items():

@@ -21,7 +21,7 @@ from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import NncfSection
 from care_compress.quantize.calibrate import Batches
 from care_compress.quantize.equalize import norms_to_affine
-from care_compress.quantize.openvino_library import load_nncf, load_openvino
+from care_compress.quantize.openvino_library import load_nncf, load_openvino, signal_stack_kept
 from care_compress.quantize.quiet import silent
 from care_compress.run import atomic_file
 from care_compress.sections import DataSection
@@ -101,7 +101,7 @@ def quantize_openvino(
     settings = nncf_settings(section, section.ignored_types)
     settings["fast_bias_correction"] = section.fast_bias_correction
     settings["subset_size"] = calibration.count
-    with silent():
+    with silent(), signal_stack_kept():
         if control is None:
             quantized = nncf.quantize(model, dataset, **settings)
         else:

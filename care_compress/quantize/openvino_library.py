@@ -4,6 +4,9 @@ They are an optional extra, and importing them takes seconds.
 """
 
 import contextlib
+import ctypes
+import functools
+import gc
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +26,39 @@ def load_openvino() -> Any:
     except ImportError as error:
         raise TargetError("openvino is not installed here.", FIX) from error
     return openvino
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one `Core` of this process; it stays until the process ends.
+
+    The CPU plugin of every Core gives the process a stack for signal handlers, and frees it when it
+    goes. Of two that go in the order they came, the second puts the first one's freed stack back,
+    and the next handled signal, such as the end of a decoding worker, kills the process (LOG.md).
+    """
+    core = load_openvino().Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin
+    return core
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Around code that makes Cores of its own, as NNCF does; see `openvino_core`."""
+    openvino_core()
+    if sys.platform != "linux":
+        yield
+        return
+    system, before = ctypes.CDLL(None), _SignalStack()
+    system.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        gc.collect()  # Cores that go now, not after the stack was put back
+        system.sigaltstack(ctypes.byref(before), None)
 
 
 def load_nncf() -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from care_compress.quantize.openvino_library import load_openvino
+from care_compress.quantize.openvino_library import openvino_core
 
 INTEGERS = frozenset({"u8", "i8", "u4", "i4"})
 _PRODUCTS = frozenset({"Convolution", "FullyConnected", "MatMul"})
@@ -51,7 +51,7 @@ def integer_macs(layers: list[ExecutedLayer]) -> int:
 
 def quantized_macs(model: Path) -> int:
     """MACs that an IR file asks to run in integers: products whose factors are both quantized."""
-    operations = load_openvino().Core().read_model(model).get_ordered_ops()
+    operations = openvino_core().read_model(model).get_ordered_ops()
     return sum(
         _macs(operation, operation.get_type_name() == "MatMul")
         for operation in operations

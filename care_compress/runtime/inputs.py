@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx
 
 from care_compress.errors import TargetError
-from care_compress.quantize.openvino_library import load_openvino
+from care_compress.quantize.openvino_library import openvino_core
 from care_compress.runtime.on_tensorrt import EnginePredictor
 
 Size = tuple[int, int]
@@ -49,7 +49,7 @@ def _of_onnx(path: Path) -> Size | None:
 
 def _of_openvino(path: Path) -> Size | None:
     try:
-        (image,) = load_openvino().Core().read_model(path).inputs
+        (image,) = openvino_core().read_model(path).inputs
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1][:200]
         raise TargetError(

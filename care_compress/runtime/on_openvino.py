@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from care_compress.errors import TargetError
-from care_compress.quantize.openvino_library import load_openvino
+from care_compress.quantize.openvino_library import load_openvino, openvino_core
 from care_compress.runtime.slicing import in_slices
 
 
@@ -26,7 +26,7 @@ class OpenVinoPredictor:
         precision: str = "f32",
         device: str = "CPU",
     ) -> None:
-        core = load_openvino().Core()
+        core = openvino_core()
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
@@ -74,11 +74,11 @@ class OpenVinoPredictor:
 @functools.cache
 def openvino_devices() -> frozenset[str]:
     """What OpenVINO sees here: CPU, GPU, NPU."""
-    return frozenset(name.partition(".")[0] for name in load_openvino().Core().available_devices)
+    return frozenset(name.partition(".")[0] for name in openvino_core().available_devices)
 
 
 @functools.cache
 def has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16, which OpenVINO then does unasked."""
-    core = load_openvino().Core()
+    core = openvino_core()
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

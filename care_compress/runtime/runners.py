@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from care_compress.errors import CareError, TargetError
-from care_compress.quantize.openvino_library import load_openvino
+from care_compress.quantize.openvino_library import load_openvino, openvino_core
 from care_compress.runtime.on_onnxruntime import open_session
 from care_compress.runtime.opening import open_predictor
 
@@ -88,7 +88,7 @@ def openvino_request(
 ) -> "Request":
     """An IR file compiled for these images; `profiled`, it counts the time of every layer."""
     openvino = load_openvino()
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(path)
     model.reshape(list(images_BCHW.shape))
     settings: dict[str, Any] = {
