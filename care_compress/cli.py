@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,8 +15,22 @@ from rich.table import Table
 
 from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
-from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, parse_section, recipe_files
-from care_compress.sections import DataSection
+from care_compress.measuring_verbs import app as measuring
+from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, recipe_files
+from care_compress.verb_options import (
+    ArchName,
+    Checkpoint,
+    Crop,
+    Override,
+    RecipeName,
+    Resolution,
+    RunName,
+    Runs,
+    SkipBad,
+    Source,
+    ValFraction,
+    plain_name,
+)
 
 app = typer.Typer(
     help="Make a float CARE Transformer small and fast on edge devices. "
@@ -25,24 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or a .yaml file")]
-Checkpoint = Annotated[str | None, typer.Option(help="model.checkpoint: file or builtin:NAME")]
-ArchName = Annotated[str | None, typer.Option(help="model.arch; inferred if left out")]
-Source = Annotated[str | None, typer.Option(help="data.source: folder, zip, hf:, wds:")]
-Resolution = Annotated[int | None, typer.Option(help="data.resolution")]
-Crop = Annotated[float | None, typer.Option(help="data.crop_pct")]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad-images", help="data.skip_bad_images: count them and go on")
-]
-ValFraction = Annotated[float | None, typer.Option(help="data.val_fraction")]
-Override = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable")]
-# Not --run: torchrun would take that for an abbreviation of its own --run-path.
-RunName = Annotated[str | None, typer.Option(help="run name; the recipe's if left out")]
-Precision = Literal["f32", "bf16", "f16"]
-Runs = Annotated[Path, typer.Option(help="where run directories live")]
-
+app.add_typer(measuring)
 
 # What the short options of the verbs set in a recipe.
 KEYS = {
@@ -65,14 +62,7 @@ def _chosen(recipe: str, overrides: list[str] | None, **given: object) -> Recipe
 
 
 def _run_name(name: str | None, recipe: Recipe) -> str:
-    return _plain(name or recipe.name)
-
-
-def _plain(run: str) -> str:
-    """A run's name, if it leads nowhere else."""
-    if Path(run).name != run or run.startswith("."):
-        raise CareError(f"{run!r} is no run name.", "use a plain name, and --runs for the folder")
-    return run
+    return plain_name(name or recipe.name)
 
 
 @app.command()
@@ -184,158 +174,6 @@ def select(
 
 
 @app.command()
-def accuracy(
-    artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME, .onnx, .xml, .engine")],
-    data: Annotated[str, typer.Option(help="folder, zip, hf:, wds: or builtin: source")],
-    res: Annotated[int, typer.Option(help="input resolution")],
-    crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
-    images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="images at once; 16 on a CPU, 256 on a GPU")
-    ] = None,
-    skip_bad_images: Annotated[
-        bool, typer.Option("--skip-bad-images", help="count them and go on")
-    ] = False,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="other data keys: mean=[0.5,0.5,0.5]")
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option(help="also write the numbers here; resumes if interrupted")
-    ] = None,
-) -> None:
-    """Measure top-1 and top-5 of one artifact on the validation images of a source."""
-    values = {
-        "source": data,
-        "resolution": res,
-        "crop_pct": crop,
-        "skip_bad_images": skip_bad_images,
-    }
-    section = parse_section(DataSection, values, set_ or [], "the command line")
-
-    from care_compress.evaluate.scoring import measure_artifact
-
-    measure_artifact(artifact, section, images, batch, json, Console())
-
-
-@app.command()
-def latency(
-    artifact: Annotated[str, typer.Argument(help=".onnx, .xml, .engine, checkpoint, builtin:NAME")],
-    batch: Annotated[str, typer.Option(help="images at once, separated by commas")] = "1,8",
-    threads: Annotated[
-        str | None, typer.Option(help="separated by commas; one and all if left out")
-    ] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="what OpenVINO may round floats to; its own choice")
-    ] = None,
-    res: Annotated[int | None, typer.Option(min=32, help="where the file leaves it open")] = None,
-    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
-) -> None:
-    """Time one artifact: latency, throughput, load time, peak memory, size; and the machine."""
-    batches = _counts("--batch", batch)
-    counts = None if threads is None else _counts("--threads", threads)
-
-    from care_compress.evaluate.speed import SpeedOptions, measure_speed
-
-    measure_speed(artifact, SpeedOptions(batches, counts, precision, res, json), Console())
-
-
-def _counts(option: str, text: str) -> tuple[int, ...]:
-    """``1,8`` as numbers."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise CareError(f"{option} {text!r} is no list of positive numbers.", f"write {option} 1,8")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-@app.command()
-def compare(
-    models: Annotated[
-        list[str],
-        typer.Argument(help="baseline, then others: runs, recipes, precisions (fp32 int8), files"),
-    ],
-    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
-    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
-    max_drop: Annotated[float | None, typer.Option(min=0, help="points of top-1")] = None,
-    min_speedup: Annotated[float | None, typer.Option(min=0, help="over the first model")] = None,
-    data: Annotated[str | None, typer.Option(help="for bare files: their images")] = None,
-    res: Annotated[int, typer.Option(help="for bare files: their resolution")] = 224,
-    crop: Annotated[float, typer.Option(help="for bare files: their crop ratio")] = 0.875,
-    report: Annotated[bool, typer.Option(help="write report.html of the last run, too")] = True,
-    runs: Runs = Path("runs"),
-) -> None:
-    """Accuracy and latency side by side on every target; exit code 0 if every budget holds."""
-    section = None
-    if data is not None:
-        values = {"source": data, "resolution": res, "crop_pct": crop}
-        section = parse_section(DataSection, values, [], "the command line")
-
-    from care_compress.comparing import run_compare
-    from care_compress.comparison import CompareOptions
-
-    wanted = None if targets is None else tuple(targets.split(","))
-    options = CompareOptions(wanted, images, json, max_drop, min_speedup, section, report=report)
-    sys.exit(run_compare(models, runs, options, Console()))
-
-
-@app.command()
-def fidelity(
-    run: Annotated[str, typer.Argument(help="a run's name")],
-    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
-    images: Annotated[int, typer.Option(min=1, help="N evenly spaced validation images")] = 16,
-    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
-    runs: Runs = Path("runs"),
-) -> None:
-    """Follow a run from the float model to each file: what every step loses, and where."""
-    from care_compress.fidelity import run_fidelity
-
-    wanted = None if targets is None else tuple(targets.split(","))
-    run_fidelity(runs, _plain(run), wanted, images, json, Console())
-
-
-@app.command()
-def layers(
-    file: Annotated[Path, typer.Argument(help="an .onnx, .xml or .engine file, anyone's")],
-    res: Annotated[int | None, typer.Option(help="input resolution; the file's own")] = None,
-    precision: Annotated[
-        Literal["f32", "bf16"], typer.Option(help="what OpenVINO may round floats to")
-    ] = "f32",
-    json: Annotated[Path | None, typer.Option(help="also write every layer here")] = None,
-) -> None:
-    """Show what a runtime makes of a file: its layers, their precision and their time."""
-    from care_compress.evaluate.layers import show_layers
-
-    show_layers(file, res, precision, json, Console())
-
-
-@app.command()
-def reference(
-    recipes: Annotated[
-        list[str] | None, typer.Argument(help="some of its recipes; all if left out")
-    ] = None,
-    accepted: Annotated[
-        Path | None, typer.Option(help="accepted values; eval/reference.yaml if left out")
-    ] = None,
-    runs: Runs = Path("runs"),
-) -> None:
-    """Check that recipes still give the accepted top-1 and size; exit code 1 if one drifted."""
-    from care_compress.reference import REFERENCE_FILE, run_reference
-
-    sys.exit(run_reference(recipes or [], accepted or REFERENCE_FILE, runs, Console()))
-
-
-@app.command()
-def report(
-    run: Annotated[str, typer.Argument(help="a run's name")] = "int8_qat",
-    runs: Runs = Path("runs"),
-) -> None:
-    """Write report.html and report.md of a finished run."""
-    from care_compress.report.write import write_report
-
-    write_report(runs / _plain(run), Console())
-
-
-@app.command()
 def tune(
     target: Annotated[str, typer.Argument(help="openvino-cpu, onnxruntime-cpu")],
     run: Annotated[str, typer.Option(help="the run whose export is tuned")] = "int8_qat",
@@ -348,7 +186,7 @@ def tune(
     from care_compress.tuning import TuneOptions, run_tune
 
     options = TuneOptions(images, max_drop, again)
-    run_tune(runs, _plain(run), target, options, Console())
+    run_tune(runs, plain_name(run), target, options, Console())
 
 
 RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken")]
@@ -363,7 +201,7 @@ def bundle(
     """Pack what a Jetson needs to build, verify and measure its engines."""
     from care_compress.deploying import make_bundle
 
-    make_bundle(runs, _plain(run), target, Console())
+    make_bundle(runs, plain_name(run), target, Console())
 
 
 @app.command()
@@ -375,7 +213,7 @@ def engine(
     """Build a target's engines here and verify them; needs its TensorRT and its GPU."""
     from care_compress.deploying import make_engine
 
-    sys.exit(make_engine(runs, _plain(run), target, Console()))
+    sys.exit(make_engine(runs, plain_name(run), target, Console()))
 
 
 @app.command("import-results")

@@ -10,16 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from care_compress.comparison import (
-    CompareOptions,
-    Comparison,
-    decide,
-    find_entries,
-    score,
-    time_files,
-)
+from care_compress.comparison import CompareOptions, Comparison, find_entries, score
 from care_compress.comparison_json import comparison_as_json
 from care_compress.comparison_layers import profile_files
+from care_compress.comparison_timing import time_files
+from care_compress.comparison_verdicts import decide
 from care_compress.contenders import Contender, contenders, float_recipe_of, same_images
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples

@@ -4,41 +4,32 @@ The files that are timed are the files that are scored, on the same images in th
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from care_compress import machine
-from care_compress.boards import board_verdict, measured_on_boards
+from care_compress.boards import measured_on_boards
 from care_compress.contenders import SIMULATION, Contender
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes
-from care_compress.errors import TargetError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.answers import Answers, Collected, collect_answers
-from care_compress.evaluate.exports import digest_of, size_of
-from care_compress.evaluate.images import hold_images
-from care_compress.evaluate.latency import Latency, LatencyPlan, measure_latency
+from care_compress.evaluate.latency import Latency, LatencyPlan
 from care_compress.evaluate.significance import drop_interval
-from care_compress.evaluate.verdicts import Budget, Drop, Verdict, judge
+from care_compress.evaluate.verdicts import Budget, Drop, Verdict
 from care_compress.predictor import Predictor
-from care_compress.progress import progress_bar, step_line
+from care_compress.progress import progress_bar
 from care_compress.runtime.layer_times import Profile
-from care_compress.runtime.memory import peak_memory
 from care_compress.runtime.on_openvino import OpenVinoPredictor, has_bfloat16, openvino_devices
 from care_compress.runtime.opening import open_predictor
-from care_compress.runtime.runners import Runner, open_runner
-from care_compress.sections import BudgetSection, DataSection
+from care_compress.sections import DataSection
 from care_compress.target import load_target
 
-BATCHES = (1, 8)
 BF16 = " as bf16"  # behind the name of a model that is run with its floats in bfloat16
 
 
@@ -212,129 +203,3 @@ def score(
     ):
         baseline_of = {entry.key: first[entry.target] for entry in entries}
         return collect_answers(predictors, baseline_of, batches, advance)
-
-
-def time_files(
-    found: Comparison,
-    data: DataSection,
-    samples: Samples,
-    options: CompareOptions,
-    console: Console,
-) -> None:
-    """Latency of every file at every batch size and number of threads."""
-    cores = len(machine.usable_cores())
-    found.load_average["before"] = machine.load_average()
-    with step_line(console) as notify:
-        for batch, threads in product(BATCHES, dict.fromkeys((1, cores))):
-            notify(f"timing batch {batch} on {threads} threads")
-            images = _images(samples, data, batch)
-            runners = _runners(found.entries, images, threads)
-            if not runners:
-                return
-            runs: dict[str, Callable[[], object]] = {k: r.run for k, r in runners.items()}
-            found.latency[batch, threads] = measure_latency(runs, batch, options.latency)
-            if (batch, threads) == (1, 1):
-                found.load_seconds = {key: r.load_seconds for key, r in runners.items()}
-        found.load_average["after"] = machine.load_average()
-        notify("measuring memory")
-        _measure_memory(found, data.resolution)
-
-
-def _measure_memory(found: Comparison, resolution: int) -> None:
-    """Of every file and setting once: the same bytes may be there for several models."""
-    known: dict[tuple[str, ...], int] = {}
-    for entry in found.entries:
-        if entry.path.suffix not in (".onnx", ".xml"):
-            continue
-        key = (digest_of(entry.path), entry.target, entry.precision)
-        if key not in known:
-            known[key] = peak_memory(
-                entry.path,
-                size=(resolution, resolution),
-                precision=entry.precision,
-                device=entry.device,
-            )
-        found.peak_memory[entry.key] = known[key]
-
-
-def _runners(entries: list[Entry], images: torch.Tensor, threads: int) -> dict[str, Runner]:
-    """Every file ready to be timed; on targets where each of them takes this batch."""
-    ready: dict[str, Runner] = {}
-    unable = set()
-    for entry in entries:
-        if entry.path.suffix not in (".onnx", ".xml"):
-            continue
-        try:
-            ready[entry.key] = open_runner(
-                entry.path, images, threads, entry.precision, entry.device
-            )
-        except TargetError:
-            if len(images) == 1:
-                raise
-            unable.add(entry.target)
-    return {key: one for key, one in ready.items() if key.split("/")[0] not in unable}
-
-
-def _images(samples: Samples, data: DataSection, count: int) -> torch.Tensor:
-    single = data.model_copy(update={"workers": 0})
-    (images,) = hold_images(samples, single, count, BadImages()).batches(count)
-    repeats = -(-count // len(images))
-    return images.repeat(repeats, 1, 1, 1)[:count].contiguous()
-
-
-def decide(found: Comparison, options: CompareOptions) -> None:
-    """A verdict for each target and candidate, and the budgets of the candidates."""
-    for candidate in found.models[1:]:
-        budget = candidate.recipe.budget if candidate.recipe else BudgetSection()
-        limit = budget.max_top1_drop if options.max_drop is None else options.max_drop
-        for target in found.targets:
-            found.verdicts += _verdicts(found, candidate, target, limit)
-            least = options.min_speedup or (budget.min_speedup or {}).get(target)
-            if least is not None and found.entry(target, candidate.name):
-                over = dict(_speedups(found, target, candidate.name)).get(found.baseline.name)
-                value = None if over is None else over[0]
-                found.budgets.append(_at_least(f"min_speedup on {target}", least, value))
-        if limit is not None:
-            drops = [found.drop(target, candidate.name) for target in found.targets]
-            worst = max((drop.value for drop in drops if drop is not None), default=None)
-            found.budgets.append(_at_most(f"max_top1_drop of {candidate.name}", limit, worst))
-        if budget.max_size is not None:
-            size = max((size_of(p) for p in candidate.files.values()), default=0) / 1e6
-            name = f"max_size of {candidate.name} (MB)"
-            found.budgets.append(_at_most(name, budget.max_size, size))
-
-
-def _at_most(name: str, limit: float, value: float | None) -> Budget:
-    return Budget(name, limit, value, value is not None and value <= limit)
-
-
-def _at_least(name: str, limit: float, value: float | None) -> Budget:
-    return Budget(name, limit, value, value is not None and value >= limit)
-
-
-def _verdicts(
-    found: Comparison, candidate: Contender, target: str, limit: float | None
-) -> Iterator[Verdict]:
-    drop = found.drop(target, candidate.name)
-    if drop is not None:
-        speedups = dict(_speedups(found, target, candidate.name))
-        timed = found.latency.get((1, 1), {})
-        noisy = any(one.is_noisy for key, one in timed.items() if key.startswith(f"{target}/"))
-        yield judge(target, candidate.name, speedups, drop, limit, noisy)
-    board = found.boards.get((target, candidate.name))
-    if board is not None and candidate.recipe is not None:
-        said = board_verdict(candidate.name, candidate.recipe.precision, board)
-        if said is not None:
-            yield said
-
-
-def _speedups(
-    found: Comparison, target: str, name: str
-) -> Iterator[tuple[str, tuple[float, float, float]]]:
-    """Over each of the baseline's settings, batch 1, one thread."""
-    timed = found.latency.get((1, 1), {})
-    candidate = timed.get(f"{target}/{name}")
-    for other in (found.baseline.name, found.baseline.name + BF16):
-        baseline = timed.get(f"{target}/{other}")
-        if candidate is not None and baseline is not None:
-            yield other, candidate.speedup_over(baseline)
