@@ -32,6 +32,7 @@ pytest.importorskip("openvino", reason="needs the openvino extra")
 QUIET = Console(quiet=True)
 TARGETS = "export.targets=[onnxruntime-cpu, openvino-cpu, tensorrt-jetson-orin]"
 SCHEMA = Path(evidence.__file__).parent / "fidelity.schema.json"
+FORMED = re.compile(r"token_mixer\.(dwconv[12]|core\.(kv|out))$")
 SPOILED = "stages.1.blocks.0.inter_layer.inter2_fc1"
 
 
@@ -75,14 +76,16 @@ def test_exact_steps_are_exact_and_files_compute_their_simulation(rungs: dict[st
     for file in ("int8.onnx for onnxruntime-cpu", "int8.xml for openvino-cpu"):
         assert rungs[file]["sqnr_db"] > 25 and rungs[file]["before"].startswith("simulated")
         found = set(rungs[file]["sites"]) | {"heads.fc"}  # the logits themselves, in an IR
-        assert found == set(quantized["sites"]), "every site is found by name"
+        # A CPU's form joins the windows and takes attention in one product of all heads.
+        formed = {site for site in quantized["sites"] if FORMED.search(site)}
+        assert found == set(quantized["sites"]) - formed, "every other site is found by name"
 
 
 def test_a_target_with_other_limits_has_a_simulation_of_its_own(rungs: dict[str, Any]) -> None:
-    assert rungs["int8.xml for openvino-cpu"]["before"] == "simulated", "it was made for OpenVINO"
-    own = rungs["simulated for onnxruntime-cpu"]
-    assert own["before"] == "simulated" and own["targets"] == ["onnxruntime-cpu"]
-    assert own["sqnr_db"] < EXACT_DB
+    for target in ("onnxruntime-cpu", "openvino-cpu"):
+        own = rungs[f"simulated for {target}"]
+        assert own["before"] == "simulated" and own["targets"] == [target]
+        assert own["sqnr_db"] < EXACT_DB, "its depthwise convolutions are float"
 
 
 def test_an_engine_that_is_not_here_says_how_to_get_it(rungs: dict[str, Any]) -> None:
