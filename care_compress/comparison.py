@@ -18,14 +18,12 @@ from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes
 from care_compress.evaluate.accuracy import spread_indices
-from care_compress.evaluate.answers import Answers, Collected, collect_answers
+from care_compress.evaluate.answers import Collected, collect_answers
 from care_compress.evaluate.latency import Latency, LatencyPlan
-from care_compress.evaluate.significance import drop_interval
 from care_compress.evaluate.verdicts import Budget, Drop, Verdict
-from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar
 from care_compress.runtime.layer_times import Profile
-from care_compress.runtime.on_openvino import OpenVinoPredictor, has_bfloat16, openvino_devices
+from care_compress.runtime.on_openvino import has_bfloat16, openvino_devices
 from care_compress.runtime.opening import open_predictor
 from care_compress.sections import DataSection
 from care_compress.target import load_target
@@ -120,13 +118,7 @@ class Comparison:
         if pair[0] is None or pair[1] is None:
             return None
         before, after = (self.collected.answers[entry.key] for entry in pair if entry)
-        lost, gained = changes(before, after)
-        return Drop(before.top1 - after.top1, *drop_interval(lost, gained, len(before.right)))
-
-
-def changes(before: Answers, after: Answers) -> tuple[int, int]:
-    """Images that were right and are wrong now, and the other way round."""
-    return int((before.right & ~after.right).sum()), int((~before.right & after.right).sum())
+        return Drop.between(before.right, after.right)
 
 
 def find_entries(
@@ -174,12 +166,6 @@ def _why_not(one: Contender, target: str, path: Path | None) -> str:
     return ""
 
 
-def _open(entry: Entry) -> Predictor:
-    if entry.path.suffix == ".xml":
-        return OpenVinoPredictor(entry.path, precision=entry.precision, device=entry.device)
-    return open_predictor(str(entry.path), torch.device("cpu"))
-
-
 def score(
     entries: list[Entry],
     models: list[Contender],
@@ -190,7 +176,13 @@ def score(
 ) -> Collected:
     """Answers of every file to the same images, decoded once."""
     first = {entry.target: entry.key for entry in reversed(entries)}
-    predictors = {entry.key: _open(entry) for entry in entries}
+    cpu = torch.device("cpu")
+    predictors = {
+        entry.key: open_predictor(
+            str(entry.path), cpu, precision=entry.precision, plugin=entry.device
+        )
+        for entry in entries
+    }
     for predict in predictors.values():
         check_classes(samples, predict.num_classes)
     recipe = next((one.recipe for one in reversed(models) if one.recipe is not None), None)

@@ -10,12 +10,12 @@ import numpy as np
 
 from care_compress import machine
 from care_compress.boards import board_rows
-from care_compress.comparison import BF16, Comparison, Entry, changes
+from care_compress.comparison import BF16, Comparison, Entry
 from care_compress.contenders import Contender
 from care_compress.data.samples import Samples
 from care_compress.evaluate.exports import digest_of, size_of
 from care_compress.evaluate.latency import Latency
-from care_compress.evaluate.significance import calibration_error, mcnemar_p
+from care_compress.evaluate.significance import calibration_error, changes, mcnemar_p
 from care_compress.sections import DataSection
 
 LISTED_FLIPS = 100
@@ -76,7 +76,7 @@ def _pair(found: Comparison, target: str, name: str, samples: Samples) -> dict[s
     if drop is None or pair[0] is None or pair[1] is None:
         return None
     before, after = (found.collected.answers[entry.key] for entry in pair if entry)
-    lost, gained = changes(before, after)
+    lost, gained = changes(before.right, after.right)
     same = before.first == after.first
     labels, classes = found.collected.labels, samples.classes
     per_class = {}

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from care_compress import machine
 from care_compress.data.samples import Samples
@@ -26,7 +25,6 @@ from care_compress.errors import ExportError, RunError, TargetError
 from care_compress.evaluate.exports import Exported, digest_of
 from care_compress.evaluate.images import HeldImages, hold_images
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
-from care_compress.evaluate.significance import drop_interval
 from care_compress.evaluate.verdicts import Drop, Interval
 from care_compress.exporting import Exporter, about_export, check_exports
 from care_compress.finished import FinishedRun, find_run
@@ -34,7 +32,7 @@ from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
 from care_compress.progress import step_line
 from care_compress.run import Run, fingerprint, write_text
-from care_compress.runtime.on_openvino import OpenVinoPredictor, has_bfloat16
+from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.runners import open_runner
 from care_compress.target import Target, load_target
@@ -213,10 +211,10 @@ def _known(bench: _Bench, options: TuneOptions) -> list[Tried]:
 def _measured(bench: _Bench, options: TuneOptions) -> list[Tried]:
     """Export, score and time every placement."""
     names = (AS_SHIPPED, *bench.target.placements)
-    precision = "bf16" if has_bfloat16() else "f32"
+    precision = unasked_precision()
     with tempfile.TemporaryDirectory() as folder, step_line(bench.shop.console) as notify:
         drops, runners = {}, {}
-        (example,) = [batch for _, batch in zip(range(1), bench.images.batches(1), strict=False)]
+        example = next(bench.images.batches(1))
         for name in names:
             notify(f"exporting: {name}")
             with Run(Path(folder), name).open(bench.shop.recipe, {}) as run:
@@ -239,21 +237,10 @@ def _measured(bench: _Bench, options: TuneOptions) -> list[Tried]:
 
 def _drop(bench: _Bench, path: Path, precision: str) -> Drop:
     """Top-1 of the float model minus that of a file, in the setting in which it is timed."""
-    images = bench.images
-    predict = (
-        OpenVinoPredictor(path, precision=precision)
-        if path.suffix == ".xml"
-        else open_predictor(str(path), torch.device("cpu"))
-    )
-    before = _right(images, bench.variants.plain.logits)
-    after = _right(images, images.logits(predict))
-    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
-    count = len(images.labels)
-    return Drop(100 * (lost - gained) / count, *drop_interval(lost, gained, count))
-
-
-def _right(images: HeldImages, logits_NK: Tensor) -> Tensor:
-    return logits_NK.argmax(dim=1) == images.labels
+    predict = open_predictor(str(path), torch.device("cpu"), precision=precision)
+    before, after = bench.variants.plain.logits, bench.images.logits(predict)
+    labels = bench.images.labels
+    return Drop.between(*((logits.argmax(dim=1) == labels).numpy() for logits in (before, after)))
 
 
 def _keep(bench: _Bench, best: Tried, tried: list[Tried]) -> None:

@@ -2,8 +2,10 @@
 
 import functools
 from collections.abc import Generator
+from pathlib import Path
 
 import torch
+from tiny import image_folder
 from torch import Tensor, nn
 
 import care_compress
@@ -11,6 +13,7 @@ from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.sources import open_samples
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.model.care import Care
+from care_compress.model.checkpoint import save_checkpoint
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
 from care_compress.quantization_sections import QuantizeSection, RuleSection
@@ -83,6 +86,16 @@ def section(*extra: dict[str, object], **settings: object) -> QuantizeSection:
 
 def quantized(chosen: QuantizeSection, start: CompactCare | None = None) -> Quantized:
     return quantize_network(PtqJob(start or network(), SIZE, 0, batches), chosen)
+
+
+def small_start(folder: Path) -> list[str]:
+    """What a recipe needs to take a small random network and few images instead of its own."""
+    patches = image_folder(folder / "images")
+    save_checkpoint(care(4), folder / "four.safetensors", {})
+    return [
+        f"model.checkpoint={folder / 'four.safetensors'}", f"data.source={patches}",
+        "data.resolution=32", "data.workers=0", "export.images=8",
+    ]  # fmt: skip
 
 
 @functools.cache

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantized import care
+from quantized import small_start
 from rich.console import Console
-from tiny import image_folder
 
 from care_compress.comparing import run_compare
 from care_compress.comparison import CompareOptions
@@ -28,7 +27,6 @@ from care_compress.evaluate.significance import (
     ratio_interval,
 )
 from care_compress.evaluate.verdicts import Drop, judge
-from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe import load_recipe
 from care_compress.sections import DataSection
@@ -43,12 +41,7 @@ TARGETS = "export.targets=[onnxruntime-cpu, openvino-cpu, tensorrt-jetson-orin]"
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("start")
-    images = image_folder(folder / "images")
-    save_checkpoint(care(4), folder / "four.safetensors", {})
-    return [
-        f"model.checkpoint={folder / 'four.safetensors'}", f"data.source={images}",
-        "data.resolution=32", "data.workers=0", "export.images=8", TARGETS,
-    ]  # fmt: skip
+    return [*small_start(folder), TARGETS]
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from quantized import care
+from quantized import care, small_start
 from rich.console import Console
-from tiny import image_folder
 
 from care_compress import fidelity
 from care_compress import rungs as rungs_of_run
@@ -39,12 +38,7 @@ SPOILED = "stages.1.blocks.0.inter_layer.inter2_fc1"
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("start")
-    images = image_folder(folder / "images")
-    save_checkpoint(care(4), folder / "four.safetensors", {})
-    return [
-        f"model.checkpoint={folder / 'four.safetensors'}", f"data.source={images}",
-        "data.resolution=32", "data.workers=0", "export.images=8",
-    ]  # fmt: skip
+    return small_start(folder)
 
 
 @pytest.fixture(scope="module")

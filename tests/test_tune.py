@@ -5,15 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-from quantized import care
+from quantized import small_start
 from rich.console import Console
-from tiny import image_folder
 
 from care_compress.errors import RunError, TargetError
 from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.latency import LatencyPlan
 from care_compress.evaluate.verdicts import Drop
-from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe import load_recipe
 from care_compress.target import load_target
@@ -47,13 +45,7 @@ def test_every_placement_of_a_target_is_other_than_its_rules() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tune")
-    images = image_folder(folder / "images")
-    save_checkpoint(care(4), folder / "four.safetensors", {})
-    start = [
-        f"model.checkpoint={folder / 'four.safetensors'}", f"data.source={images}",
-        "data.resolution=32", "data.workers=0", "export.images=8",
-        f"export.targets=[{TARGET}, openvino-npu]",
-    ]  # fmt: skip
+    start = [*small_start(folder), f"export.targets=[{TARGET}, openvino-npu]"]
     few = [*start, "quantize.calibrate.images=32"]
     run_recipe(load_recipe("int8_ptq", few), folder, "mine", QUIET)
     run_recipe(load_recipe("fp32", start), folder, "float", QUIET)

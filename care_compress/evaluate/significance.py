@@ -10,6 +10,11 @@ DRAWS = 10_000
 BINS = 15
 
 
+def changes(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int]:
+    """Images that were right and are wrong now, and the other way round."""
+    return int((before & ~after).sum()), int((~before & after).sum())
+
+
 def drop_interval(lost: int, gained: int, images: int, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of the drop, in points.
 

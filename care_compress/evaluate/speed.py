@@ -24,7 +24,7 @@ from care_compress.quantize.artifact import quantized_header
 from care_compress.run import write_text
 from care_compress.runtime.inputs import Size, input_size
 from care_compress.runtime.memory import peak_memory
-from care_compress.runtime.on_openvino import has_bfloat16
+from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.opening import artifact_path
 from care_compress.runtime.runners import open_runner
 
@@ -83,7 +83,7 @@ def measure_speed(artifact: str, options: SpeedOptions, console: Console) -> dic
             f"{path} is computed in what it says; only OpenVINO rounds as it is told.",
             "leave --precision out",
         )
-    precision = options.precision or _unasked(path)
+    precision = options.precision or (unasked_precision() if path.suffix == ".xml" else "f32")
     # First, while nothing of ours has run yet.
     before = machine.load_average()
     threads = options.threads or tuple(dict.fromkeys((1, len(machine.usable_cores()))))
@@ -118,11 +118,6 @@ def measure_speed(artifact: str, options: SpeedOptions, console: Console) -> dic
     if options.json_file is not None:
         write_text(options.json_file, json.dumps(value, indent=2) + "\n")
     return value
-
-
-def _unasked(path: Path) -> str:
-    """What the runtime computes floats in when it is not told."""
-    return "bf16" if path.suffix == ".xml" and has_bfloat16() else "f32"
 
 
 def _timed(

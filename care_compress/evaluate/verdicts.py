@@ -3,6 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from care_compress.evaluate.significance import changes, drop_interval
+
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -13,6 +18,13 @@ class Drop:
     value: float
     low: float
     high: float
+
+    @classmethod
+    def between(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> "Drop":
+        """Of answers to the same images: whether each was right."""
+        lost, gained = changes(before, after)
+        images = len(before)
+        return cls(100 * (lost - gained) / images, *drop_interval(lost, gained, images))
 
     def __str__(self) -> str:
         return f"drop {self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"

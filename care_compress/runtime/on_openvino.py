@@ -77,6 +77,11 @@ def openvino_devices() -> frozenset[str]:
     return frozenset(name.partition(".")[0] for name in openvino_core().available_devices)
 
 
+def unasked_precision() -> str:
+    """What OpenVINO rounds the floats of a file to on this CPU unless it is told."""
+    return "bf16" if has_bfloat16() else "f32"
+
+
 @functools.cache
 def has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16, which OpenVINO then does unasked."""

@@ -31,18 +31,25 @@ def artifact_path(artifact: str) -> Path:
     return path
 
 
-def open_predictor(artifact: str, device: torch.device, threads: int | None = None) -> Predictor:
+def open_predictor(
+    artifact: str,
+    device: torch.device,
+    threads: int | None = None,
+    precision: str = "f32",
+    plugin: str = "CPU",
+) -> Predictor:
     """Anything this package writes or reads, ready to run.
 
     A float checkpoint in any form `load_checkpoint` reads, a quantized ``.safetensors`` (in
     simulation), an ``.onnx`` file, an OpenVINO ``.xml`` or a TensorRT ``.engine``. `threads` are
-    those of ONNX Runtime and OpenVINO, all if left out; torch has its own setting.
+    those of ONNX Runtime and OpenVINO, all if left out; torch has its own setting. `precision` and
+    `plugin` are OpenVINO's: what it may round floats to, and what it runs on.
     """
     path = artifact_path(artifact)
     if path.suffix == ".onnx":
         return OnnxPredictor(path, threads)
     if path.suffix == ".xml":
-        return OpenVinoPredictor(path, threads)
+        return OpenVinoPredictor(path, threads, precision, plugin)
     if path.suffix == ".engine":
         return EnginePredictor(path)
     if path.suffix == ".safetensors" and quantized_header(path) is not None:
