@@ -19,6 +19,7 @@ from care_compress.export.forms import Form, form_for, in_form
 from care_compress.export.half import write_half
 from care_compress.export.integers import put_integers
 from care_compress.export.products import use_integer_products
+from care_compress.export.residual import scale_branches
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
@@ -122,6 +123,8 @@ class Variants:
     def _make(self, target: Target) -> Variant:
         if self.saved is None:
             graph = self._inner(target, None)
+            if _is_openvino_cpu(target):
+                scale_branches(graph)
             return Variant(self.compact, self.plain.logits, graph)
         rules = export_rules(self.recipe, self.saved.section, target)
         model = retarget(self.saved.model, self.saved.network, rules, target)
@@ -129,6 +132,8 @@ class Variants:
         put_integers(graph, model)
         if target.runtime == "onnxruntime":
             use_integer_products(graph)
+        if _is_openvino_cpu(target):
+            scale_branches(graph)
         if target.is_typed:
             write_half(graph)
         return Variant(model, self._logits(model), graph)
@@ -149,3 +154,7 @@ class Variants:
 
     def _logits(self, module: nn.Module) -> Tensor:
         return self.images.logits(TorchPredictor(module, self.model.num_classes, CPU))
+
+
+def _is_openvino_cpu(target: Target) -> bool:
+    return target.runtime == "openvino" and target.device == "cpu"
