@@ -27,6 +27,7 @@ from care_compress.pipeline import run_recipe
 from care_compress.report.write import write_report
 from care_compress.run import write_text
 from care_compress.sections import DataSection
+from care_compress.terminal import Terminal
 
 WIDTH = 150  # of the tables
 
@@ -135,7 +136,7 @@ def _report(
     paths = [p for p in (options.json_file, last and last / "compare.json") if p]
     for path in paths:
         write_text(path, text)
-    wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
     wide.print(accuracy_table(value))
     for setting in value["latency"]:
         if setting["rows"]:

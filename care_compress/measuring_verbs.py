@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from care_compress.errors import CareError
 from care_compress.recipe import parse_section
 from care_compress.sections import DataSection
+from care_compress.terminal import Terminal
 from care_compress.verb_options import (
     Precision,
     Runs,
@@ -50,7 +50,7 @@ def accuracy(
 
     from care_compress.evaluate.scoring import measure_artifact
 
-    measure_artifact(artifact, section, images, batch, json, Console())
+    measure_artifact(artifact, section, images, batch, json, Terminal())
 
 
 @app.command()
@@ -72,7 +72,7 @@ def latency(
 
     from care_compress.evaluate.speed import SpeedOptions, measure_speed
 
-    measure_speed(artifact, SpeedOptions(batches, counts, precision, res, json), Console())
+    measure_speed(artifact, SpeedOptions(batches, counts, precision, res, json), Terminal())
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ def compare(
 
     wanted = None if targets is None else tuple(targets.split(","))
     options = CompareOptions(wanted, images, json, max_drop, min_speedup, section, report=report)
-    sys.exit(run_compare(models, runs, options, Console()))
+    sys.exit(run_compare(models, runs, options, Terminal()))
 
 
 @app.command()
@@ -126,7 +126,7 @@ def fidelity(
     from care_compress.fidelity import run_fidelity
 
     wanted = None if targets is None else tuple(targets.split(","))
-    run_fidelity(runs, plain_name(run), wanted, images, json, Console())
+    run_fidelity(runs, plain_name(run), wanted, images, json, Terminal())
 
 
 @app.command()
@@ -141,7 +141,7 @@ def layers(
     """Show what a runtime makes of a file: its layers, their precision and their time."""
     from care_compress.evaluate.layers import show_layers
 
-    show_layers(file, res, precision, json, Console())
+    show_layers(file, res, precision, json, Terminal())
 
 
 @app.command()
@@ -157,7 +157,7 @@ def reference(
     """Check that recipes still give the accepted top-1 and size; exit code 1 if one drifted."""
     from care_compress.reference import REFERENCE_FILE, run_reference
 
-    sys.exit(run_reference(recipes or [], accepted or REFERENCE_FILE, runs, Console()))
+    sys.exit(run_reference(recipes or [], accepted or REFERENCE_FILE, runs, Terminal()))
 
 
 @app.command()
@@ -168,4 +168,4 @@ def report(
     """Write report.html and report.md of a finished run."""
     from care_compress.report.write import write_report
 
-    write_report(runs / plain_name(run), Console())
+    write_report(runs / plain_name(run), Terminal())

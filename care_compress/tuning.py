@@ -36,6 +36,7 @@ from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.runners import open_runner
 from care_compress.target import Target, load_target
+from care_compress.terminal import Terminal
 from care_compress.train.distributed import World
 from care_compress.variants import Variants
 from care_compress.workshop import Workshop
@@ -100,7 +101,7 @@ def run_tune(
         recipe = bench.shop.recipe
         limit = recipe.budget.max_top1_drop if options.max_drop is None else options.max_drop
         best = choose(tried, limit)
-        wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+        wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
         wide.print(tune_table(tried, best, target, len(bench.images.labels)))
         _keep(bench, best, tried)
     where = run.path / "exports" / target.name

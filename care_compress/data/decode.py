@@ -20,13 +20,15 @@ def decode(encoded: bytes, name: str) -> Image.Image:
         # Pillow's warnings (odd EXIF, large image) name no file, so they help nobody.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # Between Pillow's limit and twice that it only warns, and takes a gigabyte.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(encoded), formats=FORMATS)
             image.load()
     except MemoryError:
         raise
     except UnidentifiedImageError:
         reason = f"no {', '.join(FORMATS)} image"
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"refused as a decompression bomb ({error})"
     except Exception as error:  # broken bytes make Pillow's readers raise nearly anything
         reason = f"not decodable ({error})"

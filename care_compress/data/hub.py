@@ -15,7 +15,9 @@ from care_compress.data.listing import (
     class_order,
     summary,
 )
+from care_compress.data.rawfile import MOST_BYTES
 from care_compress.errors import DataError
+from care_compress.files import read_whole
 from care_compress.sections import DataSection
 
 if TYPE_CHECKING:
@@ -42,8 +44,9 @@ class HubSamples(EncodedSamples):
             raise OSError("the row holds no image")
         if image["bytes"] is not None:
             return bytes(image["bytes"])
-        with open(image["path"], "rb") as file:
-            return file.read()
+        if image["path"] is None:
+            raise OSError("the row holds no image")
+        return read_whole(image["path"], MOST_BYTES)
 
 
 def open_hub(reference: str, data: DataSection, split: Split) -> HubSamples:

@@ -15,6 +15,7 @@ from care_compress.runtime.layer_times import GROUPS, Profile
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.runtime.profile import profile_layers, read_engine_profile
+from care_compress.terminal import Terminal
 
 SHOWN = 25
 USUAL_SIZE = 224  # of images, where a file takes any
@@ -33,7 +34,7 @@ def show_layers(
         size = resolution or _size_of(path)
         image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         profile = profile_layers(path, image, 1, precision)
-    wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
     wide.print(_layer_table(path, profile))
     sums = {path.name: {**profile.as_json(), "available": True}}
     wide.print(kind_table(f"By kind, {path.name}", sums))
