@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from care_compress.errors import CareError
-from care_compress.finished import read_run
+from care_compress.finished import as_written, read_run
 from care_compress.recipe import Precision, Recipe, load_recipe
 from care_compress.runtime.opening import CHECKPOINT_SUFFIXES
 from care_compress.sections import DataSection
@@ -37,7 +37,12 @@ class Contender:
         found = {}
         for target in self.files:
             path = self.run / "exports" / target / "export.json"
-            found[target] = json.loads(path.read_text(encoding="utf-8"))
+            with as_written(path):
+                export = json.loads(path.read_text(encoding="utf-8"))
+                # What `compare` asks an export.
+                _ = export["preprocessing"], export["classes"]
+                _ = [entry["sha256"] for entry in export["models"].values()]
+            found[target] = export
         return found
 
     @property
@@ -111,10 +116,11 @@ def _of_run(run: Path) -> Contender:
     found = read_run(run)
     results, recipe = found.results, found.recipe
     files = {}
-    for target, export in results.get("exports", {}).items():
-        main = export.get("models", {}).get(recipe.precision)
-        if main is not None:
-            files[target] = run / "exports" / target / main["file"]
+    with as_written(run / "results.json"):
+        for target, export in results.get("exports", {}).items():
+            main = export.get("models", {}).get(recipe.precision)
+            if main is not None:
+                files[target] = run / "exports" / target / main["file"]
     return Contender(run.name, files, run, recipe, results)
 
 

@@ -1,6 +1,8 @@
 """A finished run, read again: its recipe, its results, and the models it was made of."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,20 @@ from care_compress.errors import CheckpointError, RunError
 from care_compress.model.checkpoint import resolve_checkpoint
 from care_compress.recipe import Recipe, parse, read_yaml
 from care_compress.run import sha256_file
+from care_compress.terminal import one_line, shortened
+
+
+@contextlib.contextmanager
+def as_written(what: Path) -> Iterator[None]:
+    """Around code that takes apart what a run wrote to `what`; anything else there is named."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+        reason = shortened(one_line(f"{type(error).__name__}: {error}"))
+        raise RunError(
+            f"{what} does not hold what a run writes there ({reason}).",
+            "restore it, or make the run again",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -53,11 +69,12 @@ class FinishedRun:
         path = self.path / "manifest.json"
         if not path.is_file():
             return None
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if self.recipe.train is not None:
-            digest = manifest["outputs"].get("float/model.safetensors")
-        else:
-            digest = manifest["inputs"].get("checkpoint", {}).get("sha256")
+        with as_written(path):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if self.recipe.train is not None:
+                digest = manifest["outputs"].get("float/model.safetensors")
+            else:
+                digest = manifest["inputs"].get("checkpoint", {}).get("sha256")
         return None if digest is None else str(digest)
 
 
@@ -66,8 +83,10 @@ def read_run(path: Path) -> FinishedRun:
     try:
         results = json.loads((path / "results.json").read_text(encoding="utf-8"))
         recipe = parse(Recipe, read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"run {path} cannot be read: {error}.", "make it again") from error
+    if not isinstance(results, dict):
+        raise RunError(f"{path / 'results.json'} holds no results.", "make the run again")
     return FinishedRun(path, recipe, results)
 
 

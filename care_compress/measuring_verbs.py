@@ -1,5 +1,6 @@
 """The verbs that measure: accuracy, latency, comparison, fidelity, layers, reference, report."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -63,7 +64,9 @@ def latency(
     precision: Annotated[
         Precision | None, typer.Option(help="what OpenVINO may round floats to; its own choice")
     ] = None,
-    res: Annotated[int | None, typer.Option(min=32, help="where the file leaves it open")] = None,
+    res: Annotated[
+        int | None, typer.Option(min=32, max=4096, help="where the file leaves it open")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
 ) -> None:
     """Time one artifact: latency, throughput, load time, peak memory, size; and the machine."""
@@ -78,7 +81,7 @@ def latency(
 def _counts(option: str, text: str) -> tuple[int, ...]:
     """``1,8`` as numbers."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(re.fullmatch("0*[1-9][0-9]{0,5}", part) for part in parts):
         raise CareError(f"{option} {text!r} is no list of positive numbers.", f"write {option} 1,8")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -132,7 +135,9 @@ def fidelity(
 @app.command()
 def layers(
     file: Annotated[Path, typer.Argument(help="an .onnx, .xml or .engine file, anyone's")],
-    res: Annotated[int | None, typer.Option(help="input resolution; the file's own")] = None,
+    res: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="input resolution; the file's own")
+    ] = None,
     precision: Annotated[
         Literal["f32", "bf16"], typer.Option(help="what OpenVINO may round floats to")
     ] = "f32",

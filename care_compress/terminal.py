@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
 
@@ -54,7 +54,7 @@ class Terminal(Console):
         self.push_render_hook(_Visible())
 
 
-class _Visible:
+class _Visible(RenderHook):
     """Rich asks this about everything before it is drawn."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:

@@ -1,6 +1,7 @@
 """``care-compress layers FILE``: where one file spends its time, in which precision."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from care_compress.run import write_text
 from care_compress.runtime.layer_times import GROUPS, Profile
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
+from care_compress.runtime.probe import probe
 from care_compress.runtime.profile import profile_layers, read_engine_profile
 from care_compress.terminal import Terminal
 
@@ -26,8 +28,9 @@ def show_layers(
     path: Path, resolution: int | None, precision: str, json_file: Path | None, console: Console
 ) -> Profile:
     """Profile a file on one image and one thread; print its slowest layers and the sums."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TargetError(f"{path} is not a file.", "give an .onnx, an .xml or an .engine file")
+    probe(path, resolution)
     if path.suffix == ".engine":
         profile = read_engine_profile(path)
     else:
