@@ -16,7 +16,7 @@ from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
 from care_compress.measuring_verbs import app as measuring
 from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, recipe_files
-from care_compress.terminal import Terminal, one_line
+from care_compress.terminal import Terminal, one_line, shortened
 from care_compress.verb_options import (
     ArchName,
     Checkpoint,
@@ -55,6 +55,7 @@ KEYS = {
 }
 
 
+LONGEST_LINE = 2000  # letters of an error; a path can be longer
 # What typer raises for a verb or an option that does not exist. It brings click along or uses the
 # one installed, depending on its version, and names the class in neither case.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -286,10 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         errors.print(f"[bold red]{type(error).__name__}:[/] ", end="")
         # Names in the message come from files; they are shown, never read as markup.
-        errors.print(one_line(_told(error)), markup=False, highlight=False)
+        errors.print(shortened(one_line(_told(error)), LONGEST_LINE), markup=False, highlight=False)
         sys.exit(2)
-    if code:  # typer's own: 130 after Ctrl-C
-        sys.exit(code)
+    sys.exit(code or 0)  # typer's own is 130, after Ctrl-C
 
 
 def _told(error: Exception) -> str:

@@ -7,6 +7,7 @@ changes one value on the command line under the same rules.
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -188,13 +189,14 @@ def find_recipe(name_or_path: str) -> Path:
     if given.suffix in {".yaml", ".yml"}:
         return given
     shipped = RECIPES_DIR / f"{name_or_path}.yaml"
-    if shipped.is_file():
+    if os.path.isfile(shipped):  # Path.is_file raises for a name that is too long
         return shipped
     known = [path.stem for path in recipe_files()]
     near = difflib.get_close_matches(name_or_path, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise RecipeError(
-        f"there is no recipe {name_or_path!r}.", f"{hint}Shipped recipes: {', '.join(known)}"
+        f"there is no recipe {shortened(repr(name_or_path))}.",
+        f"{hint}Shipped recipes: {', '.join(known)}",
     )
 
 

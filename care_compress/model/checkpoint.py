@@ -47,6 +47,8 @@ HARMLESS_TYPES: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]
+# Narrower floats are quantized weights, whose scales a file may keep anywhere.
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 QUANTIZED_HEADER = "care_compress_quantized"  # metadata key of files that are no float model
 
 
@@ -112,7 +114,7 @@ def _checked(tensor: Tensor, name: str, path: Path) -> Tensor:
     whole = tensor.dtype in (torch.int64, torch.int32)
     if name.endswith("num_batches_tracked") and dense and whole:
         return tensor
-    if not dense or not tensor.is_floating_point() or tensor.is_quantized:
+    if not dense or tensor.dtype not in FLOATS:
         raise CheckpointError(
             f"{path}: {name} is {tensor.dtype} ({tensor.layout}), no float weight.",
             "give the float checkpoint, not one already quantized or pruned to a sparse layout",
