@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from care_compress.errors import CareError
 from care_compress.terminal import one_line
 
 torch.set_num_threads(1)
+# Caches of libraries, which are theirs and not the product's, stand where nothing is looked at.
+os.environ["MPLCONFIGDIR"] = tempfile.gettempdir()
 
 SECONDS = 20.0  # for one case; most take milliseconds
 MEMORY = 6 << 30  # addresses above what the process holds when a module begins
