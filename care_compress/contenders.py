@@ -4,12 +4,12 @@ A name is a run, a recipe, a precision (the newest run of it) or a path. Names t
 several runs mean the newest one on the same model and images as the others.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from care_compress.errors import CareError
+from care_compress.files import read_json
 from care_compress.finished import as_written, read_run
 from care_compress.recipe import Precision, Recipe, load_recipe
 from care_compress.runtime.opening import CHECKPOINT_SUFFIXES
@@ -38,7 +38,7 @@ class Contender:
         for target in self.files:
             path = self.run / "exports" / target / "export.json"
             with as_written(path):
-                export = json.loads(path.read_text(encoding="utf-8"))
+                export = read_json(path)
                 # What `compare` asks an export.
                 _ = export["preprocessing"], export["classes"]
                 _ = [entry["sha256"] for entry in export["models"].values()]

@@ -1,6 +1,5 @@
 """From a finished run to a device and back: bundles, engines built in place, results imported."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from care_compress.errors import RunError, TargetError
 from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
 from care_compress.export.device_results import import_results
 from care_compress.export.float_graph import INPUT, OUTPUT
+from care_compress.files import read_json
 from care_compress.run import sha256_file
 from care_compress.target import Target, load_target
 
@@ -149,7 +149,7 @@ def _run_of(file: Path) -> str:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}.", "copy it again") from error
     if not isinstance(value, dict):

@@ -4,9 +4,13 @@ A pipe under a file's name would be waited on for ever, ``/dev/zero`` has no end
 of terabytes costs its author nothing.
 """
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
+
+MOST_JSON = 1 << 28  # bytes; the evidence of the largest run is some thousandth of it
 
 
 def read_whole(path: str | bytes | Path, most: int) -> bytes:
@@ -25,3 +29,11 @@ def read_whole(path: str | bytes | Path, most: int) -> bytes:
 def read_text(path: Path, most: int) -> str:
     """All of a UTF-8 file; `OSError` or `ValueError` where it cannot be read."""
     return read_whole(path, most).decode("utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; `OSError` or `ValueError` where there is none to be read."""
+    try:
+        return json.loads(read_text(path, MOST_JSON))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -1,13 +1,13 @@
 """A finished run, read again: its recipe, its results, and the models it was made of."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from care_compress.errors import CheckpointError, RunError
+from care_compress.files import read_json
 from care_compress.model.checkpoint import resolve_checkpoint
 from care_compress.recipe import Recipe, parse, read_yaml
 from care_compress.run import sha256_file
@@ -70,7 +70,7 @@ class FinishedRun:
         if not path.is_file():
             return None
         with as_written(path):
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
             if self.recipe.train is not None:
                 digest = manifest["outputs"].get("float/model.safetensors")
             else:
@@ -81,7 +81,7 @@ class FinishedRun:
 def read_run(path: Path) -> FinishedRun:
     """The run in a directory; `RunError` where it cannot be read."""
     try:
-        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        results = read_json(path / "results.json")
         recipe = parse(Recipe, read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"run {path} cannot be read: {error}.", "make it again") from error

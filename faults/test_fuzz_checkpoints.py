@@ -533,7 +533,7 @@ def test_the_command_line_says_one_line(
     for name, content in files.items():
         Path(name).write_bytes(content)
         for verb in (
-            ["plan", "fp32", "--ckpt", name],
+            ["plan", "int8_ptq", "--ckpt", name],
             ["accuracy", name, "--data", "builtin:shapes", "--res", "32"],
         ):
 
@@ -553,7 +553,7 @@ def test_the_command_line_says_one_line(
             assert obeyed(err[:-1]) == "" and len(err) < LONGEST_LINE
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(files)
     with pytest.raises(CheckpointError):
-        main(["plan", "fp32", "--ckpt", "empty.pth", "--debug"])
+        main(["plan", "int8_ptq", "--ckpt", "empty.pth", "--debug"])
 
 
 def test_there_were_enough_cases() -> None:

@@ -11,6 +11,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +86,7 @@ def open_shards(pattern: str, data: DataSection, split: Split) -> ShardSamples:
 
 def find_shards(pattern: str) -> list[Path]:
     """Local tars of a directory, or of a pattern with {000..003}, {a,b}, * and ?."""
+    from braceexpand import braceexpand
     from webdataset.shardlists import expand_urls  # imports for a second, so only where needed
 
     counted = re.findall(r"\{(-?\d{1,9})\.\.(-?\d{1,9})\}", pattern)
@@ -100,8 +102,15 @@ def find_shards(pattern: str) -> list[Path]:
         found = sorted(Path(pattern).glob("*.tar")) or sorted(Path(pattern).glob("*/*.tar"))
     else:
         try:
+            for each in pattern.split("::"):
+                if next(islice(braceexpand(each), MOST_SHARDS, None), None) is not None:
+                    raise ValueError(f"it means more than {MOST_SHARDS:,} shards")
             expanded = expand_urls(pattern)
-        except (ValueError, AssertionError) as error:  # unbalanced braces, an unset variable
+        except (
+            ValueError,
+            AssertionError,
+            RecursionError,
+        ) as error:  # unbalanced braces, an unset variable
             raise DataError(
                 f"wds:{pattern} is no shard pattern ({error}).", "write, say, train-{000..099}.tar"
             ) from error

@@ -38,9 +38,7 @@ def probe(path: Path, side: int | None = None, longest: float = LONGEST) -> None
     settings = json.dumps({"side": side or USUAL_SIDE, "memory": memory})
     command = [sys.executable, "-m", "care_compress.runtime.probe", str(path), settings]
     try:
-        done = subprocess.run(  # nosec B603: no shell, and the file is named, not run
-            command, capture_output=True, check=False, timeout=longest
-        )
+        done = subprocess.run(command, capture_output=True, check=False, timeout=longest)
     except subprocess.TimeoutExpired:
         raise TargetError(
             f"{path} keeps {runtime} busy for more than {longest:.0f} seconds with one image.",
