@@ -4,6 +4,7 @@ A name is a run, a recipe, a precision (the newest run of it) or a path. Names t
 several runs mean the newest one on the same model and images as the others.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -87,10 +88,10 @@ def _options(name: str, runs: Path) -> list[Contender]:
     """What a name may mean, best first."""
     path = Path(name)
     if path.suffix in (*READERS, *CHECKPOINT_SUFFIXES, ".engine"):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CareError(f"{name} is not a file.", "check the path, or name a run")
         return [Contender(name, {_reader(path): path})]
-    if (runs / name / "results.json").is_file():
+    if os.path.isfile(runs / name / "results.json"):
         return [_of_run(runs / name)]
     every = [_of_run(folder.parent) for folder in runs.glob("*/results.json")]
     wanted = [

@@ -1,6 +1,7 @@
 """A finished run, read again: its recipe, its results, and the models it was made of."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,15 @@ def read_run(path: Path) -> FinishedRun:
 
 def find_run(runs: Path, name: str) -> FinishedRun:
     """The run of this name; those that are there are named where it is not."""
-    if not (runs / name / "results.json").is_file():
+    if not os.path.isfile(runs / name / "results.json"):
         known = sorted(path.parent.name for path in runs.glob("*/results.json"))
         there = f"there are {', '.join(known)}; or " if known else ""
         raise RunError(
             f"there is no finished run called {name} in {runs}.",
             f"{there}make one: make quantize RECIPE={name}",
         )
-    return read_run(runs / name)
+    found = read_run(runs / name)
+    with as_written(runs / name / "results.json"):
+        # What everything that goes on from a run asks it.
+        _ = found.results["precision"], [dict(one) for one in found.results["exports"].values()]
+    return found

@@ -55,7 +55,7 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
         check_exportable(recipe, console)
         run = stack.enter_context(opened(Run(runs, name), recipe, world))
         shop = Workshop(recipe, run, world, console)
-        shop.console.print(f"[bold]{recipe.name}[/]: {escape(recipe.claim)}")
+        shop.console.print(f"[bold]{escape(recipe.name)}[/]: {escape(recipe.claim)}")
         validation = open_samples(recipe.data, "val")
         model = float_model(shop, validation)
         compact, steps = rewritten(shop, model)

@@ -177,8 +177,7 @@ def _model(nodes: list[Any], inputs: list[Any], outputs: list[Any], weights: Any
 
 
 def _external(location: str, **more: str) -> Any:
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [3, 4], b"", raw=True)
-    weight.ClearField("raw_data")
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[3, 4])
     weight.data_location = TensorProto.EXTERNAL
     for key, value in {"location": location, **more}.items():
         weight.external_data.add(key=key, value=value)
@@ -226,9 +225,9 @@ def _filled(size: int) -> Any:
 
 
 def odd_models() -> dict[str, Any]:
-    huge = helper.make_tensor("w", TensorProto.FLOAT, [1 << 40, 4], b"", raw=True)
-    negative = helper.make_tensor("w", TensorProto.FLOAT, [-3, 4], bytes(48), raw=True)
-    few = helper.make_tensor("w", TensorProto.FLOAT, [3, 4], bytes(8), raw=True)
+    huge = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1 << 40, 4], raw_data=b"")
+    negative = TensorProto(name="w", data_type=1, dims=[-3, 4], raw_data=bytes(48))
+    few = TensorProto(name="w", data_type=1, dims=[3, 4], raw_data=bytes(8))
     found = {
         "no nodes": _model([], [IMAGE], [IMAGE]),
         "no input": _model([helper.make_node("Identity", ["w"], ["y"])], [], [_value("y", [3, 4])], [WEIGHT]),
@@ -362,7 +361,7 @@ def test_what_is_no_graph(tmp_path: Path) -> None:
         CASES.refused += 1
 
 
-def test_engines_of_somebody_else(tmp_path: Path) -> None:
+def test_engines_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine is code: without the description of one's own build it is not even read."""
     (tmp_path / "x.engine").write_bytes(b"ftrt" + bytes(100))
     (tmp_path / "x.onnx").write_bytes(b"graph")
@@ -391,7 +390,12 @@ def test_engines_of_somebody_else(tmp_path: Path) -> None:
             main(["layers", str(tmp_path / "x.engine")])
         assert ended.value.code == 2
         CASES.refused += 2
-    assert "os" not in {name for name in sys.modules if name == "x"}
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "x.engine.json").write_text('{"library": "evil"}')
+    with pytest.raises(Named, match="no TensorRT"):
+        open_predictor(str(tmp_path / "x.engine"), torch.device("cpu"))
+    assert not (tmp_path / "pwned").exists(), "importing a module runs it"
 
 
 def test_a_crash_a_hang_and_a_bomb_are_named(

@@ -196,6 +196,20 @@ def test_names_are_shown_and_not_obeyed(
     )
 
 
+def test_tables_show_names_that_look_like_markup() -> None:
+    from care_compress.evaluate.compare_tables import accuracy_table, latency_table
+
+    name = "[red]x[/y].onnx"
+    found = {"available": True, "top1": 1.0, "top5": 1.0, "size_bytes": 3}
+    value = {"images": 1, "pairs": [], "targets": {"torch": {name: found}}}
+    row = {"target": "torch", "name": name, "latency_ms": dict.fromkeys(("p50", "p90", "p99"), 1.0)}
+    row |= {"throughput": 1.0, "speedup": None, "noisy": False}
+    console = Terminal(file=io.StringIO(), width=200)
+    console.print(accuracy_table(value))
+    console.print(latency_table({"batch": 1, "threads": 1, "rows": [row]}))
+    assert console.file.getvalue().count(name) == 2  # type: ignore[attr-defined]
+
+
 def test_damaged_runs_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "mine"
     run.mkdir()

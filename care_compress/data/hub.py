@@ -92,7 +92,10 @@ def _load(reference: str, source: str) -> "datasets.DatasetDict":
             return datasets.load_dataset("parquet", data_files=reference)  # nosec B615: local
         name, _, config = reference.partition(":")
         return datasets.load_dataset(name, config or None)  # nosec B615: the user's own choice
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    # It looks for files before it looks at what it was given: an empty name is an IndexError.
+    except (
+        OSError, ValueError, RuntimeError, LookupError, datasets.exceptions.DatasetsError,
+    ) as error:  # fmt: skip
         reason = shortened(one_line(str(error)) or type(error).__name__)
         raise DataError(
             f"{source} cannot be loaded ({reason}).",

@@ -115,7 +115,7 @@ def find_shards(pattern: str) -> list[Path]:
                 f"wds:{pattern} is no shard pattern ({error}).", "write, say, train-{000..099}.tar"
             ) from error
         found = [Path(path) for each in expanded for path in sorted(glob(each)) or [each]]
-    missing = [str(path) for path in found if not path.is_file()]
+    missing = [str(path) for path in found if not os.path.isfile(path)]
     if missing:
         raise DataError(f"there is no shard {summary(missing)}.", "correct data.source")
     if not found:

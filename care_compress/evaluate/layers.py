@@ -72,7 +72,8 @@ def _layer_table(path: Path, profile: Profile) -> Table:
     for layer in shown:
         name = layer.sites[0] if layer.sites else layer.name
         table.add_row(
-            escape(name), layer.kind, layer.precision, *_cost(layer.ms, profile.share(layer))
+            *map(escape, (name, layer.kind, layer.precision)),
+            *_cost(layer.ms, profile.share(layer)),
         )
     return table
 
