@@ -433,7 +433,7 @@ def test_the_command_line_says_one_line(
         "no input",
         "two outputs",
         "a huge weight",
-        "an image back",
+        "a long cycle",
         "4 TB",
         "a hostile name",
     ]
