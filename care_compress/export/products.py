@@ -2,12 +2,13 @@
 
 It multiplies the integers of a convolution only if the result is quantized at once. Here a GELU or
 a residual stands between, so it would fall back to float (13 ms, its FP32 takes 11: see
-docs/PERFORMANCE.md). A Gemm between Q/DQ pairs may give out floats:
+docs/PERFORMANCE.md). Its own product of integers gives out floats, and takes an image as it lies:
 
-    Transpose -> Reshape -> Q -> DQ -> Gemm -> Reshape -> Transpose
+    Transpose -> QuantizeLinear -> MatMulIntegerToFloat -> Transpose
 
 with the bias in whole steps of the integer sums. ONNX Runtime moves the transposes through the
-network until most of them meet and cancel.
+network until most of them meet and cancel. A Gemm between Q/DQ pairs is as fast by itself, and
+costs two reshapes and a step through the graph for each.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from care_compress.export.float_graph import add_constant, product_nodes
 
+DOMAIN = "com.microsoft"  # where ONNX Runtime keeps the operations of its own
 _DATA, _WEIGHT, _BIAS = 0, 1, 2
 _LARGEST = 2**31 - 1
 
@@ -30,6 +32,7 @@ def use_integer_products(model: ir.Model) -> None:
         if node.op_type == "Conv" and _is_pointwise(node):
             _Product(model.graph, node, name, names).replace()
     graph = model.graph
+    model.opset_imports[DOMAIN] = 1
     for unused in [key for key, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[unused]
 
@@ -61,53 +64,32 @@ class _Product:
     def replace(self) -> None:
         """Put the product where the convolution was."""
         out = self.node.outputs[0]
-        assert out.shape is not None
-        _, channels, height, width = out.shape
-        self._flatten_data()
-        self._transpose_weight()
-        operands = [self.node.inputs[_DATA], self.node.inputs[_WEIGHT], self._bias()]
-        rows = self._made("Gemm", operands, "/Gemm")
-        image = self._made("Reshape", [rows, self._shape(-1, height, width, channels)], "/image")
-        # The site's own name goes to the node that gives out what the convolution gave.
-        last = self._made("Transpose", [image], "", perm=[0, 3, 1, 2])
-        last.shape, last.dtype = out.shape, out.dtype
-        for use in list(out.uses()):
-            use.node.replace_input_with(use.idx, last)
-        self.graph.remove(self.node, safe=True)
-
-    def _flatten_data(self) -> None:
-        """Quantize rows of channels, one for each pixel: elements that lie side by side."""
         quantize = _maker(self.data, 0)
         assert quantize is not None and quantize.op_type == "QuantizeLinear"
-        channels = _numbers(_input(self.weight, 0)).shape[1]
-        last = self._made(
-            "Transpose", [quantize.inputs[0]], "/last", before=quantize, perm=[0, 2, 3, 1]
-        )
-        rows = self._made("Reshape", [last, self._shape(-1, channels)], "/rows", before=quantize)
-        quantize.replace_input_with(0, rows)
+        last = self._made("Transpose", [quantize.inputs[0]], "/last", quantize, perm=[0, 2, 3, 1])
+        quantize.replace_input_with(0, last)
+        quantize.outputs[0].shape = None
+        product = self._made("MatMulIntegerToFloat", self._operands(), "/product")
+        # The site's own name goes to the node that gives out what the convolution gave.
+        image = self._made("Transpose", [product], "", perm=[0, 3, 1, 2])
+        image.shape, image.type = out.shape, out.type
+        for use in list(out.uses()):
+            use.node.replace_input_with(use.idx, image)
+        self.graph.remove([self.node, self.data, self.weight], safe=True)
 
-    def _transpose_weight(self) -> None:
+    def _operands(self) -> list[ir.Value | None]:
+        """Integers, scales and zero points of both factors, and the bias."""
         stored = _input(self.weight, 0)
-        integers = np.ascontiguousarray(_numbers(stored)[:, :, 0, 0].T)
-        self.weight.replace_input_with(0, add_constant(self.graph, f"{stored.name}_t", integers))
-        if "axis" in self.weight.attributes:
-            self.weight.attributes["axis"] = ir.AttrInt64("axis", 1)
+        rows = np.ascontiguousarray(_numbers(stored)[:, :, 0, 0].T)
+        operands = [self.data.inputs[0], add_constant(self.graph, f"{stored.name}_t", rows)]
+        for place in (1, 2):
+            operands += [self.data.inputs[place], self.weight.inputs[place]]
+        return [*operands, self._bias()]
 
     def _bias(self) -> ir.Value:
-        """The bias as integers with the step of the sums; simulated so, by `retarget`."""
-        site, unit = self.name, np.ascontiguousarray(_step(self.node))
-        steps = _bias_steps(self.node).astype(np.int32)
-        values = [
-            add_constant(self.graph, f"{site}.bias", steps),
-            add_constant(self.graph, f"{site}.bias_unit", unit),
-        ]
-        return self._made("DequantizeLinear", values, "/bias_dq", axis=0)
-
-    def _shape(self, *sizes: object) -> ir.Value:
-        numbers = [int(str(size)) for size in sizes]
-        name = "shape_" + "x".join(str(number) for number in numbers)
-        found = self.graph.initializers.get(name)
-        return found or add_constant(self.graph, name, np.array(numbers, np.int64))
+        """The bias in whole steps of the sums; simulated so, by `retarget`."""
+        whole = _bias_steps(self.node) * _step(self.node)
+        return add_constant(self.graph, f"{self.name}.bias", whole.astype(np.float32))
 
     def _made(
         self,
@@ -117,7 +99,8 @@ class _Product:
         before: ir.Node | None = None,
         **attributes: int | list[int],
     ) -> ir.Value:
-        node = ir.node(kind, inputs, attributes or None, name=f"{self.name}{name}")
+        domain = DOMAIN if kind == "MatMulIntegerToFloat" else ""
+        node = ir.node(kind, inputs, attributes or None, domain=domain, name=f"{self.name}{name}")
         node.outputs[0].name = next(self.names)
         self.graph.insert_before(before or self.node, node)
         return node.outputs[0]

@@ -39,7 +39,10 @@ def check_pairs(graph: onnx.GraphProto, quantized: QuantizedCare | None) -> None
     stored = {tensor.name for tensor in graph.initializer if tensor.data_type in kinds}
     quantizes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     dequantizes = [node for node in graph.node if node.op_type == "DequantizeLinear"]
-    found = sum(node.input[0] in stored for node in dequantizes)
+    # ONNX Runtime's own products read the integers themselves.
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    read = [node.input[0] for node in dequantizes] + [node.input[1] for node in products]
+    found = sum(name in stored for name in read)
     if (found, len(quantizes)) != (weights, len(integers) - weights):
         raise ExportError(
             f"the graph has {found} integer weights and {len(quantizes)} quantized activations, "
