@@ -213,7 +213,7 @@ def test_tables_show_names_that_look_like_markup() -> None:
 def test_damaged_runs_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "mine"
     run.mkdir()
-    (run / "recipe.yaml").write_text("claim: x\nmodel: {checkpoint: x.pth}\n")
+    (run / "recipe.yaml").write_text("name: mine\nclaim: x\nmodel: {checkpoint: x.pth}\n")
     for content in ("", "[]", "{}", json.dumps({"exports": 3, "run": []}), "[" * 100_000):
         (run / "results.json").write_text(content)
         for verb in ("report", "fidelity", "compare"):
