@@ -24,7 +24,7 @@ define READY
 endef
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize compare reference report bundle engine doctor test check recipes bench bench-data bench-train bench-quantize bench-evaluate ablate clean
+.PHONY: help setup quantize compare reference report bundle engine doctor test check audit recipes bench bench-data bench-train bench-quantize bench-evaluate ablate clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -60,12 +60,17 @@ doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 test: $(VENV)/.dev ## the test suite (under 15 minutes on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, recipe validation
+check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipe validation
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive care_compress eval bench
 	@$(BIN)/care-compress recipes --check
+
+audit: $(VENV)/.dev ## known vulnerabilities of the pinned packages; asks the internet
+	@$(INSTALL) pip-audit
+	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 recipes: $(VENV)/.user ## list the recipes that ship
 	@$(BIN)/care-compress recipes

@@ -1,20 +1,25 @@
 """What boards measured and `import-results` brought home, beside what was measured here."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from care_compress.evaluate.verdicts import Verdict
+from care_compress.export.device_results import DeviceResults
+from care_compress.finished import as_written
 
 BASELINE = "fp16"
 
 
 def measured_on_boards(run: Path) -> dict[str, dict[str, Any]]:
     """The newest results of every target, by target."""
-    every = [json.loads(path.read_text()) for path in sorted(run.glob("measured/*.json"))]
-    every.sort(key=lambda found: str(found["measured_at"]))
-    return {found["target"]: found for found in every}
+    every = []
+    for path in sorted(run.glob("measured/*.json")):
+        with as_written(path):
+            # As it was checked when it was imported.
+            every.append(DeviceResults.model_validate_json(path.read_text(encoding="utf-8")))
+    every.sort(key=lambda found: found.measured_at)
+    return {found.target: found.model_dump(mode="json") for found in every}
 
 
 def board_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
 from care_compress.measuring_verbs import app as measuring
 from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, recipe_files
+from care_compress.terminal import Terminal, one_line, shortened
 from care_compress.verb_options import (
     ArchName,
     Checkpoint,
@@ -53,6 +53,12 @@ KEYS = {
     "method": "quantize.calibrate.method",
     "images": "quantize.calibrate.images",
 }
+
+
+LONGEST_LINE = 2000  # letters of an error; a path can be longer
+# What typer raises for a verb or an option that does not exist. It brings click along or uses the
+# one installed, depending on its version, and names the class in neither case.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _chosen(recipe: str, overrides: list[str] | None, **given: object) -> Recipe:
@@ -95,7 +101,7 @@ def quantize(
 
     from care_compress.pipeline import run_recipe
 
-    run_recipe(chosen, runs, run, Console())
+    run_recipe(chosen, runs, run, Terminal())
 
 
 @app.command()
@@ -115,7 +121,7 @@ def plan(
 
     from care_compress.pipeline import show_plan
 
-    show_plan(chosen, target, json, Console())
+    show_plan(chosen, target, json, Terminal())
 
 
 @app.command()
@@ -137,7 +143,7 @@ def sensitivity(
 
     from care_compress.study import run_sensitivity
 
-    run_sensitivity(chosen, runs, run, images, Console())
+    run_sensitivity(chosen, runs, run, images, Terminal())
 
 
 @app.command()
@@ -170,7 +176,7 @@ def select(
 
     from care_compress.study import select_calibration
 
-    select_calibration(chosen, out, Console())
+    select_calibration(chosen, out, Terminal())
 
 
 @app.command()
@@ -186,7 +192,7 @@ def tune(
     from care_compress.tuning import TuneOptions, run_tune
 
     options = TuneOptions(images, max_drop, again)
-    run_tune(runs, plain_name(run), target, options, Console())
+    run_tune(runs, plain_name(run), target, options, Terminal())
 
 
 RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken")]
@@ -201,7 +207,7 @@ def bundle(
     """Pack what a Jetson needs to build, verify and measure its engines."""
     from care_compress.deploying import make_bundle
 
-    make_bundle(runs, plain_name(run), target, Console())
+    make_bundle(runs, plain_name(run), target, Terminal())
 
 
 @app.command()
@@ -213,7 +219,7 @@ def engine(
     """Build a target's engines here and verify them; needs its TensorRT and its GPU."""
     from care_compress.deploying import make_engine
 
-    sys.exit(make_engine(runs, plain_name(run), target, Console()))
+    sys.exit(make_engine(runs, plain_name(run), target, Terminal()))
 
 
 @app.command("import-results")
@@ -225,7 +231,7 @@ def import_results(
     """Merge what a device measured into the run that its bundle came from."""
     from care_compress.deploying import take_results
 
-    take_results(file, runs, run, Console())
+    take_results(file, runs, run, Terminal())
 
 
 @app.command()
@@ -247,7 +253,7 @@ def recipes(
 
     loaded = [load_recipe(str(path)) for path in recipe_files()]
     targets = all_targets()
-    console = Console()
+    console = Terminal()
     if not loaded:
         raise CareError(f"no recipe found in {RECIPES_DIR}.", "run from a full checkout")
     if check:
@@ -272,13 +278,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     wanted = [argument for argument in given if argument != "--debug"]
     debug = wanted != given
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = Terminal(stderr=True, soft_wrap=True)
     try:
-        app(wanted)
-    except (CareError, DeployError) as error:
-        if debug:
+        # Alone on the line it prints its help, with --debug its own traceback is no use to anyone.
+        code = app(wanted, standalone_mode=not wanted)
+    except (CareError, DeployError, UsageError) as error:
+        if debug and not isinstance(error, UsageError):
             raise
         errors.print(f"[bold red]{type(error).__name__}:[/] ", end="")
         # Names in the message come from files; they are shown, never read as markup.
-        errors.print(str(error), markup=False, highlight=False)
+        errors.print(shortened(one_line(_told(error)), LONGEST_LINE), markup=False, highlight=False)
         sys.exit(2)
+    sys.exit(code or 0)  # typer's own is 130, after Ctrl-C
+
+
+def _told(error: Exception) -> str:
+    """The message of an error; typer's say where to look it up."""
+    if not isinstance(error, UsageError):
+        return str(error)
+    context = getattr(error, "ctx", None)
+    verb = context.command_path if context is not None else "care-compress"
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    return f"{message} Fix: see {verb} --help"

@@ -26,7 +26,9 @@ from care_compress.evaluate.speed import show_machine
 from care_compress.pipeline import run_recipe
 from care_compress.report.write import write_report
 from care_compress.run import write_text
+from care_compress.runtime.probe import probe
 from care_compress.sections import DataSection
+from care_compress.terminal import Terminal
 
 WIDTH = 150  # of the tables
 
@@ -38,7 +40,7 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
         raise RunError("two of the names mean the same model.", "name different runs")
     data = _common_data(models, options)
     samples = open_samples(data, "val")
-    _check_files(models)
+    _check_files(models, data)
     entries, missing = find_entries(models, options)
     if not entries:
         raise TargetError(
@@ -101,9 +103,11 @@ def _common_data(models: list[Contender], options: CompareOptions) -> DataSectio
     return wanted
 
 
-def _check_files(models: list[Contender]) -> None:
-    """The files are those that were exported, and prepare images alike."""
+def _check_files(models: list[Contender], data: DataSection) -> None:
+    """The files are those that were exported, or can be run, and prepare images alike."""
     for one in models:
+        for path in one.files.values() if one.run is None else ():
+            probe(path, data.resolution)
         for target, export in one.export_of.items() if one.run is not None else ():
             path = one.files[target]
             known = {entry["sha256"] for entry in export["models"].values()}
@@ -135,7 +139,7 @@ def _report(
     paths = [p for p in (options.json_file, last and last / "compare.json") if p]
     for path in paths:
         write_text(path, text)
-    wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
     wide.print(accuracy_table(value))
     for setting in value["latency"]:
         if setting["rows"]:

@@ -4,13 +4,14 @@ A name is a run, a recipe, a precision (the newest run of it) or a path. Names t
 several runs mean the newest one on the same model and images as the others.
 """
 
-import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from care_compress.errors import CareError
-from care_compress.finished import read_run
+from care_compress.files import read_json
+from care_compress.finished import as_written, read_run
 from care_compress.recipe import Precision, Recipe, load_recipe
 from care_compress.runtime.opening import CHECKPOINT_SUFFIXES
 from care_compress.sections import DataSection
@@ -37,7 +38,12 @@ class Contender:
         found = {}
         for target in self.files:
             path = self.run / "exports" / target / "export.json"
-            found[target] = json.loads(path.read_text(encoding="utf-8"))
+            with as_written(path):
+                export = read_json(path)
+                # What `compare` asks an export.
+                _ = export["preprocessing"], export["classes"]
+                _ = [entry["sha256"] for entry in export["models"].values()]
+            found[target] = export
         return found
 
     @property
@@ -82,10 +88,10 @@ def _options(name: str, runs: Path) -> list[Contender]:
     """What a name may mean, best first."""
     path = Path(name)
     if path.suffix in (*READERS, *CHECKPOINT_SUFFIXES, ".engine"):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CareError(f"{name} is not a file.", "check the path, or name a run")
         return [Contender(name, {_reader(path): path})]
-    if (runs / name / "results.json").is_file():
+    if os.path.isfile(runs / name / "results.json"):
         return [_of_run(runs / name)]
     every = [_of_run(folder.parent) for folder in runs.glob("*/results.json")]
     wanted = [
@@ -111,10 +117,11 @@ def _of_run(run: Path) -> Contender:
     found = read_run(run)
     results, recipe = found.results, found.recipe
     files = {}
-    for target, export in results.get("exports", {}).items():
-        main = export.get("models", {}).get(recipe.precision)
-        if main is not None:
-            files[target] = run / "exports" / target / main["file"]
+    with as_written(run / "results.json"):
+        for target, export in results.get("exports", {}).items():
+            main = export.get("models", {}).get(recipe.precision)
+            if main is not None:
+                files[target] = run / "exports" / target / main["file"]
     return Contender(run.name, files, run, recipe, results)
 
 

@@ -1,6 +1,6 @@
 """From a finished run to a device and back: bundles, engines built in place, results imported."""
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,8 @@ from care_compress.errors import RunError, TargetError
 from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
 from care_compress.export.device_results import import_results
 from care_compress.export.float_graph import INPUT, OUTPUT
+from care_compress.files import read_json
+from care_compress.finished import as_written
 from care_compress.run import sha256_file
 from care_compress.target import Target, load_target
 
@@ -59,7 +61,7 @@ def make_engine(runs: Path, run: str, target_name: str, console: Console) -> int
 def take_results(file: Path, runs: Path, run: str | None, console: Console) -> None:
     """Merge what a device measured into the run it belongs to."""
     where = runs / (run or _run_of(file))
-    if not where.is_dir():
+    if not os.path.isdir(where):  # Path.is_dir raises for a name that is too long
         raise RunError(f"there is no run {where}.", "name it with --run, or its folder with --runs")
     results = import_results(file, where)
     board = results["board"]["name"]
@@ -79,6 +81,12 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
     """What a bundle of this run for this target holds."""
     folder = run_dir / "exports" / target.name
     export = _export_of(folder, run, target)
+    with as_written(folder / "export.json"):
+        return _content(run_dir, run, target, export)
+
+
+def _content(run_dir: Path, run: str, target: Target, export: dict[str, Any]) -> BundleContent:
+    folder = run_dir / "exports" / target.name
     preprocessing, classes = export["preprocessing"], tuple(export["classes"])
     batch = export["batch"]
     size = preprocessing["resolution"]
@@ -149,7 +157,7 @@ def _run_of(file: Path) -> str:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}.", "copy it again") from error
     if not isinstance(value, dict):

@@ -37,6 +37,7 @@ from care_compress.runtime.executed import executed_layers, integer_macs, quanti
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.target import Target, all_targets, load_target
+from care_compress.terminal import Terminal
 from care_compress.variants import Reference, Variant, Variants
 from care_compress.workshop import Workshop
 
@@ -87,7 +88,7 @@ def about_export(variants: Variants, validation: Samples) -> About:
 def _show(console: Console, done: list[Exported], images: int) -> None:
     rows = [row for one in done for row in one.rows()]
     if rows:
-        wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+        wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
         wide.print(export_table(rows, images))
     alike: dict[str, list[str]] = {}
     for one in done:

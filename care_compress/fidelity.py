@@ -18,6 +18,7 @@ from care_compress.progress import step_line
 from care_compress.run import sha256_file, write_text
 from care_compress.rungs import ENGINE_HAS_NO_SITES, Ladder
 from care_compress.target import load_target
+from care_compress.terminal import Terminal
 
 WIDTH = 150  # of the tables
 
@@ -53,7 +54,7 @@ def run_fidelity(
             *(absent.as_json() for absent in ladder.gone),
         ],
     }
-    wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
     wide.print(rung_table(value))
     wide.print(site_table(value))
     for absent in ladder.gone:

@@ -1,14 +1,31 @@
 """A finished run, read again: its recipe, its results, and the models it was made of."""
 
-import json
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from care_compress.errors import CheckpointError, RunError
+from care_compress.files import read_json
 from care_compress.model.checkpoint import resolve_checkpoint
 from care_compress.recipe import Recipe, parse, read_yaml
 from care_compress.run import sha256_file
+from care_compress.terminal import one_line, shortened
+
+
+@contextlib.contextmanager
+def as_written(what: Path) -> Iterator[None]:
+    """Around code that takes apart what a run wrote to `what`; anything else there is named."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+        reason = shortened(one_line(f"{type(error).__name__}: {error}"))
+        raise RunError(
+            f"{what} does not hold what a run writes there ({reason}).",
+            "restore it, or make the run again",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -53,31 +70,38 @@ class FinishedRun:
         path = self.path / "manifest.json"
         if not path.is_file():
             return None
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if self.recipe.train is not None:
-            digest = manifest["outputs"].get("float/model.safetensors")
-        else:
-            digest = manifest["inputs"].get("checkpoint", {}).get("sha256")
+        with as_written(path):
+            manifest = read_json(path)
+            if self.recipe.train is not None:
+                digest = manifest["outputs"].get("float/model.safetensors")
+            else:
+                digest = manifest["inputs"].get("checkpoint", {}).get("sha256")
         return None if digest is None else str(digest)
 
 
 def read_run(path: Path) -> FinishedRun:
     """The run in a directory; `RunError` where it cannot be read."""
     try:
-        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        results = read_json(path / "results.json")
         recipe = parse(Recipe, read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"run {path} cannot be read: {error}.", "make it again") from error
+    if not isinstance(results, dict):
+        raise RunError(f"{path / 'results.json'} holds no results.", "make the run again")
     return FinishedRun(path, recipe, results)
 
 
 def find_run(runs: Path, name: str) -> FinishedRun:
     """The run of this name; those that are there are named where it is not."""
-    if not (runs / name / "results.json").is_file():
+    if not os.path.isfile(runs / name / "results.json"):
         known = sorted(path.parent.name for path in runs.glob("*/results.json"))
         there = f"there are {', '.join(known)}; or " if known else ""
         raise RunError(
             f"there is no finished run called {name} in {runs}.",
             f"{there}make one: make quantize RECIPE={name}",
         )
-    return read_run(runs / name)
+    found = read_run(runs / name)
+    with as_written(runs / name / "results.json"):
+        # What everything that goes on from a run asks it.
+        _ = found.results["precision"], [dict(one) for one in found.results["exports"].values()]
+    return found

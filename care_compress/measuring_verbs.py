@@ -1,15 +1,16 @@
 """The verbs that measure: accuracy, latency, comparison, fidelity, layers, reference, report."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from care_compress.errors import CareError
 from care_compress.recipe import parse_section
 from care_compress.sections import DataSection
+from care_compress.terminal import Terminal
 from care_compress.verb_options import (
     Precision,
     Runs,
@@ -50,7 +51,7 @@ def accuracy(
 
     from care_compress.evaluate.scoring import measure_artifact
 
-    measure_artifact(artifact, section, images, batch, json, Console())
+    measure_artifact(artifact, section, images, batch, json, Terminal())
 
 
 @app.command()
@@ -63,7 +64,9 @@ def latency(
     precision: Annotated[
         Precision | None, typer.Option(help="what OpenVINO may round floats to; its own choice")
     ] = None,
-    res: Annotated[int | None, typer.Option(min=32, help="where the file leaves it open")] = None,
+    res: Annotated[
+        int | None, typer.Option(min=32, max=4096, help="where the file leaves it open")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
 ) -> None:
     """Time one artifact: latency, throughput, load time, peak memory, size; and the machine."""
@@ -72,13 +75,13 @@ def latency(
 
     from care_compress.evaluate.speed import SpeedOptions, measure_speed
 
-    measure_speed(artifact, SpeedOptions(batches, counts, precision, res, json), Console())
+    measure_speed(artifact, SpeedOptions(batches, counts, precision, res, json), Terminal())
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:
     """``1,8`` as numbers."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(re.fullmatch("0*[1-9][0-9]{0,5}", part) for part in parts):
         raise CareError(f"{option} {text!r} is no list of positive numbers.", f"write {option} 1,8")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -111,7 +114,7 @@ def compare(
 
     wanted = None if targets is None else tuple(targets.split(","))
     options = CompareOptions(wanted, images, json, max_drop, min_speedup, section, report=report)
-    sys.exit(run_compare(models, runs, options, Console()))
+    sys.exit(run_compare(models, runs, options, Terminal()))
 
 
 @app.command()
@@ -126,13 +129,15 @@ def fidelity(
     from care_compress.fidelity import run_fidelity
 
     wanted = None if targets is None else tuple(targets.split(","))
-    run_fidelity(runs, plain_name(run), wanted, images, json, Console())
+    run_fidelity(runs, plain_name(run), wanted, images, json, Terminal())
 
 
 @app.command()
 def layers(
     file: Annotated[Path, typer.Argument(help="an .onnx, .xml or .engine file, anyone's")],
-    res: Annotated[int | None, typer.Option(help="input resolution; the file's own")] = None,
+    res: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="input resolution; the file's own")
+    ] = None,
     precision: Annotated[
         Literal["f32", "bf16"], typer.Option(help="what OpenVINO may round floats to")
     ] = "f32",
@@ -141,7 +146,7 @@ def layers(
     """Show what a runtime makes of a file: its layers, their precision and their time."""
     from care_compress.evaluate.layers import show_layers
 
-    show_layers(file, res, precision, json, Console())
+    show_layers(file, res, precision, json, Terminal())
 
 
 @app.command()
@@ -157,7 +162,7 @@ def reference(
     """Check that recipes still give the accepted top-1 and size; exit code 1 if one drifted."""
     from care_compress.reference import REFERENCE_FILE, run_reference
 
-    sys.exit(run_reference(recipes or [], accepted or REFERENCE_FILE, runs, Console()))
+    sys.exit(run_reference(recipes or [], accepted or REFERENCE_FILE, runs, Terminal()))
 
 
 @app.command()
@@ -168,4 +173,4 @@ def report(
     """Write report.html and report.md of a finished run."""
     from care_compress.report.write import write_report
 
-    write_report(runs / plain_name(run), Console())
+    write_report(runs / plain_name(run), Terminal())

@@ -36,7 +36,8 @@ from care_compress.quantize.selection import read_list
 from care_compress.quantize.spec import Plan
 from care_compress.recipe import Recipe
 from care_compress.run import Run, sha256_file
-from care_compress.runtime.opening import open_predictor
+from care_compress.runtime.opening import artifact_path, open_predictor
+from care_compress.runtime.probe import probe
 from care_compress.target import Target, load_target
 from care_compress.train.distributed import World, join_world
 from care_compress.train.network import check_batch_size, train_network
@@ -54,7 +55,7 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
         check_exportable(recipe, console)
         run = stack.enter_context(opened(Run(runs, name), recipe, world))
         shop = Workshop(recipe, run, world, console)
-        shop.console.print(f"[bold]{recipe.name}[/]: {escape(recipe.claim)}")
+        shop.console.print(f"[bold]{escape(recipe.name)}[/]: {escape(recipe.claim)}")
         validation = open_samples(recipe.data, "val")
         model = float_model(shop, validation)
         compact, steps = rewritten(shop, model)
@@ -184,7 +185,10 @@ def trained(shop: Workshop, validation: Samples) -> Care:
         )
 
     distill = recipe.train.distill
-    teacher = None if distill is None else open_predictor(distill.teacher, world.device)
+    teacher = None
+    if distill is not None:
+        probe(artifact_path(distill.teacher), recipe.data.resolution)
+        teacher = open_predictor(distill.teacher, world.device)
     with shop.stage("train"):
         training = training_in(shop, samples, validation, "float")
         model, progress = train_network(training, teacher)

@@ -5,7 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from care_compress.terminal import visible
 
 PLAIN_LINE_SECONDS = 15.0  # between lines where there is no terminal
 
@@ -34,10 +37,10 @@ def step_line(console: Console) -> Iterator[Callable[[str], None]]:
 
     def show(step: str) -> None:
         nonlocal last
-        status.update(step)
+        status.update(escape(visible(step)))  # a step names files
         if not console.is_terminal and time.monotonic() - last >= PLAIN_LINE_SECONDS:
             last = time.monotonic()
-            console.print(step)
+            console.print(step, markup=False, highlight=False)
 
     with console.status("") as status:
         yield show

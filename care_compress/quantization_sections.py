@@ -34,7 +34,7 @@ class RuleSection(Section):
     """Which sites, and what becomes of them. The last rule that matches a site decides."""
 
     stage: Annotated[int, Field(ge=0, le=3)] | None = None
-    block: Annotated[int, Field(ge=0)] | None = None
+    block: Annotated[int, Field(ge=0, lt=1000)] | None = None
     branch: str | None = Field(None, description="inter1, inter2, mixer.att, mixer.dw3, ...")
     role: str | None = Field(None, description="pointwise, depthwise, attention.kv, head, ...")
     site: str | None = Field(None, description="a module name; * and ? stand for anything")

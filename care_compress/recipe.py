@@ -7,8 +7,9 @@ changes one value on the command line under the same rules.
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -16,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from care_compress.errors import RecipeError
+from care_compress.files import read_text
 from care_compress.quantization_sections import QuantizeSection
 from care_compress.sections import (
     BudgetSection,
@@ -27,6 +29,11 @@ from care_compress.sections import (
     Section,
     TrainSection,
 )
+from care_compress.terminal import shortened
+
+# Far above any recipe; what is larger would keep the parser busy for minutes, or fill the memory.
+MOST_BYTES = 256 * 1024
+MOST_VALUES = 20_000
 
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -73,12 +80,42 @@ class Recipe(Section):
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses repeated keys."""
 
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, if it is small with every alias written out."""
+        root = super().get_single_node()
+        if root is not None and _written_out(root, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
+        return root
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = {str(key) for key in keys if keys.count(key) > 1}
-        if repeated:
-            raise yaml.YAMLError(f"key {min(repeated)!r} is given twice")
+        seen: set[Any] = set()
+        for place, _ in node.value:
+            key = self.construct_object(place, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(f"a {type(key).__name__} cannot be a key")
+            if key in seen:
+                raise yaml.YAMLError(f"key {str(key)!r} is given twice")
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """How many values a node stands for; a few lines of aliases of aliases make billions."""
+    if node.value is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = None  # until its children are counted
+        children = (part for item in node.value for part in _parts(item))
+        known[id(node)] = 1 + sum(_written_out(child, known) for child in children)
+    count = known[id(node)]
+    if count is None:
+        raise yaml.YAMLError("an alias stands inside the value that it names")
+    return count
+
+
+def _parts(item: yaml.Node | tuple[yaml.Node, yaml.Node]) -> tuple[yaml.Node, ...]:
+    """An item of a list, or key and value of a mapping."""
+    return item if isinstance(item, tuple) else (item,)
 
 
 _Loader.add_implicit_resolver(
@@ -89,12 +126,30 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> Any:
     """Parse one YAML file, or name what is wrong with it."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = read_text(path, MOST_BYTES)
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}.", "give a YAML file") from error
+    try:
+        return _parsed(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not readable YAML: {error}.", "correct the file") from error
+
+
+def _parsed(text: str) -> Any:
+    """YAML text as plain values; whatever is wrong with it is a `YAMLError` of one line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # nosec B506: a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    # The constructors of PyYAML trust what a tag promises: !!int '' is an IndexError, !!bool x a
+    # KeyError, !!timestamp x an AttributeError, a date of month 13 a ValueError.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         why = " ".join(str(error).split())  # the parser draws where it is, over several lines
-        raise RecipeError(f"{path} is not readable YAML: {why}.", "correct the file") from error
+        if not isinstance(error, yaml.YAMLError):
+            why = f"a value is not what its tag says ({why})"
+        raise yaml.YAMLError(shortened(why)) from error
 
 
 def load_recipe(
@@ -134,13 +189,14 @@ def find_recipe(name_or_path: str) -> Path:
     if given.suffix in {".yaml", ".yml"}:
         return given
     shipped = RECIPES_DIR / f"{name_or_path}.yaml"
-    if shipped.is_file():
+    if os.path.isfile(shipped):  # Path.is_file raises for a name that is too long
         return shipped
     known = [path.stem for path in recipe_files()]
     near = difflib.get_close_matches(name_or_path, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise RecipeError(
-        f"there is no recipe {name_or_path!r}.", f"{hint}Shipped recipes: {', '.join(known)}"
+        f"there is no recipe {shortened(repr(name_or_path))}.",
+        f"{hint}Shipped recipes: {', '.join(known)}",
     )
 
 
@@ -153,11 +209,13 @@ def _split_override(override: str) -> tuple[str, Any]:
     """``section.key=value`` as key and YAML value."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {override!r} has no value.", "write section.key=value")
+        given = shortened(repr(override))
+        raise RecipeError(f"--set {given} has no value.", "write section.key=value")
     try:
-        return key.strip(), yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a date of month 13 is a ValueError
-        raise RecipeError(f"--set {override!r} is not a YAML value: {error}.") from error
+        return key.strip(), _parsed(text)
+    except yaml.YAMLError as error:
+        given = shortened(repr(override))
+        raise RecipeError(f"--set {given} is not a YAML value: {error}.") from error
 
 
 def _assign(raw: dict[str, Any], key: str, value: object) -> None:
@@ -179,7 +237,7 @@ def parse(kind: type[AnySection], raw: Mapping[str, Any], where: str) -> AnySect
     try:
         # Through JSON, because there strict mode still takes a list for a tuple.
         return kind.model_validate_json(json.dumps(raw))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ValidationError):
             raise RecipeError(*_explain(kind, error, where)) from None
         raise RecipeError(f"{where}: {error}.", "use plain YAML values") from None
@@ -194,9 +252,13 @@ def _explain(kind: type[Section], error: ValidationError, where: str) -> tuple[s
         known = _fields_at(kind, keys[:-1])
         near = difflib.get_close_matches(keys[-1], known, n=1)
         fix = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key {'.'.join(keys)}{more}.", fix
+        return f"{where}: unknown key {shortened('.'.join(keys))}{more}.", fix
     message = problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] in {"missing", "value_error"} else f", got {problem['input']!r}"
+    got = (
+        ""
+        if problem["type"] in {"missing", "value_error"}
+        else f", got {shortened(repr(problem['input']))}"
+    )
     at = f" {'.'.join(keys)}:" if keys else ""
     return f"{where}:{at} {message}{got}{more}.", "correct the value"
 

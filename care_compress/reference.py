@@ -4,7 +4,6 @@
 measured without a device. Runs are made for it, or taken if this very commit made them.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from care_compress.contenders import Contender, contenders
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, TargetError
 from care_compress.evaluate.exports import size_of
+from care_compress.files import read_json
 from care_compress.pipeline import run_recipe
 from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, parse, read_yaml
 from care_compress.run import git_revision
@@ -147,7 +147,7 @@ def _is_current(run: Path, recipe: Recipe) -> bool:
     if revision is None or revision.endswith("+changes"):
         return False  # what the code was then is not known
     try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(run / "manifest.json")
     except (OSError, ValueError):
         return False
     return (

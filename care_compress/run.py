@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 
 from care_compress.errors import RunError
+from care_compress.files import read_json
 from care_compress.recipe import Recipe
 
 
@@ -126,7 +127,7 @@ class Run:
         with self._locked():
             path = self.path / "manifest.json"
             try:
-                self._manifest = json.loads(path.read_text(encoding="utf-8"))
+                self._manifest = read_json(path)
             except (OSError, ValueError) as error:
                 raise RunError(f"{path} cannot be read: {error}.", "make the run again") from error
             yield self

@@ -27,6 +27,7 @@ from care_compress.evaluate.images import HeldImages, hold_images
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.verdicts import Drop, Interval
 from care_compress.exporting import Exporter, about_export, check_exports
+from care_compress.files import read_json
 from care_compress.finished import FinishedRun, find_run
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
@@ -36,6 +37,7 @@ from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.runners import open_runner
 from care_compress.target import Target, load_target
+from care_compress.terminal import Terminal
 from care_compress.train.distributed import World
 from care_compress.variants import Variants
 from care_compress.workshop import Workshop
@@ -100,7 +102,7 @@ def run_tune(
         recipe = bench.shop.recipe
         limit = recipe.budget.max_top1_drop if options.max_drop is None else options.max_drop
         best = choose(tried, limit)
-        wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+        wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
         wide.print(tune_table(tried, best, target, len(bench.images.labels)))
         _keep(bench, best, tried)
     where = run.path / "exports" / target.name
@@ -201,7 +203,7 @@ def _known(bench: _Bench, options: TuneOptions) -> list[Tried]:
     """What was measured before on this processor with the same model and libraries."""
     if options.again or not bench.record.is_file():
         return []
-    found = json.loads(bench.record.read_text(encoding="utf-8"))
+    found = read_json(bench.record)
     if found["key"] != bench.key:
         return []
     bench.shop.console.print("measured before on this processor; --again measures again")
@@ -249,7 +251,7 @@ def _keep(bench: _Bench, best: Tried, tried: list[Tried]) -> None:
     with step_line(bench.shop.console) as notify:
         done = bench.export(run, best.name, notify)
     path = run.path / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json(path)
     results["exports"][bench.target.name] = {**done.as_json(), "placement": best.name}
     run.write_json("results.json", results)
     found = {

@@ -19,7 +19,7 @@ from care_compress.data.listing import (
     choose_part,
     class_order,
 )
-from care_compress.data.rawfile import opened, read_at
+from care_compress.data.rawfile import MOST_BYTES, opened, read_at
 from care_compress.errors import DataError
 from care_compress.sections import DataSection
 
@@ -46,6 +46,8 @@ class ZipSamples(EncodedSamples):
             header = read_at(file, at, LOCAL_HEADER.size)
             start = at + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header))
             content = read_at(file, start, int(entry["packed"]))
+        if size > MOST_BYTES:
+            raise OSError(f"the zip promises {size:,} bytes, more than {MOST_BYTES:,}")
         if entry["method"] == zipfile.ZIP_DEFLATED:
             try:
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
@@ -93,7 +95,8 @@ def _images(path: Path) -> dict[str, zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+    # A directory that lies about lengths and encodings surfaces as any of these.
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise DataError(f"{path} cannot be read as a zip ({error}).", "fetch it again") from error
     images = {}
     for info in infos:
@@ -132,4 +135,6 @@ def _entry(info: zipfile.ZipInfo, source: str) -> tuple[int, int, int, int, int]
             "zip it with deflate or stored (images gain nothing from compression)",
         )
     sizes = (info.compress_size, info.file_size)
+    if max(*sizes, info.header_offset) >= 2**63:  # of a directory that lies
+        raise DataError(f"{source}: {info.filename} has no possible size.", "fetch it again")
     return (info.header_offset, *sizes, info.CRC, info.compress_type)

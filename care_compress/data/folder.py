@@ -16,7 +16,9 @@ from care_compress.data.listing import (
     choose_part,
     class_order,
 )
+from care_compress.data.rawfile import MOST_BYTES
 from care_compress.errors import DataError
+from care_compress.files import read_whole
 from care_compress.sections import DataSection
 
 IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".gif", b".tif", b".tiff")
@@ -32,8 +34,7 @@ class FolderSamples(EncodedSamples):
 
     def encoded(self, index: int) -> bytes:
         """The file."""
-        with open(os.path.join(self._root, self.listing.names[index]), "rb") as file:
-            return file.read()
+        return read_whole(os.path.join(self._root, self.listing.names[index]), MOST_BYTES)
 
     def content(self) -> NDArray[np.uint64]:
         """Times of the last change; a missing file is 0 here and named when it is read."""

@@ -15,8 +15,11 @@ from care_compress.data.listing import (
     class_order,
     summary,
 )
+from care_compress.data.rawfile import MOST_BYTES
 from care_compress.errors import DataError
+from care_compress.files import read_whole
 from care_compress.sections import DataSection
+from care_compress.terminal import one_line, shortened
 
 if TYPE_CHECKING:
     import datasets
@@ -42,8 +45,9 @@ class HubSamples(EncodedSamples):
             raise OSError("the row holds no image")
         if image["bytes"] is not None:
             return bytes(image["bytes"])
-        with open(image["path"], "rb") as file:
-            return file.read()
+        if image["path"] is None:
+            raise OSError("the row holds no image")
+        return read_whole(image["path"], MOST_BYTES)
 
 
 def open_hub(reference: str, data: DataSection, split: Split) -> HubSamples:
@@ -81,14 +85,18 @@ def _load(reference: str, source: str) -> "datasets.DatasetDict":
     import datasets
 
     try:
+        # A set is data: `datasets` runs no code of one since version 4, whatever its revision.
         if os.path.isdir(reference):
-            return datasets.load_dataset(reference)
+            return datasets.load_dataset(reference)  # nosec B615: local
         if reference.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=reference)
+            return datasets.load_dataset("parquet", data_files=reference)  # nosec B615: local
         name, _, config = reference.partition(":")
-        return datasets.load_dataset(name, config or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0]
+        return datasets.load_dataset(name, config or None)  # nosec B615: the user's own choice
+    # It looks for files before it looks at what it was given: an empty name is an IndexError.
+    except (
+        OSError, ValueError, RuntimeError, LookupError, datasets.exceptions.DatasetsError,
+    ) as error:  # fmt: skip
+        reason = shortened(one_line(str(error)) or type(error).__name__)
         raise DataError(
             f"{source} cannot be loaded ({reason}).",
             "check the name; without a network, use a local directory or .parquet files",

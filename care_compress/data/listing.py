@@ -6,6 +6,7 @@ A million names are one bytes blob and one array here, not a million Python obje
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +19,7 @@ from PIL import Image
 
 from care_compress.data.decode import FIX, decode
 from care_compress.errors import BadImageError, DataError
+from care_compress.files import read_text
 from care_compress.sections import DataSection
 
 Split = Literal["train", "val"]
@@ -27,6 +29,7 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "val": ("val", "validation", "test"),
 }
+MOST_LIST_BYTES = 1 << 24  # of a list of class names
 PART_NAMES = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 
 
@@ -193,15 +196,15 @@ def class_order(found: Iterable[str], data: DataSection, source: str) -> tuple[s
 def read_classes(path: Path) -> tuple[str, ...]:
     """One class name per line."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, MOST_LIST_BYTES)
+    except (OSError, ValueError) as error:
         raise DataError(
             f"the class list {path} cannot be read ({error}).", "correct data.classes"
         ) from error
     classes = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not classes:
         raise DataError(f"the class list {path} is empty.", "write one class name per line")
-    repeated = {name for name in classes if classes.count(name) > 1}
+    repeated = {name for name, times in Counter(classes).items() if times > 1}
     if repeated:
         raise DataError(
             f"{path} names classes twice: {summary(repeated)}.", "name every class once"

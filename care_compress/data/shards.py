@@ -5,11 +5,13 @@ image at any time. Its naming rules (what a shard pattern and a sample is) are t
 """
 
 import json
+import math
 import os
 import re
 import tarfile
 from collections.abc import Iterator
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,9 @@ from care_compress.sections import DataSection
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_KEYS = ("cls", "label")  # of a .json
+MOST_SHARDS = 100_000
+MOST_CLASSES = 1_000_000  # a label of a billion would be a billion names
+MOST_LABEL_BYTES = 1 << 20  # of a .cls or .json
 # One image: which shard, where in it.
 ENTRY = np.dtype([("shard", "i4"), ("at", "i8"), ("size", "i8")])
 
@@ -81,8 +86,13 @@ def open_shards(pattern: str, data: DataSection, split: Split) -> ShardSamples:
 
 def find_shards(pattern: str) -> list[Path]:
     """Local tars of a directory, or of a pattern with {000..003}, {a,b}, * and ?."""
+    from braceexpand import braceexpand
     from webdataset.shardlists import expand_urls  # imports for a second, so only where needed
 
+    counted = re.findall(r"\{(-?\d{1,9})\.\.(-?\d{1,9})\}", pattern)
+    spans = [abs(int(last) - int(first)) + 1 for first, last in counted]
+    if math.prod(spans) > MOST_SHARDS or re.search(r"\d{10}", pattern):
+        raise DataError(f"wds:{pattern} means more than {MOST_SHARDS:,} shards.", "name fewer")
     if "://" in pattern or pattern.startswith("pipe:"):
         raise DataError(
             f"wds:{pattern} is not on this machine.",
@@ -92,13 +102,20 @@ def find_shards(pattern: str) -> list[Path]:
         found = sorted(Path(pattern).glob("*.tar")) or sorted(Path(pattern).glob("*/*.tar"))
     else:
         try:
+            for each in pattern.split("::"):
+                if next(islice(braceexpand(each), MOST_SHARDS, None), None) is not None:
+                    raise ValueError(f"it means more than {MOST_SHARDS:,} shards")
             expanded = expand_urls(pattern)
-        except (ValueError, AssertionError) as error:  # unbalanced braces, an unset variable
+        except (
+            ValueError,
+            AssertionError,
+            RecursionError,
+        ) as error:  # unbalanced braces, an unset variable
             raise DataError(
                 f"wds:{pattern} is no shard pattern ({error}).", "write, say, train-{000..099}.tar"
             ) from error
         found = [Path(path) for each in expanded for path in sorted(glob(each)) or [each]]
-    missing = [str(path) for path in found if not path.is_file()]
+    missing = [str(path) for path in found if not os.path.isfile(path)]
     if missing:
         raise DataError(f"there is no shard {summary(missing)}.", "correct data.source")
     if not found:
@@ -139,7 +156,8 @@ def _samples(shard: Path) -> Iterator[_Sample]:
                     key, group = base, {}
                 group.setdefault(extension.lower(), member)
             yield from _sample(tar, shard, group)
-    except (OSError, tarfile.TarError) as error:
+    # The headers of a damaged tar hold numbers that are none, and sizes that lead anywhere.
+    except (OSError, tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise DataError(
             f"{shard} cannot be read as a tar ({error}).",
             "shards must be complete and not compressed: fetch it again, or gunzip it",
@@ -168,12 +186,14 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
     file = tar.extractfile(member)
     assert file is not None, "only regular files are grouped"
     try:
-        content = json.loads(file.read())  # the text of a .cls, a number, is JSON too
-    except ValueError:
+        # The text of a .cls, a number, is JSON too.
+        content = json.loads(file.read(MOST_LABEL_BYTES))
+    except (ValueError, RecursionError):
         return None
     if isinstance(content, dict):
         content = next((content[key] for key in LABEL_KEYS if key in content), None)
-    return content if isinstance(content, int) else None
+    fits = isinstance(content, int) and not isinstance(content, bool) and abs(content) < 2**31
+    return content if fits else None
 
 
 def _classes(
@@ -183,6 +203,8 @@ def _classes(
     beside = folder / "classes.txt"
     named = Path(data.classes) if data.classes else beside if beside.is_file() else None
     highest = int(labels.max(initial=-1))
+    if highest >= MOST_CLASSES:
+        raise DataError(f"{source} has a label of {highest:,}.", "number the classes from 0")
     classes = read_classes(named) if named else tuple(map(str, range(highest + 1)))
     if labels.min(initial=0) < 0 or highest >= len(classes):
         raise DataError(

@@ -1,5 +1,6 @@
 """The front door of the data room: a recipe's data section to `Samples`."""
 
+import os
 from pathlib import Path
 
 from care_compress.data.archive import open_zip
@@ -33,12 +34,13 @@ def open_samples(data: DataSection, split: Split) -> Samples:
         return open_hub(rest, data, split)
     if colon and kind == "wds":
         return open_shards(rest, data, split)
-    path = Path(data.source).expanduser()
-    if path.is_dir():
-        return open_folder(path, data, split)
-    if path.suffix.lower() == ".zip" and path.is_file():
-        return open_zip(path, data, split)
-    what = "is no data source" if path.exists() or colon else "does not exist"
+    # os.path and not pathlib, which raises for ~nobody and for a name that is too long.
+    path = os.path.expanduser(data.source)
+    if os.path.isdir(path):
+        return open_folder(Path(path), data, split)
+    if path.lower().endswith(".zip") and os.path.isfile(path):
+        return open_zip(Path(path), data, split)
+    what = "is no data source" if os.path.exists(path) or colon else "does not exist"
     raise DataError(f"data.source {data.source} {what}.", f"give {FORMS}")
 
 

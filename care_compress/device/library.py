@@ -53,6 +53,8 @@ class Library:
 
 def load_library(name: str = "tensorrt") -> Library:
     """Import `tensorrt` or `tensorrt_rtx`."""
+    if name not in _INSTALL:  # it may come from a file, and importing a module runs it
+        raise TensorRtMissingError(f"{name!r:.60} is no TensorRT.", "build the engine again")
     try:
         module = importlib.import_module(name)
         version = str(module.__version__)

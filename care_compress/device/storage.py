@@ -57,6 +57,6 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is none to be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -6,13 +6,12 @@
 
 import json
 
-from rich.console import Console
-
 from care_compress.doctor.diagnosis import diagnose, diagnosis_as_dict
 from care_compress.doctor.runtimes import try_runtimes
 from care_compress.doctor.text import render
 from care_compress.machine import read_machine
 from care_compress.target import all_targets
+from care_compress.terminal import Terminal
 
 
 def run_doctor(as_json: bool) -> None:
@@ -22,4 +21,4 @@ def run_doctor(as_json: bool) -> None:
     if as_json:
         print(json.dumps(diagnosis_as_dict(diagnosis), indent=2))
     else:
-        render(diagnosis, Console(highlight=False))
+        render(diagnosis, Terminal(highlight=False))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -27,7 +28,7 @@ def accuracy_table(value: dict[str, Any]) -> Table:
         for name, found in models.items():
             if found["available"] and found["top1"] is not None:
                 pair = pairs.get((target, name))
-                table.add_row(target, name, *_scores(found), *_beside(pair), *_bytes(found))
+                table.add_row(target, escape(name), *_scores(found), *_beside(pair), *_bytes(found))
     return table
 
 
@@ -76,7 +77,7 @@ def latency_table(setting: dict[str, Any]) -> Table:
         noisy = " noisy" if row["noisy"] else ""
         table.add_row(
             row["target"],
-            row["name"],
+            escape(row["name"]),
             *(f"{times[p]:.2f}" for p in ("p50", "p90", "p99")),
             f"{row['throughput']:.0f}",
             faster + noisy,

@@ -1,6 +1,7 @@
 """``care-compress layers FILE``: where one file spends its time, in which precision."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from care_compress.run import write_text
 from care_compress.runtime.layer_times import GROUPS, Profile
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
+from care_compress.runtime.probe import probe
 from care_compress.runtime.profile import profile_layers, read_engine_profile
+from care_compress.terminal import Terminal
 
 SHOWN = 25
 USUAL_SIZE = 224  # of images, where a file takes any
@@ -25,15 +28,16 @@ def show_layers(
     path: Path, resolution: int | None, precision: str, json_file: Path | None, console: Console
 ) -> Profile:
     """Profile a file on one image and one thread; print its slowest layers and the sums."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TargetError(f"{path} is not a file.", "give an .onnx, an .xml or an .engine file")
+    probe(path, resolution)
     if path.suffix == ".engine":
         profile = read_engine_profile(path)
     else:
         size = resolution or _size_of(path)
         image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         profile = profile_layers(path, image, 1, precision)
-    wide = Console(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
     wide.print(_layer_table(path, profile))
     sums = {path.name: {**profile.as_json(), "available": True}}
     wide.print(kind_table(f"By kind, {path.name}", sums))
@@ -68,7 +72,8 @@ def _layer_table(path: Path, profile: Profile) -> Table:
     for layer in shown:
         name = layer.sites[0] if layer.sites else layer.name
         table.add_row(
-            escape(name), layer.kind, layer.precision, *_cost(layer.ms, profile.share(layer))
+            *map(escape, (name, layer.kind, layer.precision)),
+            *_cost(layer.ms, profile.share(layer)),
         )
     return table
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from care_compress.evaluate.accuracy import NOTHING, Accuracy
+from care_compress.files import read_json
 from care_compress.run import write_text
 from care_compress.train.distributed import World
 
@@ -44,7 +45,7 @@ class ProgressFile:
         if self.path is None or not self.path.is_file():
             return Progress()
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: not ours to continue
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = read_json(self.path)
             if found["evaluation"] == self.evaluation:
                 return Progress(found["done"], Accuracy(**found["accuracy"]), found["skipped"])
         self.is_of_another = True

@@ -31,6 +31,7 @@ from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar
 from care_compress.run import fingerprint, write_text
 from care_compress.runtime.opening import artifact_path, open_predictor
+from care_compress.runtime.probe import probe
 from care_compress.sections import DataSection
 from care_compress.train.distributed import World, join_world
 
@@ -54,6 +55,7 @@ def measure_artifact(
         threads = None
         if world.local_size > 1:  # each runtime would take all cores
             threads = max(1, len(machine.usable_cores()) // world.local_size)
+        probe(path, data.resolution)
         predict = open_predictor(artifact, world.device, threads)
         samples = open_samples(data, "val")
         check_classes(samples, predict.num_classes)

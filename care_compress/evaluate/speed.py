@@ -26,6 +26,7 @@ from care_compress.runtime.inputs import Size, input_size
 from care_compress.runtime.memory import peak_memory
 from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.opening import artifact_path
+from care_compress.runtime.probe import probe
 from care_compress.runtime.runners import open_runner
 
 WARNING = "too noisy to say: other programs had the cores, or clocks moved; measure again"
@@ -77,6 +78,7 @@ class Setting:
 def measure_speed(artifact: str, options: SpeedOptions, console: Console) -> dict[str, Any]:
     """Time one artifact, print what was found, and write it where the user wants it."""
     path = artifact_path(artifact)
+    probe(path, options.resolution)
     size = input_size(path, options.resolution)
     if options.precision is not None and path.suffix != ".xml":
         raise TargetError(

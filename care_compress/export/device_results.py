@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from care_compress.errors import CareError
+from care_compress.files import read_json
 from care_compress.run import write_text
 
 # Allows no NaN and no infinity: a figure that is none has no place among figures.
@@ -161,7 +162,7 @@ def _check_export(results: DeviceResults, file: Path, run_dir: Path) -> None:
             )
         return
     try:
-        export = json.loads(path.read_text(encoding="utf-8"))
+        export = read_json(path)
     except ValueError as error:
         raise DeviceResultsError(f"{path} is damaged.", "export the run again") from error
     known = export.get("fingerprint")

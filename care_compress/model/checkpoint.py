@@ -6,11 +6,13 @@ published training checkpoints are allowed by name, everything else is refused u
 
 import argparse
 import json
+import os
 import pathlib
-import pickle
+import pickle  # nosec B403: only for the name of its error
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ HARMLESS_TYPES: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]
+# Narrower floats are quantized weights, whose scales a file may keep anywhere.
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 QUANTIZED_HEADER = "care_compress_quantized"  # metadata key of files that are no float model
 
 
@@ -67,7 +71,8 @@ def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
 def resolve_checkpoint(path: str | Path) -> Path:
     """The file behind a checkpoint argument."""
     if not str(path).startswith(BUILTIN_PREFIX):
-        return Path(path).expanduser()
+        # Not Path.expanduser, which raises for ~nobody.
+        return Path(os.path.expanduser(path))
     name = str(path).removeprefix(BUILTIN_PREFIX)
     known = sorted(file.stem for file in WEIGHTS_DIR.glob("*.safetensors"))
     if name not in known:
@@ -89,19 +94,27 @@ def save_checkpoint(model: Care, path: Path, metadata: Mapping[str, str]) -> Non
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The weights in a file as finite float32 tensors under their published names."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise CheckpointError(f"{path} is not a file.", "check the path")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     state = _strip_wrappers(_find_weights(content, path))
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if claimed > 2 * path.stat().st_size:
+        # One stored number can be said to be a billion, which take gigabytes when looked at.
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size:,} bytes and claims {claimed:,} of weights.",
+            "save them with torch.save(model.state_dict(), ...)",
+        )
     return {name: _checked(tensor, name, path) for name, tensor in state.items()}
 
 
 def _checked(tensor: Tensor, name: str, path: Path) -> Tensor:
     """A dense, finite, real weight as float32; step counters as they are."""
-    if name.endswith("num_batches_tracked"):
-        return tensor
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not dense or not tensor.is_floating_point() or tensor.is_quantized:
+    whole = tensor.dtype in (torch.int64, torch.int32)
+    if name.endswith("num_batches_tracked") and dense and whole:
+        return tensor
+    if not dense or tensor.dtype not in FLOATS:
         raise CheckpointError(
             f"{path}: {name} is {tensor.dtype} ({tensor.layout}), no float weight.",
             "give the float checkpoint, not one already quantized or pruned to a sparse layout",
@@ -132,6 +145,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
+    _refuse_bomb(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS_TYPES):
             warnings.simplefilter("ignore")  # about pickle versions; what matters raises
@@ -154,6 +168,21 @@ def _read_pickle(path: Path) -> Any:
         struct.error,
     ) as error:
         raise _unreadable(path, error) from error
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Torch stores what it saves unpacked; a file that unpacks to more was made by hand."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            promised = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, struct.error):
+        return  # a pickle without a zip, or a damaged one, which torch will say
+    held = path.stat().st_size
+    if promised > 2 * held:
+        raise CheckpointError(
+            f"{path} has {held:,} bytes and unpacks to {promised:,}.",
+            "save it again with torch.save, which does not pack",
+        )
 
 
 def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
@@ -201,10 +230,11 @@ def _find_weights(content: Any, path: Path) -> dict[str, Tensor]:
 
 def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop the prefixes that DistributedDataParallel and torch.compile put on every name."""
-    for prefix in WRAPPER_PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            return _strip_wrappers({name.removeprefix(prefix): t for name, t in state.items()})
-    return state
+    while True:
+        prefix = next((p for p in WRAPPER_PREFIXES if all(n.startswith(p) for n in state)), None)
+        if prefix is None:
+            return state
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def infer_arch(state: Mapping[str, Tensor], path: Path, wanted: str | None = None) -> str:

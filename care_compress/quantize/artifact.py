@@ -3,9 +3,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
@@ -19,7 +20,8 @@ from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network
 from care_compress.run import atomic_file
-from care_compress.sections import RewriteSection
+from care_compress.sections import Arch, Count, RewriteSection, Section
+from care_compress.terminal import one_line, shortened
 
 
 def save_quantized(
@@ -39,28 +41,50 @@ def save_quantized(
         temporary.write_bytes(content)
 
 
-def quantized_header(path: Path) -> dict[str, Any] | None:
+def quantized_header(path: Path) -> "_Header | None":
     """What a quantized model says about itself; None for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(QUANTIZED_HEADER)
     except (OSError, SafetensorError):
         return None
-    return None if header is None else dict(json.loads(header))
+    if header is None:
+        return None
+    try:
+        return _Header.model_validate_json(header)
+    except ValueError as error:
+        reason = shortened(one_line(str(error)))
+        raise _damaged(path, f"its header says {reason}") from error
+
+
+class _Header(Section):
+    """What is needed to build the network again, beside its numbers."""
+
+    arch: Arch
+    num_classes: Count
+    resolution: Annotated[int, Field(ge=32, le=2048)]
+    rewrite: RewriteSection
+    quantize: QuantizeSection
 
 
 def quantized_section(path: Path) -> QuantizeSection:
     """How the model was quantized, with the rules that a search found."""
-    return QuantizeSection.model_validate_json(json.dumps(_about(path)["quantize"]))
+    return _about(path).quantize
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _about(path: Path) -> _Header:
     about = quantized_header(path)
     if about is None:
         raise CheckpointError(
             f"{path} is no quantized model.", "give one from runs/<name>/ptq or qat"
         )
     return about
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no quantized model that can be read: {reason}.", "quantize again"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,14 +98,18 @@ class Saved:
 
 def load_saved(path: Path) -> Saved:
     """The quantized model in simulation, ready to run, and what it was made from."""
-    about, section = _about(path), quantized_section(path)
-    rewrites = RewriteSection.model_validate_json(json.dumps(about["rewrite"]))
+    about = _about(path)
+    if 4 * about.num_classes > path.stat().st_size:  # a number for each, in the head's bias
+        raise _damaged(path, f"it is too small for {about.num_classes:,} classes")
     with torch.random.fork_rng():
-        network = rewrite(build_model(about["arch"], about["num_classes"]), rewrites)
-    network, plan = planned(network, section, about["resolution"])
+        network = rewrite(build_model(about.arch, about.num_classes), about.rewrite)
+    network, plan = planned(network, about.quantize, about.resolution)
     model = simulate(network, plan)
-    model.load_state_dict(load_file(path), strict=True)
-    return Saved(model, float_network(model, network), section)
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except (RuntimeError, SafetensorError, ValueError, OSError) as error:
+        raise _damaged(path, shortened(one_line(str(error)))) from error
+    return Saved(model, float_network(model, network), about.quantize)
 
 
 def load_quantized(path: Path) -> QuantizedCare:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from care_compress.quantization_sections import RuleSection
 from care_compress.quantize.spec import ENERGY_PJ, Decision, Plan
+from care_compress.terminal import Terminal
 
 WIDTH = 132
 
@@ -26,7 +27,7 @@ def print_plan(plan: Plan, rules: tuple[RuleSection, ...], console: Console) -> 
     for decision in plan.decisions:
         table.add_row(*_row(decision, plan))
     # A site's name is what rules select by: it must be whole even where a terminal is narrow.
-    Console(file=console.file, width=max(console.width, WIDTH)).print(table)
+    Terminal(file=console.file, width=max(console.width, WIDTH)).print(table)
     for kept in plan.kept:
         console.print(f"float by nature: {kept.what} ({kept.count}): {kept.why}", highlight=False)
     _print_sums(plan, console)

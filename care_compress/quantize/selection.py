@@ -20,6 +20,7 @@ from torch import Tensor
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.errors import BadImageError, CalibrationError
+from care_compress.files import read_json
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import CalibrateSection
 from care_compress.run import write_text
@@ -200,7 +201,7 @@ def read_list(path: Path, samples: Samples) -> CalibrationSet:
     """A saved list, found in and checked against the training split."""
     fix = "make one with calibration/select.py"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         wanted = [(str(entry["name"]), str(entry["sha256"])) for entry in content["images"]]
     except OSError as error:
         raise CalibrationError(f"cannot read {path}: {error.strerror}.", fix) from None

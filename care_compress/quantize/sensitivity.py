@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from care_compress.files import read_json
 from care_compress.quantize.distance import Distance
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.run import write_text
@@ -104,7 +105,7 @@ def hardest_first(done: Mapping[str, Mapping[str, Any]]) -> list[Sensitivity]:
 def _read(cache: Path, key: str) -> dict[str, Any]:
     """Sites already measured for this content; none if the file is of another or damaged."""
     try:
-        content = json.loads(cache.read_text(encoding="utf-8"))
+        content = read_json(cache)
         return dict(content["sites"]) if content["key"] == key else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

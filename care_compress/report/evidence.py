@@ -16,6 +16,7 @@ from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import CareError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.exports import digest_of
+from care_compress.files import read_json
 from care_compress.finished import read_run
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
@@ -112,7 +113,7 @@ def _kept(run_dir: Path, model: str) -> _Kept:
 def _read(path: Path) -> dict[str, Any] | None:
     """What was gathered before; a damaged file is gathered again."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

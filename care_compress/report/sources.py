@@ -1,11 +1,11 @@
 """The files of a run directory that a report is written from; only results.json must be there."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from care_compress.errors import RunError
+from care_compress.files import read_json
 from care_compress.recipe import read_yaml
 from care_compress.run import sha256_file
 
@@ -106,7 +106,7 @@ def _all(paths: list[Path], parent: bool) -> dict[str, Json]:
 def _json(path: Path) -> Json | None:
     """None where there is no such file; an error where it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from care_compress.finished import as_written
 from care_compress.report import cost, inside, ladder, record, scores, speed, verdict
 from care_compress.report.document import as_markdown
 from care_compress.report.evidence import gather
@@ -35,10 +36,12 @@ SECTIONS = (
 def write_report(run_dir: Path, console: Console) -> tuple[Path, Path]:
     """Write both files and say where; equal files, equal bytes."""
     results = read_results(run_dir)
-    sources = read_sources(run_dir, results, gather(run_dir, results, console))
-    sections = [section(sources) for section in SECTIONS]
     page, text = run_dir / "report.html", run_dir / "report.md"
-    write_text(page, as_html(sources, sections))
-    write_text(text, as_markdown(sources, sections))
+    with as_written(run_dir):
+        sources = read_sources(run_dir, results, gather(run_dir, results, console))
+        sections = [section(sources) for section in SECTIONS]
+        html, markdown = as_html(sources, sections), as_markdown(sources, sections)
+    write_text(page, html)
+    write_text(text, markdown)
     console.print(f"report: {escape(str(page))}", soft_wrap=True)
     return page, text

@@ -7,6 +7,7 @@ import onnx
 from care_compress.errors import TargetError
 from care_compress.quantize.openvino_library import openvino_core
 from care_compress.runtime.on_tensorrt import EnginePredictor
+from care_compress.runtime.probe import MOST_SIDE
 
 Size = tuple[int, int]
 
@@ -14,6 +15,8 @@ Size = tuple[int, int]
 def input_size(path: Path, resolution: int | None) -> Size:
     """Height and width of a file's images; `resolution` where the file leaves them open."""
     own = _own_size(path)
+    if own is not None and not all(1 <= side <= MOST_SIDE for side in own):
+        raise TargetError(f"{path} wants {own[0]}x{own[1]} images.", "give a classifier of images")
     if own is None and resolution is None:
         raise TargetError(f"{path} takes images of any size.", "say which: --res 224")
     if own is None:

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import onnxruntime
-import torch
 from torch import Tensor
 
 from care_compress.errors import TargetError
-from care_compress.runtime.slicing import in_slices
+from care_compress.runtime.slicing import as_logits, failed, in_slices
 
 
 def open_session(
@@ -40,14 +39,16 @@ class OnnxPredictor:
                 f"{path} is no ONNX model that ONNX Runtime can run: {reason}.", "export it again"
             ) from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4:
+        single = len(inputs) == 1 and len(outputs) == 1
+        if not single or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2:
+            told = ", ".join(str(one.shape) for one in (*inputs, *outputs)[:4])
             raise TargetError(
-                f"{path} has {len(inputs)} inputs and {len(outputs)} outputs.",
-                "give a classifier with one (B, 3, H, W) input and one logits output",
+                f"{path} has {len(inputs)} inputs and {len(outputs)} outputs ({told}).",
+                "give a classifier with one (B, 3, H, W) input and one (B, K) output of logits",
             )
         self.path = path
         self.input = inputs[0]
-        classes = outputs[0].shape[-1]
+        classes = outputs[0].shape[1]
         if not isinstance(classes, int):
             raise TargetError(f"{path} does not state its number of classes.", "export it again")
         self.num_classes = classes
@@ -60,7 +61,11 @@ class OnnxPredictor:
 
     def _run(self, images_BCHW: Tensor) -> Tensor:
         feed = {self.input.name: images_BCHW.float().cpu().contiguous().numpy()}
-        return torch.from_numpy(self.session.run(None, feed)[0]).to(images_BCHW.device)
+        try:
+            (logits,) = self.session.run(None, feed)
+        except Exception as error:  # as above
+            raise failed(self.path, error) from error
+        return as_logits(logits, images_BCHW, self.num_classes, self.path)
 
     def _check_size(self, images_BCHW: Tensor) -> None:
         wanted = self.input.shape[2:]

@@ -4,12 +4,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from care_compress.errors import TargetError
 from care_compress.quantize.openvino_library import load_openvino, openvino_core
-from care_compress.runtime.slicing import in_slices
+from care_compress.runtime.slicing import as_logits, failed, in_slices
 
 
 class OpenVinoPredictor:
@@ -39,12 +38,14 @@ class OpenVinoPredictor:
                 "make it again; the .bin file beside the .xml belongs to it",
             ) from error
         inputs, outputs = self.compiled.inputs, self.compiled.outputs
-        if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].partial_shape) != 4:
+        single = len(inputs) == 1 and len(outputs) == 1
+        if not single or _rank(inputs[0]) != 4 or _rank(outputs[0]) != 2:
+            told = ", ".join(str(one.partial_shape) for one in (*inputs, *outputs)[:4])
             raise TargetError(
-                f"{model} has {len(inputs)} inputs and {len(outputs)} outputs.",
-                "give a classifier with one (B, 3, H, W) input and one logits output",
+                f"{model} has {len(inputs)} inputs and {len(outputs)} outputs ({told}).",
+                "give a classifier with one (B, 3, H, W) input and one (B, K) output of logits",
             )
-        classes = outputs[0].partial_shape[-1]
+        classes = outputs[0].partial_shape[1]
         if classes.is_dynamic:
             raise TargetError(f"{model} does not state its number of classes.", "make it again")
         self.path = model
@@ -58,9 +59,12 @@ class OpenVinoPredictor:
         return in_slices(self._run, images_BCHW, fixed)
 
     def _run(self, images_BCHW: Tensor) -> Tensor:
-        (logits,) = self.compiled([images_BCHW.float().cpu().contiguous().numpy()]).values()
+        try:
+            (logits,) = self.compiled([images_BCHW.float().cpu().contiguous().numpy()]).values()
+        except RuntimeError as error:
+            raise failed(self.path, error) from error
         # OpenVINO uses its memory again for the next batch.
-        return torch.from_numpy(logits.copy()).to(images_BCHW.device)
+        return as_logits(logits.copy(), images_BCHW, self.num_classes, self.path)
 
     def _check_size(self, images_BCHW: Tensor) -> None:
         wanted = load_openvino().PartialShape([-1, *list(self.shape)[1:]])
@@ -69,6 +73,12 @@ class OpenVinoPredictor:
                 f"{self.path} wants {self.shape} images, these are {list(images_BCHW.shape)}.",
                 "set data.resolution to the model's",
             )
+
+
+def _rank(port: Any) -> int | None:
+    """How many dimensions, where the file says."""
+    rank = port.partial_shape.rank
+    return None if rank.is_dynamic else int(rank.get_length())
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Predictions by a TensorRT engine, on the GPU it was built for."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from care_compress.device.enginefile import origin_path, read_engine
 from care_compress.device.problems import DeployError
 from care_compress.device.session import Session
 from care_compress.errors import TargetError
+from care_compress.files import read_json
 from care_compress.run import sha256_file
 
 
@@ -42,6 +42,6 @@ class EnginePredictor:
 
 def _library_of(about: Path) -> str:
     try:
-        return str(json.loads(about.read_text(encoding="utf-8"))["library"])
+        return str(read_json(about)["library"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(f"{about} is unreadable: {error!r}.", "build the engine again") from error

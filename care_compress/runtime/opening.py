@@ -1,5 +1,6 @@
 """From a file on disk to a predictor, by its suffix."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def artifact_path(artifact: str) -> Path:
             f"give a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}), builtin:NAME, an .onnx, an "
             ".xml or an .engine file",
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise TargetError(f"{path} is not a file.", "check the path")
     return path
 

@@ -4,13 +4,13 @@ A runtime fuses, reorders and converts; what it runs are not the operations of t
 are those that ``compare`` times with, so that a layer's time is part of the latency beside it.
 """
 
-import json
 from pathlib import Path
 
 from torch import Tensor
 
 from care_compress.device.enginefile import origin_path
 from care_compress.errors import TargetError
+from care_compress.files import read_json
 from care_compress.runtime.layer_times import Profile, engine_profile
 from care_compress.runtime.profile_onnxruntime import profile_onnxruntime
 from care_compress.runtime.profile_openvino import profile_openvino
@@ -47,7 +47,7 @@ def read_engine_profile(path: Path) -> Profile:
     """An engine's layers in their precisions, from the description beside it; no times."""
     about = origin_path(path)
     try:
-        return engine_profile(json.loads(about.read_text(encoding="utf-8"))["layers"])
+        return engine_profile(read_json(about)["layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(
             f"{about}, which tells the layers of {path.name}, cannot be read: {error!r}.",

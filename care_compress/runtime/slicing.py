@@ -1,9 +1,14 @@
-"""Feeding a model of fixed batch size."""
+"""Feeding a model of fixed batch size, and taking from it nothing but logits."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from care_compress.errors import TargetError
 
 
 def in_slices(run: Callable[[Tensor], Tensor], images_BCHW: Tensor, fixed: int | None) -> Tensor:
@@ -16,3 +21,24 @@ def in_slices(run: Callable[[Tensor], Tensor], images_BCHW: Tensor, fixed: int |
         padded = torch.cat([chunk, chunk[-1:].expand(missing, -1, -1, -1)]) if missing else chunk
         logits.append(run(padded)[: len(chunk)])
     return torch.cat(logits)
+
+
+def as_logits(value: Any, images_BCHW: Tensor, classes: int, path: Path) -> Tensor:
+    """What a runtime gave back, if it is what the file declares: a row for each image."""
+    floats = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+    if not floats or value.shape != (len(images_BCHW), classes):
+        given = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value)
+        raise TargetError(
+            f"{path} answers {len(images_BCHW)} images with {given}, not with "
+            f"({len(images_BCHW)}, {classes}) logits.",
+            "give a classifier with one (B, 3, H, W) input and one (B, K) output of logits",
+        )
+    return torch.from_numpy(value).to(images_BCHW.device)
+
+
+def failed(path: Path, error: Exception) -> TargetError:
+    """The error for images that a runtime does not run on."""
+    reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+    return TargetError(
+        f"{path} does not run on these images: {reason.strip()[:200]}.", "export it again"
+    )
