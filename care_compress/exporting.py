@@ -134,6 +134,13 @@ def check_exports(done: list[Exported]) -> None:
             raise ExportError(f"{one.target.name}: {one.failed}")
         for file in one.files.values():
             near = file.agreement
+            if not near.comparable:
+                raise ExportError(
+                    f"{one.target.name}: {file.path.name} answers NaN or infinity; it parts from "
+                    f"the model at {file.diverges}.",
+                    "a float16 file may overflow: keep that layer in float32 by a rule, or leave "
+                    "the target out",
+                )
             if not near.holds:
                 raise ExportError(
                     f"{one.target.name}: {file.path.name} does not compute what the model does "

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from care_compress.checks import run_findings
 from care_compress.compression import Candidate, quantized, trained_quantized
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
@@ -23,6 +24,7 @@ from care_compress.evaluate.accuracy import Accuracy
 from care_compress.evaluate.exports import Exported
 from care_compress.evaluate.tables import quantized_table, rewrite_table
 from care_compress.exporting import check_exports, check_targets, chosen_targets, exported
+from care_compress.findings import show_findings
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare
@@ -256,7 +258,7 @@ def report_quantized(
     recipe, section = shop.recipe, shop.recipe.quantize
     assert section is not None
     results = {
-        **_results(shop, validation, steps, best.paired.candidate, done),
+        **_results(shop, validation, steps, best.paired.candidate, done, best),
         "float": {
             "top1": best.paired.baseline.top1,
             "top5": best.paired.baseline.top5,
@@ -301,9 +303,13 @@ def _results(
     steps: list[RewriteStep],
     accuracy: Accuracy,
     done: list[Exported],
+    best: Candidate | None = None,
 ) -> dict[str, Any]:
     """What every kind of recipe reports."""
     recipe = shop.recipe
+    # The other processes report nothing, and may not see the run directory.
+    findings = run_findings(shop, validation, accuracy, best) if shop.world.is_main else []
+    show_findings(findings, shop.console)
     return {
         "run": shop.run.name,
         "recipe": recipe.name,
@@ -316,6 +322,7 @@ def _results(
             "classes": list(validation.classes),
             "skipped_images": shop.bad.reasons,
         },
+        "checks": [finding.as_json() for finding in findings],
         "exports": {one.target.name: one.as_json() for one in done},
         "seconds": shop.seconds,
     }

@@ -34,7 +34,7 @@ HOSTILE = {
     "red": "{{ 7*7 }}",
 }
 SECTIONS = (
-    "verdict accuracy latency size fidelity layers activations answers training plan exports "
+    "verdict checks accuracy latency size fidelity layers activations answers training plan exports "
     "manifest"
 ).split()
 

@@ -79,7 +79,7 @@ class Exported:
             ties = file.agreement.ties
             tied = f" + {ties} tie{'s' if ties > 1 else ''}" if ties else ""
             same = f"{file.agreement.percent:.1f} %{tied}"
-            near = "exact" if file.agreement.exact else f"{file.agreement.sqnr_db:.1f} dB"
+            near = str(file.agreement)
             size = _megabytes(size_of(file.path))
             rows.append((self.target.name, file.path.name, size, reader, same, near, share))
         for name, about in self.engines.items():

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from care_compress.errors import CareError
+from care_compress.figures import json_text
 from care_compress.run import write_text
 
 # Allows no NaN and no infinity: a figure that is none has no place among figures.
@@ -129,7 +130,7 @@ def import_results(file: Path, run_dir: Path) -> dict[str, Any]:
     mode = re.sub(r"[^a-z0-9]+", "-", (modes[0] or "").lower()).strip("-") if modes else ""
     name = ".".join(part for part in (results.target, board, mode) if part)
     path = run_dir / "measured" / f"{name}.json"
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
     return value
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from care_compress.figures import json_text
 from care_compress.quantize.distance import Distance
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.run import write_text
@@ -86,7 +87,7 @@ def measure_sensitivity(
                 found[name] = asdict(effect(logits_of(model, images), float_logits, labels))
             done[site] = found
             content = {"key": key, "images": len(labels), "sites": done}
-            write_text(cache, json.dumps(content, indent=1) + "\n")
+            write_text(cache, json_text(content, indent=1))
         progress(1)
     model.enable(True)
     return hardest_first(done)
