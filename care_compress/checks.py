@@ -9,7 +9,7 @@ from care_compress.data.samples import Samples
 from care_compress.evaluate.accuracy import Accuracy, answers_finding, spread_indices
 from care_compress.findings import Finding
 from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_health
-from care_compress.workshop import Workshop
+from care_compress.workshop import Workshop, seen_images
 
 UNREADABLE = "health.json is not beside the model: make the run again under another --name"
 
@@ -25,7 +25,7 @@ def run_findings(
     found = [
         answers_finding(scores),
         coverage_finding(validation, indices),
-        *overlap_findings(validation, shop.seen, _calibration(shop)),
+        *overlap_findings(validation, seen_images(shop, validation), _calibration(shop)),
         *([] if best is None else _health(shop, best)),
     ]
     order = ("warning", "not measured", "fine")

@@ -109,14 +109,16 @@ def _show(console: Console, done: list[Exported], images: int) -> None:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def check_targets(recipe: Recipe, plan: Callable[[Target], object], console: Console) -> None:
-    """Before any work: refuse targets named that cannot run the recipe; say so if none can."""
-    able = 0
+def check_targets(
+    recipe: Recipe, plan: Callable[[Target], object], console: Console
+) -> list[Target]:
+    """Before any work: refuse targets named that cannot run the recipe; those that can."""
+    able = []
     targets = chosen_targets(recipe)
     for target in targets:
         try:
             plan(target)
-            able += 1
+            able.append(target)
         except RecipeError as error:
             if recipe.export.targets is not None:
                 raise RecipeError(f"export.targets: {error.message}", error.fix) from error
@@ -125,6 +127,7 @@ def check_targets(recipe: Recipe, plan: Callable[[Target], object], console: Con
             "[yellow]No target executes what this recipe makes[/]: it will be simulated and "
             "nothing exported (care-compress plan RECIPE --target NAME says why)"
         )
+    return able
 
 
 def check_exports(done: list[Exported]) -> None:

@@ -23,11 +23,13 @@ from care_compress.evaluate.paired import Paired, measure_pair
 from care_compress.model.compact import CompactCare
 from care_compress.predictor import Predictor
 from care_compress.recipe import Recipe
-from care_compress.run import Run
+from care_compress.run import Run, write_text
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.train.distributed import World
 from care_compress.train.loop import Validate
 from care_compress.train.network import Training
+
+SEEN_FILE = "validation.digests"
 
 
 @dataclass
@@ -90,15 +92,29 @@ def scored(shop: Workshop, model: nn.Module, validation: Samples) -> Accuracy:
     with shop.stage("evaluate"):
         share = own_share(chosen, evaluate.batch_size, world)
         mine = measured(shop, model, validation, share, shop.seen)
-        _share(shop)
+        _share(shop, validation)
         return sum(world.gathered(mine), NOTHING)
 
 
-def _share(shop: Workshop) -> None:
-    """Every process knows what all have seen and left out; the main one reports it."""
+def _share(shop: Workshop, validation: Samples) -> None:
+    """Every process knows what all have seen and left out; the main one keeps it."""
     for reasons in shop.world.gathered(shop.bad.reasons):
         shop.bad.reasons.update(reasons)
     shop.seen.take(shop.world.gathered(shop.seen))
+    if shop.world.is_main and len(shop.seen):
+        # With the images' own digest: a run that takes these scores over takes this over, too.
+        text = f"{validation.content_digest()}\n{shop.seen.as_text()}\n"
+        write_text(shop.run.path / SEEN_FILE, text)
+
+
+def seen_images(shop: Workshop, validation: Samples) -> Contents:
+    """Digests of the validation images, from this run or the one whose scores it took over."""
+    path = shop.run.path / SEEN_FILE
+    if not len(shop.seen) and path.is_file():
+        known, _, text = path.read_text(encoding="utf-8").strip().partition("\n")
+        if known == validation.content_digest():
+            return Contents.of_text(text)
+    return shop.seen
 
 
 def validating(shop: Workshop, validation: Samples) -> Validate:
@@ -154,6 +170,6 @@ def compared(
             # The whole set is read at least once; what a search looks at is a part of it.
             contents=None if images or len(shop.seen) else shop.seen,
         )
-        _share(shop)
+        _share(shop, validation)
         first, *others = world.gathered(mine)
         return sum(others, first)

@@ -4,6 +4,8 @@ What is compared is a digest of the stored bytes, taken while an image is read a
 for each, no second read and no second decode. An image saved again in another way is another one.
 """
 
+import base64
+import contextlib
 import hashlib
 from array import array
 from collections.abc import Sequence
@@ -42,6 +44,22 @@ class Contents:
         """Hold what all of these hold, each image once."""
         found = {i: d for one in others for i, d in zip(one._indices, one._digests, strict=True)}
         self._indices, self._digests = array("q", found.keys()), array("Q", found.values())
+
+    def as_text(self) -> str:
+        """For a file: what a later run would have to read all images again for."""
+        both = (self._indices.tobytes(), self._digests.tobytes())
+        return "\n".join(base64.b64encode(part).decode() for part in both)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Contents":
+        """What `as_text` wrote; empty if it is damaged."""
+        found = cls()
+        with contextlib.suppress(ValueError):
+            indices, digests = (base64.b64decode(line) for line in text.split("\n"))
+            if len(indices) == len(digests):
+                found._indices.frombytes(indices)
+                found._digests.frombytes(digests)
+        return found
 
     def sorted(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """Indices and digests, equal digests side by side."""
