@@ -92,7 +92,7 @@ def _ptq_by_torchao(
         where = escape(str(path.parent / "tuning.json"))
         shop.console.print(f"{made.tuning}: {where}", soft_wrap=True, highlight=False)
     save_quantized(made.model.cpu(), section, recipe.rewrite, path)
-    _keep_health(shop, made.model, made.health, ptq_job(shop, compact, chosen).batches, path)
+    _keep_health(shop, made.model, made.health, _passes(shop, chosen), path)
 
 
 def _keep_health(

@@ -11,6 +11,8 @@ from care_compress.evaluate.agreement import Agreement
 from care_compress.run import fingerprint, sha256_file
 from care_compress.target import Target
 
+NOT_ASKED = "only OpenVINO on a CPU says which products it runs in integers"
+
 
 @dataclass(frozen=True)
 class File:
@@ -64,6 +66,7 @@ class Exported:
                 "planned": self.planned_macs,
                 "executed": self.executed_macs,
                 "share": self.share,
+                **({"not_measured": NOT_ASKED} if self.executed_macs is None else {}),
             },
             "answers_as_float": self.answers_as_float,
             "engines": {name: _in_short(about) for name, about in self.engines.items()},
