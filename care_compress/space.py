@@ -4,8 +4,10 @@ The constants are measured (LOG.md): what a file holds beside its weights grows 
 sites. A full disk is found after hours otherwise, in the middle of a training.
 """
 
+import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,7 +130,7 @@ def _states(section: TrainSection, model: int) -> int:
 
 def check_space(space: Space, run: Path) -> None:
     """Refuse to begin what cannot end; what an earlier run left there is written over."""
-    held = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+    held = sum(map(_size, run.rglob("*")))
     wanted: dict[int, tuple[Path, int]] = {}
     for path, size in ((run, space.total - held), (Path(tempfile.gettempdir()), space.temporary)):
         there = _existing(path)
@@ -142,6 +144,14 @@ def check_space(space: Space, run: Path) -> None:
                 "make room there, choose another place (--runs, TMPDIR), or name fewer "
                 "export.targets",
             )
+
+
+def _size(path: Path) -> int:
+    """Of a file; another process may be at work there, and what is gone takes nothing."""
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return 0
 
 
 def _existing(path: Path) -> Path:
