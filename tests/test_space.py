@@ -26,19 +26,15 @@ def taken(folder: Path) -> int:
 
 
 def test_the_estimate_is_what_a_run_takes(tmp_path: Path) -> None:
-    """Stated tolerance: no folder of a megabyte or more 10 % short, or 40 % too much."""
-    pytest.importorskip("openvino", reason="needs the openvino extra")
-    names = ["openvino-cpu", "onnxruntime-cpu", "tensorrt-jetson-orin"]
-    few = ["quantize.qat.max_steps=4", "quantize.calibrate.images=32"]
-    chosen = [*small_start(tmp_path), *few, f"export.targets=[{', '.join(names)}]"]
-    recipe = load_recipe("int8_qat", chosen, {"quantize.qat.batch_size": 16})
-    space = space_of(recipe, plan_recipe(recipe), [load_target(name) for name in names])
+    """Stated tolerance: 10 % short, or 40 % too much; faults/ has all kinds of folders."""
+    chosen = [*small_start(tmp_path), "quantize.calibrate.images=32"]
+    recipe = load_recipe("int8_ptq", [*chosen, "export.targets=[onnxruntime-cpu]"])
+    space = space_of(recipe, plan_recipe(recipe), [load_target("onnxruntime-cpu")])
     run_recipe(recipe, tmp_path, "run", QUIET)
-    run = tmp_path / "run"
-    for name in ("ptq", "qat", "exports"):
-        ratio = space.folders[name] / taken(run / name)
-        assert 0.9 < ratio < 1.4, (name, space.folders[name], taken(run / name))
-    assert 0.9 < space.total / taken(run) < 1.4
+    for name in ("ptq", "exports"):
+        ratio = space.folders[name] / taken(tmp_path / "run" / name)
+        assert 0.9 < ratio < 1.4, (name, space.folders[name])
+    assert 0.9 < space.total / taken(tmp_path / "run") < 1.4
 
 
 def test_a_search_and_a_float_training_have_an_estimate_too() -> None:
