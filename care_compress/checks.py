@@ -32,11 +32,13 @@ def run_findings(
     return sorted(found, key=lambda finding: order.index(finding.status))
 
 
-def _calibration(shop: Workshop) -> list[tuple[str, int]]:
-    """Names of the calibration images, and digests of what they are stored as."""
+def _calibration(shop: Workshop) -> list[tuple[str, int]] | None:
+    """Names of the calibration images and digests of what they are stored as, if known."""
     if shop.recipe.quantize is None:
         return []
     content = json.loads((shop.run.path / "calibration.json").read_text(encoding="utf-8"))
+    if any("stored" not in image for image in content["images"]):
+        return None  # a list of an earlier version, taken over with its stage
     return [(image["name"], int(image["stored"], 16)) for image in content["images"]]
 
 

@@ -94,7 +94,7 @@ def check_recipe(recipe: Recipe, world: World) -> Plan | None:
 
 
 def check_exportable(recipe: Recipe, console: Console) -> list[Target]:
-    """Refuse export targets that do not exist or cannot run the recipe; the others of them."""
+    """Refuse export targets that do not exist or cannot run the recipe; those that may be made."""
     targets = chosen_targets(recipe)
     section = recipe.quantize
     # What a search finds, and what NNCF places, is known only afterwards.

@@ -130,7 +130,7 @@ def _states(section: TrainSection, model: int) -> int:
 
 def check_space(space: Space, run: Path) -> None:
     """Refuse to begin what cannot end; what an earlier run left there is written over."""
-    held = sum(map(_size, run.rglob("*")))
+    held = sum(_size(path) for name in space.folders for path in (run / name).rglob("*"))
     wanted: dict[int, tuple[Path, int]] = {}
     for path, size in ((run, space.total - held), (Path(tempfile.gettempdir()), space.temporary)):
         there = _existing(path)

@@ -148,6 +148,11 @@ def test_an_image_counts_once_however_often_it_is_read(tmp_path: Path) -> None:
     whole.take(parts)
     assert len(whole) == len(samples) == 8
     assert [one.status for one in overlap_findings(samples, whole, [])] == ["fine"]
+    again = Contents.of_text(whole.as_text())
+    assert all((a == b).all() for a, b in zip(again.sorted(), whole.sorted(), strict=True))
+    assert len(Contents.of_text("no such\nthing")) == 0, "a damaged file tells nothing"
+    unknown = overlap_findings(samples, whole, None)[-1]
+    assert unknown.status == "not measured" and "calibration" in unknown.check
     (found,) = overlap_findings(samples, Contents(), [])
     assert found.status == "not measured", "nothing was read: not the same as nothing found"
 

@@ -62,8 +62,12 @@ def test_what_a_run_left_is_room_for_the_next(
     space = Space({"exports": 10_000}, 0)
     with pytest.raises(RunError):
         check_space(space, tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "old.bin").write_bytes(bytes(9000))
+    for folder in ("bundles", "exports"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    (tmp_path / "run" / "bundles" / "old.tar").write_bytes(bytes(9000))
+    with pytest.raises(RunError):
+        check_space(space, tmp_path / "run")  # a bundle stays
+    (tmp_path / "run" / "exports" / "old.bin").write_bytes(bytes(9000))
     check_space(space, tmp_path / "run")
 
 

@@ -17,6 +17,7 @@ from care_compress.data.samples import Samples
 from care_compress.findings import Finding
 
 CHECK = "duplicate images"
+SHARED = f"{CHECK} in calibration and validation"
 
 
 def digest_of(stored: bytes) -> int:
@@ -70,14 +71,19 @@ class Contents:
 
 
 def overlap_findings(
-    validation: Samples, seen: Contents, calibration: Sequence[tuple[str, int]]
+    validation: Samples, seen: Contents, calibration: Sequence[tuple[str, int]] | None
 ) -> list[Finding]:
-    """What `seen` of the validation images tells, beside names and digests of calibration."""
+    """What `seen` of the validation images tells, beside names and digests of calibration.
+
+    There is no calibration in a float run; None where it is not known.
+    """
     if not len(seen):
         return [Finding(CHECK, "not measured", "the images were scored by an earlier run")]
     indices, digests = seen.sorted()
     found = [_within(validation, indices, digests)]
-    if calibration:
+    if calibration is None:
+        found.append(Finding(SHARED, "not measured", "calibration.json has no digests of files"))
+    elif calibration:
         found.append(_shared(validation, indices, digests, calibration))
     return found
 
@@ -114,9 +120,10 @@ def _shared(
         for (name, digest), at in zip(calibration, places, strict=True)
         if digests[at] == digest
     )
-    check = f"{CHECK} in calibration and validation"
     total = f"{len(calibration):,} calibration images"
     if not items:
-        return Finding(check, "fine", f"none of {total} is among the {len(indices):,} validated on")
+        return Finding(
+            SHARED, "fine", f"none of {total} is among the {len(indices):,} validated on"
+        )
     text = f"{len(items):,} of {total} are validation images too: the ranges were made on them"
-    return Finding(check, "warning", text, items)
+    return Finding(SHARED, "warning", text, items)
