@@ -18,6 +18,7 @@ from care_compress.model.checkpoint import save_checkpoint
 # torch's workers look for their parent every five seconds when it was killed without a chance to
 # end them.
 PATIENCE = 10.0
+LONGEST = 120.0  # seconds until a verb that should end has ended
 ENDLESS = {"epochs": 100_000, "warmup_epochs": 0, "validate_epochs": 100_000}
 
 
@@ -30,6 +31,8 @@ class Watched:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # Started from a shell's background, it would ignore Ctrl-C like everything there.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.seen: set[psutil.Process] = set()
 
@@ -52,7 +55,12 @@ class Watched:
 
     def end(self) -> tuple[int, str]:
         """Wait for its own end; its exit code and what it said."""
+        until = time.monotonic() + LONGEST
         while self.process.poll() is None:
+            if time.monotonic() > until:
+                self.process.kill()
+                self.survivors()
+                pytest.fail("it did not end")
             self.look()
             time.sleep(0.02)
         return self.process.returncode, self.process.communicate()[0]
