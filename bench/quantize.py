@@ -109,7 +109,10 @@ def calibration_ratios(
         for batch in batches:
             compact(batch)
 
-    return ratios(interleaved(lambda: calibrate(model, batches, 99.99), forward, rounds))
+    def observed() -> None:
+        calibrate(model, batches, 99.99)
+
+    return ratios(interleaved(observed, forward, rounds))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from care_compress.evaluate.compare_tables import accuracy_table, latency_table
 from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.layers import kind_table
 from care_compress.evaluate.speed import show_machine
+from care_compress.figures import json_text
 from care_compress.pipeline import run_recipe
 from care_compress.report.write import write_report
 from care_compress.run import write_text
@@ -134,13 +135,17 @@ def _report(
 ) -> None:
     """Tables on the console, ``compare.json`` in the last run and where the user wants it."""
     value = comparison_as_json(found, samples, data)
-    text = json.dumps(value, indent=2) + "\n"
+    text = json_text(value)
     last = found.models[-1].run
     paths = [p for p in (options.json_file, last and last / "compare.json") if p]
     for path in paths:
         write_text(path, text)
     wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
     wide.print(accuracy_table(value))
+    for key, answers in found.collected.answers.items():
+        if answers.broken:
+            text = f"{key}: {answers.broken:,} answers are NaN or infinite; they count as wrong"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
     for setting in value["latency"]:
         if setting["rows"]:
             wide.print(latency_table(setting))

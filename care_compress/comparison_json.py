@@ -13,6 +13,7 @@ from care_compress.boards import board_rows
 from care_compress.comparison import BF16, Comparison, Entry
 from care_compress.contenders import Contender
 from care_compress.data.samples import Samples
+from care_compress.evaluate.answers import NO_ANSWER
 from care_compress.evaluate.exports import digest_of, size_of
 from care_compress.evaluate.latency import Latency
 from care_compress.evaluate.significance import calibration_error, changes, mcnemar_p
@@ -77,7 +78,7 @@ def _pair(found: Comparison, target: str, name: str, samples: Samples) -> dict[s
         return None
     before, after = (found.collected.answers[entry.key] for entry in pair if entry)
     lost, gained = changes(before.right, after.right)
-    same = before.first == after.first
+    same = (before.first == after.first) & (before.first != NO_ANSWER)
     labels, classes = found.collected.labels, samples.classes
     per_class = {}
     for place in np.unique(labels):
@@ -105,13 +106,17 @@ def _pair(found: Comparison, target: str, name: str, samples: Samples) -> dict[s
             {
                 "index": int(found.collected.indices[i]),
                 "label": classes[int(labels[i])],
-                "before": classes[int(before.first[i])],
-                "after": classes[int(after.first[i])],
+                "before": _answer(classes, int(before.first[i])),
+                "after": _answer(classes, int(after.first[i])),
             }
             for i in flipped
         ],
         "flipped_in_all": int((~same).sum()),
     }
+
+
+def _answer(classes: tuple[str, ...], first: int) -> str:
+    return "no number" if first == NO_ANSWER else classes[first]
 
 
 def _target(found: Comparison, target: str) -> dict[str, Any]:
@@ -138,6 +143,7 @@ def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
         "why": "",
         "top1": answers.top1,
         "top5": answers.top5,
+        "not_finite": answers.broken,
         "latency_ms": None if timed is None else timed.percentiles(),
         "throughput": None if timed is None else timed.throughput,
         "int8_mac_share": _share(found, entry),

@@ -17,6 +17,7 @@ from care_compress.progress import step_line
 from care_compress.quantization_sections import NncfSection
 from care_compress.quantize.artifact import load_quantized, quantized_section, save_quantized
 from care_compress.quantize.calibrate import Batches
+from care_compress.quantize.health import IMAGES, Health, read_health, share_cut
 from care_compress.quantize.mixed import Found, Trial, search_bits
 from care_compress.quantize.nncf_backend import (
     CONTROL_IMAGES,
@@ -26,7 +27,7 @@ from care_compress.quantize.nncf_backend import (
 )
 from care_compress.quantize.nncf_qat import train_openvino
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.quantize.ptq import PtqJob, quantize_network
+from care_compress.quantize.ptq import PtqJob, first_images, quantize_network
 from care_compress.quantize.qat import train_quantized
 from care_compress.quantize.selection import (
     CalibrationSet,
@@ -91,6 +92,17 @@ def _ptq_by_torchao(
         where = escape(str(path.parent / "tuning.json"))
         shop.console.print(f"{made.tuning}: {where}", soft_wrap=True, highlight=False)
     save_quantized(made.model.cpu(), section, recipe.rewrite, path)
+    _keep_health(shop, made.model, made.health, _passes(shop, chosen), path)
+
+
+def _keep_health(
+    shop: Workshop, model: QuantizedCare, health: Health, batches: Batches, path: Path
+) -> None:
+    """Count what the ranges cut off, and keep it beside the model."""
+    images = first_images(batches, IMAGES)
+    found = replace(health, counted=len(images), cut=share_cut(model.to(images.device), images))
+    name = path.with_name("health.json").relative_to(shop.run.path)
+    shop.run.write_json(str(name), asdict(found))
 
 
 def ptq_job(shop: Workshop, compact: CompactCare, chosen: CalibrationSet) -> PtqJob:
@@ -244,6 +256,10 @@ def _qat_by_torchao(
     model, progress = train_quantized(start_model, compact, section.qat, training)
     if shop.world.is_main:
         save_quantized(model, quantized_section(start.path), recipe.rewrite, path)
+        chosen = read_list(shop.run.path / "calibration.json", training.samples)
+        # The channels were watched in the float model, which training leaves behind.
+        watched = read_health(start.path.with_name("health.json")) or Health()
+        _keep_health(shop, model, watched, _passes(shop, chosen), path)
     return progress
 
 

@@ -45,6 +45,10 @@ class CalibrationError(CareError):
     """Calibration images that are missing, or that the float model cannot digest."""
 
 
+class EvaluationError(CareError):
+    """A model whose answers cannot be scored: none of them is a number."""
+
+
 class TrainingError(CareError):
     """Training that cannot go on: a non-finite loss, or a state that does not fit."""
 

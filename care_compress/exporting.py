@@ -110,14 +110,16 @@ def _show(console: Console, done: list[Exported], images: int) -> None:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def check_targets(recipe: Recipe, plan: Callable[[Target], object], console: Console) -> None:
-    """Before any work: refuse targets named that cannot run the recipe; say so if none can."""
-    able = 0
+def check_targets(
+    recipe: Recipe, plan: Callable[[Target], object], console: Console
+) -> list[Target]:
+    """Before any work: refuse targets named that cannot run the recipe; those that can."""
+    able = []
     targets = chosen_targets(recipe)
     for target in targets:
         try:
             plan(target)
-            able += 1
+            able.append(target)
         except RecipeError as error:
             if recipe.export.targets is not None:
                 raise RecipeError(f"export.targets: {error.message}", error.fix) from error
@@ -126,6 +128,7 @@ def check_targets(recipe: Recipe, plan: Callable[[Target], object], console: Con
             "[yellow]No target executes what this recipe makes[/]: it will be simulated and "
             "nothing exported (care-compress plan RECIPE --target NAME says why)"
         )
+    return able
 
 
 def check_exports(done: list[Exported]) -> None:
@@ -135,6 +138,13 @@ def check_exports(done: list[Exported]) -> None:
             raise ExportError(f"{one.target.name}: {one.failed}")
         for file in one.files.values():
             near = file.agreement
+            if not near.comparable:
+                raise ExportError(
+                    f"{one.target.name}: {file.path.name} answers NaN or infinity; it parts from "
+                    f"the model at {file.diverges}.",
+                    "a float16 file may overflow: keep that layer in float32 by a rule, or leave "
+                    "the target out",
+                )
             if not near.holds:
                 raise ExportError(
                     f"{one.target.name}: {file.path.name} does not compute what the model does "

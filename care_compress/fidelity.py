@@ -1,6 +1,5 @@
 """``care-compress fidelity RUN``: where, on the way to each file, fidelity is lost."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from care_compress.data.sources import check_classes, open_samples
 from care_compress.evaluate.images import hold_images
 from care_compress.evaluate.ladder import climb
 from care_compress.evaluate.ladder_tables import rung_table, site_table
+from care_compress.figures import json_text
 from care_compress.finished import find_run
 from care_compress.progress import step_line
 from care_compress.run import sha256_file, write_text
@@ -61,7 +61,7 @@ def run_fidelity(
         text = f"{absent.name}: {absent.why}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     for path in filter(None, (run.path / "fidelity.json", json_file)):
-        write_text(path, json.dumps(value, indent=1) + "\n")
+        write_text(path, json_text(value, indent=1))
         console.print(f"written to {escape(str(path))}", soft_wrap=True)
     return value
 

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from care_compress.checks import run_findings
 from care_compress.compression import Candidate, quantized, trained_quantized
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
@@ -23,6 +24,7 @@ from care_compress.evaluate.accuracy import Accuracy
 from care_compress.evaluate.exports import Exported
 from care_compress.evaluate.tables import quantized_table, rewrite_table
 from care_compress.exporting import check_exports, check_targets, chosen_targets, exported
+from care_compress.findings import show_findings
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.compact import CompactCare
@@ -38,6 +40,7 @@ from care_compress.recipe import Recipe
 from care_compress.run import Run, sha256_file
 from care_compress.runtime.opening import artifact_path, open_predictor
 from care_compress.runtime.probe import probe
+from care_compress.space import Size, Space, check_space, needed_space
 from care_compress.target import Target, load_target
 from care_compress.train.distributed import World, join_world
 from care_compress.train.network import check_batch_size, train_network
@@ -51,8 +54,9 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
         world = stack.enter_context(join_world())
         console = console if world.is_main else Console(quiet=True)
         # Before the run is opened: a typo leaves old results alone.
-        check_recipe(recipe, world)
-        check_exportable(recipe, console)
+        plan = check_recipe(recipe, world)
+        targets = check_exportable(recipe, console)
+        check_space(space_of(recipe, plan, targets), runs / name)
         run = stack.enter_context(opened(Run(runs, name), recipe, world))
         shop = Workshop(recipe, run, world, console)
         shop.console.print(f"[bold]{escape(recipe.name)}[/]: {escape(recipe.claim)}")
@@ -76,8 +80,8 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
         return results
 
 
-def check_recipe(recipe: Recipe, world: World) -> None:
-    """Refuse what cannot work before anything is written or trained."""
+def check_recipe(recipe: Recipe, world: World) -> Plan | None:
+    """Refuse what cannot work before anything is written or trained; the plan, if it is ours."""
     section = recipe.quantize
     qat = None if section is None else section.qat
     trainings = [plan for plan in (recipe.train, qat) if plan is not None]
@@ -87,24 +91,30 @@ def check_recipe(recipe: Recipe, world: World) -> None:
             check_batch_size(plan, len(samples), world)
         if section and section.calibrate.list:
             read_list(Path(section.calibrate.list), samples)
-    if section is not None:
-        check_plan(recipe, section, world)
+    return None if section is None else check_plan(recipe, section, world)
 
 
-def check_exportable(recipe: Recipe, console: Console) -> None:
-    """Refuse export targets that do not exist or cannot run the recipe."""
-    chosen_targets(recipe)
+def check_exportable(recipe: Recipe, console: Console) -> list[Target]:
+    """Refuse export targets that do not exist or cannot run the recipe; those that may be made."""
+    targets = chosen_targets(recipe)
     section = recipe.quantize
     # What a search finds, and what NNCF places, is known only afterwards.
     if section is not None and section.backend == "torchao" and section.search is None:
-        check_targets(recipe, lambda target: plan_recipe(recipe, target), console)
+        return check_targets(recipe, lambda target: plan_recipe(recipe, target), console)
+    nncf = section is not None and section.backend == "nncf"
+    return [target for target in targets if target.runtime == "openvino" or not nncf]
 
 
-def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> None:
+def space_of(recipe: Recipe, plan: Plan | None, targets: list[Target]) -> Space:
+    """The disk that a run takes; a search finds out later what its plan is."""
+    size = Size.of_network(network_of(recipe)) if plan is None else Size.of_plan(plan)
+    return needed_space(recipe, size, plan, targets)
+
+
+def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> Plan | None:
     """Refuse rules that no site or target can follow."""
     if section.backend == "torchao":
-        plan_recipe(recipe)
-        return
+        return plan_recipe(recipe)
     load_nncf()  # there are no rules; what can be missing is NNCF
     if section.qat is not None and world.size > 1:
         raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
@@ -113,22 +123,27 @@ def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> None:
             f"backend nncf makes a file for OpenVINO, quantize.target is {section.target}.",
             "use backend: torchao for it",
         )
+    return None
 
 
 def plan_recipe(recipe: Recipe, target: Target | None = None) -> Plan:
     """The plan of a recipe, or of its export to a target; needs its network's shape, no data."""
     assert recipe.quantize is not None
+    network, plan = planned(network_of(recipe), recipe.quantize, recipe.data.resolution)
+    if target is None:
+        return plan
+    rules = export_rules(recipe, recipe.quantize, target)
+    return make_plan(network, rules, target, recipe.data.resolution)
+
+
+def network_of(recipe: Recipe) -> CompactCare:
+    """The rewritten network that a recipe starts from."""
     if recipe.model.checkpoint is not None:
         model = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
     else:
         assert recipe.model.arch is not None
         model = build_model(recipe.model.arch)
-    compact = rewrite(model, recipe.rewrite)
-    network, plan = planned(compact, recipe.quantize, recipe.data.resolution)
-    if target is None:
-        return plan
-    rules = export_rules(recipe, recipe.quantize, target)
-    return make_plan(network, rules, target, recipe.data.resolution)
+    return rewrite(model, recipe.rewrite)
 
 
 def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: Console) -> None:
@@ -136,11 +151,14 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
     section = own_section(recipe)
     target = None if exported_to is None else load_target(exported_to)
     plan = plan_recipe(recipe, target)
+    targets = check_exportable(recipe, Console(quiet=True)) if target is None else [target]
+    space = space_of(recipe, plan, targets)
     if as_json:
-        console.print_json(data=plan_as_json(plan))
+        console.print_json(data={**plan_as_json(plan), "disk_bytes": space.as_json()})
     else:
         rules = section.rules if target is None else export_rules(recipe, section, target)
         print_plan(plan, rules, console)
+        console.print(f"[bold]disk[/] of a run: {space}", highlight=False, soft_wrap=True)
 
 
 def own_section(recipe: Recipe) -> QuantizeSection:
@@ -260,7 +278,7 @@ def report_quantized(
     recipe, section = shop.recipe, shop.recipe.quantize
     assert section is not None
     results = {
-        **_results(shop, validation, steps, best.paired.candidate, done),
+        **_results(shop, validation, steps, best.paired.candidate, done, best),
         "float": {
             "top1": best.paired.baseline.top1,
             "top5": best.paired.baseline.top5,
@@ -305,9 +323,13 @@ def _results(
     steps: list[RewriteStep],
     accuracy: Accuracy,
     done: list[Exported],
+    best: Candidate | None = None,
 ) -> dict[str, Any]:
     """What every kind of recipe reports."""
     recipe = shop.recipe
+    # The other processes report nothing, and may not see the run directory.
+    findings = run_findings(shop, validation, accuracy, best) if shop.world.is_main else []
+    show_findings(findings, shop.console)
     return {
         "run": shop.run.name,
         "recipe": recipe.name,
@@ -320,6 +342,7 @@ def _results(
             "classes": list(validation.classes),
             "skipped_images": shop.bad.reasons,
         },
+        "checks": [finding.as_json() for finding in findings],
         "exports": {one.target.name: one.as_json() for one in done},
         "seconds": shop.seconds,
     }

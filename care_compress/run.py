@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 
 from care_compress.errors import RunError
+from care_compress.figures import json_text
 from care_compress.files import read_json
 from care_compress.recipe import Recipe
 
@@ -166,12 +167,12 @@ class Run:
     def write_json(self, name: str, value: Mapping[str, Any]) -> Path:
         """Write one JSON result and record it."""
         path = self.path / name
-        write_text(path, json.dumps(value, indent=2) + "\n")
+        write_text(path, json_text(value))
         self.record_output(path)
         return path
 
     def _write_manifest(self) -> None:
-        write_text(self.path / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
+        write_text(self.path / "manifest.json", json_text(self._manifest))
 
 
 def _now() -> str:

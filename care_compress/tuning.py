@@ -5,7 +5,6 @@ target's file, are exported, scored on the same images and timed in turns. The f
 the accuracy budget replaces the run's export. Results are kept for each processor.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -22,11 +21,13 @@ from care_compress import machine
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.errors import ExportError, RunError, TargetError
+from care_compress.evaluate.accuracy import hits_of
 from care_compress.evaluate.exports import Exported, digest_of
 from care_compress.evaluate.images import HeldImages, hold_images
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.verdicts import Drop, Interval
 from care_compress.exporting import Exporter, about_export, check_exports
+from care_compress.figures import json_text
 from care_compress.files import read_json
 from care_compress.finished import FinishedRun, find_run
 from care_compress.model.checkpoint import load_checkpoint
@@ -242,7 +243,7 @@ def _drop(bench: _Bench, path: Path, precision: str) -> Drop:
     predict = open_predictor(str(path), torch.device("cpu"), precision=precision)
     before, after = bench.variants.plain.logits, bench.images.logits(predict)
     labels = bench.images.labels
-    return Drop.between(*((logits.argmax(dim=1) == labels).numpy() for logits in (before, after)))
+    return Drop.between(*(hits_of(logits, labels).first.numpy() for logits in (before, after)))
 
 
 def _keep(bench: _Bench, best: Tried, tried: list[Tried]) -> None:
@@ -261,4 +262,4 @@ def _keep(bench: _Bench, best: Tried, tried: list[Tried]) -> None:
         "tried": [one.as_json() for one in tried],
         "machine": machine.describe(),
     }
-    write_text(bench.record, json.dumps(found, indent=2) + "\n")
+    write_text(bench.record, json_text(found))

@@ -10,6 +10,7 @@ from torch import nn
 
 from care_compress import machine
 from care_compress.data.loader import BadImages
+from care_compress.data.overlap import Contents
 from care_compress.data.samples import Samples
 from care_compress.evaluate.accuracy import (
     NOTHING,
@@ -22,11 +23,13 @@ from care_compress.evaluate.paired import Paired, measure_pair
 from care_compress.model.compact import CompactCare
 from care_compress.predictor import Predictor
 from care_compress.recipe import Recipe
-from care_compress.run import Run
+from care_compress.run import Run, write_text
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.train.distributed import World
 from care_compress.train.loop import Validate
 from care_compress.train.network import Training
+
+SEEN_FILE = "validation.digests"
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Workshop:
     world: World
     console: Console
     bad: BadImages = field(default_factory=BadImages)
+    seen: Contents = field(default_factory=Contents)  # of the validation images
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -60,7 +64,11 @@ def opened(run: Run, recipe: Recipe, world: World) -> Iterator[Run]:
 
 
 def measured(
-    shop: Workshop, model: nn.Module, validation: Samples, indices: Sequence[int]
+    shop: Workshop,
+    model: nn.Module,
+    validation: Samples,
+    indices: Sequence[int],
+    contents: Contents | None = None,
 ) -> Accuracy:
     """Accuracy of a torch module on these validation images, all by this process."""
     predict = TorchPredictor(model, len(validation.classes), shop.world.device)
@@ -73,6 +81,7 @@ def measured(
         bad=shop.bad,
         console=shop.console,
         device=shop.world.device,
+        contents=contents,
     )
 
 
@@ -81,15 +90,31 @@ def scored(shop: Workshop, model: nn.Module, validation: Samples) -> Accuracy:
     evaluate, world = shop.recipe.evaluate, shop.world
     chosen = spread_indices(len(validation), evaluate.images)
     with shop.stage("evaluate"):
-        mine = measured(shop, model, validation, own_share(chosen, evaluate.batch_size, world))
-        _share_bad(shop)
+        share = own_share(chosen, evaluate.batch_size, world)
+        mine = measured(shop, model, validation, share, shop.seen)
+        _share(shop, validation)
         return sum(world.gathered(mine), NOTHING)
 
 
-def _share_bad(shop: Workshop) -> None:
-    """Every process knows all images that were left out; the main one reports them."""
+def _share(shop: Workshop, validation: Samples) -> None:
+    """Every process knows what all have seen and left out; the main one keeps it."""
     for reasons in shop.world.gathered(shop.bad.reasons):
         shop.bad.reasons.update(reasons)
+    shop.seen.take(shop.world.gathered(shop.seen))
+    if shop.world.is_main and len(shop.seen):
+        # With the images' own digest: a run that takes these scores over takes this over, too.
+        text = f"{validation.content_digest()}\n{shop.seen.as_text()}\n"
+        write_text(shop.run.path / SEEN_FILE, text)
+
+
+def seen_images(shop: Workshop, validation: Samples) -> Contents:
+    """Digests of the validation images, from this run or the one whose scores it took over."""
+    path = shop.run.path / SEEN_FILE
+    if not len(shop.seen) and path.is_file():
+        known, _, text = path.read_text(encoding="utf-8").strip().partition("\n")
+        if known == validation.content_digest():
+            return Contents.of_text(text)
+    return shop.seen
 
 
 def validating(shop: Workshop, validation: Samples) -> Validate:
@@ -142,7 +167,9 @@ def compared(
             bad=shop.bad,
             console=shop.console,
             device=device,
+            # The whole set is read at least once; what a search looks at is a part of it.
+            contents=None if images or len(shop.seen) else shop.seen,
         )
-        _share_bad(shop)
+        _share(shop, validation)
         first, *others = world.gathered(mine)
         return sum(others, first)

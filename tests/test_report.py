@@ -34,8 +34,8 @@ HOSTILE = {
     "red": "{{ 7*7 }}",
 }
 SECTIONS = (
-    "verdict accuracy latency size fidelity layers activations answers training plan exports "
-    "manifest"
+    "verdict checks accuracy latency size fidelity layers activations answers training plan "
+    "exports manifest"
 ).split()
 
 

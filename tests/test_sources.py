@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import warnings
 import zipfile
@@ -107,6 +108,29 @@ def test_a_folder_and_a_zip_of_it_are_the_same_set(tmp_path):
     same = open_samples(section(write_zip(tmp_path / "a.zip", FILES, "top/")), "train")
     other = open_samples(section(tmp_path / "a.zip"), "val")
     assert folder.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+def test_a_class_folder_without_images_is_a_class_everywhere(tmp_path):
+    """Who unpacks a set in part keeps the numbers of its classes, zipped or not."""
+    folder = write_folder(tmp_path / "images", {"val/cat/x.png": 1, "val/eel/y.png": 2})
+    (folder / "val" / "dog" / "deep").mkdir(parents=True)
+    (folder / "val" / ".hidden").mkdir()
+    packed = {}
+    for name, root, base in (("plain", folder, "."), ("top", tmp_path, folder.name)):
+        packed[name] = shutil.make_archive(str(tmp_path / "zips" / name), "zip", root, base)
+    for source in (folder, *packed.values()):
+        val = open_samples(section(source), "val")
+        assert val.classes == ("cat", "dog", "eel"), source
+        assert val.labels.tolist() == [0, 2]
+
+
+def test_an_undivided_zip_counts_its_empty_folders(tmp_path):
+    folder = write_folder(tmp_path / "images", {f"a/{n}.png": n for n in range(4)})
+    (folder / "b").mkdir()
+    packed = shutil.make_archive(str(tmp_path / "set"), "zip", folder)
+    for source in (folder, packed):
+        data = section(source, val_fraction=0.5)
+        assert open_samples(data, "val").classes == ("a", "b")
 
 
 def test_part_may_be_called_validation(tree):

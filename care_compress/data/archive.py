@@ -65,9 +65,10 @@ class ZipSamples(EncodedSamples):
 def open_zip(path: Path, data: DataSection, split: Split) -> ZipSamples:
     """List one split of a zipped image folder from the zip's directory alone."""
     source = str(path)
-    infos = _images(path)
-    top = _common_top(infos)
-    parts = _classes_of_parts(name.removeprefix(top) for name in infos)
+    infos, folders = _images_and_folders(path)
+    top = _common_top(infos, folders)
+    inside = [name.removeprefix(top) for name in (*infos, *folders) if name.startswith(top)]
+    parts = _classes_of_parts(inside)
     found = {name for classes in parts.values() for name in classes}
     if not found:
         raise DataError(f"{source} holds no folders with images.", LAYOUT)
@@ -90,27 +91,34 @@ def open_zip(path: Path, data: DataSection, split: Split) -> ZipSamples:
     return ZipSamples(path, whole.take(rows), table[rows])
 
 
-def _images(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Name to entry of every image; of entries with one name the last counts, as in any zip."""
+def _images_and_folders(path: Path) -> tuple[dict[str, zipfile.ZipInfo], list[str]]:
+    """Name to entry of every image, and the folders that have an entry of their own.
+
+    Of entries with one name the last counts, as in any zip. A folder without images is a class all
+    the same, as it is on disk: who unpacks a set in part keeps the numbers of its classes.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     # A directory that lies about lengths and encodings surfaces as any of these.
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise DataError(f"{path} cannot be read as a zip ({error}).", "fetch it again") from error
-    images = {}
+    images, found = {}, []
     for info in infos:
         *folders, file = info.filename.split("/")
-        if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-            if all(map(is_visible, folders)):
-                images[info.filename] = info
-    return images
+        if not all(map(is_visible, folders)):
+            continue
+        if info.is_dir():
+            found.append(info.filename)
+        elif file.lower().endswith(SUFFIXES) and not file.startswith("."):
+            images[info.filename] = info
+    return images, found
 
 
-def _common_top(names: Iterable[str]) -> str:
+def _common_top(images: Iterable[str], folders: Iterable[str]) -> str:
     """The folder around everything, with its slash, or ''."""
-    tops = {name.split("/", 1)[0] for name in names if name.count("/") > 1}
-    everything = {name.split("/", 1)[0] for name in names}
+    tops = {name.split("/", 1)[0] for name in images if name.count("/") > 1}
+    everything = {name.split("/", 1)[0] for name in (*images, *folders)}
     if len(everything) == 1 and tops == everything and not tops & PART_NAMES:
         return f"{tops.pop()}/"
     return ""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from care_compress.data.decode import FIX, decode
+from care_compress.data.overlap import digest_of
 from care_compress.errors import BadImageError, DataError
 from care_compress.files import read_text
 from care_compress.sections import DataSection
@@ -102,14 +103,23 @@ class EncodedSamples(ABC):
 
     def image(self, index: int) -> Image.Image:
         """The image as stored, in any mode; `BadImageError` if it cannot be decoded."""
-        name = f"{self.source}: {self.name(index)}"
+        return decode(self._read(index), self._full_name(index))
+
+    def hashed(self, index: int) -> tuple[Image.Image, int]:
+        """`image`, and a digest of the bytes it is stored as: equal bytes, equal digest."""
+        stored = self._read(index)
+        return decode(stored, self._full_name(index)), digest_of(stored)
+
+    def _full_name(self, index: int) -> str:
+        return f"{self.source}: {self.name(index)}"
+
+    def _read(self, index: int) -> bytes:
         try:
-            encoded = self.encoded(index)
+            return self.encoded(index)
         except OSError as error:
             raise BadImageError(
-                f"{name} cannot be read ({error.strerror or error}).", FIX
+                f"{self._full_name(index)} cannot be read ({error.strerror or error}).", FIX
             ) from error
-        return decode(encoded, name)
 
     def content(self) -> NDArray[np.uint64]:
         """One number per image that changes with its bytes, as far as one is to be had cheaply."""

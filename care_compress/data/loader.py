@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
+from care_compress.data.overlap import Contents
 from care_compress.data.samples import Samples
 from care_compress.data.transforms import EvalTransform, Key, Transform, normalize
 from care_compress.errors import BadImageError, CareError, DataError
@@ -73,14 +75,18 @@ def evaluation_batches(
     *,
     bad: BadImages,
     indices: Sequence[int] | None = None,
+    contents: Contents | None = None,
 ) -> Generator[Batch]:
-    """These images (all, if left out) in the given order; the last batch may be smaller."""
+    """These images (all, if left out) in the given order; the last batch may be smaller.
+
+    `contents` takes digests of them.
+    """
     chosen = range(len(samples)) if indices is None else indices
     keys = (
         [(0, 0, index) for index in chosen[first : first + batch_size]]
         for first in range(0, len(chosen), batch_size)
     )
-    with contextlib.closing(batches(samples, transform, keys, data, bad)) as loaded:
+    with contextlib.closing(batches(samples, transform, keys, data, bad, contents)) as loaded:
         for batch in loaded:
             if len(batch.labels):  # a batch of bad images only has nothing to evaluate
                 yield batch
@@ -94,10 +100,13 @@ def prepared_batches(
     bad: BadImages,
     indices: Sequence[int] | None = None,
     device: torch.device = CPU,
+    contents: Contents | None = None,
 ) -> Generator[Batch]:
     """`evaluation_batches` by the recipe's preprocessing, as the network takes them."""
     transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
-    loaded = evaluation_batches(samples, transform, batch_size, data, bad=bad, indices=indices)
+    loaded = evaluation_batches(
+        samples, transform, batch_size, data, bad=bad, indices=indices, contents=contents
+    )
     with contextlib.closing(loaded):
         for batch in loaded:
             yield batch._replace(images=normalize(batch.images.to(device), data.mean, data.std))
@@ -153,10 +162,11 @@ def batches(
     keys: Iterable[list[Key]],
     data: DataSection,
     bad: BadImages,
+    contents: Contents | None = None,
 ) -> Generator[Batch]:
     """One batch for each list of (seed, epoch, index); closing the iterator ends the workers."""
     loader = DataLoader(
-        _Decoding(samples, transform, data.skip_bad_images),
+        _Decoding(samples, transform, data.skip_bad_images, contents is not None),
         batch_sampler=keys,
         num_workers=worker_count(samples, data),
         collate_fn=_as_is,
@@ -166,14 +176,16 @@ def batches(
     iterator = iter(loader)
     try:
         with _death_is_reported_here(iterator):
-            yield from _receive(iterator, bad)
+            yield from _receive(iterator, bad, contents)
     finally:
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             # Not left to garbage collection: a traceback could keep the workers for long.
             iterator._shutdown_workers()
 
 
-def _receive(iterator: _BaseDataLoaderIter, bad: BadImages) -> Iterator[Batch]:
+def _receive(
+    iterator: _BaseDataLoaderIter, bad: BadImages, contents: Contents | None
+) -> Iterator[Batch]:
     while True:
         try:
             decoded: _Decoded | CareError = next(iterator)
@@ -189,6 +201,8 @@ def _receive(iterator: _BaseDataLoaderIter, bad: BadImages) -> Iterator[Batch]:
         if isinstance(decoded, CareError):
             raise decoded
         bad.reasons.update(decoded.bad)
+        if contents is not None:
+            contents.add(decoded.batch.indices.tolist(), decoded.digests)
         yield decoded.batch
 
 
@@ -215,25 +229,31 @@ class _Decoded(NamedTuple):
 
     batch: Batch
     bad: dict[str, str]
+    digests: list[int]  # of what the images are stored as; zeros where nobody wants them
 
 
 class _Decoding(Dataset["_Decoded | CareError"]):
     """The work of a worker: a list of keys in, one batch out."""
 
-    def __init__(self, samples: Samples, transform: Transform, skip_bad: bool) -> None:
+    def __init__(
+        self, samples: Samples, transform: Transform, skip_bad: bool, hashing: bool
+    ) -> None:
         self.samples = samples
         self.transform = transform
         self.skip_bad = skip_bad
+        self.hashing = hashing
 
     def __getitems__(self, keys: list[Key]) -> "_Decoded | CareError":
         """The batch, or the error as a value: raised here, it would reach the user mangled."""
         pixels: list[Tensor] = []
         indices: list[int] = []
         bad: dict[str, str] = {}
+        digests: list[int] = []
         for key in keys:
             index = key[2]
             try:
-                pixels.append(self.transform(self.samples.image(index), key))
+                image, digest = self._read(index)
+                pixels.append(self.transform(image, key))
             except BadImageError as error:
                 if not self.skip_bad:
                     return error
@@ -242,10 +262,14 @@ class _Decoding(Dataset["_Decoded | CareError"]):
             except CareError as error:
                 return error
             indices.append(index)
+            digests.append(digest)
         labels = torch.from_numpy(self.samples.labels[indices])
-        return _Decoded(
-            Batch(_stack(pixels), labels, torch.tensor(indices, dtype=torch.int64)), bad
-        )
+        batch = Batch(_stack(pixels), labels, torch.tensor(indices, dtype=torch.int64))
+        return _Decoded(batch, bad, digests)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        """The image and its digest; 0 where none is wanted."""
+        return self.samples.hashed(index) if self.hashing else (self.samples.image(index), 0)
 
 
 def _stack(pixels: list[Tensor]) -> Tensor:

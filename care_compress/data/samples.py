@@ -30,6 +30,10 @@ class Samples(Protocol):
         """The image as stored, in any mode; `BadImageError` if it cannot be decoded."""
         ...
 
+    def hashed(self, index: int) -> tuple[Image.Image, int]:
+        """`image`, and a digest of the bytes it is stored as: equal bytes, equal digest."""
+        ...
+
     def fingerprint(self) -> str:
         """Hex digest of the list of names, labels and classes: equal lists, equal digest."""
         ...

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from care_compress.data.overlap import digest_of
 from care_compress.data.shapes_cache import cache_folder, cached
 from care_compress.data.shapes_render import CLASSES, SIZE, render
 from care_compress.errors import DataError
@@ -62,6 +63,10 @@ class Shapes:
     def image(self, index: int) -> Image.Image:
         """The image as RGB."""
         return Image.fromarray(np.array(self.pixels[index]))
+
+    def hashed(self, index: int) -> tuple[Image.Image, int]:
+        """`image`, and a digest of its pixels."""
+        return self.image(index), digest_of(self.pixels[index].tobytes())
 
     def fingerprint(self) -> str:
         """Hex digest of the list of names, labels and classes."""

@@ -2,16 +2,19 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from care_compress.data.loader import CPU, BadImages, Batch, prepared_batches
+from care_compress.data.overlap import Contents
 from care_compress.data.samples import Samples
-from care_compress.errors import DataError
+from care_compress.errors import DataError, EvaluationError
+from care_compress.findings import Finding
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar
 from care_compress.sections import DataSection
@@ -25,6 +28,7 @@ class Accuracy:
     images: int
     correct: int
     correct_in_top5: int
+    broken: int = 0  # answers that are NaN or infinite somewhere; they count as wrong
 
     def __add__(self, other: "Accuracy") -> "Accuracy":
         """Counts over both sets."""
@@ -32,6 +36,7 @@ class Accuracy:
             self.images + other.images,
             self.correct + other.correct,
             self.correct_in_top5 + other.correct_in_top5,
+            self.broken + other.broken,
         )
 
     @property
@@ -45,9 +50,14 @@ class Accuracy:
         return 100 * self.correct_in_top5 / self.counted()
 
     def counted(self) -> int:
-        """How many images; none is an error."""
+        """How many images; none is an error, and so is a model that answers none of them."""
         if self.images == 0:
             raise DataError("there was no image to evaluate.", "check the source and its val split")
+        if self.broken == self.images:
+            raise EvaluationError(
+                f"the model answers NaN or infinity to all {self.images:,} images.",
+                "check the checkpoint, data.mean and data.std; a file in float16 may overflow",
+            )
         return self.images
 
 
@@ -76,9 +86,12 @@ def measure_accuracy(
     bad: BadImages,
     console: Console,
     device: torch.device = CPU,
+    contents: Contents | None = None,
 ) -> Accuracy:
-    """Accuracy of `predict` on these images of a data set."""
-    batches = prepared_batches(samples, data, batch_size, bad=bad, indices=indices, device=device)
+    """Accuracy of `predict` on these images of a data set; `contents` takes their digests."""
+    batches = prepared_batches(
+        samples, data, batch_size, bad=bad, indices=indices, device=device, contents=contents
+    )
     with (
         contextlib.closing(batches),
         progress_bar(console, "evaluating", len(indices)) as advance,
@@ -103,6 +116,33 @@ def count_correct(
 def count_batch(predict: Callable[[Tensor], Tensor], batch: Batch) -> Accuracy:
     """Run `predict` over one prepared batch."""
     logits = predict(batch.images)
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = ranked.cpu() == batch.labels[:, None]
-    return Accuracy(len(batch.labels), int(hits[:, 0].sum()), int(hits.sum()))
+    hits = hits_of(logits, batch.labels)
+    return Accuracy(
+        len(batch.labels), int(hits.first.sum()), int(hits.in_top5.sum()), int(hits.broken.sum())
+    )
+
+
+class Hits(NamedTuple):
+    """What became of each image of a batch (B,)."""
+
+    first: Tensor
+    in_top5: Tensor
+    broken: Tensor
+
+
+def hits_of(logits: Tensor, labels: Tensor) -> Hits:
+    """Right, right among the first five, or no answer; NaN would otherwise rank first."""
+    broken = ~torch.isfinite(logits).all(dim=1).cpu()
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
+    return Hits(ranked[:, 0] & ~broken, ranked.any(dim=1) & ~broken, broken)
+
+
+def answers_finding(accuracies: Mapping[str, Accuracy]) -> Finding:
+    """Whether every answer of these models was a number."""
+    bad = {name: one for name, one in accuracies.items() if one.broken}
+    if not bad:
+        return Finding("answers", "fine", "every logit of every model measured is finite")
+    items = tuple(f"{name}: {one.broken:,} of {one.images:,}" for name, one in bad.items())
+    return Finding(
+        "answers", "warning", "some logits are NaN or infinite; those images count as wrong", items
+    )

@@ -18,6 +18,7 @@ LEAST_AGREEMENT = 99.5
 # Two classes are a tie where they are closer than so many deviations of a file that is this much
 # better than it needs to be.
 TIE, BETTER_DB = 4.0, 10.0
+NO_NUMBERS = "some logits are NaN or infinite"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,17 @@ class Agreement:
     def exact(self) -> bool:
         """Every logit is the same."""
         return self.sqnr_db == math.inf
+
+    def __str__(self) -> str:
+        """How near, in a word."""
+        if not self.comparable:
+            return "no numbers"
+        return "exact" if self.exact else f"{self.sqnr_db:.1f} dB"
+
+    @property
+    def comparable(self) -> bool:
+        """Every logit is a number."""
+        return self.sqnr_db != -math.inf
 
     @property
     def percent(self) -> float:
@@ -53,6 +65,7 @@ class Agreement:
             "agreement": self.percent,
             "ties": self.ties,
             "sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None,
+            **({} if self.comparable else {"not_measured": {"sqnr_db": NO_NUMBERS}}),
             "least_sqnr_db": self.least_db,
             "holds": self.holds,
         }

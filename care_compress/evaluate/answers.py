@@ -12,20 +12,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from care_compress.data.loader import Batch
-from care_compress.errors import DataError
+from care_compress.errors import DataError, EvaluationError
+from care_compress.evaluate.accuracy import hits_of
 from care_compress.predictor import Predictor
 from care_compress.quantize.distance import Distance
+
+NO_ANSWER = -1  # NaN or infinity among the logits
 
 
 @dataclass(frozen=True)
 class Answers:
     """One model's answers, in the order of the images."""
 
-    first: NDArray[np.int32]  # the class answered
+    first: NDArray[np.int32]  # the class answered, or NO_ANSWER
     right: NDArray[np.bool_]
     in_top5: NDArray[np.bool_]
     confidence: NDArray[np.float32]  # of the class answered
     distance: Distance  # of the logits to the baseline's
+    broken: int = 0  # answers that are NaN or infinite somewhere; they count as wrong
 
     @property
     def top1(self) -> float:
@@ -58,20 +62,25 @@ class _Growing:
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.distance = Distance()
+        self.broken = 0
 
     def add(self, logits: Tensor, labels: Tensor, baseline: Tensor) -> None:
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        hits = hits_of(logits, labels)
         odds = logits.float().softmax(dim=1)
         first = logits.argmax(dim=1)
-        confidence = odds.gather(1, first[:, None]).squeeze(1)
-        self.parts.append((first.int(), ranked[:, 0], ranked.any(dim=1), confidence))
-        self.distance.add(baseline, logits)
+        # No answer is no confidence either; NaN would spoil the calibration error of all.
+        confidence = odds.gather(1, first[:, None]).squeeze(1).masked_fill(hits.broken, 0.0)
+        first = first.masked_fill(hits.broken, NO_ANSWER)
+        self.parts.append((first.int(), hits.first, hits.in_top5, confidence))
+        sound = ~hits.broken & torch.isfinite(baseline).all(dim=1)
+        self.distance.add(baseline[sound], logits[sound])
+        self.broken += int(hits.broken.sum())
 
     def done(self) -> Answers:
         first, right, top5, confidence = (
             torch.cat(column).numpy() for column in zip(*self.parts, strict=True)
         )
-        return Answers(first, right, top5, confidence, self.distance)
+        return Answers(first, right, top5, confidence, self.distance, self.broken)
 
 
 @torch.inference_mode()
@@ -93,8 +102,11 @@ def collect_answers(
         progress(len(batch.labels))
     if not labels:
         raise DataError("there was no image to evaluate.", "check the source and its val split")
-    return Collected(
-        torch.cat(labels).numpy(),
-        torch.cat(indices).numpy(),
-        {name: one.done() for name, one in growing.items()},
-    )
+    found = {name: one.done() for name, one in growing.items()}
+    for name, one in found.items():
+        if one.broken == len(one.right):
+            raise EvaluationError(
+                f"{name} answers NaN or infinity to all {one.broken:,} images.",
+                "leave it out by --targets, and check the run that made it",
+            )
+    return Collected(torch.cat(labels).numpy(), torch.cat(indices).numpy(), found)

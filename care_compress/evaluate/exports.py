@@ -11,6 +11,8 @@ from care_compress.evaluate.agreement import Agreement
 from care_compress.run import fingerprint, sha256_file
 from care_compress.target import Target
 
+NOT_ASKED = "only OpenVINO on a CPU says which products it runs in integers"
+
 
 @dataclass(frozen=True)
 class File:
@@ -64,6 +66,7 @@ class Exported:
                 "planned": self.planned_macs,
                 "executed": self.executed_macs,
                 "share": self.share,
+                **({"not_measured": NOT_ASKED} if self.executed_macs is None else {}),
             },
             "answers_as_float": self.answers_as_float,
             "engines": {name: _in_short(about) for name, about in self.engines.items()},
@@ -79,7 +82,7 @@ class Exported:
             ties = file.agreement.ties
             tied = f" + {ties} tie{'s' if ties > 1 else ''}" if ties else ""
             same = f"{file.agreement.percent:.1f} %{tied}"
-            near = "exact" if file.agreement.exact else f"{file.agreement.sqnr_db:.1f} dB"
+            near = str(file.agreement)
             size = _megabytes(size_of(file.path))
             rows.append((self.target.name, file.path.name, size, reader, same, near, share))
         for name, about in self.engines.items():

@@ -1,6 +1,5 @@
 """``care-compress layers FILE``: where one file spends its time, in which precision."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from care_compress.errors import TargetError
+from care_compress.figures import json_text
 from care_compress.run import write_text
 from care_compress.runtime.layer_times import GROUPS, Profile
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
@@ -45,7 +45,7 @@ def show_layers(
         console.print("precisions only: an engine's layers are timed on its own GPU, not here")
     if json_file is not None:
         value = {"file": str(path), "floats_in": precision, **profile.as_json()}
-        write_text(json_file, json.dumps(value, indent=1) + "\n")
+        write_text(json_file, json_text(value, indent=1))
     return profile
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from torch import Tensor
 
 from care_compress.data.loader import BadImages, Batch, prepared_batches
+from care_compress.data.overlap import Contents
 from care_compress.data.samples import Samples
-from care_compress.evaluate.accuracy import Accuracy
+from care_compress.evaluate.accuracy import NOTHING, Accuracy, hits_of
 from care_compress.evaluate.significance import NORMAL_95
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar
@@ -93,9 +94,12 @@ def measure_pair(
     bad: BadImages,
     console: Console,
     device: torch.device,
+    contents: Contents | None = None,
 ) -> Paired:
-    """Both models on these images, decoded once."""
-    batches = prepared_batches(samples, data, batch_size, bad=bad, indices=indices, device=device)
+    """Both models on these images, decoded once; `contents` takes digests of them."""
+    batches = prepared_batches(
+        samples, data, batch_size, bad=bad, indices=indices, device=device, contents=contents
+    )
     with (
         contextlib.closing(batches),
         progress_bar(console, "evaluating", len(indices)) as advance,
@@ -111,28 +115,20 @@ def count_pairs(
     progress: Callable[[int], None] = lambda images: None,
 ) -> Paired:
     """Run both over all prepared batches and count."""
-    images = lost = gained = agreeing = 0
-    right, in_top5 = [0, 0], [0, 0]
+    lost = gained = agreeing = 0
+    scores = [NOTHING, NOTHING]
     distance = Distance()
     for batch in batches:
-        before, after = baseline(batch.images).cpu(), candidate(batch.images).cpu()
-        hits = []
-        for which, logits in enumerate((before, after)):
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
-            hits.append(ranked[:, 0])
-            right[which] += int(ranked[:, 0].sum())
-            in_top5[which] += int(ranked.sum())
-        images += len(batch.labels)
-        lost += int((hits[0] & ~hits[1]).sum())
-        gained += int((~hits[0] & hits[1]).sum())
+        logits = [model(batch.images).cpu() for model in (baseline, candidate)]
+        hits = [hits_of(one, batch.labels) for one in logits]
+        for which, (first, in_top5, broken) in enumerate(hits):
+            scores[which] += Accuracy(len(first), *(int(n.sum()) for n in (first, in_top5, broken)))
+        lost += int((hits[0].first & ~hits[1].first).sum())
+        gained += int((~hits[0].first & hits[1].first).sum())
+        # What is no number agrees with nothing, and has no distance.
+        sound = ~(hits[0].broken | hits[1].broken)
+        before, after = (one[sound] for one in logits)
         agreeing += int((before.argmax(dim=1) == after.argmax(dim=1)).sum())
         distance.add(before, after)
         progress(len(batch.labels))
-    return Paired(
-        Accuracy(images, right[0], in_top5[0]),
-        Accuracy(images, right[1], in_top5[1]),
-        lost,
-        gained,
-        agreeing,
-        distance,
-    )
+    return Paired(scores[0], scores[1], lost, gained, agreeing, distance)

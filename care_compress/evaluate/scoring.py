@@ -5,7 +5,6 @@ Images stream, so memory does not grow with them. Under torchrun each process ta
 """
 
 import contextlib
-import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,15 @@ from care_compress.data.sources import check_classes, open_samples
 from care_compress.evaluate.accuracy import (
     NOTHING,
     Accuracy,
+    answers_finding,
     count_batch,
     own_share,
     spread_indices,
 )
 from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.resuming import Progress, ProgressFile
+from care_compress.figures import json_text
+from care_compress.findings import show_findings
 from care_compress.predictor import Predictor
 from care_compress.progress import progress_bar
 from care_compress.run import fingerprint, write_text
@@ -75,11 +77,12 @@ def measure_artifact(
                 "images": accuracy.images,
                 "top1": accuracy.top1,
                 "top5": accuracy.top5,
+                "not_finite": accuracy.broken,
                 "skipped_images": skipped,
                 "data": data.model_dump(mode="json"),
                 "samples": samples.fingerprint(),
             }
-            write_text(json_file, json.dumps(result, indent=2) + "\n")
+            write_text(json_file, json_text(result))
         world.wait()  # the states are of use until the result is written
         state.remove()
     return accuracy
@@ -155,6 +158,7 @@ def _batches(predict: Predictor, job: _Job, start: Progress) -> Iterator[Progres
 def _show(accuracy: Accuracy, skipped: Mapping[str, str], console: Console) -> None:
     for name, reason in skipped.items():
         console.print(f"skipped {name}: {reason}", markup=False)
+    show_findings([answers_finding({"the model": accuracy})], console)
     console.print(
         f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  on {accuracy.images:,} images"
     )

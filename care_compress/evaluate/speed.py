@@ -4,7 +4,6 @@ Images are noise: how long a network takes does not depend on what it sees. Two 
 by ``care-compress compare``, which lets them take turns; figures of two calls are not comparable.
 """
 
-import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,6 +18,7 @@ from care_compress import machine
 from care_compress.errors import TargetError
 from care_compress.evaluate.exports import digest_of, size_of
 from care_compress.evaluate.latency import NOISY, Latency, LatencyPlan, measure_latency
+from care_compress.figures import json_text
 from care_compress.progress import step_line
 from care_compress.quantize.artifact import quantized_header
 from care_compress.run import write_text
@@ -118,7 +118,7 @@ def measure_speed(artifact: str, options: SpeedOptions, console: Console) -> dic
     if path.suffix == ".safetensors" and quantized_header(path) is not None:
         console.print("this file simulates integers in float; time its exported files instead")
     if options.json_file is not None:
-        write_text(options.json_file, json.dumps(value, indent=2) + "\n")
+        write_text(options.json_file, json_text(value))
     return value
 
 

@@ -1,6 +1,5 @@
 """What a board measured, taken home: checked against the run, then kept in the run's directory."""
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from care_compress.errors import CareError
+from care_compress.figures import json_text
 from care_compress.files import read_json
 from care_compress.run import write_text
 
@@ -130,7 +130,7 @@ def import_results(file: Path, run_dir: Path) -> dict[str, Any]:
     mode = re.sub(r"[^a-z0-9]+", "-", (modes[0] or "").lower()).strip("-") if modes else ""
     name = ".".join(part for part in (results.target, board, mode) if part)
     path = run_dir / "measured" / f"{name}.json"
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
     return value
 
 

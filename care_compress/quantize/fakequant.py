@@ -102,6 +102,25 @@ class IntQuantizer(TensorQuantizer):
         """Fold what was learned into scale and zero point."""
         self.set_qparams(*self.calculate_qparams())
 
+    def bounds(self, dims: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Smallest and largest value that the integers stand for, and half a step.
+
+        They broadcast along the axis of a tensor with so many dimensions. A value up to half a step
+        outside rounds to the end of the range; it is not cut off.
+        """
+        scale, zero_point = self.calculate_qparams()
+        if self.per_channel:
+            along = [1] * dims
+            along[self.ch_axis] = -1
+            scale, zero_point = scale.reshape(along), zero_point.reshape(along)
+        low, high = (scale * (end - zero_point) for end in (self.quant_min, self.quant_max))
+        return low, high, scale / 2
+
+    def cut(self, x: Tensor) -> int:
+        """How many of these values the range cuts off."""
+        low, high, half = self.bounds(x.dim())
+        return int(((x < low - half) | (x > high + half)).sum())
+
     def forward(self, x: Tensor) -> Tensor:
         """Observe, or simulate, or let pass."""
         if self.observer is not None:

@@ -27,6 +27,7 @@ from care_compress.quantize.equalize import (
     rescale,
     rotate,
 )
+from care_compress.quantize.health import Health
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.plan import ATTENTION_PRODUCTS, make_plan
 from care_compress.quantize.quiet import quiet
@@ -69,6 +70,7 @@ class Quantized:
 
     model: QuantizedCare
     tuning: Tuning
+    health: Health
 
 
 def planned(
@@ -96,7 +98,7 @@ def quantize_network(job: PtqJob, section: QuantizeSection) -> Quantized:
     alphas, covariances = _rescaled(network, plan, section, job.batches)
     job.notify("finding ranges")
     model = simulate(network, plan)
-    calibrate(model, job.batches(), section.calibrate.percentile, covariances)
+    health = calibrate(model, job.batches(), section.calibrate.percentile, covariances)
     reference = float_reference(model)
     biases, norms = section.bias_correction, section.norm_reestimation
     job.notify("correcting biases and norms")
@@ -109,7 +111,7 @@ def quantize_network(job: PtqJob, section: QuantizeSection) -> Quantized:
             model, reference, section.reconstruct, job.batches, job.seed, job.notify
         )
         correct(model, reference, images, biases=biases, norms=norms)
-    return Quantized(model, Tuning(alphas, rounded))
+    return Quantized(model, Tuning(alphas, rounded), health)
 
 
 def float_reference(model: QuantizedCare) -> QuantizedCare:

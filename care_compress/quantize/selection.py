@@ -44,6 +44,7 @@ class CalibrationSet:
     indices: tuple[int, ...]
     digests: tuple[str, ...]  # of their pixels
     method: str
+    stored: tuple[int, ...]  # digests of what they are stored as
 
     def batches(
         self, data: DataSection, batch_size: int, device: torch.device
@@ -57,23 +58,24 @@ class CalibrationSet:
                 yield batch.images
 
     def listing(self) -> dict[str, Any]:
-        """Name and sha256 (of the decoded RGB pixels) of every image."""
+        """Name, sha256 of the decoded RGB pixels, and a digest of the stored bytes of each."""
         return {
             "method": self.method,
             "classes": list(self.samples.classes),
             "images": [
-                {"name": self.samples.name(i), "sha256": digest}
-                for i, digest in zip(self.indices, self.digests, strict=True)
+                {"name": self.samples.name(i), "sha256": digest, "stored": f"{stored:016x}"}
+                for i, digest, stored in zip(self.indices, self.digests, self.stored, strict=True)
             ],
         }
 
 
-def pixel_digest(samples: Samples, index: int) -> str:
-    """The same for a folder, a zip and a parquet file of one image."""
-    image = samples.image(index).convert("RGB")
+def digests_of(samples: Samples, index: int) -> tuple[str, int]:
+    """Of the pixels, the same for a folder, a zip and a parquet file; and of the stored bytes."""
+    read, stored = samples.hashed(index)
+    image = read.convert("RGB")
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
     digest.update(image.tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest(), stored
 
 
 def select_images(
@@ -94,6 +96,7 @@ def select_images(
             listed,
             indices=tuple(listed.indices[i] for i in order),
             digests=tuple(listed.digests[i] for i in order),
+            stored=tuple(listed.stored[i] for i in order),
         )
     if len(samples) == 0:
         raise CalibrationError("the training split is empty.", "check data.source")
@@ -119,19 +122,20 @@ def _first_good(
     bad: BadImages,
 ) -> CalibrationSet:
     """The first `count` images in this order that can be decoded."""
-    chosen: dict[int, str] = {}
+    chosen: dict[int, tuple[str, int]] = {}
     for index in (int(i) for i in order):
         if len(chosen) == count:
             break
         try:
-            chosen[index] = pixel_digest(samples, index)
+            chosen[index] = digests_of(samples, index)
         except BadImageError as error:
             if not skip_bad:
                 raise
             bad.reasons[samples.name(index)] = error.message
     if not chosen:
         raise CalibrationError("no training image can be decoded.", "check data.source")
-    return CalibrationSet(samples, tuple(chosen), tuple(chosen.values()), method)
+    pixels, stored = zip(*chosen.values(), strict=True)
+    return CalibrationSet(samples, tuple(chosen), pixels, method, stored)
 
 
 def deep_features(network: CompactCare, samples: Samples, data: DataSection) -> Features:
@@ -211,18 +215,20 @@ def read_list(path: Path, samples: Samples) -> CalibrationSet:
         raise CalibrationError(f"{path} lists no image.", fix)
     names = {name for name, _ in wanted}
     places = {name: i for i in range(len(samples)) if (name := samples.name(i)) in names}
+    stored = []
     for name, digest in wanted:
         if name not in places:
             raise CalibrationError(
                 f"{path} lists {name}, which the training split does not have.",
                 "use the data.source the list was made from, or make a new list",
             )
-        if pixel_digest(samples, places[name]) != digest:
+        pixels, bytes_of_it = digests_of(samples, places[name])
+        stored.append(bytes_of_it)
+        if pixels != digest:
             raise CalibrationError(
                 f"{name} is not the image that {path} lists (its pixels differ).",
                 "restore the image, or make a new list",
             )
     indices = tuple(places[name] for name, _ in wanted)
-    return CalibrationSet(
-        samples, indices, tuple(digest for _, digest in wanted), f"list {path.name}"
-    )
+    digests = tuple(digest for _, digest in wanted)
+    return CalibrationSet(samples, indices, digests, f"list {path.name}", tuple(stored))

@@ -5,7 +5,6 @@ two disagree, errors add up or cancel. Every finished site is written at once, s
 measurement goes on where it stopped, and nothing is measured twice for the same content.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from care_compress.figures import json_text
 from care_compress.files import read_json
 from care_compress.quantize.distance import Distance
 from care_compress.quantize.placement import QuantizedCare
@@ -87,7 +87,7 @@ def measure_sensitivity(
                 found[name] = asdict(effect(logits_of(model, images), float_logits, labels))
             done[site] = found
             content = {"key": key, "images": len(labels), "sites": done}
-            write_text(cache, json.dumps(content, indent=1) + "\n")
+            write_text(cache, json_text(content, indent=1))
         progress(1)
     model.enable(True)
     return hardest_first(done)

@@ -58,7 +58,8 @@ def measure_answers(before: Predictor, after: Predictor, images: Images) -> dict
     counts, classes = _Counts(), images.samples.classes
     for batch in images.batches():
         inputs = images.inputs(batch.images)
-        odds = [predict(inputs).cpu().softmax(dim=1) for predict in (before, after)]
+        # A model that answers NaN is sure of nothing; JSON has no other number for it.
+        odds = [predict(inputs).cpu().softmax(dim=1).nan_to_num(0.0) for predict in (before, after)]
         _count(counts, batch, odds, images.samples)
     ranked = sorted(counts.changes.items(), key=lambda item: (-item[1], item[0]))
     return {

@@ -4,7 +4,6 @@ Written to ``evidence.json`` in the run directory. A second report of the same m
 another model, other images or another checkpoint make it anew.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import CareError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.exports import digest_of
+from care_compress.figures import json_text
 from care_compress.files import read_json
 from care_compress.finished import read_run
 from care_compress.model.checkpoint import load_checkpoint
@@ -91,7 +91,7 @@ def gather(run_dir: Path, results: dict[str, Any], console: Console) -> dict[str
     except (CareError, OSError) as error:
         reason = error.message if isinstance(error, CareError) else str(error.strerror)
         return {"missing": _all_missing(f"It could not be measured: {reason}")}
-    write_text(run_dir / "evidence.json", json.dumps(found, indent=1) + "\n")
+    write_text(run_dir / "evidence.json", json_text(found, indent=1))
     return found
 
 

@@ -16,7 +16,6 @@ from care_compress.quantize.placement import QuantizedCare
 BINS = 32
 HARDEST = 6
 BATCH = 8  # every layer's output of a batch is held, twice
-ANY_SHAPE = torch.Size((1, 1, 1, 1))
 
 
 @dataclass
@@ -83,27 +82,12 @@ class _Histogram:
     clipped: int = 0
     values: int = 0
 
-    def chosen(self, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        """Smallest and largest value that the integers stand for, and half a step, along its axis.
-
-        A value up to half a step outside rounds to the end of the range; it is not cut.
-        """
-        quantizer = self.source.quantizer
-        scale, zero_point = quantizer.calculate_qparams()
-        if quantizer.per_channel:
-            along = [1] * len(shape)
-            along[quantizer.ch_axis] = -1
-            scale, zero_point = scale.reshape(along), zero_point.reshape(along)
-        low = scale * (quantizer.quant_min - zero_point)
-        return low, scale * (quantizer.quant_max - zero_point), scale / 2
-
     def bounds(self) -> tuple[float, float]:
-        low, high, _ = self.chosen(ANY_SHAPE)
+        low, high, _ = self.source.quantizer.bounds(4)
         return min(self.source.low, float(low.min())), max(self.source.high, float(high.max()))
 
     def count(self, before: Tensor, after: Tensor) -> None:
-        low, high, half = self.chosen(before.shape)
-        self.clipped += int(((before < low - half) | (before > high + half)).sum())
+        self.clipped += self.source.quantizer.cut(before)
         self.values += before.numel()
         least, most = self.bounds()
         for counts, values in ((self.before, before), (self.after, after)):
@@ -111,7 +95,7 @@ class _Histogram:
 
     def as_json(self) -> dict[str, Any]:
         quantizer = self.source.quantizer
-        low, high, half = self.chosen(ANY_SHAPE)
+        low, high, half = quantizer.bounds(4)
         least, most = self.bounds()
         return {
             "site": quantizer.site,

@@ -100,7 +100,9 @@ def exports(sources: Sources) -> Section:
 def _files(export: Json) -> list[tuple[Cell, ...]]:
     rows: list[tuple[Cell, ...]] = []
     for model in export.get("models", {}).values():
-        exact = Cell("exact", 1e9) if model["sqnr_db"] is None else number(model["sqnr_db"], 1)
+        near = Cell("exact", 1e9) if model["sqnr_db"] is None else number(model["sqnr_db"], 1)
+        if reason := model.get("not_measured", {}).get("sqnr_db"):
+            near = Cell(f"not measured: {reason}", -1e9)
         rows.append(
             (
                 Cell(export["target"]),
@@ -108,7 +110,7 @@ def _files(export: Json) -> list[tuple[Cell, ...]]:
                 megabytes(model["size_bytes"]),
                 number(model["agreement"], 1),
                 number(model["ties"], 0),
-                exact,
+                near,
                 Cell("✓ agrees" if model["holds"] else "✗ differs"),
             )
         )

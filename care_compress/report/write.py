@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from care_compress.finished import as_written
-from care_compress.report import cost, inside, ladder, record, scores, speed, verdict
+from care_compress.report import cost, inside, ladder, notes, record, scores, speed, verdict
 from care_compress.report.document import as_markdown
 from care_compress.report.evidence import gather
 from care_compress.report.page import as_html
@@ -19,6 +19,7 @@ from care_compress.run import write_text
 
 SECTIONS = (
     verdict.verdict,
+    notes.checks,
     scores.accuracy,
     speed.latency,
     cost.size,

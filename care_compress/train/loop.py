@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from care_compress.data.loader import Batch
-from care_compress.errors import TrainingError
+from care_compress.errors import DataError, TrainingError
 from care_compress.sections import TrainSection
 from care_compress.train.averaging import averaged
 from care_compress.train.display import Silent, TrainingDisplay
@@ -257,9 +257,14 @@ def _validate(trainee: Trainee, course: Course, world: World, display: Silent) -
     images, correct = course.validate(trainee.result)
     counts = torch.tensor([images, correct], dtype=torch.float64, device=world.device)
     images, correct = (int(count) for count in world.total(counts))
+    if not images:  # every process sees it, so all of them end here
+        raise DataError(
+            "no validation image can be decoded, so there is nothing to judge the training by.",
+            "check the val split of data.source",
+        )
     entry = {
         "epoch": trainee.progress.step / course.steps_per_epoch,
-        "top1": 100 * correct / max(1, images),
+        "top1": 100 * correct / images,
         "loss": trainee.progress.recent_loss,
     }
     trainee.progress.history.append(entry)

@@ -1,0 +1,164 @@
+"""How much disk a run will take, told before it begins: from parameter counts and sections alone.
+
+The constants are measured (LOG.md): what a file holds beside its weights grows with the number of
+sites. A full disk is found after hours otherwise, in the middle of a training.
+"""
+
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from care_compress.errors import RunError
+from care_compress.model.compact import CompactCare
+from care_compress.quantize.spec import Plan
+from care_compress.recipe import Recipe
+from care_compress.sections import TrainSection
+from care_compress.target import Target
+
+# Bytes for each site: of a quantized model, a graph, OpenVINO's text.
+MODEL_SITE, GRAPH_SITE, TEXT_SITE = 2_900, 2_700, 6_500
+# An engine's own code, and what it makes of each parameter.
+ENGINE_BYTES, ENGINE_PARAMETER = 7_000_000, 2.7
+STATES = 2  # of a training: the newest and the one before it
+ADAM = 2  # moments of every weight
+RECORDS = 200_000  # recipe, manifest, results, histories
+IMAGE_RECORD = 180  # of the calibration list
+SAMPLES = 64  # images that travel to a device
+STEP = 250  # of the training curves
+SPARE = 0.1  # of the estimate, which must be free beyond it
+WEIGHT, HALF = 4, 2
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes that a run leaves, by folder, and that it needs on the way."""
+
+    folders: dict[str, int]
+    temporary: int  # at once, in the system's folder for temporary files
+
+    @property
+    def total(self) -> int:
+        """What the run directory will take."""
+        return sum(self.folders.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_megabytes(n)}" for name, n in self.folders.items() if n)
+        return (
+            f"about {_megabytes(self.total)} in the run directory ({parts}), and "
+            f"{_megabytes(self.temporary)} in {tempfile.gettempdir()} for a while"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """In bytes."""
+        return {**self.folders, "total": self.total, "temporary": self.temporary}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What decides the size of a network's files."""
+
+    parameters: int
+    sites: int
+    classes: int
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> "Size":
+        """Of a network that is quantized; what has no site, its norms, hardly counts."""
+        sites = [decision.site for decision in plan.decisions]
+        heads = [s.parameters // (s.channels + 1) for s in sites if s.role == "head"]
+        return cls(sum(site.parameters for site in sites), len(sites), max(heads))
+
+    @classmethod
+    def of_network(cls, network: CompactCare) -> "Size":
+        """Of any other."""
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        leaves = sum(not any(module.children()) for module in network.modules())
+        return cls(parameters, leaves, network.num_classes)
+
+
+def needed_space(recipe: Recipe, size: Size, plan: Plan | None, targets: Sequence[Target]) -> Space:
+    """The space for a run of `recipe`, whose network is so large, with exports to these targets."""
+    parameters, sites, classes = size.parameters, size.sites, size.classes
+    section, floats = recipe.quantize, WEIGHT * parameters
+    model = floats + (MODEL_SITE * sites if section else 0)
+    weights = floats if section is None else _integer_bytes(parameters, plan)
+    folders = {"float": 0, "ptq": 0, "qat": 0, "exports": 0, "records": RECORDS}
+    if recipe.train is not None:
+        folders["float"] = floats + _states(recipe.train, floats)
+    if section is not None:
+        ours = section.backend == "torchao"
+        kept = model if ours else weights + TEXT_SITE * sites
+        folders["ptq"] = kept
+        folders["records"] += IMAGE_RECORD * section.calibrate.images
+        if section.qat is not None:
+            folders["qat"] = kept + _states(section.qat, model)
+    graph, text = weights + GRAPH_SITE * sites, weights + TEXT_SITE * sites
+    for target in targets:
+        file = text if target.runtime == "openvino" else graph
+        if target.is_engine:
+            file += HALF * parameters + GRAPH_SITE * sites + 2 * SAMPLES * classes * WEIGHT
+        if target.builds_without_device:
+            file += 2 * (ENGINE_BYTES + int(ENGINE_PARAMETER * parameters) + GRAPH_SITE * sites)
+        folders["exports"] += file
+    if any(target.is_engine for target in targets):
+        folders["exports"] += SAMPLES * (3 * recipe.data.resolution**2 + 8)
+    return Space(folders, graph + text if targets or section else 0)
+
+
+def _integer_bytes(parameters: int, plan: Plan | None) -> int:
+    """Weights of an exported file; what a search will choose takes no more than eight bits."""
+    if plan is None:
+        return parameters
+    weighted = [decision for decision in plan.decisions if decision.weight is not None]
+    known = sum(decision.site.parameters for decision in weighted)
+    # Runtimes keep four bits in bytes of eight, unless their file packs them.
+    sizes = (d.site.parameters * max(8, d.weight.width if d.weight else 8) // 8 for d in weighted)
+    return sum(sizes) + WEIGHT * max(0, parameters - known)
+
+
+def _states(section: TrainSection, model: int) -> int:
+    """The states of a training, and its curves where their length is known."""
+    copies = 1 + ADAM + (section.ema_decay is not None)
+    return STATES * copies * model + STEP * (section.max_steps or 0)
+
+
+def check_space(space: Space, run: Path) -> None:
+    """Refuse to begin what cannot end; what an earlier run left there is written over."""
+    held = sum(_size(path) for name in space.folders for path in (run / name).rglob("*"))
+    wanted: dict[int, tuple[Path, int]] = {}
+    for path, size in ((run, space.total - held), (Path(tempfile.gettempdir()), space.temporary)):
+        there = _existing(path)
+        device = os.stat(there).st_dev
+        wanted[device] = (there, wanted.get(device, (there, 0))[1] + size)
+    for there, size in wanted.values():
+        free = shutil.disk_usage(there).free
+        if size * (1 + SPARE) > free:
+            raise RunError(
+                f"the run needs {space}; {there} has {_megabytes(free)} free.",
+                "make room there, choose another place (--runs, TMPDIR), or name fewer "
+                "export.targets",
+            )
+
+
+def _size(path: Path) -> int:
+    """Of a file; another process may be at work there, and what is gone takes nothing."""
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return 0
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    whole = path.absolute()
+    return next(place for place in (whole, *whole.parents) if place.exists())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
