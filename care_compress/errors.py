@@ -53,6 +53,10 @@ class RunError(CareError):
     """A run directory that cannot be used: locked, not writable, or somebody else's."""
 
 
+class DamagedRunError(RunError):
+    """A file of a run that is not what was written: cut short, flipped bits, or edited."""
+
+
 class TargetError(CareError):
     """A runtime that is not installed here or cannot do what was asked."""
 

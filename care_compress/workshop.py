@@ -27,6 +27,7 @@ from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.train.distributed import World
 from care_compress.train.loop import Validate
 from care_compress.train.network import Training
+from care_compress.train.state import STATE_FILE, drop_damaged
 
 
 @dataclass
@@ -39,23 +40,37 @@ class Workshop:
     console: Console
     bad: BadImages = field(default_factory=BadImages)
     seconds: dict[str, float] = field(default_factory=dict)
+    repair: bool = False  # make again what was damaged on the disk
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time one stage."""
         began = time.monotonic()
         yield
-        spent = self.seconds.get(name, 0.0) + time.monotonic() - began
-        self.seconds[name] = round(spent, 2)
+        self.spend(name, time.monotonic() - began)
+
+    def spend(self, name: str, seconds: float) -> None:
+        """Add to the time of a stage."""
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 2)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within the block, times and images left out are counted from nothing."""
+        seconds, reasons = self.seconds, self.bad.reasons
+        self.seconds, self.bad.reasons = {}, {}
+        try:
+            yield
+        finally:
+            self.seconds, self.bad.reasons = seconds, reasons
 
 
 @contextlib.contextmanager
-def opened(run: Run, recipe: Recipe, world: World) -> Iterator[Run]:
+def opened(run: Run, recipe: Recipe, world: World, repair: bool = False) -> Iterator[Run]:
     """Only the main process holds and writes the run directory."""
     if not world.is_main:
         yield run
         return
-    with run.open(recipe, machine.describe()):
+    with run.open(recipe, machine.describe(), repair):
         yield run
 
 
@@ -82,11 +97,10 @@ def scored(shop: Workshop, model: nn.Module, validation: Samples) -> Accuracy:
     chosen = spread_indices(len(validation), evaluate.images)
     with shop.stage("evaluate"):
         mine = measured(shop, model, validation, own_share(chosen, evaluate.batch_size, world))
-        _share_bad(shop)
         return sum(world.gathered(mine), NOTHING)
 
 
-def _share_bad(shop: Workshop) -> None:
+def share_bad(shop: Workshop) -> None:
     """Every process knows all images that were left out; the main one reports them."""
     for reasons in shop.world.gathered(shop.bad.reasons):
         shop.bad.reasons.update(reasons)
@@ -106,6 +120,9 @@ def validating(shop: Workshop, validation: Samples) -> Validate:
 
 def training_in(shop: Workshop, samples: Samples, validation: Samples, folder: str) -> Training:
     """What a training of this run works with; its state goes to `folder` of the run."""
+    if shop.repair and shop.world.is_main:
+        drop_damaged(shop.run.path / folder / STATE_FILE)
+    shop.world.wait()
     return Training(
         recipe=shop.recipe,
         samples=samples,
@@ -143,6 +160,5 @@ def compared(
             console=shop.console,
             device=device,
         )
-        _share_bad(shop)
         first, *others = world.gathered(mine)
         return sum(others, first)

@@ -5,7 +5,6 @@ are. Its result is a file of integers and scales that OpenVINO runs, no simulati
 """
 
 import copy
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from care_compress.quantize.calibrate import Batches
 from care_compress.quantize.equalize import norms_to_affine
 from care_compress.quantize.openvino_library import load_nncf, load_openvino, signal_stack_kept
 from care_compress.quantize.quiet import silent
-from care_compress.run import atomic_file
+from care_compress.run import atomic_file, temporary_folder
 from care_compress.sections import DataSection
 
 # Bounds of the search for layers to keep in float; beyond them a model is not worth quantizing.
@@ -154,8 +153,8 @@ def save_openvino(model: Any, path: Path, half: bool = False) -> None:
     OpenVINO's default would round what stayed in float to float16; here only `half` does.
     """
     openvino = load_openvino()
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / path.name
+    with temporary_folder(path) as folder:
+        made = folder / path.name
         openvino.save_model(model, made, compress_to_fp16=half)
         for suffix in (".bin", ".xml"):
             with atomic_file(path.with_suffix(suffix)) as temporary:
