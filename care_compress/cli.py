@@ -17,6 +17,7 @@ from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
 from care_compress.measuring_verbs import app as measuring
 from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, recipe_files
+from care_compress.stopping import full_disks_named, stops_in_order
 from care_compress.verb_options import (
     ArchName,
     Checkpoint,
@@ -78,8 +79,11 @@ def quantize(
     set_: Override = None,
     name: RunName = None,
     runs: Runs = Path("runs"),
+    repair: Annotated[
+        bool, typer.Option("--repair", help="make again what was damaged since it was written")
+    ] = False,
 ) -> None:
-    """Run a recipe from its float model to results."""
+    """Run a recipe from its float model to results; what is there and still holds is kept."""
     chosen = _chosen(
         recipe,
         set_,
@@ -95,7 +99,7 @@ def quantize(
 
     from care_compress.pipeline import run_recipe
 
-    run_recipe(chosen, runs, run, Console())
+    run_recipe(chosen, runs, run, Console(), repair)
 
 
 @app.command()
@@ -274,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = wanted != given
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        app(wanted)
+        with stops_in_order(errors), full_disks_named():
+            app(wanted)
     except (CareError, DeployError) as error:
         if debug:
             raise
