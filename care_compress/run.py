@@ -249,7 +249,7 @@ class Run:
         try:
             yield notes
         finally:
-            self._notes.remove(notes)
+            self._notes.pop()
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """What an earlier process recorded of a stage that came to its end."""

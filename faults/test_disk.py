@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import Product, flip_bit, kill_at_border, small_recipe, truncate
+from faulty import Product, assert_same, flip_bit, kill_at_border, small_recipe, truncate
 
 MB = 2**20
 
@@ -71,7 +71,7 @@ def test_a_full_disk_is_named_and_with_room_the_run_goes_on(
     one_line(product.start(), "cannot write", "No space left on device")
     assert not list(small_disk.rglob(".*.tmp"))
     remount(small_disk, "size=200m")
-    assert product.finish() == undisturbed
+    assert_same(product.finish(), undisturbed)
 
 
 def _limit(size: int) -> None:
@@ -85,7 +85,7 @@ def test_a_file_that_cannot_grow_is_named_and_the_run_goes_on(
     process = product.start(functools.partial(_limit, kilobytes * 1024))
     one_line(process, "cannot write", "Fix: make room")
     assert not list(product.runs.rglob(".*.tmp"))
-    assert product.finish() == undisturbed
+    assert_same(product.finish(), undisturbed)
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -99,7 +99,7 @@ def test_a_read_only_disk_is_named(
     remount(small_disk, "ro")
     one_line(product.start(), "Read-only file system")
     remount(small_disk, "rw")
-    assert product.finish() == undisturbed
+    assert_same(product.finish(), undisturbed)
 
 
 def test_a_folder_without_write_permission_is_named(product: Product) -> None:
@@ -140,8 +140,8 @@ def test_a_damaged_file_is_named_and_made_again_only_when_asked(
     damaged = (product.run / name).read_bytes()
     one_line(product.start(), name, "--repair")
     assert (product.run / name).read_bytes() == damaged, "nothing is done to it unasked"
-    assert product.finish("--repair") == undisturbed
-    assert product.finish() == undisturbed
+    assert_same(product.finish("--repair"), undisturbed)
+    assert_same(product.finish(), undisturbed)
 
 
 @pytest.mark.parametrize("damage", [flip_bit, truncate])
@@ -153,4 +153,4 @@ def test_a_damaged_training_state_is_named_and_the_one_before_it_taken(
     state = product.run / {"train": "float", "qat": "qat"}[stage] / "train_state.pt"
     damage(state)
     one_line(product.start(), "train_state.pt", "--repair")
-    assert product.finish("--repair") == undisturbed
+    assert_same(product.finish("--repair"), undisturbed)

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from faulty import LONGEST, Product, kill_at_border, kill_at_write
+from faulty import LONGEST, Product, assert_same, kill_at_border, kill_at_write
 
 MOMENTS = 30
 STAGES = [
@@ -32,7 +32,7 @@ def test_the_stages_are_all_that_there_are(product: Product) -> None:
 def test_sigkill_at_random_moments(product: Product, undisturbed: dict[str, Any]) -> None:
     """Killed, started again, killed ... until the run is through; then another one begins."""
     began = time.monotonic()
-    assert product.finish() == undisturbed
+    assert_same(product.finish(), undisturbed)
     longest = (time.monotonic() - began) / 2
     rng, kills, at = random.Random(0), 0, []
     shutil.rmtree(product.run)
@@ -40,7 +40,7 @@ def test_sigkill_at_random_moments(product: Product, undisturbed: dict[str, Any]
         process = product.start()
         if process.ends_within(rng.random() * longest):
             assert process.wait() == 0, process.said
-            assert product.left() == undisturbed
+            assert_same(product.left(), undisturbed)
             shutil.rmtree(product.run)
             continue
         process.signal(signal.SIGKILL)
@@ -52,7 +52,7 @@ def test_sigkill_at_random_moments(product: Product, undisturbed: dict[str, Any]
             assert leftover.name.startswith("pymp-"), leftover
             shutil.rmtree(leftover)
         assert time.monotonic() - began < 3 * LONGEST
-    assert product.finish() == undisturbed
+    assert_same(product.finish(), undisturbed)
     print(f"stages done at each kill: {at}")
     assert len(set(at)) >= 5, "the kills were not spread over the pipeline"
 
@@ -65,7 +65,7 @@ def test_sigkill_at_the_border_of_every_stage(
         process = product.start(kill_at_border(stage, written))
         assert process.wait() == -signal.SIGKILL, process.said
         assert stages_done(product) == count + written
-    assert product.finish() == undisturbed
+    assert_same(product.finish(), undisturbed)
 
 
 def test_sigkill_while_a_file_is_put_into_its_place(
@@ -75,7 +75,7 @@ def test_sigkill_while_a_file_is_put_into_its_place(
     for _ in range(8):
         process = product.start(kill_at_write(rng.randint(1, 16)))
         assert process.wait() in (0, -signal.SIGKILL), process.said
-    assert product.finish() == undisturbed
+    assert_same(product.finish(), undisturbed)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -95,7 +95,7 @@ def test_stopped_in_order_and_going_on(
         assert not list(product.run.rglob(".*.tmp"))
         stops += 1
     assert stops, "it was never stopped, so the test proves nothing"
-    assert product.finish() == undisturbed
+    assert_same(product.finish(), undisturbed)
 
 
 def test_a_second_process_on_the_run_is_refused(product: Product) -> None:

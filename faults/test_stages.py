@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
-from faulty import Product, small_recipe
+from faulty import Product, assert_same, small_recipe
+from rich.console import Console
 
-from care_compress.recipe import Recipe
+from care_compress import exporting
+from care_compress.errors import ExportError
+from care_compress.pipeline import run_recipe
+from care_compress.recipe import Recipe, load_recipe
 
 EXPORTS = {"export onnxruntime-cpu", "export openvino-cpu"}
 AFTER_PTQ = {"ptq", "evaluate ptq", "qat", "evaluate qat", *EXPORTS}
@@ -70,9 +74,27 @@ def test_a_change_redoes_what_it_reaches_and_nothing_else(recipe: Path, tmp_path
     for overrides, stages in changes.items():
         assert redone(product, *overrides) == stages - _new(stages), overrides
         redone(product)
-        assert product.left() == left, f"back from {overrides}, the run is the one it was"
+        assert_same(product.left(), left)
 
 
 def _new(stages: set[str]) -> set[str]:
     """A target that the run never had is not made again."""
     return stages & {"export openvino-npu"}
+
+
+def test_an_export_that_failed_is_tried_again(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ExportError("nothing came out.")
+
+    chosen, quiet = (
+        load_recipe(str(recipe), ["export.targets=[onnxruntime-cpu]"]),
+        Console(quiet=True),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "write_onnx", broken)
+        with pytest.raises(ExportError, match="nothing came out"):
+            run_recipe(chosen, tmp_path, "run", quiet)
+    results = run_recipe(chosen, tmp_path, "run", quiet)
+    assert results["exports"]["onnxruntime-cpu"]["models"]["int8"]["holds"]
