@@ -22,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from care_compress.errors import DamagedRunError, RunError
+from care_compress.errors import DamagedRunError, RunError, Stopped
 from care_compress.recipe import Recipe
 
 REPAIR = "--repair (make quantize REPAIR=1) makes it again"
@@ -155,7 +155,11 @@ class Run:
         with self._locked():
             stages = self._earlier_stages(repair)
             self._write_anew(recipe, machine, stages)
-            yield self
+            try:
+                yield self
+            except Stopped as stopped:
+                stopped.hint = "the same command goes on"
+                raise
             self._manifest["finished"] = _now()
             self._write_manifest()
 

@@ -15,18 +15,10 @@ from types import FrameType
 
 from rich.console import Console
 
-from care_compress.errors import RunError
+from care_compress.errors import RunError, Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NO_MORE_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-
-
-class Stopped(BaseException):
-    """The process was told to stop. No `Exception`: nothing on the way out may take it for one."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 @contextlib.contextmanager
@@ -54,7 +46,8 @@ def stops_in_order(console: Console) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        console.print(f"stopped by {signal.Signals(stopped.signum).name}; the same command goes on")
+        hint = f"; {stopped.hint}" if stopped.hint else ""
+        console.print(f"stopped by {signal.Signals(stopped.signum).name}{hint}", highlight=False)
         sys.exit(128 + stopped.signum)
     finally:
         for one, handler in before.items():
