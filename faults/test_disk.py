@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 from faulty import Product, assert_same, flip_bit, kill_at_border, small_recipe, truncate
 
-MB = 2**20
-
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,12 +59,18 @@ def one_line(process: Any, *wanted: str) -> None:
         assert text in process.errors[0]
 
 
-# With 0.5 MB it fills in training, then in PTQ, QAT and the exports.
-@pytest.mark.parametrize("megabytes", [0.5, 8, 17, 19, 24, 31, 33])
+# Of what a run takes: it fills in training, then in PTQ, QAT and the exports.
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.45, 0.52, 0.7, 0.85, 0.95, 0.985])
 def test_a_full_disk_is_named_and_with_room_the_run_goes_on(
-    recipe: Path, small_disk: Path, tmp_path: Path, megabytes: float, undisturbed: dict[str, Any]
+    recipe: Path,
+    finished: Path,
+    small_disk: Path,
+    tmp_path: Path,
+    share: float,
+    undisturbed: dict[str, Any],
 ) -> None:
-    remount(small_disk, f"size={int(megabytes * MB)}")
+    whole = sum(file.stat().st_size for file in finished.rglob("*") if file.is_file())
+    remount(small_disk, f"size={int(share * whole)}")
     product = Product(recipe, small_disk / "runs", aside=tmp_path / "aside")
     one_line(product.start(), "cannot write", "No space left on device")
     assert not list(small_disk.rglob(".*.tmp"))
@@ -78,10 +82,22 @@ def _limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("kilobytes", [1, 100, 900, 1900, 6500])
+@pytest.mark.parametrize(
+    ("done", "kilobytes"),
+    [
+        ("", 1),  # the recipe
+        ("", 100),  # the state of the training
+        ("train", 1000),  # PTQ's model
+        ("ptq", 3000),  # the state of QAT
+        ("evaluate qat", 400),  # an ONNX file
+        ("export onnxruntime-cpu", 400),  # OpenVINO's weights
+    ],
+)
 def test_a_file_that_cannot_grow_is_named_and_the_run_goes_on(
-    product: Product, undisturbed: dict[str, Any], kilobytes: int
+    product: Product, undisturbed: dict[str, Any], done: str, kilobytes: int
 ) -> None:
+    if done:
+        assert product.start(kill_at_border(done, True)).wait() == -signal.SIGKILL
     process = product.start(functools.partial(_limit, kilobytes * 1024))
     one_line(process, "cannot write", "Fix: make room")
     assert not list(product.runs.rglob(".*.tmp"))

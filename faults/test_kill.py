@@ -47,10 +47,6 @@ def test_sigkill_at_random_moments(product: Product, undisturbed: dict[str, Any]
         assert process.wait() == -signal.SIGKILL
         kills += 1
         at.append(stages_done(product))
-        for leftover in product.temporary.iterdir():
-            # Sockets of torch's loader, which only the killed process could have removed.
-            assert leftover.name.startswith("pymp-"), leftover
-            shutil.rmtree(leftover)
         assert time.monotonic() - began < 3 * LONGEST
     assert_same(product.finish(), undisturbed)
     print(f"stages done at each kill: {at}")
