@@ -72,7 +72,7 @@ def test_a_full_disk_is_named_and_with_room_the_run_goes_on(
     whole = sum(file.stat().st_size for file in finished.rglob("*") if file.is_file())
     remount(small_disk, f"size={int(share * whole)}")
     product = Product(recipe, small_disk / "runs", aside=tmp_path / "aside")
-    one_line(product.start(), "cannot write", "No space left on device")
+    one_line(product.start(), "cannot write", "Fix: make room")
     assert not list(small_disk.rglob(".*.tmp"))
     remount(small_disk, "size=200m")
     assert_same(product.finish(), undisturbed)

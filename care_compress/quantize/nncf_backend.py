@@ -16,11 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from care_compress.data.transforms import normalize
+from care_compress.errors import RunError
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import NncfSection
 from care_compress.quantize.calibrate import Batches
 from care_compress.quantize.equalize import norms_to_affine
-from care_compress.quantize.openvino_library import load_nncf, load_openvino, signal_stack_kept
+from care_compress.quantize.openvino_library import (
+    load_nncf,
+    load_openvino,
+    openvino_core,
+    signal_stack_kept,
+)
 from care_compress.quantize.quiet import silent
 from care_compress.run import atomic_file, temporary_folder
 from care_compress.sections import DataSection
@@ -155,10 +161,17 @@ def save_openvino(model: Any, path: Path, half: bool = False) -> None:
     openvino = load_openvino()
     with temporary_folder(path) as folder:
         made = folder / path.name
-        openvino.save_model(model, made, compress_to_fp16=half)
+        try:
+            openvino.save_model(model, made, compress_to_fp16=half)
+            # It does not notice a full disk; what it can read back is whole.
+            openvino_core().read_model(made)
+        except RuntimeError as error:
+            raise RunError(
+                f"cannot write {path}: OpenVINO could not save all of it.", "make room there"
+            ) from error
         for suffix in (".bin", ".xml"):
             with atomic_file(path.with_suffix(suffix)) as temporary:
-                temporary.write_bytes(made.with_suffix(suffix).read_bytes())
+                made.with_suffix(suffix).replace(temporary)
 
 
 def _controlled(
