@@ -13,7 +13,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["care_compress.pipeline", "faulty"])
 
 
+def end_server() -> None:
+    """End what processes are forked from, which lives as long as the tests otherwise.
+
+    As Python's own tests do, because other tests count the children of this process.
+    """
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+
+
 @dataclass
 class Product:
     """One command, started as often as it takes."""
@@ -44,21 +54,25 @@ class Product:
     options: tuple[str, ...] = ()
     aside: Path | None = None
     started: int = 0
+    short: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="faulty-")
+    )
 
     @property
     def run(self) -> Path:
         return self.runs / "run"
 
     @property
-    def scratch(self) -> Path:
-        """Beside the runs, and never on their disk: what is said, and temporary files."""
-        folder = self.aside or self.runs.with_name(f"{self.runs.name}-aside")
-        (folder / "tmp").mkdir(parents=True, exist_ok=True)
-        return folder
+    def temporary(self) -> Path:
+        """Sockets are made there, whose names are short."""
+        return Path(self.short.name)
 
     @property
-    def temporary(self) -> Path:
-        return self.scratch / "tmp"
+    def scratch(self) -> Path:
+        """Beside the runs, and never on their disk: what is said."""
+        folder = self.aside or self.runs.with_name(f"{self.runs.name}-aside")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def start(self, harm: Harm | None = None, *more: str) -> "Process":
         self.started += 1
@@ -96,8 +110,8 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Two of what `left` gives: the same files, bit for bit, and the same numbers."""
     files = found["files"], expected["files"]
     different = [name for name in files[0] | files[1] if files[0].get(name) != files[1].get(name)]
-    assert not different
-    assert found["results"] == expected["results"]
+    assert not different, f"these files differ: {different}"
+    assert found["results"] == expected["results"], "the numbers differ"
 
 
 def _is_scratch(path: Path) -> bool:

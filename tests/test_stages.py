@@ -7,11 +7,12 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import Product, assert_same, flip_bit, kill_at_border, small_recipe
+from faulty import Product, assert_same, end_server, flip_bit, kill_at_border, small_recipe
 from rich.console import Console
 
 from care_compress.errors import DamagedRunError, RunError
@@ -57,6 +58,12 @@ def changed_parts(path: Path, override: str) -> set[str]:
     after = load_recipe(str(path), [f"{key}={value}"], extra)
     parts = [recipe_parts(recipe) for recipe in (before, after)]
     return {stage for stage in EVERY if parts[0][stage] != parts[1][stage]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server_that_ends() -> Iterator[None]:
+    yield
+    end_server()
 
 
 @pytest.fixture(scope="module")
