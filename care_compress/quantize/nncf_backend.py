@@ -116,7 +116,9 @@ def quantize_openvino(
 
 def prepared(network: CompactCare) -> CompactCare:
     """A copy on the CPU without BatchNorms: training would go on moving their statistics."""
-    network = copy.deepcopy(network).cpu()
+    # In one layout, whoever ran it before: another one's sums round otherwise.
+    layout = torch.contiguous_format
+    network = copy.deepcopy(network).cpu().to(memory_format=layout)  # type: ignore[call-overload]
     norms_to_affine(network)
     return network
 
