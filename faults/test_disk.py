@@ -128,7 +128,6 @@ def test_a_folder_without_write_permission_is_named(product: Product) -> None:
 
 
 ARTIFACTS = [
-    "manifest.json",
     "float/model.safetensors",
     "calibration.json",
     "ptq/model.safetensors",
