@@ -24,7 +24,7 @@ define READY
 endef
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize compare reference report bundle engine doctor test check audit recipes bench bench-data bench-train bench-quantize bench-evaluate ablate clean
+.PHONY: help setup quantize compare reference report bundle engine doctor test faults check audit recipes bench bench-data bench-train bench-quantize bench-evaluate ablate clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -32,10 +32,10 @@ help: ## list the verbs
 
 setup: $(VENV)/.user ## create .venv and install care-compress
 
-quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES= CROP= RUN= SET="a.b=1"]
+quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES= CROP= RUN= SET="a.b=1" REPAIR=1]
 	@$(BIN)/care-compress quantize '$(RECIPE)' $(if $(CKPT),--ckpt '$(CKPT)') $(if $(ARCH),--arch '$(ARCH)') \
 		$(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)') $(if $(CROP),--crop '$(CROP)') \
-		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)')
+		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)') $(if $(REPAIR),--repair)
 
 compare: $(VENV)/.user ## models side by side on every target: MODELS="fp32 int8"
 	@$(BIN)/python eval/compare.py $(MODELS)
@@ -59,6 +59,9 @@ doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 
 test: $(VENV)/.dev ## the test suite (under 15 minutes on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: $(VENV)/.dev ## kill it, fill its disk, damage its files, feed it rubbish (under 20 minutes on two cores)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal faults
 
 check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipe validation
 	@$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
 from care_compress.measuring_verbs import app as measuring
 from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, recipe_files
+from care_compress.stopping import full_disks_named, stops_in_order
 from care_compress.terminal import Terminal, one_line, shortened
 from care_compress.verb_options import (
     ArchName,
@@ -84,8 +85,11 @@ def quantize(
     set_: Override = None,
     name: RunName = None,
     runs: Runs = Path("runs"),
+    repair: Annotated[
+        bool, typer.Option("--repair", help="make again what was damaged since it was written")
+    ] = False,
 ) -> None:
-    """Run a recipe from its float model to results."""
+    """Run a recipe from its float model to results; what is there and still holds is kept."""
     chosen = _chosen(
         recipe,
         set_,
@@ -101,7 +105,7 @@ def quantize(
 
     from care_compress.pipeline import run_recipe
 
-    run_recipe(chosen, runs, run, Terminal())
+    run_recipe(chosen, runs, run, Terminal(), repair)
 
 
 @app.command()
@@ -280,8 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = wanted != given
     errors = Terminal(stderr=True, soft_wrap=True)
     try:
-        # Alone on the line it prints its help, with --debug its own traceback is no use to anyone.
-        code = app(wanted, standalone_mode=not wanted)
+        with stops_in_order(errors), full_disks_named():
+            # Alone on the line it prints its help, with --debug its own traceback is no use.
+            code = app(wanted, standalone_mode=not wanted)
     except (CareError, DeployError, UsageError) as error:
         if debug and not isinstance(error, UsageError):
             raise

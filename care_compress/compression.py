@@ -9,6 +9,7 @@ from rich.markup import escape
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.evaluate.accuracy import spread_indices
+from care_compress.evaluate.exports import digest_of, model_files
 from care_compress.evaluate.images import pixel_batches
 from care_compress.evaluate.paired import Paired
 from care_compress.evaluate.plots import plot_trials
@@ -36,15 +37,17 @@ from care_compress.quantize.selection import (
     select_images,
 )
 from care_compress.quantize.spec import Plan
-from care_compress.run import sha256_file
+from care_compress.run import sha256_file, state_digest
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.opening import open_predictor
+from care_compress.stages import EVERYTHING, Json, once, recipe_parts, versions
 from care_compress.train.distributed import World
 from care_compress.train.state import Progress
 from care_compress.workshop import Workshop, compared, training_in
 
 # How each backend keeps its models.
 MODEL_FILES = {"torchao": "model.safetensors", "nncf": "model.xml"}
+CALIBRATION_FILE = "calibration.json"
 UNITS = {"bit_operations": "bit operations of one image", "energy": "energy of one image (mJ)"}
 
 
@@ -66,13 +69,42 @@ def quantized(shop: Workshop, compact: CompactCare, validation: Samples) -> Cand
     if world.is_main:
         compact.to(world.device)
         chosen = calibration_images(shop, compact)
-        with shop.stage("ptq"):
-            quantize = _ptq_by_nncf if section.backend == "nncf" else _ptq_by_torchao
-            quantize(shop, compact, chosen, validation, path)
-        shop.run.record_output(path)
+        made_from = {
+            **recipe_parts(shop.recipe)["ptq"],
+            **_given(shop, compact),
+            "calibration images": chosen.listing(),
+            "validation images": validation.content_digest() if section.searches else None,
+        }
+        once(shop, "ptq", made_from, lambda: _ptq(shop, compact, chosen, validation, path))
         compact.cpu()
     world.wait()
     return _candidate(shop, "ptq", path, compact, validation)
+
+
+def _given(shop: Workshop, compact: CompactCare) -> dict[str, object]:
+    """What every stage of quantization is made from beside its part of the recipe."""
+    section = shop.recipe.quantize
+    assert section is not None
+    given: dict[str, object] = {"float model": state_digest(compact.state_dict())}
+    if section.backend == "nncf":
+        given["packages"] = versions(EVERYTHING)
+    return given
+
+
+def _ptq(
+    shop: Workshop, compact: CompactCare, chosen: CalibrationSet, validation: Samples, path: Path
+) -> None:
+    section = shop.recipe.quantize
+    assert section is not None
+    with shop.stage("ptq"):
+        quantize = _ptq_by_nncf if section.backend == "nncf" else _ptq_by_torchao
+        quantize(shop, compact, chosen, validation, path)
+    _record_model(shop, path)
+
+
+def _record_model(shop: Workshop, path: Path) -> None:
+    for part in model_files(path):
+        shop.run.record_output(part)
 
 
 def _ptq_by_torchao(
@@ -195,19 +227,45 @@ def _candidate(
     """What was written, read again and measured beside the float model."""
     section, device = shop.recipe.quantize, shop.world.device
     assert section is not None
-    if section.backend == "nncf":
-        model = open_predictor(str(path), device)
-        return Candidate(name, path, compared(shop, compact, model, validation), None)
-    simulated = load_quantized(path)
-    predict = TorchPredictor(simulated, simulated.num_classes, device)
-    return Candidate(name, path, compared(shop, compact, predict, validation), simulated.plan)
+    simulated = None if section.backend == "nncf" else load_quantized(path)
+
+    def measure() -> Json:
+        if simulated is None:
+            predict = open_predictor(str(path), device)
+        else:
+            predict = TorchPredictor(simulated, simulated.num_classes, device)
+        return compared(shop, compact, predict, validation).as_record()
+
+    made_from = {
+        **recipe_parts(shop.recipe)["evaluate"],
+        **_given(shop, compact),
+        "model": digest_of(path),
+        "validation images": validation.content_digest(),
+    }
+    counted = once(shop, f"evaluate {name}", made_from, measure, together=True)
+    plan = None if simulated is None else simulated.plan
+    return Candidate(name, path, Paired.of_record(counted), plan)
 
 
 def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:
-    """Choose them, and write the list into the run."""
+    """Choose them, and write the list into the run; read from there, whoever wrote it."""
     recipe, section = shop.recipe, shop.recipe.quantize
     assert section is not None
     samples = open_samples(recipe.data, "train")
+    given = section.calibrate.list
+    made_from = {
+        **recipe_parts(recipe)["calibration"],
+        **_given(shop, compact),
+        "training images": samples.content_digest(),
+        "list": given and sha256_file(Path(given)),
+    }
+    once(shop, "calibration", made_from, lambda: _choose_images(shop, compact, samples))
+    return read_list(shop.run.path / CALIBRATION_FILE, samples)
+
+
+def _choose_images(shop: Workshop, compact: CompactCare, samples: Samples) -> None:
+    recipe, section = shop.recipe, shop.recipe.quantize
+    assert section is not None
     with shop.stage("select"):
         features = deep_features(compact, samples, recipe.data)
         chosen = select_images(
@@ -218,7 +276,7 @@ def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:
             recipe.data.skip_bad_images,
             shop.bad,
         )
-        path = shop.run.write_json("calibration.json", chosen.listing())
+        path = shop.run.write_json(CALIBRATION_FILE, chosen.listing())
     shop.run.record_input(
         "calibration",
         {"list": path.name, "sha256": sha256_file(path), "images": len(chosen.indices)},
@@ -226,7 +284,6 @@ def calibration_images(shop: Workshop, compact: CompactCare) -> CalibrationSet:
     shop.console.print(
         f"calibrating on {len(chosen.indices)} training images ({escape(chosen.method)})"
     )
-    return chosen
 
 
 def trained_quantized(
@@ -236,22 +293,38 @@ def trained_quantized(
     section = shop.recipe.quantize
     assert section is not None
     path = shop.run.path / "qat" / MODEL_FILES[section.backend]
-    with shop.stage("qat"):
-        train = _qat_by_nncf if section.backend == "nncf" else _qat_by_torchao
-        progress = train(shop, start, compact, validation, path)
-    if shop.world.is_main:
-        shop.run.record_output(path)
-        shop.run.write_json("qat/history.json", {"validations": progress.history})
+    samples = open_samples(shop.recipe.data, "train")
+
+    def train() -> None:
+        with shop.stage("qat"):
+            by_backend = _qat_by_nncf if section.backend == "nncf" else _qat_by_torchao
+            progress = by_backend(shop, start, compact, samples, validation, path)
+        if shop.world.is_main:
+            _record_model(shop, path)
+            shop.run.write_json("qat/history.json", {"validations": progress.history})
+
+    made_from = {
+        **recipe_parts(shop.recipe)["qat"],
+        **_given(shop, compact),
+        "ptq": digest_of(start.path),
+        "training images": samples.content_digest(),
+    }
+    once(shop, "qat", made_from, train, together=True)
     shop.world.wait()
     return _candidate(shop, "qat", path, compact, validation)
 
 
 def _qat_by_torchao(
-    shop: Workshop, start: Candidate, compact: CompactCare, validation: Samples, path: Path
+    shop: Workshop,
+    start: Candidate,
+    compact: CompactCare,
+    samples: Samples,
+    validation: Samples,
+    path: Path,
 ) -> Progress:
     recipe, section = shop.recipe, shop.recipe.quantize
     assert section is not None and section.qat is not None
-    training = training_in(shop, open_samples(recipe.data, "train"), validation, "qat")
+    training = training_in(shop, samples, validation, "qat")
     start_model = load_quantized(start.path)
     model, progress = train_quantized(start_model, compact, section.qat, training)
     if shop.world.is_main:
@@ -264,13 +337,17 @@ def _qat_by_torchao(
 
 
 def _qat_by_nncf(
-    shop: Workshop, start: Candidate, compact: CompactCare, validation: Samples, path: Path
+    shop: Workshop,
+    start: Candidate,
+    compact: CompactCare,
+    samples: Samples,
+    validation: Samples,
+    path: Path,
 ) -> Progress:
     """From PTQ's calibration images, not its file: an OpenVINO model cannot be trained."""
     section = shop.recipe.quantize
     assert section is not None and section.qat is not None
-    samples = open_samples(shop.recipe.data, "train")
     training = training_in(shop, samples, validation, "qat")
-    calibration = _counted(shop, read_list(shop.run.path / "calibration.json", samples))
+    calibration = _counted(shop, read_list(shop.run.path / CALIBRATION_FILE, samples))
     nncf = section.nncf or NncfSection()
     return train_openvino(compact, section.qat, nncf, calibration, training, path)

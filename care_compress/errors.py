@@ -57,6 +57,19 @@ class RunError(CareError):
     """A run directory that cannot be used: locked, not writable, or somebody else's."""
 
 
+class DamagedRunError(RunError):
+    """A file of a run that is not what was written: cut short, flipped bits, or edited."""
+
+
+class Stopped(BaseException):
+    """The process was told to stop. No `Exception`: nothing on the way out may take it for one."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.hint = ""  # what was kept, by whoever kept it
+
+
 class TargetError(CareError):
     """A runtime that is not installed here or cannot do what was asked."""
 

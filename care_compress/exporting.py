@@ -5,23 +5,23 @@ images they were compared on to ``exports/samples/``, for the bundles that go to
 """
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
 
+from care_compress import machine
 from care_compress.data.samples import Samples
 from care_compress.errors import ExportError, RecipeError, TargetError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.agreement import compare_logits
 from care_compress.evaluate.divergence import first_divergence
-from care_compress.evaluate.exports import Exported, File, digest_of, export_table
+from care_compress.evaluate.exports import Exported, File, digest_of, export_table, in_short
 from care_compress.evaluate.images import hold_images
 from care_compress.export.about import About, Preprocessing
 from care_compress.export.to_engine import build_ahead
@@ -32,16 +32,25 @@ from care_compress.model.compact import CompactCare
 from care_compress.predictor import Predictor
 from care_compress.progress import step_line
 from care_compress.recipe import Recipe
-from care_compress.run import atomic_file, fingerprint, sha256_file, state_digest
+from care_compress.run import (
+    Run,
+    atomic_file,
+    fingerprint,
+    sha256_file,
+    state_digest,
+    temporary_folder,
+)
 from care_compress.runtime.executed import executed_layers, integer_macs, quantized_macs
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
+from care_compress.stages import EVERYTHING, once, recipe_parts, versions
 from care_compress.target import Target, all_targets, load_target
 from care_compress.terminal import Terminal
 from care_compress.variants import Reference, Variant, Variants
 from care_compress.workshop import Workshop
 
 SAMPLES = 64  # images that travel to a device
+SAMPLES_FOLDER = "samples"
 BASELINE = "fp16"  # what INT8 has to beat on a GPU
 LEAST_SHARE = 0.95  # of the planned integer MACs, below which a user should know
 WIDTH = 112  # of the table: names must be whole even where a terminal is narrow
@@ -51,23 +60,38 @@ def exported(
     shop: Workshop, model: Care, compact: CompactCare, kept: Path | None, validation: Samples
 ) -> list[Exported]:
     """Export the kept model, or the float one, to every target that can execute it."""
+    recipe = shop.recipe
     done: list[Exported] = []
-    targets = chosen_targets(shop.recipe)
+    targets = chosen_targets(recipe)
     if shop.world.is_main:
-        # Files of an earlier model would pass for this one's.
-        shutil.rmtree(shop.run.path / "exports", ignore_errors=True)
+        _drop_others(shop.run, targets)
     if shop.world.is_main and targets:
-        with shop.stage("export"), step_line(shop.console) as notify:
-            images = hold_images(validation, shop.recipe.data, shop.recipe.export.images, shop.bad)
-            variants = Variants(shop.recipe, model, compact, kept, images)
-            export = Exporter(shop, variants, about_export(variants, validation), notify)
+        variants = Variants(
+            recipe,
+            model,
+            compact,
+            kept,
+            lambda: hold_images(validation, recipe.data, recipe.export.images, shop.bad),
+        )
+        images = validation.content_digest(), recipe.export.images
+        with step_line(shop.console) as notify:
+            export = Exporter(shop, variants, about_export(variants, validation), images, notify)
             for target in targets:
                 notify(f"exporting to {target.name}")
                 done.append(export.to(target))
             export.keep_samples(done)
-        _show(shop.console, done, len(images.labels))
+        _show(shop.console, done)
     shop.world.wait()
     return done
+
+
+def _drop_others(run: Run, targets: tuple[Target, ...]) -> None:
+    """Files of an earlier model, for targets that are not asked for now, would pass for its own."""
+    root = run.path / "exports"
+    wanted = {SAMPLES_FOLDER, *(target.name for target in targets)}
+    for folder in root.iterdir() if root.is_dir() else ():
+        if folder.name not in wanted or not targets:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def chosen_targets(recipe: Recipe) -> tuple[Target, ...]:
@@ -85,9 +109,10 @@ def about_export(variants: Variants, validation: Samples) -> About:
     return About(recipe.name, fingerprint(content), tuple(validation.classes), prepared)
 
 
-def _show(console: Console, done: list[Exported], images: int) -> None:
+def _show(console: Console, done: list[Exported]) -> None:
     rows = [row for one in done for row in one.rows()]
     if rows:
+        images = max(file.agreement.images for one in done for file in one.files.values())
         wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
         wide.print(export_table(rows, images))
     alike: dict[str, list[str]] = {}
@@ -161,12 +186,42 @@ class Exporter:
     shop: Workshop
     variants: Variants
     about: About
+    checked_on: object  # what tells the images that files are compared on from others
     notify: Callable[[str], None]
     compared: dict[str, File] = field(default_factory=dict)  # by digest
-    expected: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def to(self, target: Target) -> Exported:
-        """Export to one target; skipped, with the reason, where that is impossible."""
+        """Export to one target, or take over what is there; why not, where that is impossible."""
+        try:
+            record = once(
+                self.shop,
+                f"export {target.name}",
+                {**self._made_from, "target": target.model_dump(mode="json")},
+                lambda: self._anew(target).as_record(),
+            )
+        except ExportError as error:
+            return Exported(target, failed=str(error))
+        return Exported.of_record(target, self._folder(target), record)
+
+    @cached_property
+    def _made_from(self) -> dict[str, object]:
+        variants = self.variants
+        return {
+            **recipe_parts(variants.recipe)["export"],
+            "about": asdict(self.about),
+            "float model": state_digest(variants.model.state_dict()),
+            "model": variants.kept and digest_of(variants.kept),
+            "validation images": self.checked_on,
+            "packages": versions(EVERYTHING),
+            "processor": machine.read_machine().cpu.name,  # which decides what runs in integers
+        }
+
+    def _anew(self, target: Target) -> Exported:
+        shutil.rmtree(self._folder(target), ignore_errors=True)
+        with self.shop.stage("export"):
+            return self._write(target)
+
+    def _write(self, target: Target) -> Exported:
         done = Exported(target)
         try:
             if self.variants.kept is not None and self.variants.saved is None:
@@ -179,8 +234,6 @@ class Exporter:
                 self._tensorrt_to(done)
         except (RecipeError, TargetError) as error:
             done = Exported(target, skipped=str(error))
-        except ExportError as error:
-            done = Exported(target, failed=str(error))
         path = self._folder(target) / "export.json"
         if done.files:
             said = {**done.as_json(), **asdict(self.about), "batch": self.shop.recipe.export.batch}
@@ -192,8 +245,12 @@ class Exporter:
         """What the exported model is called."""
         return self.shop.recipe.precision
 
+    @property
+    def _root(self) -> Path:
+        return self.shop.run.path / "exports"
+
     def _folder(self, target: Target) -> Path:
-        return self.shop.run.path / "exports" / target.name
+        return self._root / target.name
 
     def _onnx_to(self, done: Exported, name: str, variant: Variant) -> None:
         """An ONNX file, compared through ONNX Runtime."""
@@ -204,8 +261,8 @@ class Exporter:
     def _openvino_to(self, done: Exported) -> None:
         variant = self.variants.of(done.target)
         path = self._folder(done.target) / f"{self.precision}.xml"
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "model.onnx"
+        with temporary_folder(path) as folder:
+            source = folder / "model.onnx"
             write_onnx(variant.graph, self.about, source, variant.quantized)
             write_ir(source, self.about, path, half=done.target.float_type == "fp16")
         self._compare_openvino(done, path, variant)
@@ -223,7 +280,7 @@ class Exporter:
         try:
             for name, file in done.files.items():
                 about = build_ahead(file.path, name, self.notify)
-                done.engines[name] = about
+                done.engines[name] = in_short(about)
                 for suffix in (".engine", ".engine.json"):
                     self.shop.run.record_output(file.path.with_suffix(suffix))
         except TargetError as error:
@@ -276,21 +333,25 @@ class Exporter:
         if name == self.precision:
             plain = self.variants.plain.logits
             done.answers_as_float = compare_logits(plain, reference.logits).percent
-        self.expected[done.target.name, name] = reference.logits
+        if done.target.is_engine:
+            answers = reference.logits[self._samples].float().numpy()
+            self._save(path.with_name(f"expected_{name}.npy"), answers)
+
+    @property
+    def _samples(self) -> list[int]:
+        return spread_indices(len(self.variants.images.labels), SAMPLES)
 
     def keep_samples(self, done: list[Exported]) -> None:
-        """Some of the images, with labels and what each engine should answer."""
-        engines = [one for one in done if one.target.is_engine and one.files]
-        if not engines:
-            return
-        root, images = self.shop.run.path / "exports" / "samples", self.variants.images
-        chosen = spread_indices(len(images.labels), SAMPLES)
-        self._save(root / "pixels.npy", images.pixels_BCHW[chosen].contiguous().numpy())
-        self._save(root / "labels.npy", images.labels[chosen].numpy())
-        for one in engines:
-            for name in one.files:
-                logits = self.expected[one.target.name, name][chosen].float().numpy()
-                self._save(self._folder(one.target) / f"expected_{name}.npy", logits)
+        """Some of the images with their labels, if there is an engine that should answer them."""
+        if any(one.target.is_engine and one.files for one in done):
+            once(self.shop, "export samples", self._made_from, self._save_samples)
+        else:
+            shutil.rmtree(self._root / SAMPLES_FOLDER, ignore_errors=True)
+
+    def _save_samples(self) -> None:
+        folder, images, chosen = self._root / SAMPLES_FOLDER, self.variants.images, self._samples
+        self._save(folder / "pixels.npy", images.pixels_BCHW[chosen].contiguous().numpy())
+        self._save(folder / "labels.npy", images.labels[chosen].numpy())
 
     def _save(self, path: Path, value: NDArray[Any]) -> None:
         with atomic_file(path) as temporary, temporary.open("wb") as file:

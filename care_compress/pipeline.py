@@ -37,19 +37,26 @@ from care_compress.quantize.ptq import planned
 from care_compress.quantize.selection import read_list
 from care_compress.quantize.spec import Plan
 from care_compress.recipe import Recipe
-from care_compress.run import Run, sha256_file
+from care_compress.run import Run, sha256_file, state_digest
 from care_compress.runtime.opening import artifact_path, open_predictor
 from care_compress.runtime.probe import probe
 from care_compress.space import Size, Space, check_space, needed_space
+from care_compress.stages import once, recipe_parts
 from care_compress.target import Target, load_target
 from care_compress.train.distributed import World, join_world
-from care_compress.train.network import check_batch_size, train_network
+from care_compress.train.network import check_batch_size, train_network, training_fingerprint
 from care_compress.variants import export_rules
 from care_compress.workshop import Workshop, opened, scored, training_in
 
 
-def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[str, Any]:
-    """Run every stage of a recipe; the results, as they stand in ``results.json``."""
+def run_recipe(
+    recipe: Recipe, runs: Path, name: str, console: Console, repair: bool = False
+) -> dict[str, Any]:
+    """Run every stage of a recipe; the results, as they stand in ``results.json``.
+
+    Stages that an earlier run of this name left are taken over where nothing they came from has
+    changed (`care_compress.stages`); `repair` makes those again whose files were damaged.
+    """
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world())
         console = console if world.is_main else Console(quiet=True)
@@ -57,14 +64,14 @@ def run_recipe(recipe: Recipe, runs: Path, name: str, console: Console) -> dict[
         plan = check_recipe(recipe, world)
         targets = check_exportable(recipe, console)
         check_space(space_of(recipe, plan, targets), runs / name)
-        run = stack.enter_context(opened(Run(runs, name), recipe, world))
-        shop = Workshop(recipe, run, world, console)
+        run = stack.enter_context(opened(Run(runs, name), recipe, world, repair))
+        shop = Workshop(recipe, run, world, console, repair=repair)
         shop.console.print(f"[bold]{escape(recipe.name)}[/]: {escape(recipe.claim)}")
-        validation = open_samples(recipe.data, "val")
+        validation = validation_images(shop)
         model = float_model(shop, validation)
         compact, steps = rewritten(shop, model)
         if recipe.quantize is None:
-            accuracy = scored(shop, compact, validation)
+            accuracy = float_accuracy(shop, compact, validation)
             done = exported(shop, model, compact, None, validation)
             results = report_float(shop, validation, steps, accuracy, done)
             check_exports(done)
@@ -171,6 +178,14 @@ def own_section(recipe: Recipe) -> QuantizeSection:
     return recipe.quantize
 
 
+def validation_images(shop: Workshop) -> Samples:
+    """The images that everything is measured on."""
+    validation = open_samples(shop.recipe.data, "val")
+    if shop.world.is_main:
+        shop.run.record_input("validation_images", validation.fingerprint())
+    return validation
+
+
 def float_model(shop: Workshop, validation: Samples) -> Care:
     """Load the recipe's checkpoint, or train when it has a train section."""
     recipe, run = shop.recipe, shop.run
@@ -192,7 +207,7 @@ def float_model(shop: Workshop, validation: Samples) -> Care:
 
 def trained(shop: Workshop, validation: Samples) -> Care:
     """Train, or resume training, and keep the weights in ``float/model.safetensors``."""
-    recipe, run, world = shop.recipe, shop.run, shop.world
+    recipe = shop.recipe
     assert recipe.train is not None
     samples = open_samples(recipe.data, "train")
     if samples.classes != validation.classes:
@@ -201,7 +216,20 @@ def trained(shop: Workshop, validation: Samples) -> Care:
             "they must be the same.",
             "add the missing class folders, or list all classes in data.classes",
         )
+    made_from = {
+        **recipe_parts(recipe)["train"],
+        "images, checkpoint, teacher": training_fingerprint(recipe, samples),
+    }
+    path = shop.run.path / "float" / "model.safetensors"
+    once(shop, "train", made_from, lambda: train(shop, samples, validation, path), together=True)
+    shop.world.wait()
+    return load_checkpoint(path)
 
+
+def train(shop: Workshop, samples: Samples, validation: Samples, path: Path) -> None:
+    """Train to the end, from where an interrupted training stopped."""
+    recipe, run, world = shop.recipe, shop.run, shop.world
+    assert recipe.train is not None
     distill = recipe.train.distill
     teacher = None
     if distill is not None:
@@ -212,7 +240,6 @@ def trained(shop: Workshop, validation: Samples) -> Care:
         model, progress = train_network(training, teacher)
     if world.is_main:
         run.record_input("training_images", samples.fingerprint())
-        path = run.path / "float" / "model.safetensors"
         top1 = f"{progress.history[-1]['top1']:.2f}"
         made_by = f"make quantize RECIPE={recipe.name}"
         save_checkpoint(
@@ -221,7 +248,6 @@ def trained(shop: Workshop, validation: Samples) -> Care:
         run.record_output(path)
         run.write_json("float/history.json", {"validations": progress.history})
         shop.console.print(f"trained {model.arch}: {escape(str(path))}", soft_wrap=True)
-    return model
 
 
 def rewritten(shop: Workshop, model: Care) -> tuple[CompactCare, list[RewriteStep]]:
@@ -230,6 +256,23 @@ def rewritten(shop: Workshop, model: Care) -> tuple[CompactCare, list[RewriteSte
         compact, steps = rewrite_in_steps(model, shop.recipe.rewrite, shop.recipe.data.resolution)
     shop.console.print(rewrite_table(steps))
     return compact, steps
+
+
+def float_accuracy(shop: Workshop, compact: CompactCare, validation: Samples) -> Accuracy:
+    """Accuracy of a recipe that quantizes nothing."""
+    made_from = {
+        **recipe_parts(shop.recipe)["evaluate"],
+        "float model": state_digest(compact.state_dict()),
+        "validation images": validation.content_digest(),
+    }
+    counted = once(
+        shop,
+        "evaluate",
+        made_from,
+        lambda: asdict(scored(shop, compact, validation)),
+        together=True,
+    )
+    return Accuracy(**counted)
 
 
 def report_float(

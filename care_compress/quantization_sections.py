@@ -181,6 +181,12 @@ class QuantizeSection(Section):
     search: SearchSection | None = None
     nncf: NncfSection | None = None
 
+    @property
+    def searches(self) -> bool:
+        """Whether validation images have a say in what is quantized."""
+        controlled = self.nncf is not None and self.nncf.accuracy_control
+        return self.search is not None or controlled
+
     @model_validator(mode="after")
     def _backend_fits(self) -> "QuantizeSection":
         if self.backend == "nncf":

@@ -69,9 +69,7 @@ class Recipe(Section):
     def _precision_fits(self) -> "Recipe":
         if (self.precision == "fp32") != (self.quantize is None):
             raise ValueError("a quantize section goes with a precision other than fp32")
-        search = self.quantize and (
-            self.quantize.search or (self.quantize.nncf and self.quantize.nncf.accuracy_control)
-        )
+        search = self.quantize is not None and self.quantize.searches
         if search and self.budget.max_top1_drop is None:
             raise ValueError("the search for bits needs budget.max_top1_drop")
         return self

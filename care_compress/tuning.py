@@ -6,7 +6,6 @@ the accuracy budget replaces the run's export. Results are kept for each process
 """
 
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from care_compress.finished import FinishedRun, find_run
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
 from care_compress.progress import step_line
-from care_compress.run import Run, fingerprint, write_text
+from care_compress.run import Run, fingerprint, temporary_folder, write_text
 from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.runners import open_runner
@@ -154,8 +153,9 @@ class _Bench:
     def export(self, run: Run, name: str, notify: Callable[[str], None]) -> Exported:
         """The run's model with one placement, into a run directory."""
         about = about_export(self.variants, self.validation)
-        shop = Workshop(self.shop.recipe, run, World(), self.shop.console)
-        done = Exporter(shop, self.variants, about, notify).to(self.placed(name))
+        shop = Workshop(self.shop.recipe, run, World(), Console(quiet=True), repair=True)
+        images = self.validation.content_digest(), len(self.images.labels)
+        done = Exporter(shop, self.variants, about, images, notify).to(self.placed(name))
         if done.skipped:
             raise ExportError(f"{self.target.name}: {done.skipped}")
         check_exports([done])
@@ -196,7 +196,7 @@ def _open_bench(
     validation = open_samples(recipe.data, "val")
     model = load_checkpoint(finished.checked_checkpoint(), recipe.model.arch)
     images = hold_images(validation, recipe.data, options.images, shop.bad)
-    variants = Variants(recipe, model, rewrite(model, recipe.rewrite), kept, images)
+    variants = Variants(recipe, model, rewrite(model, recipe.rewrite), kept, lambda: images)
     return _Bench(shop, target, variants, images, validation)
 
 
@@ -215,12 +215,12 @@ def _measured(bench: _Bench, options: TuneOptions) -> list[Tried]:
     """Export, score and time every placement."""
     names = (AS_SHIPPED, *bench.target.placements)
     precision = unasked_precision()
-    with tempfile.TemporaryDirectory() as folder, step_line(bench.shop.console) as notify:
+    with temporary_folder(bench.record) as folder, step_line(bench.shop.console) as notify:
         drops, runners = {}, {}
         example = next(bench.images.batches(1))
         for name in names:
             notify(f"exporting: {name}")
-            with Run(Path(folder), name).open(bench.shop.recipe, {}) as run:
+            with Run(folder, name).open(bench.shop.recipe, {}) as run:
                 done = bench.export(run, name, notify)
             path = done.files[bench.shop.recipe.precision].path
             drops[name] = _drop(bench, path, precision)

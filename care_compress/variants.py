@@ -5,6 +5,7 @@ its answers on the images that files are compared on.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -87,9 +88,14 @@ class Variants:
     model: Care
     compact: CompactCare
     kept: Path | None  # the quantized model; none for a float recipe
-    images: HeldImages
+    hold: Callable[[], HeldImages]  # the images that files are compared on
     made: dict[str, Variant] = field(default_factory=dict)
     graphs: dict[Form, ir.Model] = field(default_factory=dict)  # in float
+
+    @cached_property
+    def images(self) -> HeldImages:
+        """Decoded when the first file is compared; a run that has them all needs none."""
+        return self.hold()
 
     @cached_property
     def saved(self) -> Saved | None:

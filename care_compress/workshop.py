@@ -28,6 +28,7 @@ from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.train.distributed import World
 from care_compress.train.loop import Validate
 from care_compress.train.network import Training
+from care_compress.train.state import STATE_FILE, drop_damaged
 
 SEEN_FILE = "validation.digests"
 
@@ -43,23 +44,37 @@ class Workshop:
     bad: BadImages = field(default_factory=BadImages)
     seen: Contents = field(default_factory=Contents)  # of the validation images
     seconds: dict[str, float] = field(default_factory=dict)
+    repair: bool = False  # make again what was damaged on the disk
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time one stage."""
         began = time.monotonic()
         yield
-        spent = self.seconds.get(name, 0.0) + time.monotonic() - began
-        self.seconds[name] = round(spent, 2)
+        self.spend(name, time.monotonic() - began)
+
+    def spend(self, name: str, seconds: float) -> None:
+        """Add to the time of a stage."""
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 2)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within the block, times and images left out are counted from nothing."""
+        seconds, reasons = self.seconds, self.bad.reasons
+        self.seconds, self.bad.reasons = {}, {}
+        try:
+            yield
+        finally:
+            self.seconds, self.bad.reasons = seconds, reasons
 
 
 @contextlib.contextmanager
-def opened(run: Run, recipe: Recipe, world: World) -> Iterator[Run]:
+def opened(run: Run, recipe: Recipe, world: World, repair: bool = False) -> Iterator[Run]:
     """Only the main process holds and writes the run directory."""
     if not world.is_main:
         yield run
         return
-    with run.open(recipe, machine.describe()):
+    with run.open(recipe, machine.describe(), repair):
         yield run
 
 
@@ -92,19 +107,24 @@ def scored(shop: Workshop, model: nn.Module, validation: Samples) -> Accuracy:
     with shop.stage("evaluate"):
         share = own_share(chosen, evaluate.batch_size, world)
         mine = measured(shop, model, validation, share, shop.seen)
-        _share(shop, validation)
+        _keep_seen(shop, validation)
         return sum(world.gathered(mine), NOTHING)
 
 
-def _share(shop: Workshop, validation: Samples) -> None:
-    """Every process knows what all have seen and left out; the main one keeps it."""
+def share_bad(shop: Workshop) -> None:
+    """Every process knows all images that were left out; the main one reports them."""
     for reasons in shop.world.gathered(shop.bad.reasons):
         shop.bad.reasons.update(reasons)
+
+
+def _keep_seen(shop: Workshop, validation: Samples) -> None:
+    """Every process knows what all have seen; the main one keeps it, as a part of the scores."""
     shop.seen.take(shop.world.gathered(shop.seen))
     if shop.world.is_main and len(shop.seen):
         # With the images' own digest: a run that takes these scores over takes this over, too.
         text = f"{validation.content_digest()}\n{shop.seen.as_text()}\n"
         write_text(shop.run.path / SEEN_FILE, text)
+        shop.run.record_output(shop.run.path / SEEN_FILE)
 
 
 def seen_images(shop: Workshop, validation: Samples) -> Contents:
@@ -131,6 +151,9 @@ def validating(shop: Workshop, validation: Samples) -> Validate:
 
 def training_in(shop: Workshop, samples: Samples, validation: Samples, folder: str) -> Training:
     """What a training of this run works with; its state goes to `folder` of the run."""
+    if shop.repair and shop.world.is_main:
+        drop_damaged(shop.run.path / folder / STATE_FILE)
+    shop.world.wait()
     return Training(
         recipe=shop.recipe,
         samples=samples,
@@ -170,6 +193,6 @@ def compared(
             # The whole set is read at least once; what a search looks at is a part of it.
             contents=None if images or len(shop.seen) else shop.seen,
         )
-        _share(shop, validation)
+        _keep_seen(shop, validation)
         first, *others = world.gathered(mine)
         return sum(others, first)

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import signal
+import tempfile
 import time
 
 import numpy as np
@@ -178,6 +179,15 @@ def test_training_on_bad_images_alone():
 
 def children() -> int:
     return len(psutil.Process().children(recursive=True))
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_named_and_not_waited_for(monkeypatch, tmp_path):
+    deep = tmp_path / ("d" * 80)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(DataError, match="the path is too long.*TMPDIR"):
+        evaluate(Fake(), 1)
+    assert len(evaluate(Fake())[0]) == 7, "without processes there is no socket"
 
 
 def test_closing_ends_the_workers():

@@ -41,7 +41,8 @@ class FolderSamples(EncodedSamples):
         times = np.zeros(len(self), np.uint64)
         for index, name in enumerate(self.listing.names):
             with contextlib.suppress(OSError):
-                times[index] = os.stat(os.path.join(self._root, name)).st_mtime_ns
+                changed = os.stat(os.path.join(self._root, name)).st_mtime_ns
+                times[index] = changed % 2**64  # a clock may have stood before 1970
         return times
 
 

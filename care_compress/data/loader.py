@@ -6,10 +6,13 @@ where it stopped without loading what came before.
 """
 
 import contextlib
+import os
 import signal
+import tempfile
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +31,8 @@ from care_compress.machine import usable_cores
 from care_compress.sections import DataSection
 
 CPU = torch.device("cpu")
+# Of the temporary folder: a socket's whole name has room for 107 bytes, and Python adds 33.
+LONGEST_FOLDER = 74
 MAX_WORKERS = 8  # when data.workers is left out; more starve the process that feeds the network
 
 
@@ -165,10 +170,13 @@ def batches(
     contents: Contents | None = None,
 ) -> Generator[Batch]:
     """One batch for each list of (seed, epoch, index); closing the iterator ends the workers."""
+    workers = worker_count(samples, data)
+    if workers:
+        _check_sockets(Path(tempfile.gettempdir()))
     loader = DataLoader(
         _Decoding(samples, transform, data.skip_bad_images, contents is not None),
         batch_sampler=keys,
-        num_workers=worker_count(samples, data),
+        num_workers=workers,
         collate_fn=_as_is,
         # Without its own generator the loader would draw from, and so move, the global one.
         generator=torch.Generator(),
@@ -181,6 +189,15 @@ def batches(
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             # Not left to garbage collection: a traceback could keep the workers for long.
             iterator._shutdown_workers()
+
+
+def _check_sockets(folder: Path) -> None:
+    """A worker that cannot open its socket there says so to nobody, and is waited for for ever."""
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise DataError(
+            f"decoding processes cannot talk through {folder}: the path is too long.",
+            f"set TMPDIR to a folder of at most {LONGEST_FOLDER} letters, or data.workers to 0",
+        )
 
 
 def _receive(

@@ -4,13 +4,13 @@ The cache is $XDG_CACHE_HOME/care-compress (else ~/.cache/care-compress). A file
 .npy array followed by the SHA-256 of its pixels: one file, so that one rename publishes both.
 """
 
+import fcntl
 import hashlib
 import io
 import logging
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from care_compress.errors import DataError
+from care_compress.run import replacing
 
 Pixels = NDArray[np.uint8]
 Render = Callable[[range], Pixels]
@@ -98,31 +99,28 @@ def _write(path: Path, shape: tuple[int, ...], render: Render) -> None:
     Plain writes, not a writable map: on a full disk a map kills the process with SIGBUS.
     """
     print(f"drawing {shape[0]:,} images into {path} (once)", file=sys.stderr)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_header(shape))
-            digest = hashlib.sha256()
-            with closing(_chunks(shape[0], render)) as chunks:
-                for pixels in chunks:
-                    digest.update(pixels.data)
-                    file.write(pixels.data)
-            file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # tells `_sweep` that somebody is at work
+        file.write(_header(shape))
+        digest = hashlib.sha256()
+        with closing(_chunks(shape[0], render)) as chunks:
+            for pixels in chunks:
+                digest.update(pixels.data)
+                file.write(pixels.data)
+        file.write(digest.digest())
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left; a file younger than an hour may still be in the making."""
-    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
-        with suppress(FileNotFoundError):  # another process sweeps too
-            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+    """Remove what killed processes left: files of more than an hour that nobody holds.
+
+    Either way, because a clock may jump: a file can be older, or of a later hour, than it says.
+    """
+    for leftover in path.parent.glob(f"*{path.name}.*.tmp"):
+        # Another process sweeps too, or is at work on it.
+        with suppress(FileNotFoundError, BlockingIOError), leftover.open("rb") as file:
+            if abs(time.time() - leftover.stat().st_mtime) > LEFTOVER_SECONDS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()
 
 

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict
 from torch import Tensor
 
 from care_compress.quantize.distance import sqnr_db
@@ -24,6 +25,9 @@ NO_NUMBERS = "some logits are NaN or infinite"
 @dataclass(frozen=True)
 class Agreement:
     """How near one model's logits are to another's."""
+
+    # What is exact is infinitely near, and JSON has no number for that.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")
 
     images: int
     same: int  # answers

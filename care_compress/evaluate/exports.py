@@ -1,10 +1,11 @@
 """What an export left: files, how near each came to its model, and what a target cannot have."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.table import Table
 
 from care_compress.evaluate.agreement import Agreement
@@ -38,7 +39,9 @@ class Exported:
 
     target: Target
     files: dict[str, File] = field(default_factory=dict)  # by precision
-    engines: dict[str, dict[str, Any]] = field(default_factory=dict)  # built ahead of time
+    engines: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # in short, built ahead of time
     not_built: str = ""  # why there is none, of a target whose engines can be
     skipped: str = ""
     failed: str = ""
@@ -52,6 +55,21 @@ class Exported:
         if self.executed_macs is None or not self.planned_macs:
             return None
         return self.executed_macs / self.planned_macs
+
+    def as_record(self) -> Any:
+        """Plain data for `of_record`; files by their names in the target's folder."""
+        record = _PLAIN.dump_python(self, mode="json", exclude={"target"})
+        for file in record["files"].values():
+            file["path"] = Path(file["path"]).name
+        return record
+
+    @classmethod
+    def of_record(cls, target: Target, folder: Path, record: Any) -> "Exported":
+        """What `as_record` gave."""
+        done = _PLAIN.validate_python({**record, "target": target})
+        for name, file in done.files.items():
+            done.files[name] = replace(file, path=folder / file.path)
+        return done
 
     def as_json(self) -> dict[str, Any]:
         """As ``export.json`` and ``results.json`` hold it."""
@@ -69,7 +87,7 @@ class Exported:
                 **({"not_measured": NOT_ASKED} if self.executed_macs is None else {}),
             },
             "answers_as_float": self.answers_as_float,
-            "engines": {name: _in_short(about) for name, about in self.engines.items()},
+            "engines": self.engines,
             **({"engines_missing": self.not_built} if self.not_built else {}),
         }
 
@@ -91,11 +109,14 @@ class Exported:
         return rows
 
 
+_PLAIN = TypeAdapter(Exported)
+
+
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def _in_short(about: dict[str, Any]) -> dict[str, Any]:
+def in_short(about: dict[str, Any]) -> dict[str, Any]:
     """An engine's description without its layers, which stand beside the engine."""
     keys = ("library", "version", "engine_sha256", "size_bytes", "layers_from", "precisions")
     return {key: about[key] for key in keys}
@@ -103,16 +124,17 @@ def _in_short(about: dict[str, Any]) -> dict[str, Any]:
 
 def size_of(path: Path) -> int:
     """Bytes of a model; OpenVINO's is two files."""
-    return sum(part.stat().st_size for part in _parts(path))
+    return sum(part.stat().st_size for part in model_files(path))
 
 
 def digest_of(path: Path) -> str:
     """Digest of a model; of OpenVINO's two files together."""
-    digests = [sha256_file(part) for part in _parts(path)]
+    digests = [sha256_file(part) for part in model_files(path)]
     return digests[0] if len(digests) == 1 else fingerprint(digests)
 
 
-def _parts(path: Path) -> tuple[Path, ...]:
+def model_files(path: Path) -> tuple[Path, ...]:
+    """The files of a model; OpenVINO's weights lie beside its graph."""
     return (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from rich.console import Console
 from torch import Tensor
 
@@ -42,6 +43,15 @@ class Paired:
             self.agreeing + other.agreeing,
             self.distance + other.distance,
         )
+
+    def as_record(self) -> Any:
+        """The counts as plain data, for `of_record`."""
+        return _PLAIN.dump_python(self, mode="json")
+
+    @classmethod
+    def of_record(cls, record: Any) -> "Paired":
+        """What `as_record` gave."""
+        return _PLAIN.validate_python(record)
 
     @property
     def images(self) -> int:
@@ -81,6 +91,9 @@ class Paired:
             "agreement": self.agreement,
             "sqnr_db": self.distance.known_db,
         }
+
+
+_PLAIN = TypeAdapter(Paired)
 
 
 def measure_pair(

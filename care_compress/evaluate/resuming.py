@@ -71,5 +71,5 @@ class ProgressFile:
     def hint(self) -> str:
         """What a user who interrupts should know."""
         if self.path is None:
-            return "interrupted; with --json FILE the same command would go on from here"
-        return "interrupted; the same command goes on from here"
+            return "with --json FILE the same command would go on from here"
+        return "the same command goes on from here"

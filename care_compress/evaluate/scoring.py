@@ -17,6 +17,7 @@ from care_compress import machine
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
+from care_compress.errors import Stopped
 from care_compress.evaluate.accuracy import (
     NOTHING,
     Accuracy,
@@ -128,7 +129,9 @@ def _score(
         else:
             state.remove()
         if isinstance(error, KeyboardInterrupt):
-            console.print(state.hint())
+            console.print(f"interrupted; {state.hint()}")
+        if isinstance(error, Stopped):  # the command line says it, in its last line
+            error.hint = state.hint()
         raise
     return so_far
 

@@ -7,7 +7,9 @@ The sums add up over batches; a mean of decibels would let one easy image hide a
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+from pydantic import ConfigDict
 from torch import Tensor
 
 EXACT_DB = 200.0  # stands for no difference at all, where a file or a plot needs a number
@@ -17,6 +19,9 @@ TINY = 1e-300  # a signal of zeros has no logarithm
 @dataclass
 class Distance:
     """Signal and noise, summed over batches."""
+
+    # No difference is infinitely far away, and JSON has no number for that.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")
 
     signal: float = 0.0
     noise: float = 0.0

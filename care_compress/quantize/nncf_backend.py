@@ -5,7 +5,6 @@ are. Its result is a file of integers and scales that OpenVINO runs, no simulati
 """
 
 import copy
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from care_compress.data.transforms import normalize
+from care_compress.errors import RunError
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import NncfSection
 from care_compress.quantize.calibrate import Batches
 from care_compress.quantize.equalize import norms_to_affine
-from care_compress.quantize.openvino_library import load_nncf, load_openvino, signal_stack_kept
+from care_compress.quantize.openvino_library import (
+    load_nncf,
+    load_openvino,
+    openvino_core,
+    signal_stack_kept,
+)
 from care_compress.quantize.quiet import silent
-from care_compress.run import atomic_file
+from care_compress.run import atomic_file, temporary_folder
 from care_compress.sections import DataSection
 
 # Bounds of the search for layers to keep in float; beyond them a model is not worth quantizing.
@@ -112,7 +117,9 @@ def quantize_openvino(
 
 def prepared(network: CompactCare) -> CompactCare:
     """A copy on the CPU without BatchNorms: training would go on moving their statistics."""
-    network = copy.deepcopy(network).cpu()
+    # In one layout, whoever ran it before: another one's sums round otherwise.
+    layout = torch.contiguous_format
+    network = copy.deepcopy(network).cpu().to(memory_format=layout)  # type: ignore[call-overload]
     norms_to_affine(network)
     return network
 
@@ -155,12 +162,19 @@ def save_openvino(model: Any, path: Path, half: bool = False) -> None:
     OpenVINO's default would round what stayed in float to float16; here only `half` does.
     """
     openvino = load_openvino()
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / path.name
-        openvino.save_model(model, made, compress_to_fp16=half)
+    with temporary_folder(path) as folder:
+        made = folder / path.name
+        try:
+            openvino.save_model(model, made, compress_to_fp16=half)
+            # It does not notice a full disk; what it can read back is whole.
+            openvino_core().read_model(made)
+        except RuntimeError as error:
+            raise RunError(
+                f"cannot write {path}: OpenVINO could not save all of it.", "make room there"
+            ) from error
         for suffix in (".bin", ".xml"):
             with atomic_file(path.with_suffix(suffix)) as temporary:
-                temporary.write_bytes(made.with_suffix(suffix).read_bytes())
+                made.with_suffix(suffix).replace(temporary)
 
 
 def _controlled(

@@ -83,7 +83,10 @@ class FollowFloat:
     """
 
     def __init__(self, teacher: CompactCare, section: QatSection) -> None:
-        self.teacher = teacher
+        # Whoever ran it before may have left it in another layout, whose sums round otherwise: a
+        # QAT that goes on after a kill would not end with the same bits.
+        layout = torch.channels_last
+        self.teacher = teacher.to(memory_format=layout)  # type: ignore[call-overload]
         self.section = section
 
     def __call__(

@@ -7,7 +7,7 @@ got there. So a run killed at any moment and started again ends, on a CPU, with 
 import contextlib
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from care_compress.data.loader import Batch
+from care_compress.data.loader import BadImages, Batch
 from care_compress.errors import DataError, TrainingError
 from care_compress.sections import TrainSection
 from care_compress.train.averaging import averaged
@@ -25,7 +25,7 @@ from care_compress.train.distributed import World, distribute, synchronise_norms
 from care_compress.train.mixing import mix
 from care_compress.train.objective import Objective, soft_targets
 from care_compress.train.schedule import learning_rate
-from care_compress.train.state import Progress, Trainee, forget, step_back
+from care_compress.train.state import STATE_FILE, Progress, Trainee, forget, step_back
 
 STEP_STREAM = 2  # keeps the per-step seeds apart from the other users of the recipe's seed
 DIVERGED = 3.0  # times the first loss, or that of a uniform guess
@@ -70,6 +70,7 @@ class Course:
     prepare: Callable[[Tensor], Tensor]  # uint8 pixels to normalised float32
     validate: Validate
     groups: Groups = decayed_and_free
+    bad: BadImages = field(default_factory=BadImages)  # that were left out so far
 
     @property
     def total_steps(self) -> int:
@@ -86,9 +87,10 @@ def fit(
     console: Console,
 ) -> Trainee:
     """Train to the end, resuming from `folder` if the same training was cut off there."""
-    checkpoint = folder / "train_state.pt"
+    checkpoint = folder / STATE_FILE
     trainee = set_up(model, course.plan, world, course.groups)
     resumed = trainee.resume(checkpoint, course.fingerprint)
+    course.bad.reasons.update(trainee.progress.skipped)
     world.wait()  # nobody may touch the state before everybody has read it
     if trainee.progress.step == course.total_steps:
         return trainee
@@ -107,9 +109,6 @@ def fit(
         step = step_back(checkpoint)
         kept = f"{error.message} The state after step {step} is kept in {checkpoint}."
         raise TrainingError(kept, error.fix) from error
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the last checkpoint")
-        raise
     world.wait()
     return trainee
 
@@ -126,7 +125,7 @@ def _train(
     plan = course.plan
     runner = distribute(trainee.model, world).train()
     if world.is_main and trainee.progress.step == 0:
-        trainee.save(checkpoint, course.fingerprint)
+        _save(trainee, course, checkpoint)
     with contextlib.closing(course.batches(trainee.progress.step)) as batches:
         for batch in batches:
             train_step(trainee, runner, objective, batch, course, world, display)
@@ -136,7 +135,12 @@ def _train(
                 _validate(trainee, course, world, display)
                 runner.train()
             if world.is_main and (finished or done % plan.checkpoint_steps == 0):
-                trainee.save(checkpoint, course.fingerprint)
+                _save(trainee, course, checkpoint)
+
+
+def _save(trainee: Trainee, course: Course, checkpoint: Path) -> None:
+    trainee.progress.skipped = dict(course.bad.reasons)
+    trainee.save(checkpoint, course.fingerprint)
 
 
 def set_up(

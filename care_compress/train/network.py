@@ -67,6 +67,7 @@ class Training:
             prepare=partial(normalize, mean=data.mean, std=data.std),
             validate=self.validate,
             groups=groups,
+            bad=self.bad,
         )
 
     def fit(self, model: nn.Module, objective: Objective, course: Course) -> Trainee:

@@ -1,5 +1,6 @@
 """The state a killed training resumes from: one file, written whole or not at all."""
 
+import hashlib
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 from care_compress.errors import TrainingError
 from care_compress.run import atomic_file
 
+STATE_FILE = "train_state.pt"
+DIGEST_BYTES = hashlib.sha256().digest_size
+
 
 @dataclass
 class Progress:
@@ -22,6 +26,7 @@ class Progress:
     first_loss: float | None = None
     recent_loss: float = 0.0  # moving average, for the divergence guard
     history: list[dict[str, float]] = field(default_factory=list)  # one entry per validation
+    skipped: dict[str, str] = field(default_factory=dict)  # images that could not be decoded
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Trainee:
         }
         content = io.BytesIO()
         torch.save(state, content)
+        # At the end, because torch reads past it and would not notice a flipped bit by itself.
+        content.write(hashlib.sha256(content.getbuffer()).digest())
         if path.exists():
             path.replace(_previous(path))
         with atomic_file(path) as temporary:
@@ -90,6 +97,16 @@ def forget(path: Path) -> None:
     _previous(path).unlink(missing_ok=True)
 
 
+def drop_damaged(path: Path) -> None:
+    """Remove states that cannot be read: resuming then falls back on the other, or begins anew."""
+    for state in (path, _previous(path)):
+        if state.exists():
+            try:
+                _read(state)
+            except TrainingError:
+                state.unlink()
+
+
 def _previous(path: Path) -> Path:
     """Where the state before the newest one is kept."""
     return path.with_suffix(".previous.pt")
@@ -97,10 +114,15 @@ def _previous(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        saved, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        if hashlib.sha256(saved).digest() != digest:
+            raise ValueError("its bytes are not those that were written")
+        state: dict[str, Any] = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
     # Whatever damaged the file, the only way on is the same.
     except Exception as error:
         raise TrainingError(
-            f"{path} is damaged, so this training cannot resume.", "delete it to train anew"
+            f"{path} is damaged, so this training cannot resume.",
+            "--repair (make quantize REPAIR=1) goes back to the state before it, or trains anew",
         ) from error
     return state

@@ -1,0 +1,32 @@
+"""One thread per process, as in the tests; one undisturbed run to compare all others with."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faulty import Product, small_recipe
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes the tests start
+torch.set_num_threads(1)
+
+TARGETS = ["onnxruntime-cpu", "openvino-cpu", "tensorrt-jetson-orin"]
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trains with a decoding worker, quantizes, trains again, exports and evaluates."""
+    return small_recipe(tmp_path_factory.mktemp("recipe"), TARGETS, workers=1)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the recipe leaves when nothing happens."""
+    return Product(recipe, tmp_path_factory.mktemp("undisturbed")).finish()
+
+
+@pytest.fixture
+def product(recipe: Path, tmp_path: Path) -> Product:
+    """The recipe, to be disturbed."""
+    return Product(recipe, tmp_path / "runs")
