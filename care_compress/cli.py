@@ -123,7 +123,7 @@ def plan(
     """Show what a recipe makes of every layer, and which rule decided; needs no data."""
     chosen = _chosen(recipe, set_, ckpt=ckpt, arch=arch, res=res)
 
-    from care_compress.pipeline import show_plan
+    from care_compress.planning import show_plan
 
     show_plan(chosen, target, json, Terminal())
 

@@ -17,7 +17,8 @@ from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.plots import plot_sensitivity, short_name
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
-from care_compress.pipeline import check_recipe, float_model, own_section, rewritten
+from care_compress.pipeline import float_model, rewritten
+from care_compress.planning import check_recipe, own_section
 from care_compress.progress import progress_bar
 from care_compress.quantize.ptq import quantize_network
 from care_compress.quantize.selection import deep_features, select_images, write_list

@@ -6,7 +6,8 @@ import pytest
 from quantized import small_start
 from rich.console import Console
 
-from care_compress.pipeline import plan_recipe, run_recipe, space_of
+from care_compress.pipeline import run_recipe
+from care_compress.planning import plan_recipe, space_of
 from care_compress.recipe import load_recipe
 from care_compress.target import load_target
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from care_compress.cli import main
 from care_compress.errors import RunError
-from care_compress.pipeline import plan_recipe, run_recipe, space_of
+from care_compress.pipeline import run_recipe
+from care_compress.planning import plan_recipe, space_of
 from care_compress.quantize.spec import Plan
 from care_compress.recipe import load_recipe
 from care_compress.space import Space, check_space
