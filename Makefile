@@ -24,7 +24,7 @@ define READY
 endef
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize compare reference report bundle engine doctor test faults check audit recipes bench bench-data bench-train bench-quantize bench-evaluate ablate clean
+.PHONY: help setup quantize compare reference report bundle engine doctor test test-slow faults check audit recipes bench bench-data bench-train bench-quantize bench-evaluate ablate clean
 
 help: ## list the verbs
 	@echo "care-compress: make VERB [NAME=value]"
@@ -58,7 +58,10 @@ doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 	@$(BIN)/care-compress doctor
 
 test: $(VENV)/.dev ## the test suite (under 15 minutes on two cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+test-slow: $(VENV)/.dev ## what make test leaves out: searches, NNCF's control, peers (10 minutes)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 faults: $(VENV)/.dev ## kill it, fill its disk, damage its files, feed it rubbish (under 20 minutes on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal faults

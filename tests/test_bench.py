@@ -53,6 +53,7 @@ def test_a_lifelike_network_is_seeded_and_uneven(network: Any, images: DataSecti
     assert gains.max() > 5 * gains.min()
 
 
+@pytest.mark.slow
 def test_peers_leave_files_that_run_or_a_reason(
     network: Any, images: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ def qat_recipe(images: Path, checkpoint: Path) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_qat_ends_with_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,4 @@
-"""NNCF's accuracy control; `make test` gives this file a process of its own.
-
-After it, the next training of an NNCF model in the same process crashed inside the libraries.
-"""
+"""NNCF's accuracy control: layers return to float until the budget holds."""
 
 from pathlib import Path
 

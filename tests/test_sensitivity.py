@@ -142,6 +142,7 @@ def test_a_cost_to_reach_is_enough_where_the_drop_allows_it(reachable: bool, noi
         assert len(found.trials) == 1 and found.cost > 0.8 * limit, "no further than asked for"
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_holds_ends_in_float_not_in_an_error(noises: None) -> None:
     found = search_bits(
         PtqJob(network(), SIZE, 0, batches),
@@ -153,6 +154,7 @@ def test_a_budget_that_nothing_holds_ends_in_float_not_in_an_error(noises: None)
     assert not quantized_sites(found.quantized.model)
 
 
+@pytest.mark.slow
 def test_a_search_that_cannot_hold_the_budget_says_why(noises: None) -> None:
     loud = {"role": "residual_add", "input": 8}
     chosen = section(loud, search={"trials": 1, "minutes": 5, "images": 8})

@@ -52,10 +52,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_run_holds_what_was_kept(runs: Path) -> None:
-    run = runs / "mine"
-    other = digest_of(run / "exports" / "openvino-npu" / "int8.xml")
-    kept = run_tune(runs, "mine", TARGET, QUICK, QUIET)
+@pytest.fixture(scope="module")
+def tuned(runs: Path) -> tuple[str, str]:
+    """The placement that was kept, and the digest of another target's file before."""
+    other = digest_of(runs / "mine" / "exports" / "openvino-npu" / "int8.xml")
+    return run_tune(runs, "mine", TARGET, QUICK, QUIET), other
+
+
+def test_the_run_holds_what_was_kept(runs: Path, tuned: tuple[str, str]) -> None:
+    run, (kept, other) = runs / "mine", tuned
     export = json.loads((run / "exports" / TARGET / "export.json").read_text())
     file = run / "exports" / TARGET / "int8.onnx"
     assert export["models"]["int8"]["sha256"] == digest_of(file)
@@ -69,8 +74,7 @@ def test_the_run_holds_what_was_kept(runs: Path) -> None:
     assert names == {AS_SHIPPED, *load_target(TARGET).placements}
 
 
-def test_what_is_known_is_not_measured_again(runs: Path) -> None:
-    run_tune(runs, "mine", TARGET, QUICK, QUIET)
+def test_what_is_known_is_not_measured_again(runs: Path, tuned: tuple[str, str]) -> None:
     (record,) = (runs / "mine" / "tune").glob(f"{TARGET}-*.json")
     before = json.loads(record.read_text())["tried"]
     said = io.StringIO()
