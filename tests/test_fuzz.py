@@ -218,7 +218,7 @@ def test_damaged_runs_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str
         (run / "results.json").write_text(content)
         for verb in ("report", "fidelity", "compare"):
             told = ends([verb, "mine", "--runs", str(tmp_path)], capfd)
-            assert re.match(r"(Run|Data|Checkpoint)Error: ", told), told
+            assert re.match(r"(Run|Data|Checkpoint|Target)Error: ", told), told
 
 
 def test_an_option_that_does_not_exist_is_one_line_too(capfd: pytest.CaptureFixture[str]) -> None:
