@@ -138,7 +138,7 @@ def read_yaml(path: Path) -> Any:
 def _parsed(text: str) -> Any:
     """YAML text as plain values; whatever is wrong with it is a `YAMLError` of one line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # nosec B506: a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # nosec B506 # a SafeLoader
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
     # The constructors of PyYAML trust what a tag promises: !!int '' is an IndexError, !!bool x a

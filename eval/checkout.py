@@ -14,4 +14,4 @@ def use_checkout_environment() -> None:
     python = root / ".venv" / "bin" / "python"
     if not python.exists() or sys.prefix == str(root / ".venv"):
         sys.exit(f"care-compress is not installed. Fix: make -C {root} setup")
-    os.execv(python, [str(python), *sys.argv])  # nosec B606: our own interpreter, no shell
+    os.execv(python, [str(python), *sys.argv])

@@ -87,11 +87,11 @@ def _load(reference: str, source: str) -> "datasets.DatasetDict":
     try:
         # A set is data: `datasets` runs no code of one since version 4, whatever its revision.
         if os.path.isdir(reference):
-            return datasets.load_dataset(reference)  # nosec B615: local
+            return datasets.load_dataset(reference)  # nosec B615 # local
         if reference.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=reference)  # nosec B615: local
+            return datasets.load_dataset("parquet", data_files=reference)  # nosec B615 # local
         name, _, config = reference.partition(":")
-        return datasets.load_dataset(name, config or None)  # nosec B615: the user's own choice
+        return datasets.load_dataset(name, config or None)  # nosec B615 # the user's own choice
     # It looks for files before it looks at what it was given: an empty name is an IndexError.
     except (
         OSError, ValueError, RuntimeError, LookupError, datasets.exceptions.DatasetsError,

@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import pathlib
-import pickle  # nosec B403: only for the name of its error
+import pickle  # nosec B403 # only for the name of its error
 import re
 import struct
 import warnings

@@ -66,7 +66,7 @@ class Drawing:
 
     def markup(self, told: str) -> Markup:
         """The drawing; `told` is its text alternative."""
-        return Markup(  # nosec B704: every text in it went through escape
+        return Markup(  # nosec B704 # every text in it went through escape
             f'<svg class="plot" role="img" width="100%" height="{self.height}" '
             f'aria-label="{escape(told)}">{"".join(self.parts)}</svg>'
         )
@@ -74,7 +74,7 @@ class Drawing:
 
 def legend_mark(shape: str, kind: str) -> Markup:
     """A mark as it stands in a legend."""
-    return Markup(  # nosec B704: as above
+    return Markup(  # nosec B704 # as above
         '<svg class="key" width="14" height="14" viewBox="-7 -7 14 14" aria-hidden="true">'
         f'<path class="{escape(kind)}" d="{MARKS[shape]}"/></svg>'
     )
