@@ -44,8 +44,9 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
     _check_files(models, data)
     entries, missing = find_entries(models, options)
     if not entries:
+        reasons = "; ".join(sorted(set(missing.values()))) or "nothing was exported"
         raise TargetError(
-            f"none of the files can be run here: {'; '.join(sorted(set(missing.values())))}.",
+            f"none of the files can be run here: {reasons}.",
             "compare on the machine that has the target",
         )
     for one in models[1:]:
