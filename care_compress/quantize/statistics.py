@@ -30,10 +30,11 @@ class InputStatistics:
         low, high = reduced.amin(dim=(0, 2, 3)), reduced.amax(dim=(0, 2, 3))
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        self.rows.append(_rows(layer, x_BCHW, self.images)[:: self.every])
+        # Copies: a view of every other row would keep all of them, and with many images the memory.
+        self.rows.append(_rows(layer, x_BCHW, self.images)[:: self.every].clone())
         self.images += len(x_BCHW)
         if sum(len(rows) for rows in self.rows) >= 2 * ROWS:
-            self.rows = [self.sample()[::2]]
+            self.rows = [self.sample()[::2].clone()]
             self.every *= 2
 
     def sample(self) -> Tensor:
