@@ -30,8 +30,7 @@ from care_compress.data.loader import BadImages, evaluation_batches, prepared_ba
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
-from care_compress.evaluate.accuracy import measure_accuracy, spread_indices
-from care_compress.evaluate.scoring import BATCH_SIZES
+from care_compress.evaluate.accuracy import BATCH_SIZES, measure_accuracy, spread_indices
 from care_compress.predictor import Predictor
 from care_compress.runtime.opening import open_predictor
 from care_compress.sections import DataSection

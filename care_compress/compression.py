@@ -43,7 +43,7 @@ from care_compress.runtime.opening import open_predictor
 from care_compress.stages import EVERYTHING, Json, once, recipe_parts, versions
 from care_compress.train.distributed import World
 from care_compress.train.state import Progress
-from care_compress.workshop import Workshop, compared, training_in
+from care_compress.workshop import Workshop, batch_size, compared, training_in
 
 # How each backend keeps its models.
 MODEL_FILES = {"torchao": "model.safetensors", "nncf": "model.xml"}
@@ -199,7 +199,7 @@ def _accuracy_control(shop: Workshop, validation: Samples) -> AccuracyControl:
     recipe = shop.recipe
     wanted = min(CONTROL_IMAGES, recipe.evaluate.images or CONTROL_IMAGES)
     indices = spread_indices(len(validation), wanted)
-    size = recipe.evaluate.batch_size
+    size = batch_size(shop)
     batches = pixel_batches(validation, recipe.data, indices, size, shop.bad)
     items = [(batch.images, batch.labels) for batch in batches]
     assert recipe.budget.max_top1_drop is not None  # the recipe's own check

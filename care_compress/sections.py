@@ -139,7 +139,9 @@ class ExportSection(Section):
 class EvaluateSection(Section):
     """How the result is measured."""
 
-    batch_size: Count = 256
+    batch_size: Count | None = Field(
+        None, description="images at once; if left out, 16 on a CPU and 256 on a GPU"
+    )
     images: Count | None = Field(
         None, description="N evenly spaced validation images; all if left out"
     )

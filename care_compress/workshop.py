@@ -15,6 +15,7 @@ from care_compress.data.samples import Samples
 from care_compress.evaluate.accuracy import (
     NOTHING,
     Accuracy,
+    images_at_once,
     measure_accuracy,
     own_share,
     spread_indices,
@@ -78,6 +79,11 @@ def opened(run: Run, recipe: Recipe, world: World, repair: bool = False) -> Iter
         yield run
 
 
+def batch_size(shop: Workshop) -> int:
+    """How many images an evaluation looks at together."""
+    return images_at_once(shop.recipe.evaluate.batch_size, shop.world.device)
+
+
 def measured(
     shop: Workshop,
     model: nn.Module,
@@ -91,7 +97,7 @@ def measured(
         predict,
         validation,
         shop.recipe.data,
-        batch_size=shop.recipe.evaluate.batch_size,
+        batch_size=batch_size(shop),
         indices=indices,
         bad=shop.bad,
         console=shop.console,
@@ -105,7 +111,7 @@ def scored(shop: Workshop, model: nn.Module, validation: Samples) -> Accuracy:
     evaluate, world = shop.recipe.evaluate, shop.world
     chosen = spread_indices(len(validation), evaluate.images)
     with shop.stage("evaluate"):
-        share = own_share(chosen, evaluate.batch_size, world)
+        share = own_share(chosen, batch_size(shop), world)
         mine = measured(shop, model, validation, share, shop.seen)
         _keep_seen(shop, validation)
         return sum(world.gathered(mine), NOTHING)
@@ -185,8 +191,8 @@ def compared(
             model,
             validation,
             recipe.data,
-            batch_size=recipe.evaluate.batch_size,
-            indices=own_share(chosen, recipe.evaluate.batch_size, world),
+            batch_size=batch_size(shop),
+            indices=own_share(chosen, batch_size(shop), world),
             bad=shop.bad,
             console=shop.console,
             device=device,

@@ -20,6 +20,8 @@ from care_compress.progress import progress_bar
 from care_compress.sections import DataSection
 from care_compress.train.distributed import World
 
+BATCH_SIZES = {"cpu": 16, "cuda": 256}
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -68,6 +70,11 @@ def spread_indices(count: int, wanted: int | None) -> list[int]:
     """`wanted` of `count` images, evenly spaced: the first of a folder are all of one class."""
     chosen = min(wanted or count, count)
     return [i * count // chosen for i in range(chosen)]
+
+
+def images_at_once(wanted: int | None, device: torch.device) -> int:
+    """How many images a model looks at together; on a CPU so few that its caches hold them."""
+    return wanted or BATCH_SIZES[device.type]
 
 
 def own_share(indices: Sequence[int], batch_size: int, world: World) -> Sequence[int]:

@@ -23,6 +23,7 @@ from care_compress.evaluate.accuracy import (
     Accuracy,
     answers_finding,
     count_batch,
+    images_at_once,
     own_share,
     spread_indices,
 )
@@ -40,7 +41,6 @@ from care_compress.train.distributed import World, join_world
 
 # On a CPU memory of larger batches is new each time, and the system clears it first: at 224 that
 # costs more than everything else beside the network (LOG.md).
-BATCH_SIZES = {"cpu": 16, "cuda": 256}
 
 
 def measure_artifact(
@@ -62,7 +62,7 @@ def measure_artifact(
         predict = open_predictor(artifact, world.device, threads)
         samples = open_samples(data, "val")
         check_classes(samples, predict.num_classes)
-        batch_size = batch_size or BATCH_SIZES[world.device.type]
+        batch_size = images_at_once(batch_size, world.device)
         chosen = own_share(spread_indices(len(samples), images), batch_size, world)
         job = _Job(samples, data, chosen, batch_size, world.device)
         evaluation = fingerprint([digest_of(path), images, world.rank, world.size, *job.facts()])
