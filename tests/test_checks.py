@@ -1,6 +1,7 @@
 """What a run's numbers rest on is checked, and what is wrong is said everywhere a reader looks."""
 
 import json
+import math
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -19,8 +20,9 @@ from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
 from care_compress.errors import CalibrationError, CareError, DataError, EvaluationError, RunError
 from care_compress.evaluate.accuracy import answers_finding, count_batch
-from care_compress.evaluate.agreement import compare_logits
+from care_compress.evaluate.agreement import Agreement, compare_logits
 from care_compress.evaluate.answers import collect_answers
+from care_compress.evaluate.exports import Exported, File
 from care_compress.evaluate.paired import count_pairs
 from care_compress.figures import json_text
 from care_compress.model.checkpoint import save_checkpoint
@@ -32,6 +34,7 @@ from care_compress.quantize.ptq import planned
 from care_compress.recipe import load_recipe
 from care_compress.report.write import write_report
 from care_compress.sections import DataSection
+from care_compress.target import load_target
 
 QUIET = Console(quiet=True)
 CLIPPING = {
@@ -256,3 +259,12 @@ def test_no_validation_image_at_all_ends_before_any_work(checkpoint: Path, tmp_p
     recipe = load_recipe("fp32", [], {**small(folder, checkpoint), "quantize": None})
     with pytest.raises(CareError, match="no images for this split"):
         run_recipe(recipe, tmp_path, "run", QUIET)
+
+
+def test_a_file_that_computes_exactly_the_same_can_be_recorded(tmp_path: Path) -> None:
+    """No difference is infinitely many decibels, and JSON has no number for that."""
+    exact = Agreement(images=8, same=8, ties=0, sqnr_db=math.inf, least_db=25.0)
+    path = tmp_path / "int8.xml"
+    done = Exported(load_target("openvino-cpu"), files={"int8": File(path, exact, "")})
+    record = json.loads(json_text(done.as_record()))
+    assert Exported.of_record(done.target, tmp_path, record).files["int8"] == done.files["int8"]

@@ -1,5 +1,6 @@
 """What an export left: files, how near each came to its model, and what a target cannot have."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,7 +59,7 @@ class Exported:
 
     def as_record(self) -> Any:
         """Plain data for `of_record`; files by their names in the target's folder."""
-        record = _PLAIN.dump_python(self, mode="json", exclude={"target"})
+        record = json.loads(_PLAIN.dump_json(self, exclude={"target"}))
         for file in record["files"].values():
             file["path"] = Path(file["path"]).name
         return record

@@ -1,6 +1,7 @@
 """A model beside its baseline on the same images: drop with its interval, agreement, distance."""
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Paired:
 
     def as_record(self) -> Any:
         """The counts as plain data, for `of_record`."""
-        return _PLAIN.dump_python(self, mode="json")
+        return json.loads(_PLAIN.dump_json(self))
 
     @classmethod
     def of_record(cls, record: Any) -> "Paired":
