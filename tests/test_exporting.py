@@ -185,7 +185,7 @@ def test_a_tie_is_no_disagreement_and_nan_is_no_agreement() -> None:
     assert compare_logits(reference, reference).exact
 
 
-@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize("follow", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_targets_own_rules_can_be_left_out(
     start: list[str], tmp_path: Path, follow: bool
 ) -> None:

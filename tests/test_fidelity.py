@@ -120,6 +120,7 @@ def test_a_spoiled_file_is_named_at_the_layer_that_was_spoiled(runs: Path, tmp_p
     assert found["parts_at"]["sqnr_db"] < 0 < found["parts_at"]["before_db"]
 
 
+@pytest.mark.slow
 def test_a_float_run_and_one_without_exports_have_shorter_ladders(
     start: list[str], tmp_path: Path
 ) -> None:

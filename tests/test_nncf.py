@@ -89,6 +89,7 @@ def test_the_recipe_ends_with_a_file_that_openvino_runs_as_well_as_the_float_mod
         predict(torch.zeros(1, 3, 32, 32))
 
 
+@pytest.mark.slow
 def test_the_same_images_give_the_same_file(
     network: CompactCare, calibration: Calibration, tmp_path: Path
 ) -> None:

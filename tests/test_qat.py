@@ -213,6 +213,7 @@ def test_half_precision_training_ends_with_a_model(
     assert results["candidates"]["qat"]["agreement"] > 90
 
 
+@pytest.mark.slow
 def test_what_a_search_chose_is_what_is_trained(
     data: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

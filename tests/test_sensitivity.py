@@ -122,6 +122,7 @@ def noises(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reachable", [True, False])
 def test_a_cost_to_reach_is_enough_where_the_drop_allows_it(reachable: bool, noises: None) -> None:
     def cost(chosen: QuantizeSection) -> float:

@@ -82,6 +82,7 @@ def test_training_learns_and_is_reproducible(images: Path, tmp_path: Path) -> No
     assert list((tmp_path / "first" / "float" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
 def test_sigkill_anywhere_then_the_same_command_ends_with_the_same_bits(
     images: Path, tmp_path: Path
 ) -> None:
