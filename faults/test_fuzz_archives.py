@@ -492,6 +492,9 @@ class _Listed:
     def image(self, index: int) -> Image.Image:
         return Image.new("RGB", (4, 4))
 
+    def hashed(self, index: int) -> tuple[Image.Image, int]:
+        return self.image(index), 0
+
 
 def test_calibration_lists(tmp_path: Path) -> None:
     path = tmp_path / "list.json"
