@@ -50,7 +50,7 @@ def test_workers_killed_from_outside_at_any_moment(
     product: Product, undisturbed: dict[str, Any]
 ) -> None:
     rng, deaths = random.Random(3), 0
-    for attempt in range(6):
+    for attempt in range(4):
         process = product.start()
         while not (found := process.children()) and not process.ends_within(0.005):
             pass
