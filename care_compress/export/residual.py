@@ -2,7 +2,7 @@
 
 A block adds gamma (everything + fc2(x)) to its input. Between two additions of integer products
 OpenVINO rearranges the multiplication: it keeps the sum twice, once scaled back, and reads both.
-With gamma in fc2 one multiplication by a constant is left on the float side, and one sum (1.02 to
+With gamma in fc2 one multiplication by a constant is left on the float side, and one sum (up to
 1.03 times as fast for CARE-S0). The integers stay what they are; their scales take gamma, and a
 negative gamma the sign of the weights. Over the reals it is the same network.
 
