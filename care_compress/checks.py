@@ -1,12 +1,11 @@
 """Everything a reader should know about a run's numbers, put together once the run is through."""
 
-import json
-
-from care_compress.compression import Candidate
+from care_compress.compression import CALIBRATION_FILE, Candidate
 from care_compress.data.coverage import coverage_finding
 from care_compress.data.overlap import overlap_findings
 from care_compress.data.samples import Samples
 from care_compress.evaluate.accuracy import Accuracy, answers_finding, spread_indices
+from care_compress.files import read_json
 from care_compress.findings import Finding
 from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_health
 from care_compress.workshop import Workshop, seen_images
@@ -36,7 +35,7 @@ def _calibration(shop: Workshop) -> list[tuple[str, int]] | None:
     """Names of the calibration images and digests of what they are stored as, if known."""
     if shop.recipe.quantize is None:
         return []
-    content = json.loads((shop.run.path / "calibration.json").read_text(encoding="utf-8"))
+    content = read_json(shop.run.path / CALIBRATION_FILE)
     if any("stored" not in image for image in content["images"]):
         return None  # a list of an earlier version, taken over with its stage
     return [(image["name"], int(image["stored"], 16)) for image in content["images"]]

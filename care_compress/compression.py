@@ -329,7 +329,7 @@ def _qat_by_torchao(
     model, progress = train_quantized(start_model, compact, section.qat, training)
     if shop.world.is_main:
         save_quantized(model, quantized_section(start.path), recipe.rewrite, path)
-        chosen = read_list(shop.run.path / "calibration.json", training.samples)
+        chosen = read_list(shop.run.path / CALIBRATION_FILE, samples)
         # The channels were watched in the float model, which training leaves behind.
         watched = read_health(start.path.with_name("health.json")) or Health()
         _keep_health(shop, model, watched, _passes(shop, chosen), path)

@@ -205,7 +205,7 @@ class Run:
         """What the manifest that lies here says of stages; nothing of a new run."""
         path = self.path / "manifest.json"
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")).get("stages", {}))
+            return dict(read_json(path).get("stages", {}))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:

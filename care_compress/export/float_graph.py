@@ -7,7 +7,7 @@ clips between Q and DQ, and leaves it to an optimizer whether a pair survives.
 """
 
 import ast
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -71,6 +71,19 @@ def add_constant(graph: ir.Graph, name: str, value: NDArray[np.generic]) -> ir.V
     )
     graph.initializers[name] = made
     return made
+
+
+def constant(value: ir.Value | None) -> NDArray[Any]:
+    """The numbers of a constant of the graph."""
+    assert value is not None and value.const_value is not None
+    numbers: NDArray[Any] = value.const_value.numpy()
+    return numbers
+
+
+def drop_unread(graph: ir.Graph) -> None:
+    """Remove the constants that no node reads any more."""
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
 
 
 def module_of(node: ir.Node) -> str:

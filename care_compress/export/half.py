@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from care_compress.errors import ExportError
-from care_compress.export.float_graph import OUTPUT, module_of
+from care_compress.export.float_graph import OUTPUT, drop_unread, module_of
 
 _FLOAT32 = re.compile(r"(stages\.\d+\.blocks\.\d+\.token_mixer\.core|pool|heads)\b")
 _KINDS = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
@@ -34,8 +34,7 @@ def write_half(model: ir.Model) -> None:
                 value.dtype = kind
     (logits,) = graph.outputs
     assert logits.name == OUTPUT and logits.dtype == ir.DataType.FLOAT, "the head is float32"
-    for name in [n for n, value in graph.initializers.items() if not value.uses()]:
-        del graph.initializers[name]
+    drop_unread(graph)
 
 
 class _Typed:

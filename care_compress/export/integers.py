@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from care_compress.export.float_graph import add_constant, product_nodes
+from care_compress.export.float_graph import add_constant, drop_unread, product_nodes
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import ROOT, QuantizedCare
 
@@ -32,8 +32,7 @@ def put_integers(model: ir.Model, quantized: QuantizedCare) -> None:
             _quantize_factor(model.graph, node, quantizer)
         else:
             _quantize_edge(model.graph, node, quantizer)
-    for name in [n for n, value in model.graph.initializers.items() if not value.uses()]:
-        del model.graph.initializers[name]
+    drop_unread(model.graph)
 
 
 def _store_weight(

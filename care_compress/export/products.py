@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from care_compress.export.float_graph import add_constant, product_nodes
+from care_compress.export.float_graph import add_constant, constant, drop_unread, product_nodes
 
 DOMAIN = "com.microsoft"  # where ONNX Runtime keeps the operations of its own
 _DATA, _WEIGHT, _BIAS = 0, 1, 2
@@ -31,10 +31,8 @@ def use_integer_products(model: ir.Model) -> None:
     for name, node in product_nodes(model.graph).items():
         if node.op_type == "Conv" and _is_pointwise(node):
             _Product(model.graph, node, name, names).replace()
-    graph = model.graph
     model.opset_imports[DOMAIN] = 1
-    for unused in [key for key, value in graph.initializers.items() if not value.uses()]:
-        del graph.initializers[unused]
+    drop_unread(model.graph)
 
 
 def _is_pointwise(node: ir.Node) -> bool:
@@ -45,9 +43,9 @@ def _is_pointwise(node: ir.Node) -> bool:
     stored, groups = _input(weight, 0), node.attributes.get("group")
     return (
         stored.dtype == ir.DataType.INT8
-        and _numbers(stored).shape[2:] == (1, 1)
+        and constant(stored).shape[2:] == (1, 1)
         and (groups is None or groups.as_int() == 1)
-        and _numbers(_input(data, 1)).size == 1
+        and constant(_input(data, 1)).size == 1
         and float(np.abs(_bias_steps(node)).max()) <= _LARGEST
     )
 
@@ -80,7 +78,7 @@ class _Product:
     def _operands(self) -> list[ir.Value | None]:
         """Integers, scales and zero points of both factors, and the bias."""
         stored = _input(self.weight, 0)
-        rows = np.ascontiguousarray(_numbers(stored)[:, :, 0, 0].T)
+        rows = np.ascontiguousarray(constant(stored)[:, :, 0, 0].T)
         operands = [self.data.inputs[0], add_constant(self.graph, f"{stored.name}_t", rows)]
         for place in (1, 2):
             operands += [self.data.inputs[place], self.weight.inputs[place]]
@@ -118,22 +116,16 @@ def _input(node: ir.Node | None, place: int) -> ir.Value:
     return value
 
 
-def _numbers(value: ir.Value) -> NDArray[np.generic]:
-    assert value.const_value is not None
-    found: NDArray[np.generic] = value.const_value.numpy()
-    return found
-
-
 def _step(node: ir.Node) -> NDArray[np.float32]:
     """What one step of each output channel's integer sum is worth."""
     data, weight = (
-        _numbers(_input(_maker(node, place), 1)).astype(np.float32) for place in (_DATA, _WEIGHT)
+        constant(_input(_maker(node, place), 1)).astype(np.float32) for place in (_DATA, _WEIGHT)
     )
-    step: NDArray[np.float32] = np.broadcast_to(data * weight, _numbers(_input(node, _BIAS)).shape)
+    step: NDArray[np.float32] = np.broadcast_to(data * weight, constant(_input(node, _BIAS)).shape)
     return step
 
 
 def _bias_steps(node: ir.Node) -> NDArray[np.float64]:
-    bias = _numbers(_input(node, _BIAS)).astype(np.float64)
+    bias = constant(_input(node, _BIAS)).astype(np.float64)
     steps: NDArray[np.float64] = np.round(bias / _step(node).astype(np.float64))
     return steps

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from care_compress.export.float_graph import add_constant, product_nodes
+from care_compress.export.float_graph import add_constant, constant, drop_unread, product_nodes
 
 SCALED = "/scaled"
 _WEIGHT, _BIAS = 1, 2
@@ -31,15 +31,14 @@ def scale_branches(model: ir.Model) -> None:
         fc2, scaling = nodes.get(f"{block}.inter_layer.inter2_fc2"), gammas.get(f"{block}/Mul")
         if block == name or fc2 is None or scaling is None or not _follows(add, fc2, scaling):
             continue
-        gamma = _numbers(scaling.inputs[1]).reshape(-1)
+        gamma = constant(scaling.inputs[1]).reshape(-1)
         _scale_weight(model.graph, fc2, gamma)
-        bias = _numbers(fc2.inputs[_BIAS]) * gamma
+        bias = constant(fc2.inputs[_BIAS]) * gamma
         fc2.replace_input_with(_BIAS, add_constant(model.graph, f"{fc2.name}.bias{SCALED}", bias))
         _scale_the_rest(model.graph, add, fc2, scaling)
         for node in (fc2, add):
             node.name = f"{node.name}{SCALED}"
-    for unused in [key for key, value in model.graph.initializers.items() if not value.uses()]:
-        del model.graph.initializers[unused]
+    drop_unread(model.graph)
 
 
 def _follows(add: ir.Node, fc2: ir.Node, scaling: ir.Node) -> bool:
@@ -61,10 +60,10 @@ def _scale_weight(graph: ir.Graph, fc2: ir.Node, gamma: NDArray[Any]) -> None:
     assert value is not None
     stored = value.producer()
     if stored is None:
-        weight = _numbers(value) * gamma[:, None, None, None]
+        weight = constant(value) * gamma[:, None, None, None]
         fc2.replace_input_with(_WEIGHT, add_constant(graph, f"{value.name}{SCALED}", weight))
         return
-    integers, scale, zero = (_numbers(operand) for operand in stored.inputs)
+    integers, scale, zero = (constant(operand) for operand in stored.inputs)
     signs = np.where(gamma < 0, -1, 1).astype(integers.dtype)
     scales = (np.abs(gamma) * scale).astype(scale.dtype)
     zeros = np.zeros(gamma.shape, zero.dtype)
@@ -85,9 +84,3 @@ def _scale_the_rest(graph: ir.Graph, add: ir.Node, fc2: ir.Node, scaling: ir.Nod
     for use in list(out.uses()):
         use.node.replace_input_with(use.idx, add.outputs[0])
     graph.remove(scaling, safe=True)
-
-
-def _numbers(value: ir.Value | None) -> NDArray[Any]:
-    assert value is not None and value.const_value is not None
-    found: NDArray[Any] = value.const_value.numpy()
-    return found

@@ -6,15 +6,14 @@ what the sites before it made of the image, corrections and learned rounding inc
 """
 
 import contextlib
-import json
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from care_compress.files import read_json
 from care_compress.findings import Finding
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.observers import extremes
@@ -151,7 +150,6 @@ def share_cut(model: QuantizedCare, images_BCHW: Tensor) -> dict[str, float]:
 def read_health(path: Path) -> Health | None:
     """What was kept; None where nothing was."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Health(**found)
+        return Health(**read_json(path))
     except (OSError, ValueError, TypeError):
         return None
