@@ -46,7 +46,8 @@ def check_exportable(recipe: Recipe, console: Console) -> list[Target]:
     section = recipe.quantize
     # What a search finds, and what NNCF places, is known only afterwards.
     if section is not None and section.backend == "torchao" and section.search is None:
-        return check_targets(recipe, lambda target: plan_recipe(recipe, target), console)
+        network, _ = planned(network_of(recipe), section, recipe.data.resolution)
+        return check_targets(recipe, lambda target: plan_for(recipe, network, target), console)
     nncf = section is not None and section.backend == "nncf"
     return [target for target in targets if target.runtime == "openvino" or not nncf]
 
@@ -76,8 +77,12 @@ def plan_recipe(recipe: Recipe, target: Target | None = None) -> Plan:
     """The plan of a recipe, or of its export to a target; needs its network's shape, no data."""
     assert recipe.quantize is not None
     network, plan = planned(network_of(recipe), recipe.quantize, recipe.data.resolution)
-    if target is None:
-        return plan
+    return plan if target is None else plan_for(recipe, network, target)
+
+
+def plan_for(recipe: Recipe, network: CompactCare, target: Target) -> Plan:
+    """The plan of an export to a target, of the network in the form that is quantized."""
+    assert recipe.quantize is not None
     rules = export_rules(recipe, recipe.quantize, target)
     return make_plan(network, rules, target, recipe.data.resolution)
 
