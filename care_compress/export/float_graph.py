@@ -1,9 +1,8 @@
 """The float network as an ONNX graph whose nodes bear the names of its modules.
 
 Everything else starts from it: `care_compress.export.integers` puts the plan's quantizers in,
-`care_compress.export.half` the float type of a target. Exporting the float network once and
-editing the graph takes 7 s for CARE-S0; exporting what torchao lowers takes 25 s for each target,
-clips between Q and DQ, and leaves it to an optimizer whether a pair survives.
+`care_compress.export.half` the float type of a target. Exporting what torchao lowers instead takes
+25 s for each target, clips between Q and DQ, and leaves it to an optimizer whether a pair survives.
 """
 
 import ast
@@ -13,7 +12,23 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
+from onnx_ir.passes import Sequential
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    IdentityEliminationPass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+)
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import (
+    collapse_slice2_rule,
+    collapse_slice_rule,
+    remove_optional_bias_from_conv_rule,
+    remove_optional_bias_from_gemm_rule,
+    unsqueeze_unsqueeze_rule,
+)
 from torch import nn
 
 from care_compress.quantize.quiet import silent
@@ -21,6 +36,8 @@ from care_compress.quantize.quiet import silent
 INPUT, OUTPUT = "images", "logits"
 FIRST_OPSET = 20  # of Gelu as one operation; what is used here means the same in later ones
 LARGEST_SHARED = 65536  # elements: the masks of attention are one for each stage
+TRACED = 2  # images in the example; `_free_batch` takes this number out of the graph
+FREE = "batch"  # what stands for it
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "Add"})
 
@@ -32,21 +49,23 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
 
     Nothing in the graph depends on the batch, so whoever loads a file may give it another one.
     """
-    example = torch.zeros(2, 3, resolution, resolution)
+    example = torch.zeros(TRACED, 3, resolution, resolution)
     with silent(), torch.no_grad():
         program = torch.onnx.export(
             network.cpu().eval(),
             (example,),
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             opset_version=FIRST_OPSET,
-            optimize=True,
+            optimize=False,
             input_names=[INPUT],
             output_names=[OUTPUT],
             verbose=False,
         )
     assert program is not None
     model = program.model
+    _free_batch(model.graph)
+    fold_constants(model)
+    _SIMPLIFY(model)
     _name_by_module(model.graph, {name for name, _ in network.named_modules()})
     DeduplicateInitializersPass(size_limit=LARGEST_SHARED)(model)
     RemoveUnusedNodesPass()(model)
@@ -56,6 +75,25 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
             assert value.shape is not None
             value.shape = ir.Shape([int(batch), *value.shape[1:]])
     return model
+
+
+# What `optimize=True` does to this network. It would try sixty rules more, none of which fits, on
+# every node: more time than everything else here.
+_SIMPLIFY = Sequential(
+    RewritePass(
+        (
+            collapse_slice_rule,
+            collapse_slice2_rule,
+            unsqueeze_unsqueeze_rule,
+            remove_optional_bias_from_conv_rule,
+            remove_optional_bias_from_gemm_rule,
+        )
+    ),
+    RemoveUnusedNodesPass(),
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    IdentityEliminationPass(),
+    CommonSubexpressionEliminationPass(),
+)
 
 
 def product_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
@@ -89,6 +127,30 @@ def drop_unread(graph: ir.Graph) -> None:
 def module_of(node: ir.Node) -> str:
     """The module a node belongs to."""
     return (node.name or "").partition("/")[0]
+
+
+def _free_batch(graph: ir.Graph) -> None:
+    """Make the number of images free.
+
+    Tracing it as a symbol takes twice as long, and leaves its arithmetic in the graph. The network
+    uses it in one way only: as the first length that a tensor is reshaped to, where ONNX has 0 for
+    "as it was".
+    """
+    as_it_was = add_constant(graph, "as_it_was", np.zeros(1, np.int64))
+    for node in graph:
+        if node.op_type == "Reshape" and _first_length(node.inputs[0]) == TRACED:
+            lengths = node.inputs[1]
+            joined = lengths.producer() if lengths is not None else None
+            assert joined is not None and joined.op_type == "Concat"
+            joined.replace_input_with(0, as_it_was)
+            node.attributes.pop("allowzero", None)  # with it a 0 is a length
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if value.shape is not None and _first_length(value) == TRACED:
+            value.shape = ir.Shape([FREE, *value.shape[1:]])
+
+
+def _first_length(value: ir.Value | None) -> object:
+    return value.shape[0] if value is not None and value.shape else None
 
 
 def _name_by_module(graph: ir.Graph, modules: set[str]) -> None:

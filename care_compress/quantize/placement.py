@@ -201,8 +201,29 @@ def simulate(network: CompactCare, plan: Plan) -> QuantizedCare:
     batch = torch.export.Dim("batch", min=1)
     with quiet():
         program = torch.export.export(exported, (example,), dynamic_shapes=({0: batch},))
-        graph = prepare_qat_pt2e(program.module(check_guards=False), PlanQuantizer(plan))
-    return QuantizedCare(graph, plan, network.arch, network.num_classes).eval().to(device)
+        graph = program.module(check_guards=False)
+    placed = _with_quantizers(graph, plan)
+    return QuantizedCare(placed, plan, network.arch, network.num_classes).eval().to(device)
+
+
+def replanned(model: QuantizedCare, plan: Plan) -> QuantizedCare:
+    """The same network and weights with the quantizers of another plan, not calibrated yet."""
+    graph = copy.deepcopy(model.graph)
+    for node in list(graph.graph.nodes):
+        node.meta.pop(Q_ANNOTATION_KEY, None)
+        if node.op == "call_module":  # nothing but quantizers is one in an exported graph
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    placed = _with_quantizers(graph, plan)
+    return QuantizedCare(placed, plan, model.arch, model.num_classes).eval()
+
+
+def _with_quantizers(graph: GraphModule, plan: Plan) -> GraphModule:
+    with quiet():
+        placed: GraphModule = prepare_qat_pt2e(graph, PlanQuantizer(plan))
+    return placed
 
 
 def site_of(node: Node) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import RuleSection
 from care_compress.quantize.fakequant import IntQuantizer
-from care_compress.quantize.placement import ROOT, QuantizedCare, simulate
+from care_compress.quantize.placement import ROOT, QuantizedCare, replanned
 from care_compress.quantize.plan import make_plan
 from care_compress.quantize.spec import TensorSpec
 from care_compress.target import Target
@@ -48,7 +48,7 @@ def retarget(
     `network` is the one inside `model`.
     """
     plan = make_plan(network, rules, target, model.plan.resolution)
-    moved = simulate(network, plan)
+    moved = replanned(model, plan)
     found = {(quantizer.site, quantizer.operand): quantizer for quantizer in model.integers()}
     for quantizer in moved.integers():
         source = found[quantizer.site, quantizer.operand]
