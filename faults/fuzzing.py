@@ -126,9 +126,18 @@ def _listen(event: str, arguments: tuple[Any, ...]) -> None:
         if written and isinstance(path, str | bytes):
             _heard.append((event, os.fsdecode(path)))
     elif event in _TOUCHING:
-        _heard.extend((event, os.fsdecode(a)) for a in arguments if isinstance(a, str | bytes))
+        _heard.extend(
+            (event, _absolute(a, arguments)) for a in arguments if isinstance(a, str | bytes)
+        )
     elif event in _STARTING:
         _heard.append((event, str(arguments[:2])))
+
+
+def _absolute(path: str | bytes, arguments: tuple[Any, ...]) -> str:
+    """Where a name lies that is given beside the descriptor of its folder, as rmtree gives them."""
+    folder = arguments[-1]
+    beside = isinstance(folder, int) and os.path.exists(f"/proc/self/fd/{folder}/.")
+    return os.path.join(os.readlink(f"/proc/self/fd/{folder}") if beside else "", os.fsdecode(path))
 
 
 sys.addaudithook(_listen)

@@ -95,19 +95,25 @@ def test_an_evaluation_of_twenty_thousand_images(
         assert many < LIMIT
 
 
+def peak_of_ptq(
+    folder: Path, checkpoint: Path, name: str, train: int, val: int, calibrated: int
+) -> int:
+    """Of a process that quantizes with so many images of each kind."""
+    source = zipped(folder / f"{name}.zip", train, val)
+    settings = [
+        f"model.checkpoint={checkpoint}", f"data.source={source}", "data.resolution=32",
+        "data.crop_pct=1.0", "data.workers=0", f"quantize.calibrate.images={calibrated}",
+        "export.targets=[]",
+    ]  # fmt: skip
+    options = [part for setting in settings for part in ("--set", setting)]
+    own, _ = peaks(folder, "quantize", "int8_ptq", "--runs", ".", "--name", name, *options)
+    return own
+
+
 def test_a_calibration_on_twenty_thousand_images(checkpoint: Path, tmp_path: Path) -> None:
     found = {}
     for count in (HELD, MANY):
-        source = zipped(tmp_path / f"{count}.zip", count, 64)
-        settings = [
-            f"model.checkpoint={checkpoint}", f"data.source={source}", "data.resolution=32",
-            "data.crop_pct=1.0", "data.workers=0", f"quantize.calibrate.images={count}",
-            "export.targets=[]",
-        ]  # fmt: skip
-        options = [part for setting in settings for part in ("--set", setting)]
-        found[count], _ = peaks(
-            tmp_path, "quantize", "int8_ptq", "--runs", ".", "--name", str(count), *options
-        )
+        found[count] = peak_of_ptq(tmp_path, checkpoint, str(count), count, 64, count)
         listed = json.loads((tmp_path / str(count) / "calibration.json").read_text())
         assert len(listed["images"]) == count
     assert found[MANY] - found[HELD] < CALIBRATED * (MANY - HELD) + NOISE, found
@@ -118,16 +124,7 @@ def test_a_run_that_scores_twenty_thousand_images(checkpoint: Path, tmp_path: Pa
     """Both models on every image, their digests kept for the search for duplicates."""
     found = {}
     for count in (FEW, MANY):
-        source = zipped(tmp_path / f"{count}.zip", 64, count)
-        settings = [
-            f"model.checkpoint={checkpoint}", f"data.source={source}", "data.resolution=32",
-            "data.crop_pct=1.0", "data.workers=0", "quantize.calibrate.images=64",
-            "export.targets=[]",
-        ]  # fmt: skip
-        options = [part for setting in settings for part in ("--set", setting)]
-        found[count], _ = peaks(
-            tmp_path, "quantize", "int8_ptq", "--runs", ".", "--name", str(count), *options
-        )
+        found[count] = peak_of_ptq(tmp_path, checkpoint, str(count), 64, count, 64)
         results = json.loads((tmp_path / str(count) / "results.json").read_text())
         assert results["accuracy"]["images"] == count
         (checked,) = [c for c in results["checks"] if c["check"].endswith("in validation")]

@@ -193,22 +193,54 @@ class PlanQuantizer(Quantizer):
 
 def simulate(network: CompactCare, plan: Plan) -> QuantizedCare:
     """The network with the plan's quantizers in place, not calibrated yet; on the same device."""
-    size = plan.resolution
     device = next(network.parameters()).device
-    # Exported on the CPU, so that no device is written into the graph.
+    graph = _traced(network, plan.resolution)
+    placed = _with_quantizers(graph, plan)
+    return QuantizedCare(placed, plan, network.arch, network.num_classes).eval().to(device)
+
+
+_Structure = tuple[object, ...]
+_last_trace: dict[_Structure, GraphModule] = {}
+
+
+def _traced(network: CompactCare, size: int) -> GraphModule:
+    """The network as a graph. Tracing takes seconds, so the last graph serves its like too."""
+    structure = (size, *_structure_of(network))
+    if structure not in _last_trace:
+        _last_trace.clear()
+        _last_trace[structure] = _trace(network, size)
+    with quiet():
+        graph = copy.deepcopy(_last_trace[structure])
+    weights = {f"{ROOT}.{name}": value for name, value in network.state_dict().items()}
+    graph.load_state_dict(weights, strict=True)
+    return graph
+
+
+def _structure_of(network: CompactCare) -> Iterator[object]:
+    """Everything that tracing sees but the numbers in the tensors."""
+    for name, module in network.named_modules():
+        plain = {key: value for key, value in vars(module).items() if key[0] != "_"}
+        yield name, type(module), repr(sorted(plain.items()))
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        yield name, value.shape, value.dtype, value.requires_grad
+
+
+def _trace(network: CompactCare, size: int) -> GraphModule:
+    # On the CPU, so that no device is written into the graph.
     exported = _WithFeatures(copy.deepcopy(network).cpu())
     example = torch.zeros(2, 3, size, size)
     batch = torch.export.Dim("batch", min=1)
     with quiet():
         program = torch.export.export(exported, (example,), dynamic_shapes=({0: batch},))
-        graph = program.module(check_guards=False)
-    placed = _with_quantizers(graph, plan)
-    return QuantizedCare(placed, plan, network.arch, network.num_classes).eval().to(device)
+        assert not program.constants, "a tensor that is no parameter would not change with them"
+        graph: GraphModule = program.module(check_guards=False)
+    return graph
 
 
 def replanned(model: QuantizedCare, plan: Plan) -> QuantizedCare:
     """The same network and weights with the quantizers of another plan, not calibrated yet."""
-    graph = copy.deepcopy(model.graph)
+    with quiet():
+        graph = copy.deepcopy(model.graph)
     for node in list(graph.graph.nodes):
         node.meta.pop(Q_ANNOTATION_KEY, None)
         if node.op == "call_module":  # nothing but quantizers is one in an exported graph
