@@ -63,8 +63,8 @@ test: $(VENV)/.dev ## the test suite (under 15 minutes on two cores)
 test-slow: $(VENV)/.dev ## what make test leaves out: searches, NNCF's control, peers (10 minutes)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-faults: $(VENV)/.dev ## kill it, fill its disk, damage its files, feed it rubbish (25 minutes on two cores)
-	@$(BIN)/python -m pytest -n 2 --dist worksteal faults
+faults: $(VENV)/.dev ## kill it, fill its disk, damage its files, feed it rubbish (20 minutes on two cores)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope faults
 
 check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipe validation
 	@$(BIN)/ruff check .

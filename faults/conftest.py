@@ -21,9 +21,17 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Product:
+    """Through, and nothing happened on the way."""
+    product = Product(recipe, tmp_path_factory.mktemp("finished"))
+    product.finish()
+    return product
+
+
+@pytest.fixture(scope="session")
+def undisturbed(finished: Product) -> dict[str, Any]:
     """What the recipe leaves when nothing happens."""
-    return Product(recipe, tmp_path_factory.mktemp("undisturbed")).finish()
+    return finished.left()
 
 
 @pytest.fixture

@@ -23,16 +23,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with one that is through, to be copied."""
-    runs = tmp_path_factory.mktemp("finished")
-    Product(recipe, runs).finish()
-    return runs
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Product:
+    """That recipe, through; to be copied."""
+    product = Product(recipe, tmp_path_factory.mktemp("finished"))
+    product.finish()
+    return product
 
 
 @pytest.fixture(scope="session")
-def undisturbed(recipe: Path, finished: Path) -> dict[str, Any]:
-    return Product(recipe, finished).left()
+def undisturbed(finished: Product) -> dict[str, Any]:
+    return finished.left()
 
 
 @pytest.fixture
@@ -71,13 +71,13 @@ def _room_at_first() -> None:
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.45, 0.52, 0.7, 0.85, 0.95, 0.985])
 def test_a_full_disk_is_named_and_with_room_the_run_goes_on(
     recipe: Path,
-    finished: Path,
+    finished: Product,
     small_disk: Path,
     tmp_path: Path,
     share: float,
     undisturbed: dict[str, Any],
 ) -> None:
-    whole = sum(file.stat().st_size for file in finished.rglob("*") if file.is_file())
+    whole = sum(file.stat().st_size for file in finished.run.rglob("*") if file.is_file())
     remount(small_disk, f"size={int(share * whole)}")
     product = Product(recipe, small_disk / "runs", aside=tmp_path / "aside")
     one_line(product.start(_room_at_first), "cannot write", "Fix: make room")
@@ -154,14 +154,14 @@ ARTIFACTS = [
 )
 def test_a_damaged_file_is_named_and_made_again_only_when_asked(
     recipe: Path,
-    finished: Path,
+    finished: Product,
     tmp_path: Path,
     undisturbed: dict[str, Any],
     name: str,
     damage: Callable[[Path], None],
 ) -> None:
     product = Product(recipe, tmp_path / "runs")
-    shutil.copytree(finished, product.runs)
+    shutil.copytree(finished.runs, product.runs)
     damage(product.run / name)
     damaged = (product.run / name).read_bytes()
     one_line(product.start(), name, "--repair")
