@@ -26,6 +26,7 @@ from torch import Tensor
 from care_compress.errors import ExportError, RecipeError
 from care_compress.export.about import About, Preprocessing
 from care_compress.export.float_graph import float_graph
+from care_compress.export.forms import form_for, in_form
 from care_compress.export.half import write_half
 from care_compress.export.integers import put_integers
 from care_compress.export.to_onnx import write_onnx
@@ -115,6 +116,18 @@ def test_a_free_batch_computes_the_same(tmp_path: Path) -> None:
         expected = model(x)
     assert torch.equal(predict(x).argmax(1), expected.argmax(1))
     assert len(predict(x[:1])) == 1
+
+
+@pytest.mark.parametrize("name", ["openvino-cpu", "tensorrt-gpu"])
+def test_a_free_batch_is_not_mistaken_for_another_length_of_two(name: str) -> None:
+    """The example holds two images; so do two classes and the smallest maps, of 2x2."""
+    inside = rewrite(build_model("care_nano", 2), RewriteSection(fold_norms=False)).eval()
+    inside = in_form(inside, form_for(load_target(name), None))
+    graph = float_graph(inside, 64)
+    for count in (1, 2, 5):
+        x = torch.randn(count, 3, 64, 64)
+        with torch.no_grad():
+            assert sqnr(run(graph, x), inside(x)) > EXACT_DB
 
 
 def test_the_file_holds_int8_weights_a_pair_for_every_tensor_and_who_made_it(
