@@ -77,7 +77,7 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
     return model
 
 
-# What `optimize=True` does to this network. It would try sixty rules more, none of which fits, on
+# What `optimize=True` does to this network. It would try forty rules more, none of which fits, on
 # every node: more time than everything else here.
 _SIMPLIFY = Sequential(
     RewritePass(
