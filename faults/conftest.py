@@ -20,7 +20,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_recipe(tmp_path_factory.mktemp("recipe"), TARGETS, workers=1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a module may have a recipe of its own
 def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Product:
     """Through, and nothing happened on the way."""
     product = Product(recipe, tmp_path_factory.mktemp("finished"))
@@ -28,7 +28,7 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Product:
     return product
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def undisturbed(finished: Product) -> dict[str, Any]:
     """What the recipe leaves when nothing happens."""
     return finished.left()

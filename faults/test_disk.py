@@ -22,19 +22,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_recipe(folder, ["onnxruntime-cpu", "openvino-cpu"], **plain)
 
 
-@pytest.fixture(scope="session")
-def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Product:
-    """That recipe, through; to be copied."""
-    product = Product(recipe, tmp_path_factory.mktemp("finished"))
-    product.finish()
-    return product
-
-
-@pytest.fixture(scope="session")
-def undisturbed(finished: Product) -> dict[str, Any]:
-    return finished.left()
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
