@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from care_compress.evaluate.images import HeldImages
+from care_compress.export.channels_last import put_channels_last
 from care_compress.export.float_graph import float_graph
 from care_compress.export.forms import Form, form_for, in_form
 from care_compress.export.half import write_half
+from care_compress.export.head import split_head_input
 from care_compress.export.integers import put_integers
 from care_compress.export.products import use_integer_products
 from care_compress.export.residual import scale_branches
@@ -138,6 +140,8 @@ class Variants:
         put_integers(graph, model)
         if target.runtime == "onnxruntime":
             use_integer_products(graph)
+            put_channels_last(graph)
+            split_head_input(graph)
         if _is_openvino_cpu(target):
             scale_branches(graph)
         if target.is_typed:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
+from care_compress.export.channels_last import TURNED
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.openvino_library import openvino_core
 from care_compress.quantize.placement import PRODUCTS, QuantizedCare, site_of
@@ -99,7 +100,9 @@ def tap_file(path: Path, names: Iterable[str]) -> FileTap:
 def _tap_onnx(path: Path, wanted: set[str]) -> FileTap:
     model = onnx.load(path)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
-    values = {node.name: node.output[0] for node in model.graph.node if node.name in wanted}
+    named = {node.name: node.output[0] for node in model.graph.node}
+    turned = {name: value for name in wanted if (value := named.get(f"{name}{TURNED}"))}
+    values = turned | {name: named[name] for name in wanted if name in named}
     del model.graph.output[:]
     for value in values.values():
         model.graph.output.append(onnx.ValueInfoProto(name=value))
@@ -108,10 +111,12 @@ def _tap_onnx(path: Path, wanted: set[str]) -> FileTap:
 
     def tap(image: Tensor) -> Outputs:
         found = session.run(list(values.values()), {images: _repeated(image, batch)})
-        return {
+        outputs = {
             name: torch.from_numpy(value[:1]).float()
             for name, value in zip(values, found, strict=True)
         }
+        # Whoever compares has channels first.
+        return {n: v if n in named else v.movedim(-1, 1) for n, v in outputs.items()}
 
     return tap
 

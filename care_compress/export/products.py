@@ -1,4 +1,4 @@
-"""Quantized 1x1 convolutions as integer matrix products, the only ones that ONNX Runtime has.
+"""Quantized convolutions as integer matrix products, the only ones that ONNX Runtime has.
 
 It multiplies the integers of a convolution only if the result is quantized at once. Here a GELU or
 a residual stands between, so it would fall back to float (13 ms, its FP32 takes 11: see
@@ -6,12 +6,13 @@ docs/PERFORMANCE.md). Its own product of integers gives out floats, and takes an
 
     Transpose -> QuantizeLinear -> MatMulIntegerToFloat -> Transpose
 
-with the bias in whole steps of the integer sums. ONNX Runtime moves the transposes through the
-network until most of them meet and cancel. A Gemm between Q/DQ pairs is as fast by itself, and
-costs two reshapes and a step through the graph for each.
+with the bias in whole steps of the integer sums. A downsampling is such a product, too, once every
+2x2 patch is a row. ONNX Runtime moves the transposes through the network until most of them meet
+and cancel. A Gemm between Q/DQ pairs is as fast by itself, and costs two reshapes and a step
+through the graph for each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import numpy as np
@@ -21,33 +22,62 @@ from numpy.typing import NDArray
 from care_compress.export.float_graph import add_constant, constant, drop_unread, product_nodes
 
 DOMAIN = "com.microsoft"  # where ONNX Runtime keeps the operations of its own
+CHANNELS_LAST, CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _DATA, _WEIGHT, _BIAS = 0, 1, 2
 _LARGEST = 2**31 - 1
+# Numbers that lie together in a patch; fewer are moved more slowly than they are convolved.
+_LEAST_RUN = 64
 
 
 def use_integer_products(model: ir.Model) -> None:
-    """Replace every 1x1 convolution of two quantized operands in place."""
+    """Replace every 1x1 or patch convolution of two quantized operands in place."""
     names = (f"m{number}" for number in count())
     for name, node in product_nodes(model.graph).items():
-        if node.op_type == "Conv" and _is_pointwise(node):
+        if node.op_type == "Conv" and _is_quantized(node) and _is_product(node):
             _Product(model.graph, node, name, names).replace()
     model.opset_imports[DOMAIN] = 1
     drop_unread(model.graph)
 
 
-def _is_pointwise(node: ir.Node) -> bool:
-    """One group, a 1x1 kernel, 8 bits, one scale of the data, and a bias that fits into int32."""
+def _is_quantized(node: ir.Node) -> bool:
+    """8 bits, one scale of the data, and a bias that fits into int32."""
     data, weight = _maker(node, _DATA), _maker(node, _WEIGHT)
     if any(maker is None or maker.op_type != "DequantizeLinear" for maker in (data, weight)):
         return False
-    stored, groups = _input(weight, 0), node.attributes.get("group")
     return (
-        stored.dtype == ir.DataType.INT8
-        and constant(stored).shape[2:] == (1, 1)
-        and (groups is None or groups.as_int() == 1)
+        _input(weight, 0).dtype == ir.DataType.INT8
         and constant(_input(data, 1)).size == 1
         and float(np.abs(_bias_steps(node)).max()) <= _LARGEST
     )
+
+
+def _is_product(node: ir.Node) -> bool:
+    """One group, and patches that lie side by side and fill the image; the smallest is a pixel."""
+    _, inputs, *kernel = constant(_input(_maker(node, _WEIGHT), 0)).shape
+    if node.attributes.get_int("group", 1) != 1:
+        return False
+    if kernel == [1, 1]:
+        return True
+    size = _sides(_image(node))
+    return (
+        list(node.attributes.get_ints("strides", [1, 1])) == kernel
+        and not any(node.attributes.get_ints("pads", [0]))
+        and not any(side % step for side, step in zip(size, kernel, strict=True))
+        and inputs * kernel[1] >= _LEAST_RUN
+    )
+
+
+def _image(node: ir.Node) -> ir.Value:
+    """What is quantized for a convolution."""
+    return _input(_input(_maker(node, _DATA), 0).producer(), 0)
+
+
+def _sides(image: ir.Value) -> tuple[int, int]:
+    """Rows and columns."""
+    assert image.shape is not None
+    _, _, rows, columns = image.shape
+    assert isinstance(rows, int) and isinstance(columns, int)
+    return rows, columns
 
 
 class _Product:
@@ -58,18 +88,19 @@ class _Product:
         data, weight = _maker(node, _DATA), _maker(node, _WEIGHT)
         assert data is not None and weight is not None
         self.data, self.weight = data, weight
+        self.sides = _sides(_image(node))
 
     def replace(self) -> None:
         """Put the product where the convolution was."""
         out = self.node.outputs[0]
         quantize = _maker(self.data, 0)
         assert quantize is not None and quantize.op_type == "QuantizeLinear"
-        last = self._made("Transpose", [quantize.inputs[0]], "/last", quantize, perm=[0, 2, 3, 1])
+        last = self._made("Transpose", quantize.inputs[:1], "/last", quantize, perm=CHANNELS_LAST)
         quantize.replace_input_with(0, last)
         quantize.outputs[0].shape = None
         product = self._made("MatMulIntegerToFloat", self._operands(), "/product")
         # The site's own name goes to the node that gives out what the convolution gave.
-        image = self._made("Transpose", [product], "", perm=[0, 3, 1, 2])
+        image = self._made("Transpose", [product], "", perm=CHANNELS_FIRST)
         image.shape, image.type = out.shape, out.type
         for use in list(out.uses()):
             use.node.replace_input_with(use.idx, image)
@@ -78,11 +109,27 @@ class _Product:
     def _operands(self) -> list[ir.Value | None]:
         """Integers, scales and zero points of both factors, and the bias."""
         stored = _input(self.weight, 0)
-        rows = np.ascontiguousarray(constant(stored)[:, :, 0, 0].T)
-        operands = [self.data.inputs[0], add_constant(self.graph, f"{stored.name}_t", rows)]
+        kernels = constant(stored).transpose(2, 3, 1, 0)  # rows, columns, inputs, outputs
+        rows = np.ascontiguousarray(kernels.reshape(-1, kernels.shape[-1]))
+        pixels = _input(self.data, 0)
+        if kernels.shape[:2] != (1, 1):
+            pixels = self._patches(pixels, *kernels.shape[:3])
+        operands = [pixels, add_constant(self.graph, f"{stored.name}_t", rows)]
         for place in (1, 2):
             operands += [self.data.inputs[place], self.weight.inputs[place]]
         return [*operands, self._bias()]
+
+    def _patches(self, pixels: ir.Value, high: int, wide: int, channels: int) -> ir.Value:
+        """The numbers of every patch, side by side: (B, H/h, W/w, h w C)."""
+        rows, columns = (size // step for size, step in zip(self.sides, (high, wide), strict=True))
+        split = self._reshaped(pixels, "/split", [rows, high, columns, wide * channels])
+        patches = self._made("Transpose", [split], "/patches", perm=[0, 1, 3, 2, 4])
+        return self._reshaped(patches, "/joined", [rows, columns, high * wide * channels])
+
+    def _reshaped(self, value: ir.Value, name: str, lengths: list[int]) -> ir.Value:
+        shape = np.array([0, *lengths], np.int64)  # 0: as many images as there are
+        stored = add_constant(self.graph, f"{self.name}{name}", shape)
+        return self._made("Reshape", [value, stored], name)
 
     def _bias(self) -> ir.Value:
         """The bias in whole steps of the sums; simulated so, by `retarget`."""
@@ -92,7 +139,7 @@ class _Product:
     def _made(
         self,
         kind: str,
-        inputs: list[ir.Value | None],
+        inputs: Sequence[ir.Value | None],
         name: str,
         before: ir.Node | None = None,
         **attributes: int | list[int],
