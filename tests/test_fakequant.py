@@ -3,6 +3,7 @@ import torch
 from quantized import W4, images, network, quantized, section, sqnr
 
 from care_compress.quantize.fakequant import GroupQuantizer, IntQuantizer
+from care_compress.quantize.rounding import round_to_integers
 from care_compress.quantize.spec import TensorSpec
 
 
@@ -28,6 +29,32 @@ def test_learning_starts_where_the_simulation_stands(symmetric: bool, granularit
         learned = quantizer(x)
         quantizer.settle()
         assert torch.allclose(quantizer(x), learned, atol=1e-6), "settling changes nothing"
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, 2])
+@pytest.mark.parametrize("limits", [(0, 255), (-128, 127), (-127, 127), (0, 15), (-8, 7)])
+def test_fast_rounding_is_torchs_own_to_the_last_bit(
+    axis: int | None, limits: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Halves of steps too, where rounding has to choose.
+    x = torch.randn(7, 12, 33, generator=generator) * 3
+    x[::2] = (x[::2] * 64).round() / 64
+    scales = 1 if axis is None else x.shape[axis]
+    scale = torch.rand(scales, generator=generator) * 0.1 + 1e-3
+    scale[0] = 1 / 32
+    zero_point = torch.randint(*limits, (scales,), generator=generator, dtype=torch.int32)
+    found = round_to_integers(x, scale, zero_point, limits, axis)
+    differentiated = round_to_integers(x.clone().requires_grad_(), scale, zero_point, limits, axis)
+    assert differentiated.requires_grad
+    assert torch.equal(found, differentiated.detach())
+    assert not torch.equal(found, x)
+
+
+def test_what_is_out_of_range_goes_to_the_nearest_end() -> None:
+    x = torch.tensor([-torch.inf, -1e30, 1e30, torch.inf])
+    found = round_to_integers(x, torch.tensor([0.5]), torch.tensor([100]), (0, 255))
+    assert found.tolist() == [-50.0, -50.0, 77.5, 77.5]
 
 
 @pytest.mark.parametrize("bits", [8, 4])

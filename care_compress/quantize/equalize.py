@@ -31,6 +31,7 @@ from care_compress.model.compact import (
     stages,
 )
 from care_compress.model.rewrite import norm_as_affine
+from care_compress.quantize.rounding import round_to_integers
 from care_compress.quantize.spec import Plan, TensorSpec
 from care_compress.quantize.statistics import InputStatistics
 
@@ -257,9 +258,8 @@ def _quantize_rows(rows: Tensor, low: float, high: float, spec: TensorSpec) -> T
     else:
         scale = max((high - low) / levels, TINY)
         zero_point = min(max(spec.quant_min - round(low / scale), spec.quant_min), spec.quant_max)
-    return torch.fake_quantize_per_tensor_affine(
-        rows, scale, zero_point, spec.quant_min, spec.quant_max
-    )
+    limits = spec.quant_min, spec.quant_max
+    return round_to_integers(rows, torch.tensor([scale]), torch.tensor([zero_point]), limits)
 
 
 def _quantize_weight(matrix: Tensor, spec: TensorSpec) -> Tensor:
@@ -268,7 +268,5 @@ def _quantize_weight(matrix: Tensor, spec: TensorSpec) -> Tensor:
     rows = matrix if spec.group is None else matrix.reshape(-1, spec.group)
     scale = rows.abs().amax(dim=1).clamp(min=TINY) / spec.quant_max
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    quantized = torch.fake_quantize_per_channel_affine(
-        rows, scale, zero, 0, spec.quant_min, spec.quant_max
-    )
+    quantized = round_to_integers(rows, scale, zero, (spec.quant_min, spec.quant_max), axis=0)
     return quantized.reshape(matrix.shape)

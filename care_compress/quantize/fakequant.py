@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 
+from care_compress.quantize.rounding import round_to_integers
 from care_compress.quantize.spec import TensorSpec
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -134,12 +135,9 @@ class IntQuantizer(TensorQuantizer):
         return self._simulate(x, scale, zero_point)
 
     def _simulate(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        low, high = self.quant_min, self.quant_max
-        if self.per_channel:
-            return torch.fake_quantize_per_channel_affine(
-                x, scale, zero_point, self.ch_axis, low, high
-            )
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+        limits = self.quant_min, self.quant_max
+        axis = self.ch_axis if self.per_channel else None
+        return round_to_integers(x, scale, zero_point, limits, axis)
 
     def _learnable(self, x: Tensor) -> Tensor:
         scale = self.scale * self.gain.clamp(min=SMALLEST_GAIN)
