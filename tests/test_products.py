@@ -88,7 +88,7 @@ g (float[n, 32, H, 6] images) => (float[n, 40, OUT] logits) {
 """
 
 
-def convolution(kernel: int, rows: int, whole: bool = False) -> ir.Model:
+def convolution(kernel: int, rows: int, whole: bool = False, biased: bool = True) -> ir.Model:
     """A quantized convolution of patches that lie side by side."""
     draw = np.random.default_rng(0)
     steps = draw.uniform(0.001, 0.01, () if whole else 40).astype(np.float32)
@@ -102,15 +102,21 @@ def convolution(kernel: int, rows: int, whole: bool = False) -> ir.Model:
         # In whole steps of the sums, as `retarget` leaves it.
         "bias": bias.astype(np.float32),
     }
-    tensors = [ir.tensor(np.asarray(value), name=name) for name, value in constants.items()]
     text = CONVOLUTION.replace("H", str(rows)).replace("K", str(kernel))
+    if not biased:
+        del constants["bias"]
+        text = text.replace(", bias)", ")")
+    tensors = [ir.tensor(np.asarray(value), name=name) for name, value in constants.items()]
     return ir.from_onnx_text(text.replace("OUT", f"{rows // kernel}, {6 // kernel}"), tensors)
 
 
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "none"])
 @pytest.mark.parametrize("whole", [False, True], ids=["scales", "one-scale"])
 @pytest.mark.parametrize("kernel", [1, 2])
-def test_a_product_computes_what_the_convolution_did(kernel: int, whole: bool) -> None:
-    graph = convolution(kernel, 8, whole)
+def test_a_product_computes_what_the_convolution_did(
+    kernel: int, whole: bool, biased: bool
+) -> None:
+    graph = convolution(kernel, 8, whole, biased)
     after = copied(graph)
     use_integer_products(after)
     assert "Conv" not in kinds_of(after)
@@ -240,10 +246,13 @@ def test_narrow_stages_and_integer_additions_keep_their_transposes() -> None:
     assert [node.name for node in graph.graph] == names
 
 
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "none"])
 def test_the_head_reads_integers_and_keeps_its_accuracy(
-    exported: tuple[QuantizedCare, ir.Model],
+    exported: tuple[QuantizedCare, ir.Model], biased: bool
 ) -> None:
-    before = exported[1]
+    before = copied(exported[1])
+    (head,) = (node for node in before.graph if node.op_type == "Gemm")
+    head.resize_inputs(3 if biased else 2)  # a bias of zeros is left out
     after = copied(before)
     split_head_input(after)
     stored = {value.name for value in after.graph.initializers.values()}

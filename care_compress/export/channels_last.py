@@ -20,6 +20,7 @@ from care_compress.export.float_graph import (
     add_constant,
     constant,
     drop_unread,
+    maker_of,
     module_of,
 )
 from care_compress.export.products import CHANNELS_FIRST, CHANNELS_LAST
@@ -73,7 +74,7 @@ def _channels(value: ir.Value) -> int:
 
 
 def _reads_integers(node: ir.Node) -> bool:
-    makers = [_maker(value) for value in node.inputs]
+    makers = [maker_of(value) for value in node.inputs]
     return any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
 
 
@@ -111,7 +112,7 @@ class _Turned:
                 self.graph.remove(node, safe=True)
         for node in list(self.graph):
             if _turns(node, CHANNELS_FIRST) and not node.outputs[0].uses():
-                maker = _maker(node.inputs[0])
+                maker = maker_of(node.inputs[0])
                 assert maker is not None
                 maker.name = f"{node.name}{TURNED}"
                 self.graph.remove(node, safe=True)
@@ -148,9 +149,5 @@ def _turns(node: ir.Node, order: list[int]) -> bool:
 
 def _before_turn(value: ir.Value | None) -> ir.Value | None:
     """A value with channels last, if that is what it was made from."""
-    maker = _maker(value)
+    maker = maker_of(value)
     return maker.inputs[0] if maker is not None and _turns(maker, CHANNELS_FIRST) else None
-
-
-def _maker(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()

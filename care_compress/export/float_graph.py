@@ -118,6 +118,11 @@ def constant(value: ir.Value | None) -> NDArray[Any]:
     return numbers
 
 
+def maker_of(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes a value; none for a constant or an input."""
+    return None if value is None else value.producer()
+
+
 def drop_unread(graph: ir.Graph) -> None:
     """Remove the constants that no node reads any more."""
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from care_compress.export.float_graph import add_constant, constant, drop_unread
+from care_compress.export.float_graph import add_constant, constant, drop_unread, maker_of
 from care_compress.export.products import DOMAIN
+
+_EXPANDED = "DequantizeLinear"
 
 
 def split_head_input(model: ir.Model) -> None:
@@ -28,12 +30,12 @@ def split_head_input(model: ir.Model) -> None:
 
 
 def _has_integer_weight_only(node: ir.Node) -> bool:
-    data, weight = (_maker(value) for value in node.inputs[:2])
-    if weight is None or weight.op_type != "DequantizeLinear" or "block_size" in weight.attributes:
+    data, weight = (maker_of(value) for value in node.inputs[:2])
+    if weight is None or weight.op_type != _EXPANDED or "block_size" in weight.attributes:
         return False
     stored = weight.inputs[0]
     assert stored is not None
-    return stored.dtype == ir.DataType.INT8 and (data is None or data.op_type != weight.op_type)
+    return stored.dtype == ir.DataType.INT8 and (data is None or data.op_type != _EXPANDED)
 
 
 class _Split:
@@ -44,19 +46,19 @@ class _Split:
 
     def replace(self) -> None:
         """Put two products and their sum where the Gemm was."""
-        data, bias, out = self.node.inputs[0], self.node.inputs[2], self.node.outputs[0]
-        weight = _maker(self.node.inputs[1])
+        data, _, *bias = self.node.inputs  # a bias of zeros is left out
+        out = self.node.outputs[0]
+        weight = maker_of(self.node.inputs[1])
         assert weight is not None
         stored, *scale_and_zero = weight.inputs
         columns = np.ascontiguousarray(constant(stored).T)
         factor = [add_constant(self.graph, f"{self.node.name}.weight_t", columns), *scale_and_zero]
         high = self._made("DynamicQuantizeLinear", [data], "/high", 3)
-        rounded = self._made("DequantizeLinear", high, "/rounded")
-        low = self._made(
-            "DynamicQuantizeLinear", self._made("Sub", [data, *rounded], "/rest"), "/low", 3
-        )
+        rounded = self._made(_EXPANDED, high, "/rounded")
+        rest = self._made("Sub", [data, *rounded], "/rest")
+        low = self._made("DynamicQuantizeLinear", rest, "/low", 3)
         products = [
-            *self._product(high, factor, "/high_product", bias),
+            *self._product(high, factor, "/high_product", *bias),
             *self._product(low, factor, "/low_product"),
         ]
         total = ir.node("Add", products, name=self.node.name)
@@ -90,7 +92,3 @@ class _Split:
             value.name = f"{name}_{place}"
         self.graph.insert_before(self.node, node)
         return list(node.outputs)
-
-
-def _maker(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()

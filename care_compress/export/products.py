@@ -165,14 +165,16 @@ def _input(node: ir.Node | None, place: int) -> ir.Value:
 
 def _step(node: ir.Node) -> NDArray[np.float32]:
     """What one step of each output channel's integer sum is worth."""
-    data, weight = (
-        constant(_input(_maker(node, place), 1)).astype(np.float32) for place in (_DATA, _WEIGHT)
-    )
-    step: NDArray[np.float32] = np.broadcast_to(data * weight, constant(_input(node, _BIAS)).shape)
+    makers = _maker(node, _DATA), _maker(node, _WEIGHT)
+    data, weight = (constant(_input(maker, 1)).astype(np.float32) for maker in makers)
+    outputs = len(constant(_input(makers[1], 0)))
+    step: NDArray[np.float32] = np.broadcast_to(data * weight, outputs)
     return step
 
 
 def _bias_steps(node: ir.Node) -> NDArray[np.float64]:
-    bias = constant(_input(node, _BIAS)).astype(np.float64)
-    steps: NDArray[np.float64] = np.round(bias / _step(node).astype(np.float64))
+    step = _step(node).astype(np.float64)
+    if len(node.inputs) <= _BIAS:
+        return np.zeros_like(step)
+    steps: NDArray[np.float64] = np.round(constant(_input(node, _BIAS)) / step)
     return steps

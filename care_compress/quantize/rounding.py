@@ -1,7 +1,7 @@
 """Rounding to integers and back, x^ = s (clamp(round(x / s) + z, q_min, q_max) - z).
 
 PyTorch's own operation goes through 64-bit integers one number at a time on a CPU. The same steps
-on whole tensors give the same bits in a sixth of the time (LOG.md), and without it two thirds of a
+on whole tensors give the same bits in a sixth of the time (LOG.md); without them over half of a
 simulated forward pass would be rounding.
 """
 
