@@ -55,6 +55,10 @@ def test_what_is_out_of_range_goes_to_the_nearest_end() -> None:
     x = torch.tensor([-torch.inf, -1e30, 1e30, torch.inf])
     found = round_to_integers(x, torch.tensor([0.5]), torch.tensor([100]), (0, 255))
     assert found.tolist() == [-50.0, -50.0, 77.5, 77.5]
+    lost = round_to_integers(
+        torch.tensor([torch.nan]), torch.tensor([0.5]), torch.tensor([100]), (0, 255)
+    )
+    assert lost.isnan().all(), "a network that is broken must show it"
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -235,15 +235,22 @@ def test_layers_are_shown_channels_first(
         assert sqnr(found[site], expected[site]) > 20
 
 
-def test_narrow_stages_and_integer_additions_keep_their_transposes() -> None:
-    chosen, target = section({"role": "residual_add", "input": 8}), load_target("onnxruntime-cpu")
+@pytest.mark.parametrize(
+    "rule",
+    [{"role": "residual_add", "input": 8}, {"stage": 3, "weight": "float", "input": "float"}],
+    ids=["integer-additions", "no-products"],
+)
+def test_other_stages_keep_their_transposes(rule: dict[str, object]) -> None:
+    chosen, target = section(rule), load_target("onnxruntime-cpu")
     model = quantized(chosen).model
     skeleton, _ = planned(network(), chosen, SIZE)
     inner = float_network(model, skeleton)
     graph = graph_at(SIZE, (retarget(model, inner, chosen.rules, target), inner))
-    names = [node.name for node in graph.graph]
+    use_integer_products(graph)
+    assert "MatMulIntegerToFloat" in kinds_of(graph), "in narrower stages"
     put_channels_last(graph)
-    assert [node.name for node in graph.graph] == names
+    joins = [node for node in graph.graph if node.op_type in ("Add", "Mul", "Concat", "Slice")]
+    assert not [node.name for node in joins if TURNED in (node.name or "")]
 
 
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "none"])
@@ -263,3 +270,17 @@ def test_the_head_reads_integers_and_keeps_its_accuracy(
     # The scales of its input come from the whole batch.
     alone = answers(after, level, (image.numpy() for image in images(6, seed=9).split(1)))
     assert sqnr(alone, found) > 80
+
+
+def test_two_heads_are_read_as_integers_too() -> None:
+    chosen, target = section({"role": "head", "input": "float"}), load_target("onnxruntime-cpu")
+    apart = network(merge_heads=False)
+    model = quantized(chosen, apart).model
+    skeleton, _ = planned(network(merge_heads=False), chosen, SIZE)
+    inner = float_network(model, skeleton)
+    before = graph_at(SIZE, (retarget(model, inner, chosen.rules, target), inner))
+    after = copied(before)
+    split_head_input(after)
+    assert "Gemm" not in kinds_of(after)
+    level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    assert sqnr(answers(after, level), answers(before, level)) > 80

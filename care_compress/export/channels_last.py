@@ -33,11 +33,13 @@ _AXES = 3  # of a Slice: the input that says along what
 
 
 def put_channels_last(model: ir.Model) -> None:
-    """Turn every wide stage whose additions are in float, in place."""
+    """Turn every wide stage with integer products whose additions and attention are in float."""
     turned = _Turned(model.graph)
-    for nodes in _stages(model.graph).values():
+    with_products = {_stage_of(n) for n in model.graph if n.op_type == "MatMulIntegerToFloat"}
+    for stage, nodes in _stages(model.graph).items():
         width = max(_channels(node.outputs[0]) for node in nodes)
-        if width > NARROW and not any(map(_reads_integers, nodes)):
+        in_float = not any(map(_reads_integers, nodes))
+        if width > NARROW and in_float and stage in with_products:
             for node in nodes:
                 turned.turn(node)
     turned.tidy()
@@ -48,10 +50,16 @@ def _stages(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     """What stands between the products of each stage."""
     found: dict[str, list[ir.Node]] = defaultdict(list)
     for node in graph:
-        stage, _, number = module_of(node).partition(".")
-        if stage == "stages" and _is_image(node.outputs[0]) and _can_turn(node):
-            found[number.partition(".")[0]].append(node)
+        stage = _stage_of(node)
+        if stage is not None and _is_image(node.outputs[0]) and _can_turn(node):
+            found[stage].append(node)
     return found
+
+
+def _stage_of(node: ir.Node) -> str | None:
+    """Its number; none in front of the stages and behind them."""
+    scope, _, rest = module_of(node).partition(".")
+    return rest.partition(".")[0] if scope == "stages" else None
 
 
 def _can_turn(node: ir.Node) -> bool:

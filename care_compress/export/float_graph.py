@@ -47,7 +47,7 @@ Batch = int | Literal["dynamic"]
 def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -> ir.Model:
     """Export a float network for images of one size, and a fixed or free number of them.
 
-    Nothing in the graph depends on the batch, so whoever loads a file may give it another one.
+    No length in the graph depends on the batch, so whoever loads a file may give it another one.
     """
     example = torch.zeros(TRACED, 3, resolution, resolution)
     with silent(), torch.no_grad():

@@ -7,7 +7,9 @@ as a float does, the second one what the first one leaves over,
     x = s1 (q1 - z1) + s2 (q2 - z2),    x W^T = s1 (q1 - z1) W^T + s2 (q2 - z2) W^T,
 
 with s2 < s1 / 250, so the weights are read as they are stored (88 dB, CARE-S0). The scales come
-from the numbers at hand, which a LayerNorm has just made alike in all images.
+from the numbers at hand, those of all images of a batch, which a LayerNorm has just made alike: the
+other images of a batch change an image's logits by no more than that rounding. Should one of them
+be NaN, all are.
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,11 @@ def _has_integer_weight_only(node: ir.Node) -> bool:
         return False
     stored = weight.inputs[0]
     assert stored is not None
-    return stored.dtype == ir.DataType.INT8 and (data is None or data.op_type != _EXPANDED)
+    return (
+        stored.dtype == ir.DataType.INT8
+        and node.attributes.get_int("transB", 0) == 1
+        and (data is None or data.op_type != _EXPANDED)
+    )
 
 
 class _Split:
@@ -65,7 +71,10 @@ class _Split:
         self.graph.insert_before(self.node, total)
         made = total.outputs[0]
         made.name, made.shape, made.type = out.name, out.shape, out.type
-        self.graph.outputs[self.graph.outputs.index(out)] = made
+        for use in list(out.uses()):  # two heads are averaged
+            use.node.replace_input_with(use.idx, made)
+        if out in self.graph.outputs:
+            self.graph.outputs[self.graph.outputs.index(out)] = made
         self.graph.remove([self.node, weight], safe=True)
 
     def _product(

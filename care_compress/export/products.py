@@ -19,7 +19,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from care_compress.export.float_graph import add_constant, constant, drop_unread, product_nodes
+from care_compress.export.float_graph import (
+    add_constant,
+    constant,
+    drop_unread,
+    maker_of,
+    product_nodes,
+)
 
 DOMAIN = "com.microsoft"  # where ONNX Runtime keeps the operations of its own
 CHANNELS_LAST, CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -152,8 +158,7 @@ class _Product:
 
 
 def _maker(node: ir.Node, place: int) -> ir.Node | None:
-    value = node.inputs[place]
-    return None if value is None else value.producer()
+    return maker_of(node.inputs[place])
 
 
 def _input(node: ir.Node | None, place: int) -> ir.Value:

@@ -41,9 +41,9 @@ def check_pairs(graph: onnx.GraphProto, quantized: QuantizedCare | None) -> None
     dequantizes = [node for node in graph.node if node.op_type == "DequantizeLinear"]
     # ONNX Runtime's own products read the integers themselves.
     products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
-    read = [node.input[0] for node in dequantizes] + [node.input[1] for node in products]
-    # The head's weight has two readers, one for each half of its input.
-    found = len(stored.intersection(read))
+    # The head's weight has two of them for readers, one for each half of its input.
+    read = [node.input[0] for node in dequantizes] + list({node.input[1] for node in products})
+    found = sum(name in stored for name in read)
     if (found, len(quantizes)) != (weights, len(integers) - weights):
         raise ExportError(
             f"the graph has {found} integer weights and {len(quantizes)} quantized activations, "

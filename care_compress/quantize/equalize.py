@@ -259,7 +259,9 @@ def _quantize_rows(rows: Tensor, low: float, high: float, spec: TensorSpec) -> T
         scale = max((high - low) / levels, TINY)
         zero_point = min(max(spec.quant_min - round(low / scale), spec.quant_min), spec.quant_max)
     limits = spec.quant_min, spec.quant_max
-    return round_to_integers(rows, torch.tensor([scale]), torch.tensor([zero_point]), limits)
+    step = torch.tensor([scale], device=rows.device)
+    zero = torch.tensor([zero_point], dtype=torch.int32, device=rows.device)
+    return round_to_integers(rows, step, zero, limits)
 
 
 def _quantize_weight(matrix: Tensor, spec: TensorSpec) -> Tensor:

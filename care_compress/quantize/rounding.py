@@ -2,7 +2,8 @@
 
 PyTorch's own operation goes through 64-bit integers one number at a time on a CPU. The same steps
 on whole tensors give the same bits in a sixth of the time (LOG.md); without them over half of a
-simulated forward pass would be rounding.
+simulated forward pass would be rounding. Only NaN differs: it stays one here, where PyTorch makes
+it the low end of the range.
 """
 
 import torch
