@@ -27,14 +27,23 @@ from care_compress.target import load_target
 LARGER = 72  # 18, 9, 4 and 2 rows: one downsampling leaves a row over
 
 
+def moved_by(
+    rule: dict[str, object], target_rules: bool = True, **switches: bool
+) -> tuple[QuantizedCare, CompactCare]:
+    """A model as ONNX Runtime executes it, and the network inside."""
+    chosen, target = section(rule), load_target("onnxruntime-cpu")
+    start = network(**switches)
+    skeleton, _ = planned(start, chosen, SIZE)
+    model = quantized(chosen, start).model
+    inner = float_network(model, skeleton)
+    rules = (*chosen.rules, *target.rules) if target_rules else chosen.rules
+    return retarget(model, inner, rules, target), inner
+
+
 @pytest.fixture(scope="module")
 def moved() -> tuple[QuantizedCare, CompactCare]:
-    """A model as ONNX Runtime executes it, and the network inside."""
-    chosen, target = section({"role": "head", "input": "float"}), load_target("onnxruntime-cpu")
-    model = quantized(chosen).model
-    skeleton, _ = planned(network(), chosen, SIZE)
-    inner = float_network(model, skeleton)
-    return retarget(model, inner, (*chosen.rules, *target.rules), target), inner
+    """With a head whose weights alone are quantized."""
+    return moved_by({"role": "head", "input": "float"})
 
 
 def graph_at(size: int, moved: tuple[QuantizedCare, CompactCare]) -> ir.Model:
@@ -195,9 +204,7 @@ def test_channels_last_compute_the_same(turned: tuple[ir.Model, ir.Model]) -> No
     assert torch.equal(found, expected)
 
 
-def test_only_window_convolutions_of_a_wide_stage_transpose(
-    turned: tuple[ir.Model, ir.Model], tmp_path: Path
-) -> None:
+def test_a_wide_stage_transposes_less(turned: tuple[ir.Model, ir.Model], tmp_path: Path) -> None:
     def transposes(graph: ir.Model) -> int:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -212,6 +219,12 @@ def test_only_window_convolutions_of_a_wide_stage_transpose(
     widths = {node.outputs[0].shape[1] for node in before.graph if node.op_type == "Gelu"}
     assert max(widths) > NARROW
     assert transposes(after) < transposes(before)
+
+
+def test_narrow_stages_are_not_turned(turned: tuple[ir.Model, ir.Model]) -> None:
+    joins = [node for node in turned[1].graph if node.op_type in ("Add", "Mul", "Concat", "Slice")]
+    stages = {(node.name or "")[:8] for node in joins if TURNED in (node.name or "")}
+    assert stages == {"stages.3"}, "of care_nano: 16, 32, 64 and 128 channels"
 
 
 def test_layers_are_shown_channels_first(
@@ -241,11 +254,7 @@ def test_layers_are_shown_channels_first(
     ids=["integer-additions", "no-products"],
 )
 def test_other_stages_keep_their_transposes(rule: dict[str, object]) -> None:
-    chosen, target = section(rule), load_target("onnxruntime-cpu")
-    model = quantized(chosen).model
-    skeleton, _ = planned(network(), chosen, SIZE)
-    inner = float_network(model, skeleton)
-    graph = graph_at(SIZE, (retarget(model, inner, chosen.rules, target), inner))
+    graph = graph_at(SIZE, moved_by(rule, target_rules=False))
     use_integer_products(graph)
     assert "MatMulIntegerToFloat" in kinds_of(graph), "in narrower stages"
     put_channels_last(graph)
@@ -273,12 +282,7 @@ def test_the_head_reads_integers_and_keeps_its_accuracy(
 
 
 def test_two_heads_are_read_as_integers_too() -> None:
-    chosen, target = section({"role": "head", "input": "float"}), load_target("onnxruntime-cpu")
-    apart = network(merge_heads=False)
-    model = quantized(chosen, apart).model
-    skeleton, _ = planned(network(merge_heads=False), chosen, SIZE)
-    inner = float_network(model, skeleton)
-    before = graph_at(SIZE, (retarget(model, inner, chosen.rules, target), inner))
+    before = graph_at(SIZE, moved_by({"role": "head", "input": "float"}, merge_heads=False))
     after = copied(before)
     split_head_input(after)
     assert "Gemm" not in kinds_of(after)

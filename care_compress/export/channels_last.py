@@ -115,8 +115,7 @@ class _Turned:
         for node in list(self.graph):
             last = _before_turn(node.inputs[0]) if _turns(node, CHANNELS_LAST) else None
             if last is not None:
-                for use in list(node.outputs[0].uses()):
-                    use.node.replace_input_with(use.idx, last)
+                ir.convenience.replace_all_uses_with(node.outputs[0], last)
                 self.graph.remove(node, safe=True)
         for node in list(self.graph):
             if _turns(node, CHANNELS_FIRST) and not node.outputs[0].uses():
@@ -145,9 +144,8 @@ class _Turned:
         given = first.outputs[0]
         given.name, given.shape, given.type = f"{last.name}_first", last.shape, last.type
         last.shape = None
-        for use in list(last.uses()):
-            if use.node is not first:
-                use.node.replace_input_with(use.idx, given)
+        ir.convenience.replace_all_uses_with(last, given)
+        first.replace_input_with(0, last)
         self.graph.insert_after(node, first)
 
 

@@ -71,8 +71,7 @@ class _Split:
         self.graph.insert_before(self.node, total)
         made = total.outputs[0]
         made.name, made.shape, made.type = out.name, out.shape, out.type
-        for use in list(out.uses()):  # two heads are averaged
-            use.node.replace_input_with(use.idx, made)
+        ir.convenience.replace_all_uses_with(out, made)  # two heads are averaged
         if out in self.graph.outputs:
             self.graph.outputs[self.graph.outputs.index(out)] = made
         self.graph.remove([self.node, weight], safe=True)

@@ -94,22 +94,21 @@ class _Product:
         data, weight = _maker(node, _DATA), _maker(node, _WEIGHT)
         assert data is not None and weight is not None
         self.data, self.weight = data, weight
-        self.sides = _sides(_image(node))
 
     def replace(self) -> None:
         """Put the product where the convolution was."""
         out = self.node.outputs[0]
+        operands = self._operands()
         quantize = _maker(self.data, 0)
         assert quantize is not None and quantize.op_type == "QuantizeLinear"
         last = self._made("Transpose", quantize.inputs[:1], "/last", quantize, perm=CHANNELS_LAST)
         quantize.replace_input_with(0, last)
         quantize.outputs[0].shape = None
-        product = self._made("MatMulIntegerToFloat", self._operands(), "/product")
+        product = self._made("MatMulIntegerToFloat", operands, "/product")
         # The site's own name goes to the node that gives out what the convolution gave.
         image = self._made("Transpose", [product], "", perm=CHANNELS_FIRST)
         image.shape, image.type = out.shape, out.type
-        for use in list(out.uses()):
-            use.node.replace_input_with(use.idx, image)
+        ir.convenience.replace_all_uses_with(out, image)
         self.graph.remove([self.node, self.data, self.weight], safe=True)
 
     def _operands(self) -> list[ir.Value | None]:
@@ -127,7 +126,8 @@ class _Product:
 
     def _patches(self, pixels: ir.Value, high: int, wide: int, channels: int) -> ir.Value:
         """The numbers of every patch, side by side: (B, H/h, W/w, h w C)."""
-        rows, columns = (size // step for size, step in zip(self.sides, (high, wide), strict=True))
+        sides = _sides(_image(self.node))
+        rows, columns = (size // step for size, step in zip(sides, (high, wide), strict=True))
         split = self._reshaped(pixels, "/split", [rows, high, columns, wide * channels])
         patches = self._made("Transpose", [split], "/patches", perm=[0, 1, 3, 2, 4])
         return self._reshaped(patches, "/joined", [rows, columns, high * wide * channels])

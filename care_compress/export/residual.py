@@ -81,6 +81,5 @@ def _scale_the_rest(graph: ir.Graph, add: ir.Node, fc2: ir.Node, scaling: ir.Nod
     rest.name, rest.shape, rest.type = f"{out.name}_{SCALED[1:]}", out.shape, out.type
     graph.insert_before(add, node)
     add.replace_input_with(place, rest)
-    for use in list(out.uses()):
-        use.node.replace_input_with(use.idx, add.outputs[0])
+    ir.convenience.replace_all_uses_with(out, add.outputs[0])
     graph.remove(scaling, safe=True)
