@@ -191,7 +191,15 @@ def _ptq_by_nncf(
     calibration = _counted(shop, chosen)
     with step_line(shop.console) as notify:
         notify("NNCF is quantizing")
-        quantize_openvino(compact, nncf, recipe.data.resolution, calibration, control, path)
+        quantize_openvino(
+            compact,
+            nncf,
+            section.full_range,
+            recipe.data.resolution,
+            calibration,
+            control,
+            path,
+        )
 
 
 def _accuracy_control(shop: Workshop, validation: Samples) -> AccuracyControl:
@@ -350,4 +358,6 @@ def _qat_by_nncf(
     training = training_in(shop, samples, validation, "qat")
     calibration = _counted(shop, read_list(shop.run.path / CALIBRATION_FILE, samples))
     nncf = section.nncf or NncfSection()
-    return train_openvino(compact, section.qat, nncf, calibration, training, path)
+    return train_openvino(
+        compact, section.qat, nncf, section.full_range, calibration, training, path
+    )

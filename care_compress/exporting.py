@@ -6,7 +6,7 @@ images they were compared on to ``exports/samples/``, for the bundles that go to
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ from care_compress.run import (
     sha256_file,
     state_digest,
     temporary_folder,
+)
+from care_compress.runtime.dot_products import (
+    check_needs,
+    onnxruntime_is_exact,
+    openvino_is_exact,
 )
 from care_compress.runtime.executed import executed_layers, integer_macs, quantized_macs
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
@@ -97,7 +102,8 @@ def _drop_others(run: Run, targets: tuple[Target, ...]) -> None:
 def chosen_targets(recipe: Recipe) -> tuple[Target, ...]:
     """The targets a recipe names, or all of them."""
     names = recipe.export.targets
-    return all_targets() if names is None else tuple(load_target(name) for name in names)
+    targets = all_targets() if names is None else tuple(load_target(name) for name in names)
+    return tuple(target.at_full_range() for target in targets) if recipe.full_range else targets
 
 
 def about_export(variants: Variants, validation: Samples) -> About:
@@ -205,7 +211,7 @@ class Exporter:
 
     @cached_property
     def _made_from(self) -> dict[str, object]:
-        variants = self.variants
+        variants, cpu = self.variants, machine.read_machine().cpu
         return {
             **recipe_parts(variants.recipe)["export"],
             "about": asdict(self.about),
@@ -213,7 +219,9 @@ class Exporter:
             "model": variants.kept and digest_of(variants.kept),
             "validation images": self.checked_on,
             "packages": versions(EVERYTHING),
-            "processor": machine.read_machine().cpu.name,  # which decides what runs in integers
+            # Which decides what runs in integers, and how exactly. A name alone does not say it:
+            # "AMD EPYC" is one with dot products, or one without.
+            "processor": [cpu.name, dict(cpu.features)],
         }
 
     def _anew(self, target: Target) -> Exported:
@@ -224,6 +232,7 @@ class Exporter:
     def _write(self, target: Target) -> Exported:
         done = Exported(target)
         try:
+            self._check_readable(target)
             if self.variants.kept is not None and self.variants.saved is None:
                 self._nncf_to(done)
             elif target.runtime == "onnxruntime":
@@ -236,9 +245,17 @@ class Exporter:
             done = Exported(target, skipped=str(error))
         path = self._folder(target) / "export.json"
         if done.files:
-            said = {**done.as_json(), **asdict(self.about), "batch": self.shop.recipe.export.batch}
+            about = asdict(self._about(target))
+            said = {**done.as_json(), **about, "batch": self.shop.recipe.export.batch}
             self.shop.run.write_json(str(path.relative_to(self.shop.run.path)), said)
         return done
+
+    def _check_readable(self, target: Target) -> None:
+        """Raise TargetError before writing what could not be read back on this processor."""
+        openvino = target.runtime == "openvino"
+        path = self._path(target, self.precision, ".xml" if openvino else ".onnx")
+        exact = openvino_is_exact if openvino else onnxruntime_is_exact
+        check_needs(path, target.file_needs, exact)
 
     @property
     def precision(self) -> str:
@@ -252,19 +269,27 @@ class Exporter:
     def _folder(self, target: Target) -> Path:
         return self._root / target.name
 
+    def _path(self, target: Target, name: str, suffix: str) -> Path:
+        """Where a model goes; one that is not right on every processor says so in its name."""
+        needs = "-dotprod" if target.needs.dot_products else ""
+        return self._folder(target) / f"{name}{needs}{suffix}"
+
+    def _about(self, target: Target) -> About:
+        return replace(self.about, needs=target.file_needs)
+
     def _onnx_to(self, done: Exported, name: str, variant: Variant) -> None:
         """An ONNX file, compared through ONNX Runtime."""
-        path = self._folder(done.target) / f"{name}.onnx"
-        write_onnx(variant.graph, self.about, path, variant.quantized)
+        path = self._path(done.target, name, ".onnx")
+        write_onnx(variant.graph, self._about(done.target), path, variant.quantized)
         self._compare(done, name, path, variant, lambda: OnnxPredictor(path))
 
     def _openvino_to(self, done: Exported) -> None:
         variant = self.variants.of(done.target)
-        path = self._folder(done.target) / f"{self.precision}.xml"
+        path, about = self._path(done.target, self.precision, ".xml"), self._about(done.target)
         with temporary_folder(path) as folder:
             source = folder / "model.onnx"
-            write_onnx(variant.graph, self.about, source, variant.quantized)
-            write_ir(source, self.about, path, half=done.target.float_type == "fp16")
+            write_onnx(variant.graph, about, source, variant.quantized)
+            write_ir(source, about, path, half=done.target.float_type == "fp16")
         self._compare_openvino(done, path, variant)
 
     def _tensorrt_to(self, done: Exported) -> None:
@@ -292,8 +317,8 @@ class Exporter:
             raise TargetError("NNCF's model is OpenVINO's.", "use backend: torchao for this target")
         source = self.variants.kept
         assert source is not None
-        path = self._folder(done.target) / f"{self.precision}.xml"
-        write_ir(source, self.about, path, half=False)
+        path = self._path(done.target, self.precision, ".xml")
+        write_ir(source, self._about(done.target), path, half=False)
         predict = OpenVinoPredictor(source)
         done.planned_macs = quantized_macs(source)
         logits = self.variants.images.logits(predict)

@@ -100,7 +100,7 @@ def network_of(recipe: Recipe) -> CompactCare:
 def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: Console) -> None:
     """Print the plan of a recipe."""
     section = own_section(recipe)
-    target = None if exported_to is None else load_target(exported_to)
+    target = None if exported_to is None else load_target(exported_to, recipe.full_range)
     plan = plan_recipe(recipe, target)
     targets = check_exportable(recipe, Console(quiet=True)) if target is None else [target]
     space = space_of(recipe, plan, targets)

@@ -161,6 +161,9 @@ class QuantizeSection(Section):
     target: str | None = Field(
         "openvino-cpu", description="whose limits hold; null: simulated, no runtime's"
     )
+    full_range: bool = Field(
+        False, description="8-bit weights beyond -64..63 on CPUs, too: wrong without dot products"
+    )
     rules: tuple[RuleSection, ...] = ()
     activation: Literal["gelu", "hard_swish"] = Field(
         "gelu", description="hard_swish is cheaper and another function: it needs qat to heal"

@@ -57,6 +57,11 @@ class Recipe(Section):
     budget: BudgetSection = BudgetSection()
     evaluate: EvaluateSection = EvaluateSection()
 
+    @property
+    def full_range(self) -> bool:
+        """Whether 8-bit weights leave -64..63 on CPUs, too (``quantize.full_range``)."""
+        return self.quantize is not None and self.quantize.full_range
+
     @model_validator(mode="after")
     def _has_a_start(self) -> "Recipe":
         if self.model.checkpoint is None and self.train is None:

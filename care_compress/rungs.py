@@ -146,7 +146,8 @@ class Ladder:
                     f"{self.run.path.name} has no export for {name}.",
                     f"it has {', '.join(found) or 'none'}; make quantize with export.targets",
                 )
-        return [(load_target(name), found[name]) for name in self.wanted or found]
+        full = self.run.recipe.full_range
+        return [(load_target(name, full), found[name]) for name in self.wanted or found]
 
     def _engine(self, target: Target, file: str) -> None:
         name = f"engine of {target.name}"

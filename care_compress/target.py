@@ -18,6 +18,10 @@ from care_compress.sections import Section
 
 TARGETS_DIR = RECIPES_DIR / "targets"
 
+# What a file says in its metadata that a processor must have, and under which key.
+NEEDS = "care_compress.needs"
+DOT_PRODUCTS = "integer dot products"
+
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
 Device = Literal["cpu", "gpu", "npu", "jetson-orin", "jetson-thor", "rtx"]
 _DEVICES: dict[Runtime, tuple[Device, ...]] = {
@@ -44,10 +48,18 @@ class Weights(Section):
     bits: Annotated[tuple[Literal[8, 4], ...], Field(min_length=1)]
     symmetric: bool
     per_channel: bool = Field(description="a scale for each output channel")
+    reduce_range: bool = Field(
+        description="8-bit weights are in -64..63: 2 * 255 * 64 fits the 16 bits in which a "
+        "processor without integer dot products adds two products, 2 * 255 * 127 does not"
+    )
 
 
 class Needs(Section):
     """What must be on a machine to build for the target and run on it."""
+
+    dot_products: bool = Field(
+        False, description="the processor adds products of integers in 32 bits: VNNI, AMX, SDOT"
+    )
 
     packages: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         description="pip requirements with the versions that are supported"
@@ -98,6 +110,11 @@ class Target(Section):
     notes: tuple[str, ...] = Field(description="why the values above are what they are")
 
     @property
+    def file_needs(self) -> str | None:
+        """What an exported file needs of the processor that runs it; most need nothing."""
+        return DOT_PRODUCTS if self.needs.dot_products else None
+
+    @property
     def is_engine(self) -> bool:
         """What runs is an engine, built from the exported graph."""
         return self.runtime in ("tensorrt", "tensorrt_rtx")
@@ -107,6 +124,14 @@ class Target(Section):
         """Every operation runs in the type the graph gives it, so the graph has to say float16."""
         return self.is_engine and self.float_type == "fp16"
 
+    def at_full_range(self) -> "Target":
+        """The target where every processor has integer dot products: weights use all 8 bits."""
+        if not self.weights.reduce_range:
+            return self
+        weights = self.weights.model_copy(update={"reduce_range": False})
+        needs = self.needs.model_copy(update={"dot_products": True})
+        return self.model_copy(update={"weights": weights, "needs": needs})
+
     @model_validator(mode="after")
     def _device_fits(self) -> "Target":
         known = _DEVICES[self.runtime]
@@ -115,11 +140,12 @@ class Target(Section):
         return self
 
 
-def load_target(name: str) -> Target:
-    """The shipped target called `name`, e.g. ``openvino-cpu``."""
+def load_target(name: str, full_range: bool = False) -> Target:
+    """The shipped target called `name`, e.g. ``openvino-cpu``; see `Target.at_full_range`."""
     path = TARGETS_DIR / f"{name}.yaml"
     if path in target_files(TARGETS_DIR):
-        return read_target(path)
+        target = read_target(path)
+        return target.at_full_range() if full_range else target
     known = [file.stem for file in target_files(TARGETS_DIR)]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""

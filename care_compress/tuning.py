@@ -96,6 +96,8 @@ def run_tune(
             "tune openvino-cpu or onnxruntime-cpu; a board measures its own engines",
         )
     finished, run = find_run(runs, name), Run(runs, name)
+    if finished.recipe.full_range:
+        target = target.at_full_range()
     with run.reopen():
         bench = _open_bench(run, finished, target, options, console)
         tried = _known(bench, options) or _measured(bench, options)

@@ -94,7 +94,9 @@ def test_the_same_images_give_the_same_file(
     network: CompactCare, calibration: Calibration, tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
-        quantize_openvino(network, SMOOTH, 64, calibration, None, tmp_path / name / "model.xml")
+        quantize_openvino(
+            network, SMOOTH, False, 64, calibration, None, tmp_path / name / "model.xml"
+        )
     # The .xml numbers its constants through the process.
     first, second = ((tmp_path / name / "model.bin").read_bytes() for name in ("one", "two"))
     assert first == second
@@ -106,7 +108,7 @@ def test_the_same_images_give_the_same_file(
 def test_the_trained_simulation_and_the_file_are_near(
     network: CompactCare, calibration: Calibration, tmp_path: Path
 ) -> None:
-    model = nncf_qat.simulated(network, SMOOTH, calibration)
+    model = nncf_qat.simulated(network, SMOOTH, False, calibration)
     (images, *_) = calibration.batches()
     path = tmp_path / "model.xml"
     exportable = nncf_qat._exportable(model, 64)

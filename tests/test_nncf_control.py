@@ -28,7 +28,7 @@ def test_accuracy_control_returns_layers_to_float_and_always_ends_with_a_model(
     for name, max_drop in (("easy", 100.0), ("impossible", -200.0)):
         path = tmp_path / name / "model.xml"
         control = AccuracyControl(max_drop, items, DATA)
-        quantize_openvino(network, NncfSection(), 64, calibration, control, path)
+        quantize_openvino(network, NncfSection(), False, 64, calibration, control, path)
         found[name] = quantizers(path)
         assert open_predictor(str(path), CPU)(torch.zeros(1, 3, 64, 64)).shape == (1, 40)
     assert 0 < found["impossible"] < found["easy"]

@@ -22,6 +22,7 @@ from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.openvino_library import openvino_core
 from care_compress.quantize.placement import PRODUCTS, QuantizedCare, site_of
 from care_compress.runtime.on_onnxruntime import open_session
+from care_compress.runtime.on_openvino import read_to_run
 
 Outputs = dict[str, Tensor]
 # Called with a quantizer of an activation, what enters it and what leaves it.
@@ -106,7 +107,7 @@ def _tap_onnx(path: Path, wanted: set[str]) -> FileTap:
     del model.graph.output[:]
     for value in values.values():
         model.graph.output.append(onnx.ValueInfoProto(name=value))
-    session = open_session(model.SerializeToString())
+    session = open_session(path, model.SerializeToString())
     images = session.get_inputs()[0].name
 
     def tap(image: Tensor) -> Outputs:
@@ -122,15 +123,14 @@ def _tap_onnx(path: Path, wanted: set[str]) -> FileTap:
 
 
 def _tap_openvino(path: Path, wanted: set[str]) -> FileTap:
-    core = openvino_core()
-    model = core.read_model(path)
+    model = read_to_run(path)
     known = [op for op in model.get_ordered_ops() if op.get_friendly_name() in wanted]
     if not known:  # NNCF's file has names of its own
         return lambda image: {}
     for operation in known:
         model.add_outputs(operation.output(0))
     names = [operation.get_friendly_name() for operation in known]
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     size = compiled.inputs[0].partial_shape[0]
     batch = 1 if size.is_dynamic else int(size.get_length())
 

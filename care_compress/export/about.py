@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from care_compress.sections import DataSection
+from care_compress.target import NEEDS
 
 PREFIX = "care_compress."
 
@@ -46,12 +47,14 @@ class About:
     fingerprint: str  # of the model's weights, the classes and the preprocessing
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    needs: str | None = None  # what a processor must have, or its answers are wrong
 
     def as_texts(self) -> dict[str, str]:
         """Key and value as ONNX metadata and OpenVINO's runtime information hold them."""
-        return {
+        texts = {
             PREFIX + "recipe": self.recipe,
             PREFIX + "fingerprint": self.fingerprint,
             PREFIX + "classes": json.dumps(self.classes),
             PREFIX + "preprocessing": json.dumps(asdict(self.preprocessing)),
         }
+        return texts if self.needs is None else {**texts, NEEDS: self.needs}

@@ -71,9 +71,8 @@ class _Split:
         self.graph.insert_before(self.node, total)
         made = total.outputs[0]
         made.name, made.shape, made.type = out.name, out.shape, out.type
-        ir.convenience.replace_all_uses_with(out, made)  # two heads are averaged
-        if out in self.graph.outputs:
-            self.graph.outputs[self.graph.outputs.index(out)] = made
+        # The logits, or, of two heads, one of those that are averaged.
+        ir.convenience.replace_all_uses_with(out, made, replace_graph_outputs=True)
         self.graph.remove([self.node, weight], safe=True)
 
     def _product(

@@ -51,10 +51,15 @@ def quantized_header(path: Path) -> "_Header | None":
     if header is None:
         return None
     try:
-        return _Header.model_validate_json(header)
+        about = _Header.model_validate_json(header)
     except ValueError as error:
         reason = shortened(one_line(str(error)))
         raise _damaged(path, f"its header says {reason}") from error
+    if "full_range" in about.quantize.model_fields_set:
+        return about
+    # Older than the limit of 8-bit weights on CPUs: its weights use all 8 bits.
+    section = about.quantize.model_copy(update={"full_range": True})
+    return about.model_copy(update={"quantize": section})
 
 
 class _Header(Section):

@@ -30,6 +30,7 @@ from care_compress.quantize.openvino_library import (
 from care_compress.quantize.quiet import silent
 from care_compress.run import atomic_file, temporary_folder
 from care_compress.sections import DataSection
+from care_compress.target import DOT_PRODUCTS, NEEDS
 
 # Bounds of the search for layers to keep in float; beyond them a model is not worth quantizing.
 CONTROL_IMAGES = 1000
@@ -95,6 +96,7 @@ class AccuracyControl:
 def quantize_openvino(
     network: CompactCare,
     section: NncfSection,
+    full_range: bool,
     resolution: int,
     calibration: Calibration,
     control: AccuracyControl | None,
@@ -104,7 +106,7 @@ def quantize_openvino(
     nncf = load_nncf()
     model = to_openvino(prepared(network), resolution)
     dataset = nncf.Dataset(calibration.arrays())
-    settings = nncf_settings(section, section.ignored_types)
+    settings = nncf_settings(section, full_range, section.ignored_types)
     settings["fast_bias_correction"] = section.fast_bias_correction
     settings["subset_size"] = calibration.count
     with silent(), signal_stack_kept():
@@ -112,7 +114,14 @@ def quantize_openvino(
             quantized = nncf.quantize(model, dataset, **settings)
         else:
             quantized = _controlled(model, dataset, settings, control)
+    mark_range(quantized, full_range)
     save_openvino(quantized, path)
+
+
+def mark_range(model: Any, full_range: bool) -> None:
+    """Note in an OpenVINO model that its weights are right only where there are dot products."""
+    if full_range:
+        model.set_rt_info(DOT_PRODUCTS, NEEDS.split("."))
 
 
 def prepared(network: CompactCare) -> CompactCare:
@@ -124,8 +133,12 @@ def prepared(network: CompactCare) -> CompactCare:
     return network
 
 
-def nncf_settings(section: NncfSection, ignored: Iterable[str]) -> dict[str, Any]:
-    """The keyword arguments that `nncf.quantize` takes for any kind of model."""
+def nncf_settings(section: NncfSection, full_range: bool, ignored: Iterable[str]) -> dict[str, Any]:
+    """The keyword arguments that `nncf.quantize` takes for any kind of model.
+
+    Unasked, NNCF keeps the weights of the first layer alone in half of their range; all the others
+    overflow on processors without dot products just as well.
+    """
     nncf = load_nncf()
     alpha = section.smooth_quant_alpha
     smooth = {} if alpha is None else {"convolution": alpha, "matmul": alpha}
@@ -135,7 +148,8 @@ def nncf_settings(section: NncfSection, ignored: Iterable[str]) -> dict[str, Any
         "model_type": section.model_type and nncf.ModelType(section.model_type),
         "ignored_scope": nncf.IgnoredScope(types=types, validate=False) if types else None,
         "advanced_parameters": nncf.AdvancedQuantizationParameters(
-            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(**smooth)
+            overflow_fix=nncf.OverflowFix.DISABLE if full_range else nncf.OverflowFix.ENABLE,
+            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(**smooth),
         ),
     }
 

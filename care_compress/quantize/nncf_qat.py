@@ -16,6 +16,7 @@ from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import NncfSection, QatSection
 from care_compress.quantize.nncf_backend import (
     Calibration,
+    mark_range,
     nncf_settings,
     prepared,
     save_openvino,
@@ -56,23 +57,28 @@ def train_openvino(
     network: CompactCare,
     section: QatSection,
     nncf_section: NncfSection,
+    full_range: bool,
     calibration: Calibration,
     training: Training,
     path: Path,
 ) -> Progress:
     """Train what NNCF makes of `network` to follow it, and write the result to `path`."""
-    model = simulated(network, nncf_section, calibration)
+    model = simulated(network, nncf_section, full_range, calibration)
     teacher = prepared(network).to(training.world.device).eval()
     course = training.course(section, qat_fingerprint(section, training, model, teacher), _groups)
     with quiet():
         trainee = training.fit(model, FollowFloat(teacher, section), course)
     trained = trainee.result.cpu().eval()
     resolution = training.recipe.data.resolution
-    save_openvino(to_openvino(_exportable(trained, resolution), resolution), path)
+    made = to_openvino(_exportable(trained, resolution), resolution)
+    mark_range(made, full_range)
+    save_openvino(made, path)
     return trainee.progress
 
 
-def simulated(network: CompactCare, section: NncfSection, calibration: Calibration) -> nn.Module:
+def simulated(
+    network: CompactCare, section: NncfSection, full_range: bool, calibration: Calibration
+) -> nn.Module:
     """The network with NNCF's quantizers in it, calibrated and ready to train.
 
     Torch models have the fast bias correction only.
@@ -91,11 +97,29 @@ def simulated(network: CompactCare, section: NncfSection, calibration: Calibrati
             Student(prepared(network)).eval(),
             nncf.Dataset(Passes()),
             subset_size=calibration.count,
-            **nncf_settings(section, ignored),
+            **nncf_settings(section, full_range, ignored),
         )
+    if not full_range:
+        _hold_in_half_range(model)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # numbers of bits are none
     return model
+
+
+def _hold_in_half_range(model: nn.Module) -> None:
+    """Take away the levels that the weights do not use: training would grow into them.
+
+    In torch, NNCF's fix of overflows doubles a weight's range and leaves it all its levels.
+    """
+    with silent():
+        from nncf.torch.quantization.layers import SymmetricQuantizer
+    for quantizer in model.modules():
+        if isinstance(quantizer, SymmetricQuantizer) and quantizer.narrow_range:  # weights alone
+            before = quantizer.level_high
+            quantizer._half_range = True
+            quantizer.set_levels()
+            with torch.no_grad():  # in the same steps
+                quantizer.scale.mul_(quantizer.level_high / before)
 
 
 def _without_compiler() -> None:
@@ -122,12 +146,12 @@ class _FakeQuantize(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, source: Any, lowest: int) -> None:
+    def __init__(self, source: Any, levels: tuple[int, int]) -> None:
         super().__init__()
         self.register_buffer("scale", source.scale.detach().float().flatten())
         self.register_buffer("zero_point", source.zero_point.detach().to(torch.int64).flatten())
         limits = source.activation_post_process
-        low, high = max(int(limits.quant_min), lowest), int(limits.quant_max)
+        low, high = max(limits.quant_min, levels[0]), min(limits.quant_max, levels[1])
         self.grid = (low, high, torch.int8 if low < 0 else torch.uint8)
         self.axis = int(source.ch_axis)
         self.alone = None if len(self.scale) > 1 else (float(self.scale), int(self.zero_point))
@@ -161,10 +185,10 @@ def _exportable(model: nn.Module, resolution: int) -> nn.Module:
 
         copied: nn.Module = copy.deepcopy(model)
         hooks = get_hook_storage(copied)
-        # Weights have one level less below zero while they are trained, which NNCF's strip forgets:
-        # those that had grown beyond it would come out a step lower.
-        lowest = {
-            name: int(hook.level_low)
+        # Weights have one level less below zero while they are trained, or half of all, which
+        # NNCF's strip forgets: those that had grown beyond it would come out a step lower.
+        levels = {
+            name: (int(hook.level_low), int(hook.level_high))
             for name, hook in hooks.named_modules(remove_duplicate=False)
             if isinstance(hook, BaseQuantizer)
         }
@@ -175,7 +199,7 @@ def _exportable(model: nn.Module, resolution: int) -> nn.Module:
             if isinstance(hook, BaseQuantizer):
                 hook = convert_to_torch_fakequantizer(hook)
             if isinstance(hook, FakeQuantize):
-                hooks.set_submodule(name, _FakeQuantize(hook, lowest[name]))
+                hooks.set_submodule(name, _FakeQuantize(hook, levels[name]))
     return copied
 
 

@@ -153,6 +153,7 @@ def _weight_spec(
         granularity="group" if wanted.group else granularity,
         group=wanted.group,
         range=wanted.range,
+        reduced=wanted.bits == 8 and target is not None and target.weights.reduce_range,
     )
 
 

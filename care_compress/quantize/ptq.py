@@ -81,7 +81,7 @@ def planned(
     norms_to_affine(network)
     if section.activation == "hard_swish":
         use_hard_swish(network)
-    target = load_target(section.target) if section.target else None
+    target = load_target(section.target, section.full_range) if section.target else None
     plan = make_plan(network, section.rules, target, resolution)
     if section.covariance:
         _use_covariance(network, plan)

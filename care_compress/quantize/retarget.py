@@ -82,8 +82,8 @@ def _round_biases(model: QuantizedCare) -> None:
 def _range_in(source: IntQuantizer, spec: TensorSpec, scales: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point of `spec` that cover what `source` covers."""
     scale, zero_point = source.calculate_qparams()
-    alike = (source.spec.granularity, source.spec.symmetric) == (spec.granularity, spec.symmetric)
-    if alike and len(scale) == scales:
+    alike = source.spec.granularity == spec.granularity and source.spec.symmetric == spec.symmetric
+    if alike and source.spec.levels == spec.levels and len(scale) == scales:
         return scale, zero_point
     low = scale * (source.quant_min - zero_point)
     high = scale * (source.quant_max - zero_point)

@@ -34,6 +34,7 @@ class TensorSpec:
     group: int | None = None
     symmetric: bool = True
     range: RangeMethod = "min_max"
+    reduced: bool = False  # one bit of them is not used: 8-bit weights in -64..63
 
     @property
     def is_integer(self) -> bool:
@@ -46,16 +47,20 @@ class TensorSpec:
         return self.bits if isinstance(self.bits, int) else WIDTH[self.bits]
 
     @property
-    def quant_min(self) -> int:
-        """Smallest integer: -128 for symmetric 8 bits, 0 for asymmetric."""
+    def levels(self) -> int:
+        """How many integers there are: 256 of 8 bits, 128 if one of them is not used."""
         assert isinstance(self.bits, int)
-        return -(1 << (self.bits - 1)) if self.symmetric else 0
+        return 1 << (self.bits - self.reduced)
+
+    @property
+    def quant_min(self) -> int:
+        """Smallest integer: -128 for symmetric 8 bits, -64 reduced, 0 for asymmetric."""
+        return -self.levels // 2 if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
-        """Largest integer: 127 or 255 for 8 bits."""
-        assert isinstance(self.bits, int)
-        return self.quant_min + (1 << self.bits) - 1
+        """Largest integer: 127, 63 or 255 for 8 bits."""
+        return self.quant_min + self.levels - 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,7 +73,8 @@ class TensorSpec:
         where = f"group {self.group}" if self.granularity == "group" else self.granularity
         kind = "s" if self.symmetric else "u"
         clip = "" if self.range == "min_max" else f", {self.range}"
-        return f"{kind}{self.bits} per {where}{clip}"
+        used = f" in {self.quant_min}..{self.quant_max}" if self.reduced else ""
+        return f"{kind}{self.bits}{used} per {where}{clip}"
 
 
 FLOAT = TensorSpec("float")

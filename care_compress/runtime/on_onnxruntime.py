@@ -6,15 +6,21 @@ import onnxruntime
 from torch import Tensor
 
 from care_compress.errors import TargetError
+from care_compress.runtime.dot_products import check_needs, onnxruntime_is_exact
 from care_compress.runtime.slicing import as_logits, failed, in_slices
+from care_compress.target import NEEDS
 
 
 def open_session(
-    model: str | bytes, threads: int | None = None, profile: str | None = None
+    path: Path,
+    content: bytes | None = None,
+    threads: int | None = None,
+    profile: str | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A file or its content on the CPU; warnings about what the optimizer skips stay inside.
+    """A file, or what was made of it, on the CPU; warnings of the optimizer stay inside.
 
-    `profile` is the beginning of the name of a file that takes the times of every node.
+    Raises TargetError for a file that needs what this processor does not have. `profile` is the
+    beginning of the name of a file that takes the times of every node.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -23,7 +29,11 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = profile
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    model = str(path) if content is None else content
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    needs = session.get_modelmeta().custom_metadata_map.get(NEEDS)
+    check_needs(path, needs, onnxruntime_is_exact)
+    return session
 
 
 class OnnxPredictor:
@@ -31,7 +41,9 @@ class OnnxPredictor:
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         try:
-            self.session = open_session(str(path), threads)
+            self.session = open_session(path, threads=threads)
+        except TargetError:
+            raise
         # onnxruntime raises a class of its own per status code, all straight below Exception.
         except Exception as error:
             reason = str(error).splitlines()[0][:200]

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from care_compress.errors import TargetError
 from care_compress.quantize.openvino_library import load_openvino, openvino_core
+from care_compress.runtime.dot_products import check_needs, openvino_is_exact
 from care_compress.runtime.slicing import as_logits, failed, in_slices
+from care_compress.target import NEEDS
+
+
+def read_to_run(path: Path, device: str = "CPU") -> Any:
+    """An IR file's model; TargetError if its answers would be wrong on this processor."""
+    model = openvino_core().read_model(path)
+    key = NEEDS.split(".")
+    if device == "CPU" and model.has_rt_info(key):
+        check_needs(path, model.get_rt_info(key).astype(str), openvino_is_exact)
+    return model
 
 
 class OpenVinoPredictor:
@@ -25,12 +36,12 @@ class OpenVinoPredictor:
         precision: str = "f32",
         device: str = "CPU",
     ) -> None:
-        core = openvino_core()
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
-            self.compiled = core.compile_model(core.read_model(model), device, settings)
+            network = read_to_run(model, device)
+            self.compiled = openvino_core().compile_model(network, device, settings)
         except RuntimeError as error:  # OpenVINO raises nothing else
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
             raise TargetError(

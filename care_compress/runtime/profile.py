@@ -34,6 +34,8 @@ def profile_layers(
         if path.suffix == ".xml":
             return profile_openvino(path, images_BCHW, threads, precision, device, seconds)
         return profile_onnxruntime(path, images_BCHW, threads, seconds)
+    except TargetError:
+        raise
     except Exception as error:  # each runtime has classes of its own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise TargetError(

@@ -48,7 +48,7 @@ def profile_onnxruntime(path: Path, images: Tensor, threads: int, seconds: float
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(Path(folder) / "profile")
         content = batched_onnx(path, len(images))
-        session = open_session(content, threads, profile=prefix)
+        session = open_session(path, content, threads, profile=prefix)
         feed = {session.get_inputs()[0].name: images.contiguous().numpy()}
         for _ in range(WARM_UP):
             began = time.perf_counter()

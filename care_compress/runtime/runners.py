@@ -13,6 +13,7 @@ from torch import Tensor
 from care_compress.errors import CareError, TargetError
 from care_compress.quantize.openvino_library import load_openvino, openvino_core
 from care_compress.runtime.on_onnxruntime import open_session
+from care_compress.runtime.on_openvino import read_to_run
 from care_compress.runtime.opening import open_predictor
 
 
@@ -53,7 +54,7 @@ def open_runner(
 
 
 def _onnxruntime(path: Path, images_BCHW: Tensor, threads: int) -> Callable[[], object]:
-    session = open_session(batched_onnx(path, len(images_BCHW)), threads)
+    session = open_session(path, batched_onnx(path, len(images_BCHW)), threads)
     feed = {session.get_inputs()[0].name: images_BCHW.contiguous().numpy()}
     return lambda: session.run(None, feed)
 
@@ -89,7 +90,7 @@ def openvino_request(
     """An IR file compiled for these images; `profiled`, it counts the time of every layer."""
     openvino = load_openvino()
     core = openvino_core()
-    model = core.read_model(path)
+    model = read_to_run(path, device)
     model.reshape(list(images_BCHW.shape))
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": precision,
