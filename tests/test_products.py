@@ -105,7 +105,7 @@ def convolution(kernel: int, rows: int, whole: bool = False, biased: bool = True
     constants = {
         "step": np.float32(0.02),
         "zero": np.uint8(117),
-        "weight": draw.integers(-127, 128, (40, 32, kernel, kernel), dtype=np.int8),
+        "weight": draw.integers(-64, 64, (40, 32, kernel, kernel), dtype=np.int8),  # as targets say
         "steps": steps,
         "zeros": np.zeros(() if whole else 40, np.int8),
         # In whole steps of the sums, as `retarget` leaves it.
