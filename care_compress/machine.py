@@ -27,6 +27,7 @@ X86_FEATURES = (
 )
 # Linux's names; asimddp is the NEON dot product.
 ARM_FEATURES = ("asimddp", "i8mm", "bf16")
+_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
 _MACOS_FEATURES = {"asimddp": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "bf16": "FEAT_BF16"}
 
 # ARM cores name themselves by number only; these are the ones in the boards we speak of.
@@ -70,6 +71,11 @@ class Cpu:
     features: Mapping[str, bool]
     # How Linux sets their clocks: "performance", "powersave, schedutil"; None where nothing says.
     governor: str | None = None
+
+    @property
+    def dot_products(self) -> bool | None:
+        """Whether it adds products of 8-bit integers in 32 bits at once; None: nothing is known."""
+        return any(map(self.features.get, _DOT_PRODUCTS)) if self.features else None
 
 
 @dataclass(frozen=True)

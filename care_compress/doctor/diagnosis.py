@@ -33,7 +33,6 @@ _INSTALL = {
 _INSTALL_BASE = f"{_PIP} -c constraints.txt -e ."
 _INSTALL_JETPACK = "sudo apt install nvidia-jetpack"
 _BOARDS = {"jetson-orin": "Orin", "jetson-thor": "Thor"}
-_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _missing_package(wanted: Requirement, machine: Machine, tried: Tried) -> Mis
 
 def _remarks(machine: Machine) -> tuple[str, ...]:
     features = machine.cpu.features
-    if not features or any(features.get(name) for name in _DOT_PRODUCTS):
+    if machine.cpu.dot_products is not False:
         return ()
     saturates = " and 16-bit sums may saturate: compare accuracy on this machine too"
     return (
