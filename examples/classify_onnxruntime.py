@@ -4,6 +4,7 @@ Needs onnxruntime, numpy and Pillow; classes and preprocessing stand in the file
 """
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -13,8 +14,10 @@ from PIL import Image, ImageOps
 model, *pictures = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 about = session.get_modelmeta().custom_metadata_map
-classes = json.loads(about["care_compress.classes"])
-prepare = json.loads(about["care_compress.preprocessing"])
+needs = about.get("care_compress.needs")
+if needs and not re.search("vnni|amx_int8|asimddp", open("/proc/cpuinfo").read()):
+    sys.exit(f"{model} needs {needs}, which this processor does not have")
+classes, prepare = (json.loads(about[f"care_compress.{k}"]) for k in ("classes", "preprocessing"))
 mean, std = np.float32(prepare["mean"]), np.float32(prepare["std"])
 resize, side = prepare["resize"], prepare["resolution"]
 

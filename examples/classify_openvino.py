@@ -4,6 +4,7 @@ Needs openvino, numpy and Pillow; classes and preprocessing stand in the file. C
 """
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -12,11 +13,11 @@ from PIL import Image, ImageOps
 
 model, *pictures = sys.argv[1:]
 network = openvino.Core().read_model(model)
+about = network.get_rt_info("care_compress").value
+if "needs" in about and not re.search("vnni|amx_int8|asimddp", open("/proc/cpuinfo").read()):
+    sys.exit(f"{model} needs {about['needs']}, which this processor does not have")
 compiled = openvino.compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-classes, prepare = (
-    json.loads(network.get_rt_info(["care_compress", key]).astype(str))
-    for key in ("classes", "preprocessing")
-)
+classes, prepare = json.loads(about["classes"]), json.loads(about["preprocessing"])
 mean, std = np.float32(prepare["mean"]), np.float32(prepare["std"])
 resize, side = prepare["resize"], prepare["resolution"]
 

@@ -35,7 +35,10 @@ def _of_openvino(path: Path) -> dict[str, NDArray[np.int8]]:
     operations: Any = openvino_core().read_model(path).get_ordered_ops()
     found = {}
     for operation in operations:
-        if operation.get_type_name() != "Constant" or operation.get_element_type() != "i8":
+        if (
+            operation.get_type_name() != "Constant"
+            or operation.get_element_type().get_type_name() != "i8"
+        ):
             continue
         # A zero point is a constant of the same type, and of one number for each channel at most.
         if operation.data.size > max(operation.data.shape, default=1):

@@ -17,6 +17,7 @@ from care_compress.export.to_onnx import write_onnx
 from care_compress.export.to_openvino import write_ir
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.sections import DataSection
+from care_compress.target import DOT_PRODUCTS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DATA = DataSection(resolution=SIZE, crop_pct=0.8)
@@ -67,6 +68,35 @@ def test_an_example_answers_as_the_evaluation_does(
         assert said == f"{picture}: {CLASSES[int(row.argmax())]}"
         # OpenVINO computes in bfloat16 where the processor has it.
         assert float(share) == pytest.approx(100 * float(row.max()), abs=0.5)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_an_example_refuses_a_file_that_would_answer_wrong_here(
+    runtime: str, pictures: list[Path], tmp_path: Path
+) -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists():
+        pytest.skip("examples read what a processor has from Linux's /proc/cpuinfo")
+    about = About("r", "f", CLASSES, Preprocessing.of(DATA), needs=DOT_PRODUCTS)
+    path = tmp_path / "int8-dotprod.onnx"
+    write_onnx(float_graph(network(), SIZE, 1), about, path, None)
+    if runtime == "openvino":
+        write_ir(path, about, path.with_suffix(".xml"), half=False)
+        path = path.with_suffix(".xml")
+    text = (EXAMPLES / f"classify_{runtime}.py").read_text()
+    assert '"/proc/cpuinfo"' in text
+    for known, refused in (("avx2 avx512f", True), ("avx2 avx512_vnni", False)):
+        (tmp_path / "cpuinfo").write_text(f"flags : {known}\n")
+        script = tmp_path / "classify.py"
+        script.write_text(text.replace("/proc/cpuinfo", str(tmp_path / "cpuinfo")))
+        done = subprocess.run(
+            [sys.executable, str(script), str(path), str(pictures[0])],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (done.returncode != 0) == refused, done.stderr
+        assert refused == (f"int8-dotprod{path.suffix} needs {DOT_PRODUCTS}" in done.stderr)
 
 
 def test_examples_need_nothing_of_ours_and_stay_short() -> None:

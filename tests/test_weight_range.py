@@ -1,4 +1,4 @@
-"""INT8 files are right on every processor: proven by arithmetic, and by the kernels of a lesser one.
+"""INT8 files are right on every processor: by arithmetic, and by the kernels of a lesser one.
 
 Where a processor has no integer dot products, two neighbouring products of u8 and s8 are added in
 16 bits that saturate.
@@ -31,7 +31,7 @@ from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network, retarget
 from care_compress.recipe import load_recipe
 from care_compress.runtime import on_onnxruntime, on_openvino
-from care_compress.runtime.dot_products import onnxruntime_is_exact, openvino_is_exact
+from care_compress.runtime.dot_products import onnxruntime_is_exact
 from care_compress.runtime.opening import open_predictor
 from care_compress.sections import RewriteSection
 from care_compress.target import DOT_PRODUCTS, all_targets, load_target
