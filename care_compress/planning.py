@@ -1,5 +1,6 @@
 """What a recipe would do, told and checked before anything is written or trained."""
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -46,8 +47,9 @@ def check_exportable(recipe: Recipe, console: Console) -> list[Target]:
     section = recipe.quantize
     # What a search finds, and what NNCF places, is known only afterwards.
     if section is not None and section.backend == "torchao" and section.search is None:
-        network, _ = planned(network_of(recipe), section, recipe.data.resolution)
-        return check_targets(recipe, lambda target: plan_for(recipe, network, target), console)
+        network, plan = planned(network_of(recipe), section, recipe.data.resolution)
+        wanted = partial(plan_for, recipe, network, plan)
+        return check_targets(recipe, wanted, console)
     nncf = section is not None and section.backend == "nncf"
     return [target for target in targets if target.runtime == "openvino" or not nncf]
 
@@ -77,14 +79,14 @@ def plan_recipe(recipe: Recipe, target: Target | None = None) -> Plan:
     """The plan of a recipe, or of its export to a target; needs its network's shape, no data."""
     assert recipe.quantize is not None
     network, plan = planned(network_of(recipe), recipe.quantize, recipe.data.resolution)
-    return plan if target is None else plan_for(recipe, network, target)
+    return plan if target is None else plan_for(recipe, network, plan, target)
 
 
-def plan_for(recipe: Recipe, network: CompactCare, target: Target) -> Plan:
-    """The plan of an export to a target, of the network in the form that is quantized."""
+def plan_for(recipe: Recipe, network: CompactCare, made_by: Plan, target: Target) -> Plan:
+    """The plan of an export to a target, of the network in the form that is quantized by a plan."""
     assert recipe.quantize is not None
     rules = export_rules(recipe, recipe.quantize, target)
-    return make_plan(network, rules, target, recipe.data.resolution)
+    return make_plan(network, rules, target, recipe.data.resolution, made_by)
 
 
 def network_of(recipe: Recipe) -> CompactCare:

@@ -195,17 +195,26 @@ def test_a_model_from_before_the_limit_keeps_its_range(tmp_path: Path) -> None:
     assert load_saved(old).section.full_range, "so that its files are named for it"
 
 
-@pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_a_wider_range_keeps_what_was_calibrated(granularity: str) -> None:
-    """TensorRT uses all 8 bits: every step of the simulation is one of its steps, too."""
-    chosen = section({"weight": {"bits": 8, "granularity": granularity}}, target="openvino-cpu")
+def test_a_target_that_takes_all_8_bits_gets_the_weights_that_were_corrected() -> None:
+    """Rounded anew in finer steps they would no longer fit their biases (LOG.md)."""
+    chosen = section(target="openvino-cpu")
     model = quantized(chosen).model
     inner = float_network(model, planned(network(), chosen, SIZE)[0])
     moved = retarget(model, inner, chosen.rules, load_target("tensorrt-gpu"))
-    before = {q.site: q for q in model.integers("weight")}
+    assert {(q.quant_min, q.quant_max) for q in moved.integers("weight")} == {(-64, 63)}
+    wider = load_target("openvino-cpu").at_full_range()
+    with torch.no_grad():
+        same = retarget(model, inner, chosen.rules, wider)(images(4))
+        assert torch.equal(same, model(images(4)))
+
+
+def test_a_model_made_for_all_8_bits_is_held_in_the_range_of_a_cpu() -> None:
+    chosen = section(target="tensorrt-gpu")
+    model = quantized(chosen).model
+    inner = float_network(model, planned(network(), chosen, SIZE)[0])
+    moved = retarget(model, inner, chosen.rules, load_target("onnxruntime-cpu"))
+    assert {(q.quant_min, q.quant_max) for q in model.integers("weight")} == {(-128, 127)}
+    assert {(q.quant_min, q.quant_max) for q in moved.integers("weight")} == {(-64, 63)}
     for quantizer in moved.integers("weight"):
-        assert (quantizer.quant_min, quantizer.quant_max) == (-128, 127)
-        source, weight = before[quantizer.site], moved.weight(quantizer.site)
-        assert torch.equal(quantizer.scale, source.scale / 2)
-        finer = (quantizer(weight) - weight).square().sum()
-        assert finer <= (source(weight) - weight).square().sum()
+        weight = moved.weight(quantizer.site)
+        assert quantizer.cut(weight) == 0, "coarser steps, and all of it still fits"

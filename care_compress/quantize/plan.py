@@ -20,15 +20,26 @@ CHANNEL_AXIS = 1  # of (B, C, H, W); also the heads of (B, h, d, N)
 
 
 def make_plan(
-    model: CompactCare, rules: Sequence[RuleSection], target: Target | None, resolution: int
+    model: CompactCare,
+    rules: Sequence[RuleSection],
+    target: Target | None,
+    resolution: int,
+    made_by: Plan | None = None,
 ) -> Plan:
-    """Decide for every site; `RecipeError` if a rule matches nothing or the target cannot."""
+    """Decide for every site; `RecipeError` if a rule matches nothing or the target cannot.
+
+    `made_by` is the plan that the weights were rounded, corrected and trained by, if there is one:
+    in -64..63 there, they stay as they are for a target that takes all 8 bits. Rounded anew in
+    finer steps they would no longer fit their corrections (LOG.md).
+    """
+    reduce = made_by is not None and made_by.reduces_range
+    reduce = reduce or (target is not None and target.weights.reduce_range)
     sites = find_sites(model, resolution)
     for number, rule in enumerate(rules, 1):
         if not any(matches(rule, site) for site in sites):
             raise _matches_nothing(number, rule, sites)
     return Plan(
-        decisions=tuple(_decide(site, rules, target) for site in sites),
+        decisions=tuple(_decide(site, rules, target, reduce) for site in sites),
         kept=kept_in_float(model, resolution),
         target=target.name if target else None,
         resolution=resolution,
@@ -44,7 +55,9 @@ def matches(rule: RuleSection, site: Site) -> bool:
     return not any(wanted is not None and wanted != is_ for wanted, is_ in numbered)
 
 
-def _decide(site: Site, rules: Sequence[RuleSection], target: Target | None) -> Decision:
+def _decide(
+    site: Site, rules: Sequence[RuleSection], target: Target | None, reduce: bool
+) -> Decision:
     input_, weight = FLOAT, FLOAT if site.weighted else None
     input_rule = weight_rule = 0
     for number, rule in enumerate(rules, 1):
@@ -55,7 +68,7 @@ def _decide(site: Site, rules: Sequence[RuleSection], target: Target | None) -> 
     if input_rule and (wanted := rules[input_rule - 1].input):
         input_ = _input_spec(site, wanted, input_rule, target)
     if weight_rule and (wanted := rules[weight_rule - 1].weight):
-        weight = _weight_spec(site, wanted, weight_rule, target)
+        weight = _weight_spec(site, wanted, weight_rule, target, reduce)
     return Decision(site, input_, weight, input_rule, weight_rule)
 
 
@@ -122,7 +135,7 @@ def _input_granularity(
 
 
 def _weight_spec(
-    site: Site, wanted: TensorSection, number: int, target: Target | None
+    site: Site, wanted: TensorSection, number: int, target: Target | None, reduce: bool
 ) -> TensorSpec:
     if not isinstance(wanted.bits, int):
         return _float_spec(site, wanted, number, target)
@@ -153,7 +166,7 @@ def _weight_spec(
         granularity="group" if wanted.group else granularity,
         group=wanted.group,
         range=wanted.range,
-        reduced=wanted.bits == 8 and target is not None and target.weights.reduce_range,
+        reduced=reduce and wanted.bits == 8,
     )
 
 

@@ -47,7 +47,7 @@ def retarget(
 
     `network` is the one inside `model`.
     """
-    plan = make_plan(network, rules, target, model.plan.resolution)
+    plan = make_plan(network, rules, target, model.plan.resolution, model.plan)
     moved = replanned(model, plan)
     found = {(quantizer.site, quantizer.operand): quantizer for quantizer in model.integers()}
     for quantizer in moved.integers():
