@@ -54,6 +54,7 @@ ROWS = (
     Row("W8A8", "+ rescaling searched", "int8_ptq", PLAIN[2:]),
     Row("W8A8", "+ bias correction", "int8_ptq", PLAIN[3:]),
     Row("W8A8", "+ norm re-estimation = `int8_ptq`", "int8_ptq"),
+    Row("W8A8", "the same, weights of all 8 bits", "int8_ptq", ("quantize.full_range=true",)),
     Row("W8A8", "without the scale site's rescaling", "int8_ptq", PLAIN[:1]),
     Row("W8A8", "without depthwise -> fc2 equalization", "int8_ptq", PLAIN[1:2]),
     Row("W8A8", "without bias correction", "int8_ptq", PLAIN[2:3]),
