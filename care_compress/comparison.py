@@ -20,7 +20,9 @@ from care_compress.data.sources import check_classes
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.answers import Collected, collect_answers
 from care_compress.evaluate.latency import Latency, LatencyPlan
+from care_compress.evaluate.readback import ReadBack
 from care_compress.evaluate.verdicts import Budget, Drop, Verdict
+from care_compress.findings import Finding
 from care_compress.progress import progress_bar
 from care_compress.runtime.layer_times import Profile
 from care_compress.runtime.on_openvino import has_bfloat16, openvino_devices
@@ -78,6 +80,9 @@ class Comparison:
     layers: dict[str, Profile] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
     load_average: dict[str, float] = field(default_factory=dict)  # before and after the timing
+    read_backs: dict[str, ReadBack] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # exports, where they were made
+    findings: list[Finding] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 
@@ -112,6 +117,18 @@ class Comparison:
         """The file of a model on a target, if it could be run."""
         return next((e for e in self.entries if (e.target, e.name) == (target, name)), None)
 
+    def model(self, name: str) -> Contender:
+        """The one of this name, whatever its floats are rounded to."""
+        return next(one for one in self.models if one.name == name.removesuffix(BF16))
+
+    def fault(self, target: str, name: str) -> str:
+        """Why a file is not the model it should be; nothing where it is."""
+        key = f"{target}/{name}"
+        read = self.read_backs.get(key)
+        if read is not None and not read.holds:
+            return f"read back here, it has {read}"
+        return self.failed.get(key, "")
+
     def drop(self, target: str, name: str) -> Drop | None:
         """Top-1 of the baseline minus that of `name`, on this target's files."""
         pair = (self.entry(target, self.baseline.name), self.entry(target, name))
@@ -127,7 +144,7 @@ def find_entries(
     """Every file that can run here, and why the others cannot."""
     entries: list[Entry] = []
     missing: dict[tuple[str, str], str] = {}
-    targets = options.targets or tuple(dict.fromkeys(t for one in models for t in one.files))
+    targets = options.targets or tuple(dict.fromkeys(t for one in models for t in one.targets))
     for target in targets:
         if target != SIMULATION:
             load_target(target)  # a misspelt one is an error
@@ -152,7 +169,10 @@ def find_entries(
 def _why_not(one: Contender, target: str, path: Path | None) -> str:
     """Why a model cannot be run on a target here; nothing if it can."""
     if path is None:
-        skipped = one.results.get("exports", {}).get(target, {}).get("skipped", "")
+        export = one.results.get("exports", {}).get(target, {})
+        if "failed" in export:
+            return f"the export of {one.name} failed: {export['failed']}"
+        skipped = export.get("skipped", "")
         return skipped or f"{one.name} has no file for {target}; make quantize exports it"
     if not path.is_file():
         return f"{path} is gone; make quantize again"

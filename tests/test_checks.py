@@ -128,10 +128,12 @@ def test_faults_are_on_the_console_in_the_file_and_in_the_report(
 
 
 def test_a_sound_run_says_that_all_is_fine(checkpoint: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("int8_ptq", [], small(image_folder(tmp_path / "images"), checkpoint))
+    folder = image_folder(tmp_path / "images")
+    exporting = {"export.targets": ["onnxruntime-cpu"], "export.images": 8}
+    recipe = load_recipe("int8_ptq", [], {**small(folder, checkpoint), **exporting})
     text = StringIO()
     results = run_recipe(recipe, tmp_path, "run", Console(file=text, width=200))
-    assert {one["status"] for one in results["checks"]} == {"fine"} and len(results["checks"]) == 6
+    assert {one["status"] for one in results["checks"]} == {"fine"} and len(results["checks"]) == 7
     assert "take note" not in text.getvalue()
 
 

@@ -11,6 +11,8 @@ def checks(sources: Sources) -> Section:
     """The warnings as sentences, then all checks in a table."""
     section = Section("checks", "What to know about these numbers")
     found = sources.results.get("checks")
+    if found is not None and sources.compare is not None:
+        found = [*found, *sources.compare.get("checks", [])]
     if found is None:
         section.blocks.append(
             missing("The run was made before its data and ranges were checked: make quantize does.")
@@ -18,8 +20,11 @@ def checks(sources: Sources) -> Section:
         return section
     warnings = [one for one in found if one["status"] == "warning"]
     section.blocks += [Text(f"✗ {_said(one)}", "bad") for one in warnings]
+    unknown = sum(one["status"] == "not measured" for one in found)
     if not warnings:
-        section.blocks.append(Text("✓ Nothing was found that should make you doubt them.", "good"))
+        though = f", though {unknown} of {len(found)} checks could not be made" if unknown else ""
+        said = f"✓ Nothing was found that should make you doubt them{though}."
+        section.blocks.append(Text(said, "good"))
     rows = [(Cell(one["check"]), Cell(SIGNS[one["status"]]), Cell(one["text"])) for one in found]
     section.blocks.append(Table("What was checked", ("check", "result", "found"), rows))
     return section
