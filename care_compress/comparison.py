@@ -126,7 +126,7 @@ class Comparison:
         key = f"{target}/{name}"
         read = self.read_backs.get(key)
         if read is not None and not read.holds:
-            return f"read back here, it has {read}"
+            return f"its file, read back here, has {read}"
         return self.failed.get(key, "")
 
     def drop(self, target: str, name: str) -> Drop | None:

@@ -92,6 +92,8 @@ def _failed(found: Comparison) -> dict[str, str]:
         with as_written(one.run / "results.json"):
             exports = one.results.get("exports", {})
             for target in found.targets:
-                for why in what_failed(exports.get(target, {}), one.recipe.precision).values():
-                    failed[f"{target}/{one.name}"] = why
+                export = exports.get(target, {})
+                for why in what_failed(export, one.recipe.precision).values():
+                    written = "" if "failed" in export else "its file failed where it was made: "
+                    failed[f"{target}/{one.name}"] = f"{written}{why}"
     return failed

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from care_compress.evaluate.accuracy import hits_of
 from care_compress.evaluate.agreement import Agreement, held_to
 from care_compress.evaluate.significance import unpaired_interval
 from care_compress.findings import Finding
@@ -69,10 +70,8 @@ class ReadBack:
 def read_back(model_NK: Tensor, file_NK: Tensor, labels: Tensor, least_db: float) -> ReadBack:
     """A file whose model's logits for the same images are known."""
     near = held_to(least_db, model_NK, file_NK)
-    file, model = (
-        100 * float((logits_NK.argmax(dim=1) == labels).float().mean())
-        for logits_NK in (file_NK, model_NK)
-    )
+    right = (int(hits_of(logits_NK, labels).first.sum()) for logits_NK in (file_NK, model_NK))
+    file, model = (100 * count / len(labels) for count in right)
     return ReadBack(file, len(labels), model, near=near)
 
 
@@ -94,7 +93,7 @@ def read_back_findings(
         files = len(wrong.keys() | failed.keys())
         text = (
             f"{files} of {len(read.keys() | failed.keys())} files are not the model they were made "
-            "from; their accuracy and speed are not its own"
+            "from; their accuracy and speed are not the model's"
         )
         findings.append(Finding(CHECK, "warning", text, tuple(items)))
     elif read:

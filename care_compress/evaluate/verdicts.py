@@ -72,7 +72,7 @@ def judge(
     `fault` says why the file is not the model it was made from: such a file never pays.
     """
     if fault:
-        text = f"{candidate} does not pay, because its file is not its model: {fault}"
+        text = f"{candidate} does not pay, because {fault}"
         return Verdict(target, candidate, False, text)
     if not speedups or drop is None:
         return Verdict(target, candidate, None, "nothing to compare with was measured")
