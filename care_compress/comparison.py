@@ -17,6 +17,7 @@ from care_compress.contenders import SIMULATION, Contender
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes
+from care_compress.errors import TargetError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.answers import Collected, collect_answers
 from care_compress.evaluate.latency import Latency, LatencyPlan
@@ -24,6 +25,11 @@ from care_compress.evaluate.readback import ReadBack
 from care_compress.evaluate.verdicts import Budget, Drop, Verdict
 from care_compress.findings import Finding
 from care_compress.progress import progress_bar
+from care_compress.runtime.dot_products import (
+    check_needs,
+    onnxruntime_is_exact,
+    openvino_is_exact,
+)
 from care_compress.runtime.layer_times import Profile
 from care_compress.runtime.on_openvino import has_bfloat16, openvino_devices
 from care_compress.runtime.opening import open_predictor
@@ -183,6 +189,12 @@ def _why_not(one: Contender, target: str, path: Path | None) -> str:
         return f"OpenVINO sees no {about.device.upper()} here; compare on a machine with one"
     if about.is_engine and path.suffix != ".engine":
         return f"needs its device: make bundle TARGET={target}, then care-compress import-results"
+    if one.run is not None and about.device == "cpu":
+        exact = openvino_is_exact if about.runtime == "openvino" else onnxruntime_is_exact
+        try:
+            check_needs(path, one.export_of[target].get("needs"), exact)
+        except TargetError as error:
+            return error.message.removesuffix(".")
     return ""
 
 

@@ -34,6 +34,7 @@ from care_compress.pipeline import run_recipe
 from care_compress.recipe import load_recipe
 from care_compress.report.write import write_report
 from care_compress.sections import DataSection
+from care_compress.target import DOT_PRODUCTS
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,7 +248,7 @@ def test_every_file_is_read_back_here(compared: Any, runs: Path) -> None:
 
 
 def test_a_file_that_is_not_its_model_here_is_told_and_does_not_pay(
-    runs: Path, compared: Any, tmp_path: Path, capsys: Any
+    runs: Path, compared: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with weights of 8 bits on a processor that saturates; and one export that failed."""
     copy = tmp_path / "runs"
@@ -283,6 +284,16 @@ def test_a_file_that_is_not_its_model_here_is_told_and_does_not_pay(
         report = (copy / "mine" / name).read_text()
         assert "✗ files beside their models: 2 of 4 files" in report, name
         assert "Nothing was found" not in report, name
+
+    # A file of full range where sums saturate is left out with its reason, and the rest compared.
+    (folder / "export.json").write_text(json.dumps({**export, "needs": DOT_PRODUCTS}))
+    monkeypatch.setattr("care_compress.comparison.onnxruntime_is_exact", lambda: False)
+    refused = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, report=False)
+    run_compare(["mine_fp32", "mine"], copy, refused, QUIET)
+    value = json.loads((copy / "mine" / "compare.json").read_text())
+    left_out = value["targets"]["onnxruntime-cpu"]["mine"]
+    assert not left_out["available"] and "its sums would overflow" in left_out["why"]
+    (folder / "export.json").write_text(json.dumps(export))
 
     (folder / "expected_int8.npy").unlink()  # an export by an earlier version
     options = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, report=False)

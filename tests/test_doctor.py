@@ -117,6 +117,7 @@ def test_one_line_says_what_a_processor_means_for_int8():
         ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, x86("avx2"), "limits what OpenVINO uses"),
         ({"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, VNNI, None),
         ({"ONEDNN_MAX_CPU_ISA": ""}, VNNI, None),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, arm("Linux"), None),
     ],
 )
 def test_a_variable_that_hides_instructions_from_openvino_is_told(
