@@ -1,10 +1,13 @@
 """Everything a reader should know about a run's numbers, put together once the run is through."""
 
+from collections.abc import Sequence
+
 from care_compress.compression import CALIBRATION_FILE, Candidate
 from care_compress.data.coverage import coverage_finding
 from care_compress.data.overlap import overlap_findings
 from care_compress.data.samples import Samples
 from care_compress.evaluate.accuracy import Accuracy, answers_finding, spread_indices
+from care_compress.evaluate.exports import Exported, exports_finding
 from care_compress.files import read_json
 from care_compress.findings import Finding
 from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_health
@@ -14,7 +17,11 @@ UNREADABLE = "health.json is not beside the model: make the run again under anot
 
 
 def run_findings(
-    shop: Workshop, validation: Samples, accuracy: Accuracy, best: Candidate | None
+    shop: Workshop,
+    validation: Samples,
+    accuracy: Accuracy,
+    best: Candidate | None,
+    done: Sequence[Exported],
 ) -> list[Finding]:
     """One for each check; worst first."""
     indices = spread_indices(len(validation), shop.recipe.evaluate.images)
@@ -22,6 +29,7 @@ def run_findings(
     if best is not None:
         scores = {"float": best.paired.baseline, best.name: best.paired.candidate}
     found = [
+        exports_finding({one.target.name: one.as_json() for one in done}),
         answers_finding(scores),
         coverage_finding(validation, indices),
         *overlap_findings(validation, seen_images(shop, validation), _calibration(shop)),

@@ -13,6 +13,7 @@ from rich.markup import escape
 from care_compress.comparison import CompareOptions, Comparison, find_entries, score
 from care_compress.comparison_json import comparison_as_json
 from care_compress.comparison_layers import profile_files
+from care_compress.comparison_readback import read_files_back
 from care_compress.comparison_timing import time_files
 from care_compress.comparison_verdicts import decide
 from care_compress.contenders import Contender, contenders, float_recipe_of, same_images
@@ -24,6 +25,7 @@ from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.layers import kind_table
 from care_compress.evaluate.speed import show_machine
 from care_compress.figures import json_text
+from care_compress.findings import show_findings
 from care_compress.pipeline import run_recipe
 from care_compress.report.write import write_report
 from care_compress.run import write_text
@@ -59,6 +61,7 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
             )
     collected = score(entries, models, samples, data, options, console)
     found = Comparison(models, entries, missing, collected)
+    read_files_back(found, data, samples, console)
     time_files(found, data, samples, options, console)
     profile_files(found, data, samples, options, console)
     decide(found, options)
@@ -165,6 +168,7 @@ def _report(
             text = f"{target}: not measured here: {why}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     show_machine(value["machine"], console)
+    show_findings(found.findings, console)
     if found.is_noisy:
         console.print("[yellow]some figures are noisy: other programs had the cores, too[/]")
     for verdict in found.verdicts:

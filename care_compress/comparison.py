@@ -17,11 +17,19 @@ from care_compress.contenders import SIMULATION, Contender
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes
+from care_compress.errors import TargetError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.answers import Collected, collect_answers
 from care_compress.evaluate.latency import Latency, LatencyPlan
+from care_compress.evaluate.readback import ReadBack
 from care_compress.evaluate.verdicts import Budget, Drop, Verdict
+from care_compress.findings import Finding
 from care_compress.progress import progress_bar
+from care_compress.runtime.dot_products import (
+    check_needs,
+    onnxruntime_is_exact,
+    openvino_is_exact,
+)
 from care_compress.runtime.layer_times import Profile
 from care_compress.runtime.on_openvino import has_bfloat16, openvino_devices
 from care_compress.runtime.opening import open_predictor
@@ -78,6 +86,9 @@ class Comparison:
     layers: dict[str, Profile] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
     load_average: dict[str, float] = field(default_factory=dict)  # before and after the timing
+    read_backs: dict[str, ReadBack] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # exports, where they were made
+    findings: list[Finding] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 
@@ -112,6 +123,18 @@ class Comparison:
         """The file of a model on a target, if it could be run."""
         return next((e for e in self.entries if (e.target, e.name) == (target, name)), None)
 
+    def model(self, name: str) -> Contender:
+        """The one of this name, whatever its floats are rounded to."""
+        return next(one for one in self.models if one.name == name.removesuffix(BF16))
+
+    def fault(self, target: str, name: str) -> str:
+        """Why a file is not the model it should be; nothing where it is."""
+        key = f"{target}/{name}"
+        read = self.read_backs.get(key)
+        if read is not None and not read.holds:
+            return f"its file, read back here, has {read}"
+        return self.failed.get(key, "")
+
     def drop(self, target: str, name: str) -> Drop | None:
         """Top-1 of the baseline minus that of `name`, on this target's files."""
         pair = (self.entry(target, self.baseline.name), self.entry(target, name))
@@ -127,7 +150,7 @@ def find_entries(
     """Every file that can run here, and why the others cannot."""
     entries: list[Entry] = []
     missing: dict[tuple[str, str], str] = {}
-    targets = options.targets or tuple(dict.fromkeys(t for one in models for t in one.files))
+    targets = options.targets or tuple(dict.fromkeys(t for one in models for t in one.targets))
     for target in targets:
         if target != SIMULATION:
             load_target(target)  # a misspelt one is an error
@@ -152,7 +175,10 @@ def find_entries(
 def _why_not(one: Contender, target: str, path: Path | None) -> str:
     """Why a model cannot be run on a target here; nothing if it can."""
     if path is None:
-        skipped = one.results.get("exports", {}).get(target, {}).get("skipped", "")
+        export = one.results.get("exports", {}).get(target, {})
+        if "failed" in export:
+            return f"the export of {one.name} failed: {export['failed']}"
+        skipped = export.get("skipped", "")
         return skipped or f"{one.name} has no file for {target}; make quantize exports it"
     if not path.is_file():
         return f"{path} is gone; make quantize again"
@@ -163,6 +189,12 @@ def _why_not(one: Contender, target: str, path: Path | None) -> str:
         return f"OpenVINO sees no {about.device.upper()} here; compare on a machine with one"
     if about.is_engine and path.suffix != ".engine":
         return f"needs its device: make bundle TARGET={target}, then care-compress import-results"
+    if one.run is not None and about.device == "cpu":
+        exact = openvino_is_exact if about.runtime == "openvino" else onnxruntime_is_exact
+        try:
+            check_needs(path, one.export_of[target].get("needs"), exact)
+        except TargetError as error:
+            return error.message.removesuffix(".")
     return ""
 
 

@@ -35,6 +35,7 @@ def comparison_as_json(found: Comparison, samples: Samples, data: DataSection) -
             if (pair := _pair(found, target, one.name, samples)) is not None
         ],
         "targets": {target: _target(found, target) for target in found.targets},
+        "checks": [finding.as_json() for finding in found.findings],
         "verdicts": [
             {"target": v.target, "candidate": v.candidate, "pays": v.pays, "text": v.text}
             for v in found.verdicts
@@ -138,6 +139,7 @@ def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
         return {"available": False, "why": why, **_layers(found, f"{target}/{name}")}
     timed = found.latency.get((1, 1), {}).get(entry.key)
     answers = found.collected.answers[entry.key]
+    read = found.read_backs.get(entry.key)
     return {
         "available": True,
         "why": "",
@@ -147,6 +149,7 @@ def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
         "latency_ms": None if timed is None else timed.percentiles(),
         "throughput": None if timed is None else timed.throughput,
         "int8_mac_share": _share(found, entry),
+        **({} if read is None else {"read_back": read.as_json()}),
         "floats_in": entry.precision,
         "sha256": digest_of(entry.path),
         "size_bytes": size_of(entry.path),
@@ -163,8 +166,12 @@ def _layers(found: Comparison, key: str) -> dict[str, Any]:
 
 
 def _share(found: Comparison, entry: Entry) -> float | None:
-    one = next(m for m in found.models if m.name == entry.name.removesuffix(BF16))
-    macs = one.results.get("exports", {}).get(entry.target, {}).get("integer_macs", {})
+    macs = (
+        found.model(entry.name)
+        .results.get("exports", {})
+        .get(entry.target, {})
+        .get("integer_macs", {})
+    )
     share = macs.get("share")
     return None if share is None else float(share)
 

@@ -43,12 +43,12 @@ def _at_least(name: str, limit: float, value: float | None) -> Budget:
 def _verdicts(
     found: Comparison, candidate: Contender, target: str, limit: float | None
 ) -> Iterator[Verdict]:
-    drop = found.drop(target, candidate.name)
-    if drop is not None:
+    drop, fault = found.drop(target, candidate.name), found.fault(target, candidate.name)
+    if drop is not None or fault:
         speedups = dict(_speedups(found, target, candidate.name))
         timed = found.latency.get((1, 1), {})
         noisy = any(one.is_noisy for key, one in timed.items() if key.startswith(f"{target}/"))
-        yield judge(target, candidate.name, speedups, drop, limit, noisy)
+        yield judge(target, candidate.name, speedups, drop, limit, noisy, fault)
     board = found.boards.get((target, candidate.name))
     if board is not None and candidate.recipe is not None:
         said = board_verdict(candidate.name, candidate.recipe.precision, board)

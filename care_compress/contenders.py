@@ -32,6 +32,12 @@ class Contender:
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def targets(self) -> list[str]:
+        """Those it has a file for, and those whose export failed."""
+        exports = self.results.get("exports", {})
+        return [*self.files, *(target for target, one in exports.items() if "failed" in one)]
+
+    @property
     def export_of(self) -> dict[str, dict[str, Any]]:
         """``export.json`` of every target that has files."""
         assert self.run is not None

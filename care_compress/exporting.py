@@ -21,7 +21,14 @@ from care_compress.errors import ExportError, RecipeError, TargetError
 from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.agreement import compare_logits
 from care_compress.evaluate.divergence import first_divergence
-from care_compress.evaluate.exports import Exported, File, digest_of, export_table, in_short
+from care_compress.evaluate.exports import (
+    Exported,
+    File,
+    answers_beside,
+    digest_of,
+    export_table,
+    in_short,
+)
 from care_compress.evaluate.images import hold_images
 from care_compress.export.about import About, Preprocessing
 from care_compress.export.to_engine import build_ahead
@@ -358,9 +365,9 @@ class Exporter:
         if name == self.precision:
             plain = self.variants.plain.logits
             done.answers_as_float = compare_logits(plain, reference.logits).percent
-        if done.target.is_engine:
-            answers = reference.logits[self._samples].float().numpy()
-            self._save(path.with_name(f"expected_{name}.npy"), answers)
+        # On the images that travel to a board; or on all, so that any processor can read it back.
+        answers = reference.logits[self._samples] if done.target.is_engine else reference.logits
+        self._save(answers_beside(path, name), answers.float().numpy())
 
     @property
     def _samples(self) -> list[int]:

@@ -27,7 +27,7 @@ class Finding:
         """One line for a console."""
         more = len(self.items) - SHOWN
         shown = [*self.items[:SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
-        return f"{self.check}: {self.text}" + (f" ({', '.join(shown)})" if shown else "")
+        return f"{self.check}: {self.text}" + (f" ({listed(shown)})" if shown else "")
 
     def as_json(self) -> dict[str, Any]:
         """As ``results.json`` holds it."""
@@ -38,6 +38,11 @@ class Finding:
             "items": list(self.items[:LISTED]),
             "count": len(self.items),
         }
+
+
+def listed(items: Sequence[str]) -> str:
+    """Items in one line; those that are sentences have commas of their own."""
+    return ("; " if any("," in item for item in items) else ", ").join(items)
 
 
 def show_findings(findings: Sequence[Finding], console: Console) -> None:

@@ -273,7 +273,8 @@ def _results(
     """What every kind of recipe reports."""
     recipe = shop.recipe
     # The other processes report nothing, and may not see the run directory.
-    findings = run_findings(shop, validation, accuracy, best) if shop.world.is_main else []
+    main = shop.world.is_main
+    findings = run_findings(shop, validation, accuracy, best, done) if main else []
     show_findings(findings, shop.console)
     return {
         "run": shop.run.name,

@@ -103,6 +103,8 @@ def needed_space(recipe: Recipe, size: Size, plan: Plan | None, targets: Sequenc
         file = text if target.runtime == "openvino" else graph
         if target.is_engine:
             file += HALF * parameters + GRAPH_SITE * sites + 2 * SAMPLES * classes * WEIGHT
+        else:
+            file += recipe.export.images * classes * WEIGHT
         if target.builds_without_device:
             file += 2 * (ENGINE_BYTES + int(ENGINE_PARAMETER * parameters) + GRAPH_SITE * sites)
         folders["exports"] += file

@@ -8,17 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from quantized import SIZE, care, network, section
 from rich.console import Console
 from tiny import image_folder, recipe_file
 
+from care_compress import variants
 from care_compress.data.loader import BadImages, Batch, evaluation_batches
 from care_compress.data.overlap import Contents, overlap_findings
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
-from care_compress.errors import CalibrationError, CareError, DataError, EvaluationError, RunError
+from care_compress.errors import (
+    CalibrationError,
+    CareError,
+    DataError,
+    EvaluationError,
+    ExportError,
+    RunError,
+)
 from care_compress.evaluate.accuracy import answers_finding, count_batch
 from care_compress.evaluate.agreement import Agreement, compare_logits
 from care_compress.evaluate.answers import collect_answers
@@ -29,7 +38,7 @@ from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.calibrate import calibrate
 from care_compress.quantize.health import Health, share_cut
-from care_compress.quantize.placement import simulate
+from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
 from care_compress.recipe import load_recipe
 from care_compress.report.write import write_report
@@ -127,11 +136,48 @@ def test_faults_are_on_the_console_in_the_file_and_in_the_report(
     jsonschema.validate(json.loads(json.dumps(results)), json.loads(schema.read_text()))
 
 
+def test_a_file_that_is_not_its_model_is_told_before_the_run_fails(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = "stages.1.blocks.0.inter_layer.inter2_fc1"
+    original = variants.put_integers
+
+    def spoiled(model: ir.Model, quantized: QuantizedCare) -> None:
+        original(model, quantized)
+        (pair,) = (node for node in model.graph if node.name == f"{site}/weight_dq")
+        scale = pair.inputs[1]
+        assert scale is not None and scale.const_value is not None
+        scale.const_value = ir.tensor(scale.const_value.numpy() * 3, name=scale.name)
+
+    monkeypatch.setattr(variants, "put_integers", spoiled)
+    exporting = {"export.targets": ["onnxruntime-cpu"], "export.images": 32}
+    given = {**small(image_folder(tmp_path / "images"), checkpoint), **exporting}
+    text = StringIO()
+    recipe = load_recipe("int8_ptq", [], given)
+    with pytest.raises(ExportError, match="does not compute what the model does"):
+        run_recipe(recipe, tmp_path, "run", Console(file=text, width=200))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = check_of(results, "exports")
+    assert found["status"] == "warning" and results["checks"][0] == found, "worst first"
+    (item,) = found["items"]
+    assert item.startswith("onnxruntime-cpu, int8.onnx: ") and f"it parts at {site}" in item
+    assert "take note: exports: 1 of 1 files" in text.getvalue()
+    write_report(tmp_path / "run", QUIET)
+    for name in ("report.md", "report.html"):
+        report = (tmp_path / "run" / name).read_text()
+        assert "✗ exports: 1 of 1 files" in report and "Nothing was found" not in report, name
+    jsonschema = pytest.importorskip("jsonschema", reason="needs the dev extra")
+    schema = Path(write_report.__code__.co_filename).with_name("results.schema.json")
+    jsonschema.validate(results, json.loads(schema.read_text()))
+
+
 def test_a_sound_run_says_that_all_is_fine(checkpoint: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("int8_ptq", [], small(image_folder(tmp_path / "images"), checkpoint))
+    folder = image_folder(tmp_path / "images")
+    exporting = {"export.targets": ["onnxruntime-cpu"], "export.images": 8}
+    recipe = load_recipe("int8_ptq", [], {**small(folder, checkpoint), **exporting})
     text = StringIO()
     results = run_recipe(recipe, tmp_path, "run", Console(file=text, width=200))
-    assert {one["status"] for one in results["checks"]} == {"fine"} and len(results["checks"]) == 6
+    assert {one["status"] for one in results["checks"]} == {"fine"} and len(results["checks"]) == 7
     assert "take note" not in text.getvalue()
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from quantized import small_start
@@ -19,6 +21,7 @@ from care_compress.data.loader import Batch
 from care_compress.deploying import take_results
 from care_compress.errors import CareError, DataError, RecipeError, RunError, TargetError
 from care_compress.evaluate.answers import collect_answers
+from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.significance import (
     calibration_error,
@@ -29,7 +32,9 @@ from care_compress.evaluate.significance import (
 from care_compress.evaluate.verdicts import Drop, judge
 from care_compress.pipeline import run_recipe
 from care_compress.recipe import load_recipe
+from care_compress.report.write import write_report
 from care_compress.sections import DataSection
+from care_compress.target import DOT_PRODUCTS
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,6 +231,78 @@ def test_other_images_give_no_drop(runs: Path, start: list[str], compared: Any) 
     run_recipe(load_recipe("fp32", other), runs, "cropped", QUIET)
     with pytest.raises(DataError, match="a drop between them means nothing"):
         run_compare(["cropped", "mine"], runs, CompareOptions(report=False, latency=QUICK), QUIET)
+
+
+def test_every_file_is_read_back_here(compared: Any, runs: Path) -> None:
+    for target in ("onnxruntime-cpu", "openvino-cpu"):
+        for name in ("mine_fp32", "mine"):
+            read = compared["targets"][target][name]["read_back"]
+            assert read["holds"] and read["images"] == 8 and read["agreement"] >= 99.5
+        export = json.loads((runs / "mine" / "exports" / target / "export.json").read_text())
+        assert read["least_sqnr_db"] == export["models"]["int8"]["least_sqnr_db"]
+    (check,) = compared["checks"]
+    assert (check["check"], check["status"]) == ("files beside their models", "fine")
+    jsonschema = pytest.importorskip("jsonschema", reason="needs the dev extra")
+    schema = Path(write_report.__code__.co_filename).with_name("compare.schema.json")
+    jsonschema.validate(compared, json.loads(schema.read_text()))
+
+
+def test_a_file_that_is_not_its_model_here_is_told_and_does_not_pay(
+    runs: Path, compared: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with weights of 8 bits on a processor that saturates; and one export that failed."""
+    copy = tmp_path / "runs"
+    shutil.copytree(runs, copy)
+    folder = copy / "mine" / "exports" / "onnxruntime-cpu"
+    path = folder / "int8.onnx"
+    graph = onnx.load(path)
+    (product,) = (one for one in graph.graph.node if one.name == "heads.fc/high_product")
+    (head,) = (one for one in graph.graph.initializer if one.name == product.input[-1])
+    head.CopyFrom(onnx.numpy_helper.from_array(np.float32([0, 50, 0, 0]), head.name))
+    onnx.save(graph, path)
+    export = json.loads((folder / "export.json").read_text())
+    export["models"]["int8"]["sha256"] = digest_of(path)
+    (folder / "export.json").write_text(json.dumps(export))
+    results = json.loads((copy / "mine" / "results.json").read_text())
+    results["exports"]["openvino-cpu"] = {"target": "openvino-cpu", "failed": "no such layer."}
+    (copy / "mine" / "results.json").write_text(json.dumps(results))
+
+    options = CompareOptions(targets=("onnxruntime-cpu", "openvino-cpu"), latency=QUICK)
+    run_compare(["mine_fp32", "mine"], copy, options, Console(width=300))
+    said = capsys.readouterr().out
+    assert "take note: files beside their models: 2 of 4 files" in said
+    assert "openvino-cpu: not measured here: the export of mine failed: no such layer." in said
+    value = json.loads((copy / "mine" / "compare.json").read_text())
+    read = value["targets"]["onnxruntime-cpu"]["mine"]["read_back"]
+    assert not read["holds"] and read["top1"] == 25.0, "every image is of one class to it"
+    assert value["targets"]["onnxruntime-cpu"]["mine_fp32"]["read_back"]["holds"]
+    verdicts = {one["target"]: one for one in value["verdicts"]}
+    assert [one["pays"] for one in verdicts.values()] == [False, False]
+    assert "top-1 25.00 % where its model has" in verdicts["onnxruntime-cpu"]["text"]
+    assert "the export failed: no such layer." in verdicts["openvino-cpu"]["text"]
+    for name in ("report.md", "report.html"):
+        report = (copy / "mine" / name).read_text()
+        assert "✗ files beside their models: 2 of 4 files" in report, name
+        assert "Nothing was found" not in report, name
+
+    # A file of full range where sums saturate is left out with its reason, and the rest compared.
+    (folder / "export.json").write_text(json.dumps({**export, "needs": DOT_PRODUCTS}))
+    monkeypatch.setattr("care_compress.comparison.onnxruntime_is_exact", lambda: False)
+    refused = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, report=False)
+    run_compare(["mine_fp32", "mine"], copy, refused, QUIET)
+    value = json.loads((copy / "mine" / "compare.json").read_text())
+    left_out = value["targets"]["onnxruntime-cpu"]["mine"]
+    assert not left_out["available"] and "its sums would overflow" in left_out["why"]
+    (folder / "export.json").write_text(json.dumps(export))
+
+    (folder / "expected_int8.npy").unlink()  # an export by an earlier version
+    options = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, report=False)
+    run_compare(["mine_fp32", "mine"], copy, options, QUIET)
+    value = json.loads((copy / "mine" / "compare.json").read_text())
+    read = value["targets"]["onnxruntime-cpu"]["mine"]["read_back"]
+    assert read["images"] == 48 and read["model_top1"] == results["accuracy"]["top1"]
+    low, high = read["model_minus_file_ci95"]
+    assert low < read["model_top1"] - 25.0 < high and read["holds"] is (low <= 0)
 
 
 def test_a_changed_file_is_not_compared(runs: Path, compared: Any) -> None:

@@ -56,7 +56,7 @@ CPU_ONLY = Tried(openvino_devices=("CPU",))
 
 
 def examine(machine: Machine, tried: Tried = CPU_ONLY) -> Diagnosis:
-    return diagnose(machine, all_targets(), tried)
+    return diagnose(machine, all_targets(), tried, {})
 
 
 def able(diagnosis: Diagnosis, target: str) -> str:
@@ -70,13 +70,64 @@ def shown(diagnosis: Diagnosis, width: int = 80) -> str:
     return paper.getvalue()
 
 
-def test_x86_without_vnni_can_measure_and_is_warned():
+def test_x86_without_vnni_can_measure():
     diagnosis = examine(x86("avx2"))
     assert able(diagnosis, "onnxruntime-cpu") == able(diagnosis, "openvino-cpu") == "ebrm"
     assert able(diagnosis, "openvino-gpu") == able(diagnosis, "tensorrt-gpu") == "e"
     assert able(diagnosis, "tensorrt-jetson-orin") == "e"
-    assert "saturate" in diagnosis.remarks[0]
-    assert examine(VNNI).remarks == ()
+    assert diagnosis.remarks == ()
+
+
+def test_one_line_says_what_a_processor_means_for_int8():
+    plain = examine(x86("avx2")).int8
+    assert "no integer dot products" in plain and "1.3 to 1.6x" in plain
+    assert "right here (weights of 7 bits)" in plain and "full-range files are refused" in plain
+    assert examine(x86("avx2", "avx512f")).int8 == plain, "AVX-512 before Cascade Lake"
+    fast = examine(VNNI).int8
+    assert (
+        "(VNNI): INT8 pays most here" in fast and "not measured" in fast and "refused" not in fast
+    )
+    assert examine(x86("avx2", "avx_vnni")).int8 == fast
+    both = examine(x86("avx2", "avx512f", "avx512_vnni", "avx512_bf16")).int8
+    assert "(VNNI): INT8 pays most here, about 2x of FP32 and 1.3x of BF16" in both
+    tiles = examine(x86("avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")).int8
+    assert "(AMX)" in tiles and "BF16, which has tiles too" in tiles and "not measured" in tiles
+    assert "neither dot products nor AVX2" in examine(x86()).int8
+    mac = arm("Darwin")
+    assert "(SDOT): INT8 should pay" in examine(mac).int8 and "AVX" not in examine(mac).int8
+    old = replace(mac, cpu=replace(mac.cpu, features=dict.fromkeys(ARM_FEATURES, False)))
+    assert "no integer dot products: expect little" in examine(old).int8
+    strong = replace(mac, cpu=replace(mac.cpu, features=dict.fromkeys(ARM_FEATURES, True)))
+    assert "(I8MM)" in examine(strong).int8
+    unknown = examine(replace(mac, cpu=replace(mac.cpu, features={})))
+    assert "cannot be read" in unknown.int8 and "dot products" not in unknown.int8
+    for machine in (x86("avx2"), VNNI, mac, old):
+        diagnosis = examine(machine)
+        assert diagnosis.int8 in " ".join(shown(diagnosis).split())
+        assert diagnosis_as_dict(diagnosis)["int8"] == diagnosis.int8
+
+
+@pytest.mark.parametrize(
+    ("environment", "machine", "words"),
+    [
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, VNNI, "ONEDNN_MAX_CPU_ISA=AVX2 hides the integer dot"),
+        ({"DNNL_MAX_CPU_ISA": "avx512_core"}, VNNI, "DNNL_MAX_CPU_ISA=avx512_core hides"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "ALL"}, VNNI, "ONEDNN_MAX_CPU_ISA="),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, VNNI, "limits what OpenVINO uses"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, x86("avx2"), "limits what OpenVINO uses"),
+        ({"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, VNNI, None),
+        ({"ONEDNN_MAX_CPU_ISA": ""}, VNNI, None),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, arm("Linux"), None),
+    ],
+)
+def test_a_variable_that_hides_instructions_from_openvino_is_told(
+    environment: dict[str, str], machine: Machine, words: str | None
+):
+    diagnosis = diagnose(machine, all_targets(), CPU_ONLY, environment)
+    assert len(diagnosis.remarks) == (words is not None)
+    if words is not None:
+        assert diagnosis.remarks[0].startswith(words) or words in diagnosis.remarks[0]
+        assert diagnosis.remarks[0] in " ".join(shown(diagnosis).split())
 
 
 def test_x86_with_the_rtx_wheel_builds_without_a_gpu():

@@ -15,11 +15,11 @@ from rich.console import Console
 from tiny import CLASSES, image_folder
 
 from care_compress.errors import RunError
+from care_compress.evaluate.significance import wilson
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe import load_recipe
 from care_compress.report import evidence
-from care_compress.report.scores import wilson
 from care_compress.report.sources import read_results
 from care_compress.report.svg import ticks
 from care_compress.report.write import write_report

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 
 from care_compress.doctor.diagnosis import diagnose, diagnosis_as_dict
 from care_compress.doctor.runtimes import try_runtimes
@@ -17,7 +18,7 @@ from care_compress.terminal import Terminal
 def run_doctor(as_json: bool) -> None:
     """Examine this machine and print the answer."""
     machine = read_machine()
-    diagnosis = diagnose(machine, all_targets(), try_runtimes(machine))
+    diagnosis = diagnose(machine, all_targets(), try_runtimes(machine), os.environ)
     if as_json:
         print(json.dumps(diagnosis_as_dict(diagnosis), indent=2))
     else:

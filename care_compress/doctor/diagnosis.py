@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from packaging.requirements import Requirement
 
 from care_compress import __version__
+from care_compress.doctor.processor import int8_line, isa_remarks
 from care_compress.doctor.runtimes import Tried
 from care_compress.machine import Machine
 from care_compress.target import Runtime, Target
@@ -50,17 +51,21 @@ class Diagnosis:
     machine: Machine
     targets: tuple[Target, ...]
     missing: Mapping[tuple[str, Stage], tuple[Missing, ...]]
+    int8: str  # what to expect of it on this processor
     remarks: tuple[str, ...]
 
 
-def diagnose(machine: Machine, targets: Sequence[Target], tried: Tried) -> Diagnosis:
-    """Decide for each target what `machine` can do."""
+def diagnose(
+    machine: Machine, targets: Sequence[Target], tried: Tried, environment: Mapping[str, str]
+) -> Diagnosis:
+    """Decide for each target what `machine` can do; variables may hide a part of it."""
     missing = {
         (target.name, stage): _missing(target, stage, machine, tried)
         for target in targets
         for stage in STAGES
     }
-    return Diagnosis(machine, tuple(targets), missing, _remarks(machine))
+    remarks = isa_remarks(machine.cpu, environment)
+    return Diagnosis(machine, tuple(targets), missing, int8_line(machine.cpu), remarks)
 
 
 def _missing(target: Target, stage: Stage, machine: Machine, tried: Tried) -> tuple[Missing, ...]:
@@ -155,17 +160,6 @@ def _missing_package(wanted: Requirement, machine: Machine, tried: Tried) -> Mis
     return None
 
 
-def _remarks(machine: Machine) -> tuple[str, ...]:
-    features = machine.cpu.features
-    if machine.cpu.dot_products is not False:
-        return ()
-    saturates = " and 16-bit sums may saturate: compare accuracy on this machine too"
-    return (
-        "This processor has no INT8 dot product: INT8 gains little here"
-        f"{saturates if 'avx2' in features else ''}.",
-    )
-
-
 def diagnosis_as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
     """The diagnosis as plain data."""
     targets: dict[str, Any] = {}
@@ -182,5 +176,6 @@ def diagnosis_as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
         "care_compress": __version__,
         "machine": asdict(diagnosis.machine),
         "targets": targets,
+        "int8": diagnosis.int8,
         "remarks": list(diagnosis.remarks),
     }

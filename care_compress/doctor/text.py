@@ -38,7 +38,7 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
         _paragraph(console, f"not installed: {', '.join(absent)}")
     _heading(console, "Processor")
     _render_processor(machine, console)
-    for remark in diagnosis.remarks:
+    for remark in (diagnosis.int8, *diagnosis.remarks):
         _paragraph(console, remark)
     _heading(console, "NVIDIA GPU")
     for line in _gpu_lines(machine) or ["none found"]:
@@ -59,8 +59,6 @@ def _render_processor(machine: Machine, console: Console) -> None:
     for name, present in cpu.features.items():
         mark = ("present", "green") if present else ("absent ", "yellow")
         _row(console, f"  {name:11}  ", mark, f"  {_FEATURE_WORDS[name]}")
-    if not cpu.features:
-        _paragraph(console, "its INT8 features cannot be read on this system")
 
 
 def _gpu_lines(machine: Machine) -> list[str]:

@@ -83,7 +83,11 @@ def compare_logits(
     With the float model's logits, a reference that is coarser than `LEAST_SQNR_DB` is held to less.
     """
     own_db = math.inf if float_NK is None else sqnr_db(float_NK, reference_NK)
-    least_db = min(LEAST_SQNR_DB, own_db - BELOW_OWN_DB)
+    return held_to(min(LEAST_SQNR_DB, own_db - BELOW_OWN_DB), reference_NK, found_NK)
+
+
+def held_to(least_db: float, reference_NK: Tensor, found_NK: Tensor) -> Agreement:
+    """`found` beside `reference`, where it is known how near it has to be."""
     found_db = sqnr_db(reference_NK, found_NK)
     if found_db == -math.inf:
         return Agreement(len(found_NK), 0, 0, found_db, least_db)

@@ -46,6 +46,32 @@ def mcnemar_p(lost: int, gained: int) -> float:
     return min(1.0, 2 * tail)
 
 
+def wilson(percent: float, images: int) -> tuple[float, float]:
+    """95 % interval of a share of images, in percent (Wilson's score interval)."""
+    p, z2 = percent / 100, NORMAL_95**2
+    middle = (p + z2 / (2 * images)) / (1 + z2 / images)
+    half = NORMAL_95 / (1 + z2 / images) * math.sqrt(p * (1 - p) / images + z2 / (4 * images**2))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def unpaired_interval(
+    before: float, images_before: int, after: float, images_after: int
+) -> tuple[float, float]:
+    """95 % interval of before minus after, in points, of models scored on images of their own.
+
+    Newcombe's, from the Wilson intervals (l, u) of both: the lower end is
+    d - sqrt((before - l_before)^2 + (u_after - after)^2), the upper one likewise. Wider than the
+    truth where both saw the same images, since those would cancel.
+    """
+    difference = before - after
+    low_b, high_b = wilson(before, images_before)
+    low_a, high_a = wilson(after, images_after)
+    return (
+        difference - math.hypot(before - low_b, high_a - after),
+        difference + math.hypot(high_b - before, after - low_a),
+    )
+
+
 def calibration_error(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
     """ECE in points: |accuracy - confidence| in 15 bins of confidence, weighted by their images."""
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)

@@ -65,8 +65,15 @@ def judge(
     drop: Drop | None,
     max_drop: float | None,
     noisy: bool,
+    fault: str = "",
 ) -> Verdict:
-    """`speedups` are over what a user could run instead: FP32, and BF16 or FP16 where there is."""
+    """`speedups` are over what a user could run instead: FP32, and BF16 or FP16 where there is.
+
+    `fault` says why the file is not the model it was made from: such a file never pays.
+    """
+    if fault:
+        text = f"{candidate} does not pay, because {fault}"
+        return Verdict(target, candidate, False, text)
     if not speedups or drop is None:
         return Verdict(target, candidate, None, "nothing to compare with was measured")
     parts = [f"{value:.2f}x over {name}" for name, (value, _, _) in speedups.items()]

@@ -1,8 +1,6 @@
 """Top-1 and top-5 with their intervals."""
 
-import math
-
-from care_compress.evaluate.significance import NORMAL_95
+from care_compress.evaluate.significance import wilson
 from care_compress.report.blocks import (
     Cell,
     Figure,
@@ -17,14 +15,6 @@ from care_compress.report.plots import Span, spans
 from care_compress.report.sources import Json, Sources
 
 Model = tuple[str, str, Json]  # its name, the target where it is a file for one, its figures
-
-
-def wilson(percent: float, images: int) -> tuple[float, float]:
-    """95 % interval of a share of images, in percent (Wilson's score interval)."""
-    p, z2 = percent / 100, NORMAL_95**2
-    middle = (p + z2 / (2 * images)) / (1 + z2 / images)
-    half = NORMAL_95 / (1 + z2 / images) * math.sqrt(p * (1 - p) / images + z2 / (4 * images**2))
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
 def accuracy(sources: Sources) -> Section:

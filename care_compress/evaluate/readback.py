@@ -1,0 +1,105 @@
+"""A file read back on this processor: whether it still answers as the model it was made from.
+
+An export reads its own files back, but on the processor that made them. Where another one rounds,
+adds or saturates in its own way, only a file read there can tell.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from care_compress.evaluate.accuracy import hits_of
+from care_compress.evaluate.agreement import Agreement, held_to
+from care_compress.evaluate.significance import unpaired_interval
+from care_compress.findings import Finding
+
+CHECK = "files beside their models"
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """Top-1 of a file here and of its model, in percent, and what tells whether they differ."""
+
+    top1: float
+    images: int
+    model_top1: float
+    # Where the model's answers to these very images are known, these decide.
+    near: Agreement | None = None
+    # 95 %, of model minus file in points; where only the model's top-1 is known, this decides.
+    interval: tuple[float, float] | None = None
+
+    @property
+    def holds(self) -> bool:
+        """As near as the export promised; or not below the model by more than chance.
+
+        A file above its model holds: a target's own rules may leave layers in float.
+        """
+        if self.near is not None:
+            return self.near.holds
+        return self.interval is None or self.interval[0] <= 0
+
+    def __str__(self) -> str:
+        """Both numbers, and how near the answers are."""
+        both = f"top-1 {self.top1:.2f} % where its model has {self.model_top1:.2f} %"
+        if self.near is None:
+            assert self.interval is not None
+            low, high = self.interval
+            return f"{both}, a difference of [{low:.2f}, {high:.2f}] points"
+        where = f"{both}, on the same {self.images:,} images"
+        if not self.near.comparable:
+            return f"{where}: it answers NaN or infinity"
+        return (
+            f"{where}: {self.near.percent:.1f} % of answers are the same, {self.near} of at least "
+            f"{self.near.least_db:.1f}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``compare.json`` holds it."""
+        return {
+            "holds": self.holds,
+            "images": self.images,
+            "top1": self.top1,
+            "model_top1": self.model_top1,
+            **({} if self.near is None else self.near.as_json()),
+            **({} if self.interval is None else {"model_minus_file_ci95": list(self.interval)}),
+        }
+
+
+def read_back(model_NK: Tensor, file_NK: Tensor, labels: Tensor, least_db: float) -> ReadBack:
+    """A file whose model's logits for the same images are known."""
+    near = held_to(least_db, model_NK, file_NK)
+    right = (int(hits_of(logits_NK, labels).first.sum()) for logits_NK in (file_NK, model_NK))
+    file, model = (100 * count / len(labels) for count in right)
+    return ReadBack(file, len(labels), model, near=near)
+
+
+def counted_only(top1: float, images: int, model_top1: float, model_images: int) -> ReadBack:
+    """A file whose model is known by its top-1 alone."""
+    interval = unpaired_interval(model_top1, model_images, top1, images)
+    return ReadBack(top1, images, model_top1, interval=interval)
+
+
+def read_back_findings(
+    read: Mapping[str, ReadBack], failed: Mapping[str, str], unread: Mapping[str, str]
+) -> list[Finding]:
+    """By file: how near each came, why its export failed, why it could not be read back."""
+    wrong = {key: str(one) for key, one in read.items() if not one.holds}
+    # An export that failed is told beside what the file does here, which may be right.
+    items = [f"{key}: {why}" for key, why in (*wrong.items(), *failed.items())]
+    findings = []
+    if items:
+        files = len(wrong.keys() | failed.keys())
+        text = (
+            f"{files} of {len(read.keys() | failed.keys())} files are not the model they were made "
+            "from; their accuracy and speed are not the model's"
+        )
+        findings.append(Finding(CHECK, "warning", text, tuple(items)))
+    elif read:
+        text = f"every file, of {len(read)}, answers on this processor as its model does"
+        findings.append(Finding(CHECK, "fine", text))
+    if unread:
+        reasons = tuple(f"{key}: {why}" for key, why in unread.items())
+        findings.append(Finding(CHECK, "not measured", "some could not be read back", reasons))
+    return findings
