@@ -128,6 +128,11 @@ class NncfSection(Section):
         False, description="keep layers in float until budget.max_top1_drop holds"
     )
 
+    @property
+    def multiplies_symmetric(self) -> bool:
+        """Whether attention multiplies two symmetric activations."""
+        return self.preset == "performance" and "MatMul" not in self.ignored_types
+
     @model_validator(mode="after")
     def _smooths(self) -> "NncfSection":
         if self.smooth_quant_alpha is not None and self.model_type is None:
@@ -211,6 +216,11 @@ class QuantizeSection(Section):
                     "qat would quantize the layers that nncf.accuracy_control keeps in float: use "
                     "one of them"
                 )
+        if self.nncf is not None and not self.full_range and self.nncf.multiplies_symmetric:
+            raise ValueError(
+                "two symmetric activations fill 8 bits both, and their products overflow on a CPU "
+                "without dot products: preset performance needs nncf.ignored_types: [MatMul]"
+            )
         if self.backend == "torchao" and self.nncf is not None:
             raise ValueError("a nncf section needs backend: nncf")
         if self.backend == "torchao" and not self.rules:

@@ -22,10 +22,11 @@ from stored import stored_weights
 
 from care_compress import exporting
 from care_compress.cli import main
-from care_compress.errors import ExportError, TargetError
+from care_compress.errors import ExportError, RecipeError, TargetError
 from care_compress.machine import read_machine
 from care_compress.model.checkpoint import QUANTIZED_HEADER
 from care_compress.pipeline import run_recipe
+from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.artifact import load_saved, save_quantized
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network, retarget
@@ -206,6 +207,30 @@ def test_a_target_that_takes_all_8_bits_gets_the_weights_that_were_corrected() -
     with torch.no_grad():
         same = retarget(model, inner, chosen.rules, wider)(images(4))
         assert torch.equal(same, model(images(4)))
+
+
+def test_products_of_two_activations_cannot_overflow_either() -> None:
+    """OpenVINO multiplies u8 and u8 as floats, but takes zero point 128 for signed integers."""
+    chosen = section({"role": "attention.*", "weight": 8, "input": 8}, target="openvino-cpu")
+    model = quantized(chosen).model
+    factors = [q for q in model.integers("right") if "token_mixer.core" in q.site]
+    for quantizer in factors:
+        quantizer.zero_point.fill_(128)
+    inner = float_network(model, planned(network(), chosen, SIZE)[0])
+    moved = retarget(model, inner, chosen.rules, load_target("openvino-cpu"))
+    for quantizer in moved.integers("right"):
+        if "token_mixer.core" in quantizer.site:
+            assert int(quantizer.zero_point) == 127
+    assert factors
+    signed = {"role": "attention.*", "weight": 8, "input": {"bits": 8, "symmetric": True}}
+    with pytest.raises(RecipeError, match="two symmetric activations"):
+        planned(network(), section(signed, target="openvino-cpu"), SIZE)
+    planned(network(), section(signed, target="openvino-cpu", full_range=True), SIZE)
+    planned(network(), section(signed, target="tensorrt-gpu"), SIZE)
+    performance = {"backend": "nncf", "nncf": {"preset": "performance"}}
+    with pytest.raises(ValueError, match=r"nncf.ignored_types: \[MatMul\]"):
+        QuantizeSection.model_validate(performance)
+    QuantizeSection.model_validate({**performance, "full_range": True})
 
 
 def test_a_model_made_for_all_8_bits_is_held_in_the_range_of_a_cpu() -> None:

@@ -92,6 +92,12 @@ def _input_spec(
             f"{where} {target.name if target else ''} takes no zero point other than 0.",
             "set symmetric: true, or leave it out",
         )
+    if symmetric and target and target.weights.reduce_range and site.role in ATTENTION_PRODUCTS:
+        raise RecipeError(
+            f"{where} two symmetric activations fill 8 bits both, and their products overflow on a "
+            "processor without integer dot products.",
+            "leave symmetric out, keep the attention in float, or set quantize.full_range: true",
+        )
     if wanted.group is not None:
         raise RecipeError(f"{where} activations have no groups.", "set group for the weight")
     granularity = _input_granularity(site, wanted, where, target)

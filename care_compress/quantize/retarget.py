@@ -17,12 +17,15 @@ from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import RuleSection
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import ROOT, QuantizedCare, replanned
-from care_compress.quantize.plan import make_plan
-from care_compress.quantize.spec import TensorSpec
+from care_compress.quantize.plan import ATTENTION_PRODUCTS, make_plan
+from care_compress.quantize.spec import Plan, TensorSpec
 from care_compress.target import Target
 
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number
 LARGEST_SUM = 2.0**31
+# Around this zero point OpenVINO takes u8 for s8, and a product of u8 and s8 that fill 8 bits both
+# overflows without dot products. Others it multiplies as floats.
+SIGNED = 128
 
 
 def float_network(model: QuantizedCare, skeleton: CompactCare) -> CompactCare:
@@ -52,12 +55,21 @@ def retarget(
     found = {(quantizer.site, quantizer.operand): quantizer for quantizer in model.integers()}
     for quantizer in moved.integers():
         source = found[quantizer.site, quantizer.operand]
-        quantizer.set_qparams(*_range_in(source, quantizer.spec, len(quantizer.scale)))
+        scale, zero_point = _range_in(source, quantizer.spec, len(quantizer.scale))
+        if _is_second_factor(quantizer, plan) and target.weights.reduce_range:
+            zero_point = torch.where(zero_point == SIGNED, SIGNED - 1, zero_point)
+        quantizer.set_qparams(scale, zero_point)
         if target.is_typed:
             quantizer.scale.copy_(_round_up_to_half(quantizer.scale))
     if target.runtime == "onnxruntime":
         _round_biases(moved)
     return moved
+
+
+def _is_second_factor(quantizer: IntQuantizer, plan: Plan) -> bool:
+    """Whether it is the activation that a product has in place of a weight."""
+    role = plan.of(quantizer.site).site.role
+    return quantizer.operand == "right" and role in ATTENTION_PRODUCTS
 
 
 @torch.no_grad()
