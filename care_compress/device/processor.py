@@ -123,7 +123,7 @@ def check_needs(
             )
         has = "does not say whether it has" if processor.dot_products is None else "has no"
         others = [f"--{other}-only" for other in bundle.models if not bundle.needs(other)]
-        use = f" or use {others[0]}" if others else ""
+        use = f", or use {others[0]}" if others else ""
         raise ProcessorError(
             f"{file} needs {need}; this processor ({processor.name}) {has} {need}.",
             f"bundle a run without quantize.full_range, which is right on every processor{use}",
