@@ -46,7 +46,7 @@ reference: $(VENV)/.user ## check that recipes still give their accepted values:
 report: $(VENV)/.user ## one page of a finished run: [RUN=int8_qat]
 	@$(BIN)/care-compress report '$(DEPLOYED)'
 
-bundle: $(VENV)/.user ## pack a run for a Jetson: TARGET=tensorrt-jetson-orin [RUN=int8_qat]
+bundle: $(VENV)/.user ## pack a run for a device: TARGET=tensorrt-jetson-orin, openvino-cpu, ... [RUN=int8_qat]
 	$(READY)
 	@$(BIN)/care-compress bundle '$(TARGET)' --run '$(DEPLOYED)'
 

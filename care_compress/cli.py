@@ -204,11 +204,11 @@ RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken"
 
 @app.command()
 def bundle(
-    target: Annotated[str, typer.Argument(help="tensorrt-jetson-orin, ...")],
+    target: Annotated[str, typer.Argument(help="tensorrt-jetson-orin, openvino-cpu, ...")],
     run: RunToDeploy = "int8_qat",
     runs: Runs = Path("runs"),
 ) -> None:
-    """Pack what a Jetson needs to build, verify and measure its engines."""
+    """Pack what a device needs to verify and measure the models, and a Jetson to build engines."""
     from care_compress.deploying import make_bundle
 
     make_bundle(runs, plain_name(run), target, Terminal())

@@ -20,7 +20,7 @@ from care_compress.contenders import Contender, contenders, float_recipe_of, sam
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.errors import DataError, RunError, TargetError
-from care_compress.evaluate.compare_tables import accuracy_table, latency_table
+from care_compress.evaluate.compare_tables import accuracy_table, device_table, latency_table
 from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.layers import kind_table
 from care_compress.evaluate.speed import show_machine
@@ -153,6 +153,8 @@ def _report(
     for setting in value["latency"]:
         if setting["rows"]:
             wide.print(latency_table(setting))
+    if found.boards:
+        wide.print(device_table(value))
     for target, rows in value["targets"].items():
         if any(one.get("layers_ms") for one in rows.values()):
             wide.print(kind_table(f"Where the time goes on {target}, batch 1, 1 thread", rows))

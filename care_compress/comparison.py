@@ -93,15 +93,16 @@ class Comparison:
     budgets: list[Budget] = field(default_factory=list)
 
     @cached_property
-    def boards(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """What boards measured, by target and model; only where nothing was measured here."""
-        return {
-            (target, one.name): board
-            for one in self.models
-            if one.run is not None
-            for target, board in measured_on_boards(one.run).items()
-            if target in self.targets and self.entry(target, one.name) is None
-        }
+    def boards(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """What devices measured, by target and model; engines only where none was run here."""
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for one in self.models:
+            for board in measured_on_boards(one.run) if one.run is not None else ():
+                target = board["target"]
+                here = load_target(target).is_engine and self.entry(target, one.name) is not None
+                if target in self.targets and not here:
+                    found.setdefault((target, one.name), []).append(board)
+        return found
 
     @property
     def is_noisy(self) -> bool:

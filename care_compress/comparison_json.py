@@ -126,8 +126,8 @@ def _target(found: Comparison, target: str) -> dict[str, Any]:
         names.insert(1, found.baseline.name + BF16)
     rows = {name: _on_target(found, target, name) for name in names}
     for one in found.models:
-        board = found.boards.get((target, one.name))
-        if board is not None and one.recipe is not None:
+        for board in found.boards.get((target, one.name), ()):
+            assert one.recipe is not None  # a run's
             rows.update(board_rows(one.name, one.recipe.precision, board))
     return rows
 

@@ -49,8 +49,8 @@ def _verdicts(
         timed = found.latency.get((1, 1), {})
         noisy = any(one.is_noisy for key, one in timed.items() if key.startswith(f"{target}/"))
         yield judge(target, candidate.name, speedups, drop, limit, noisy, fault)
-    board = found.boards.get((target, candidate.name))
-    if board is not None and candidate.recipe is not None:
+    for board in found.boards.get((target, candidate.name), ()):
+        assert candidate.recipe is not None  # a run's
         said = board_verdict(candidate.name, candidate.recipe.precision, board)
         if said is not None:
             yield said

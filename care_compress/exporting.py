@@ -374,8 +374,8 @@ class Exporter:
         return spread_indices(len(self.variants.images.labels), SAMPLES)
 
     def keep_samples(self, done: list[Exported]) -> None:
-        """Some of the images with their labels, if there is an engine that should answer them."""
-        if any(one.target.is_engine and one.files for one in done):
+        """Some of the images with their labels, if there is a device that should answer them."""
+        if any(one.target.is_bundled and one.files for one in done):
             once(self.shop, "export samples", self._made_from, self._save_samples)
         else:
             shutil.rmtree(self._root / SAMPLES_FOLDER, ignore_errors=True)

@@ -16,11 +16,12 @@ from care_compress.figures import json_text
 from care_compress.finished import find_run
 from care_compress.progress import step_line
 from care_compress.run import sha256_file, write_text
-from care_compress.rungs import ENGINE_HAS_NO_SITES, Ladder
+from care_compress.rungs import Ladder
 from care_compress.target import load_target
 from care_compress.terminal import Terminal
 
 WIDTH = 150  # of the tables
+DEVICE_HAS_NO_SITES = "a device gives logits only"
 
 
 def run_fidelity(
@@ -67,16 +68,18 @@ def run_fidelity(
 
 
 def _boards(ladder: Ladder) -> list[dict[str, Any]]:
-    """What boards measured on the samples of their bundles, beside their simulation's logits."""
+    """What devices measured on the samples of their bundles, beside their simulation's logits."""
     before = {target: rung.before for rung in ladder.rungs for target in rung.targets}
     precision = ladder.run.recipe.precision
     rows = []
-    for target, board in measured_on_boards(ladder.run.path).items():
+    for board in measured_on_boards(ladder.run.path):
+        target = board["target"]
+        of = f"engine of {target}" if load_target(target).is_engine else f"file for {target}"
         accuracy = board["models"].get(precision, {}).get("accuracy")
         if accuracy is not None and target in before:
             rows.append(
                 {
-                    "rung": f"engine of {target} on {board['board']['name']}",
+                    "rung": f"{of} on {board['board']['name']}",
                     "before": before[target],
                     "targets": [target],
                     "sqnr_db": accuracy["sqnr_db"],
@@ -85,7 +88,7 @@ def _boards(ladder: Ladder) -> list[dict[str, Any]]:
                     "same_as_float_percent": None,
                     "parts_at": None,
                     "sites": {},
-                    "note": f"{ENGINE_HAS_NO_SITES}; on {accuracy['images']} images, by the board",
+                    "note": f"{DEVICE_HAS_NO_SITES}; on {accuracy['images']} images, by the board",
                 }
             )
     return rows

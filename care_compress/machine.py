@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from care_compress.device.processor import ARM_PARTS
+
 X86_FEATURES = (
     "avx2",
     "avx512f",
@@ -30,16 +32,6 @@ ARM_FEATURES = ("asimddp", "i8mm", "bf16")
 _DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
 _MACOS_FEATURES = {"asimddp": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "bf16": "FEAT_BF16"}
 
-# ARM cores name themselves by number only; these are the ones in the boards we speak of.
-_ARM_PARTS = {
-    "0xd08": "Cortex-A72",
-    "0xd0b": "Cortex-A76",
-    "0xd0c": "Neoverse-N1",
-    "0xd40": "Neoverse-V1",
-    "0xd42": "Cortex-A78AE",
-    "0xd4f": "Neoverse-V2",
-    "0xd83": "Neoverse-V3AE",
-}
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 LIBRARIES = (
@@ -171,7 +163,7 @@ def parse_cpuinfo(text: str, usable: Collection[int]) -> Cpu:
     physical = {(core.get("physical id"), core.get("core id", core["processor"])) for core in cores}
     part = first.get("CPU part", "")
     return Cpu(
-        name=first.get("model name") or _ARM_PARTS.get(part) or f"unknown processor {part}".strip(),
+        name=first.get("model name") or ARM_PARTS.get(part) or f"unknown processor {part}".strip(),
         physical_cores=len(physical) or len(usable),
         logical_cores=len(usable),
         features=_features(first),

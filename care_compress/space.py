@@ -108,7 +108,7 @@ def needed_space(recipe: Recipe, size: Size, plan: Plan | None, targets: Sequenc
         if target.builds_without_device:
             file += 2 * (ENGINE_BYTES + int(ENGINE_PARAMETER * parameters) + GRAPH_SITE * sites)
         folders["exports"] += file
-    if any(target.is_engine for target in targets):
+    if any(target.is_bundled for target in targets):
         folders["exports"] += SAMPLES * (3 * recipe.data.resolution**2 + 8)
     return Space(folders, graph + text if targets or section else 0)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import Field, field_validator, model_validator
 
+from care_compress.device import processor
 from care_compress.errors import RecipeError
 from care_compress.quantization_sections import RuleSection
 from care_compress.recipe import RECIPES_DIR, parse, read_yaml
@@ -20,7 +21,7 @@ TARGETS_DIR = RECIPES_DIR / "targets"
 
 # What a file says in its metadata that a processor must have, and under which key.
 NEEDS = "care_compress.needs"
-DOT_PRODUCTS = "integer dot products"
+DOT_PRODUCTS = processor.DOT_PRODUCTS  # what the script of a bundle asks for
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
 Device = Literal["cpu", "gpu", "npu", "jetson-orin", "jetson-thor", "rtx"]
@@ -118,6 +119,11 @@ class Target(Section):
     def is_engine(self) -> bool:
         """What runs is an engine, built from the exported graph."""
         return self.runtime in ("tensorrt", "tensorrt_rtx")
+
+    @property
+    def is_bundled(self) -> bool:
+        """`make bundle` packs what proves it on another machine."""
+        return self.is_engine or self.device == "cpu"
 
     @property
     def is_typed(self) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison import board_results, comparison
+from comparison import board_results, comparison, cpu_results
 from fuzzing import LONGEST_LINE, Cases, damaged, memory_limit, obeyed, sealed, tree
 from PIL import Image
 from rich.console import Console
@@ -452,7 +452,8 @@ def test_results_of_devices(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)
     file = tmp_path / "results.json"
-    for content in _variants(board_results("mine"), 60, 3):
+    of_both = (board_results("mine"), cpu_results("mine"))
+    for content in (one for value in of_both for one in _variants(value, 40, 3)):
         file.write_bytes(content)
         with sealed(run):
             CASES.attempt(lambda: take_results(file, tmp_path / "runs", None, QUIET))
@@ -469,13 +470,13 @@ def test_bundles_with_a_lying_manifest(tmp_path: Path) -> None:
         "format": 1, "kind": BUNDLE_KIND, "run": "r", "recipe": "r", "target": "t", "fingerprint": "f",
         "requirement": "tensorrt", "classes": ["a"], "resolution": 32, "crop_pct": 1.0, "exif_rotate": False,
         "mean": [0.5], "std": [0.5], "input": {}, "output": {}, "limits": {},
-        "models": {"int8": {"file": "int8.onnx"}},
+        "models": {"int8": {"file": "int8.onnx", "sha256": "0" * 64}},
         "files": {"int8.onnx": "0" * 64, "../../etc/passwd": "0" * 64},
     }  # fmt: skip
     for content in _variants(manifest, 40, 4):
         (tmp_path / "manifest.json").write_bytes(content)
         with sealed(tmp_path):
-            assert isinstance(CASES.attempt(lambda: open_bundle(tmp_path)), str)
+            assert isinstance(CASES.attempt(lambda: open_bundle(tmp_path, ("tensorrt",))), str)
 
 
 class _Listed:

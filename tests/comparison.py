@@ -166,3 +166,57 @@ def board_results(run: str) -> dict[str, Any]:
         "models": models,
         "measured_at": "2026-11-20T10:02:00+00:00",
     }
+
+
+def cpu_results(run: str, threads: int = 2) -> dict[str, Any]:
+    """Two files of a CPU bundle, as `bench` and `verify` describe them."""
+    state = {"governor": "ondemand", "load_average": 0.1, "cpu_mhz": 2400.0, "temperatures_c": {}}
+    models = {}
+    for name, p50 in (("int8", 3.0), ("fp32", 4.5)):
+        models[name] = {
+            "sha256": "a" * 64,
+            "size_bytes": 700_000,
+            "floats_in": "f32",
+            "accuracy": {
+                "images": 64,
+                "top1": 95.3,
+                "expected_top1": 95.3,
+                "agreement": 100.0,
+                "sqnr_db": 41.0,
+                "max_deviation": 0.02,
+                "passed": True,
+                "measured_at": "2026-11-20T10:00:00+00:00",
+            },
+            "speed": {
+                "batch": 1,
+                "threads": threads,
+                "runs": 500,
+                "seconds": 5.0,
+                "latency_ms": {"p50": p50, "p90": 1.05 * p50, "p99": 1.2 * p50},
+                "throughput": 1000 / p50,
+                "before": state,
+                "after": state,
+                "measured_at": "2026-11-20T10:01:00+00:00",
+            },
+        }
+    return {
+        "format": 1,
+        "kind": "care-deploy-cpu-results",
+        "target": "onnxruntime-cpu",
+        "run": run,
+        "recipe": run,
+        "fingerprint": "c" * 64,
+        "bundle_sha256": "d" * 64,
+        "board": {
+            "name": "Raspberry Pi 5 Model B",
+            "processor": "Cortex-A76",
+            "cores": 4,
+            "integer_dot_products": True,
+            "library": "onnxruntime",
+            "library_version": "1.23.2",
+            "python": "3.11.2",
+            "architecture": "aarch64",
+        },
+        "models": models,
+        "measured_at": "2026-11-20T10:02:00+00:00",
+    }

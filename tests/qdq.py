@@ -8,7 +8,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from care_compress.device.images import normalize_pixels
-from care_compress.export.bundle import BundleContent
+from care_compress.export.bundle import BundleContent, Model
+from care_compress.run import sha256_file
 
 SIDE = 16
 CLASSES = 5
@@ -67,11 +68,11 @@ def write_classifier(
     return path
 
 
-def make_content(folder: Path) -> BundleContent:
-    """A small bundle's content, whose expected logits are ONNX Runtime's."""
+def make_content(folder: Path, half: bool = True) -> BundleContent:
+    """A small bundle's content, whose expected logits are ONNX Runtime's; for it without halves."""
     models = {
-        name: write_classifier(folder / f"{name}.onnx", int8=name == "int8")
-        for name in ("int8", "fp16")
+        name: write_classifier(folder / f"{name}.onnx", int8=name == "int8", half=half)
+        for name in ("int8", "fp16" if half else "fp32")
     }
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (IMAGES, 3, SIDE, SIDE), dtype=np.uint8)
@@ -85,7 +86,7 @@ def make_content(folder: Path) -> BundleContent:
     return BundleContent(
         run="mine",
         recipe="int8",
-        target="tensorrt-orin",
+        target="tensorrt-orin" if half else "onnxruntime-cpu",
         fingerprint="f" * 64,
         classes=tuple(f"class {k}" for k in range(CLASSES)),
         resolution=SIDE,
@@ -96,10 +97,10 @@ def make_content(folder: Path) -> BundleContent:
         input_shape=(1, 3, SIDE, SIDE),
         output_name="logits",
         output_shape=(1, CLASSES),
-        requirement="tensorrt>=10.3,<12",
-        models=models,
+        requirement="tensorrt>=10.3,<12" if half else "onnxruntime>=1.20",
+        models={name: Model((path,), sha256_file(path)) for name, path in models.items()},
         pixels=pixels,
-        labels=logits["fp16"].argmax(axis=1),
+        labels=logits["int8"].argmax(axis=1),
         logits=logits,
         least_agreement=98.0,
         least_sqnr_db=20.0,

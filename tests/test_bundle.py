@@ -67,7 +67,7 @@ def test_a_bundle_holds_what_a_board_needs_and_nothing_of_this_machine(
     }
     assert members["mine-tensorrt-orin/care_deploy.py"].mode == 0o755
     assert members["mine-tensorrt-orin/int8.onnx"].mode == 0o644
-    bundle = open_bundle(folder)
+    bundle = open_bundle(folder, ("tensorrt",))
     assert bundle.models == ("fp16", "int8")
     assert np.array_equal(bundle.array("pixels"), content.pixels)
     assert np.array_equal(bundle.array("logits_int8"), content.logits["int8"])
@@ -84,9 +84,11 @@ def test_a_bundle_holds_what_a_board_needs_and_nothing_of_this_machine(
     assert list(tmp_path.glob(".*.tmp")) == []
 
 
-def test_the_one_file_is_python_3_10_and_needs_no_more_than_numpy() -> None:
-    source = stitch.stitch()
-    assert source == stitch.stitch()
+@pytest.mark.parametrize("runtime", ["tensorrt", "cpu"])
+def test_the_one_file_is_python_3_10_and_needs_no_more_than_numpy(runtime: stitch.Runtime) -> None:
+    source = stitch.stitch(runtime)
+    assert source == stitch.stitch(runtime)
+    assert ("cudaMalloc" in source) == (runtime == "tensorrt"), "no code that cannot be used"
     tree = ast.parse(source, feature_version=(3, 10))
     at_top, anywhere = set(), set()
     for node in ast.walk(tree):
@@ -120,16 +122,19 @@ def test_modules_that_cannot_be_joined_fail_loudly() -> None:
     joined = stitch.join_parts({"app": app, "one": one}, "app")
     assert joined.index("# why\nf = Path") < joined.index("g = f")
     assert "from pathlib import Path" in joined and "care_compress.device.one" not in joined
-    with pytest.raises(AssertionError, match="f is defined by one and by two"):
-        two = part("two", "f = 2\n")
-        stitch.join_parts({"app": app, "one": one, "two": two}, "app")
-    with pytest.raises(AssertionError, match="Path is defined by an import and by two"):
-        stitch.join_parts({"app": app, "one": one, "two": part("two", "Path = 2\n")}, "app")
+    both = "from care_compress.device.two import x\nfrom care_compress.device.one import f\n"
+    for text, words in (
+        ("f = 2\n", "f is defined by two and by one"),
+        ("Path = 2\n", "Path is defined by two and by an import"),
+    ):
+        parts = {"app": part("app", both), "one": one, "two": part("two", text)}
+        with pytest.raises(AssertionError, match=words):
+            stitch.join_parts(parts, "app")
     with pytest.raises(AssertionError, match="import each other"):
         back = part("one", "from care_compress.device.app import g\nf = g\n")
         stitch.join_parts({"app": app, "one": back}, "app")
     with pytest.raises(AssertionError, match="no one imports"):
-        stitch.join_parts({"app": app, "one": one, "two": part("two", "x = 1\n")}, "app")
+        stitch.check_use({"app": app, "one": one, "two": part("two", "x = 1\n")}, ["app"])
     for source in (
         "from care_compress.device import one\n",
         "from care_compress.run import write_text\n",

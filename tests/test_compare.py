@@ -12,9 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from comparison import cpu_results
 from quantized import small_start
 from rich.console import Console
 
+from care_compress.boards import board_verdict
 from care_compress.comparing import run_compare
 from care_compress.comparison import CompareOptions
 from care_compress.data.loader import Batch
@@ -206,6 +208,47 @@ def test_what_a_board_measured_stands_beside_the_rest(
     assert (where["board"], where["power_mode"]) == ("NVIDIA Jetson Orin Nano", "15W")
     assert "mine pays: 1.30x over FP16 on NVIDIA Jetson Orin Nano" in capsys.readouterr().out
     assert on["mine_fp32"]["available"] is False, "the board measured only what it was given"
+
+
+def test_what_other_processors_measured_stands_beside_what_was_measured_here(
+    runs: Path, compared: Any, tmp_path: Path, capsys: Any
+) -> None:
+    export = json.loads((runs / "mine" / "exports" / "onnxruntime-cpu" / "export.json").read_text())
+    file = tmp_path / "results.json"
+    for threads in (1, 4):
+        found = cpu_results("mine", threads) | {"fingerprint": export["fingerprint"]}
+        found["models"]["int8"]["sha256"] = export["models"]["int8"]["sha256"]
+        file.write_text(json.dumps(found))
+        take_results(file, runs, None, Console(width=200))
+    assert "int8 on Raspberry Pi 5 Model B: p50 3.000 ms on 4 threads" in capsys.readouterr().out
+    stale = found | {"fingerprint": "e" * 64, "measured_at": "2027"}
+    (runs / "mine" / "measured" / "onnxruntime-cpu.old.json").write_text(json.dumps(stale))
+    json_file = tmp_path / "out.json"
+    few = CompareOptions(("onnxruntime-cpu",), json_file=json_file, latency=QUICK, report=False)
+    run_compare(["mine_fp32", "mine"], runs, few, Console(width=200))
+    on = json.loads(json_file.read_text())["targets"]["onnxruntime-cpu"]
+    places = [f"Raspberry Pi 5 Model B, {count}" for count in ("1 thread", "4 threads")]
+    assert set(on) == {
+        *("mine_fp32", "mine"),  # measured here
+        *(f"{name} on {place}" for name in ("mine", "mine fp32") for place in places),
+    }
+    there = on[f"mine on {places[1]}"]
+    assert there["latency_ms"]["p50"] == 3.0 and there["measured_on"]["threads"] == 4
+    printed = capsys.readouterr().out
+    assert "Measured on devices" in printed and "onnxruntime 1.23.2, 4 threads" in printed
+    assert f"mine pays: 1.50x over FP32 on {places[0]}" in printed
+    shutil.rmtree(runs / "mine" / "measured")
+
+
+def test_a_busy_machine_and_a_failed_check_decide_nothing_and_no() -> None:
+    found = cpu_results("mine")
+    found["models"]["int8"]["speed"]["before"]["load_average"] = 2.1  # of 4 cores
+    said = board_verdict("mine", "int8", found)
+    assert said is not None and said.pays is None and "other programs were at work" in said.text
+    found["models"]["int8"]["accuracy"]["passed"] = False
+    said = board_verdict("mine", "int8", found)
+    assert said is not None and said.pays is False and "its file failed verify" in said.text
+    assert board_verdict("mine", "fp32", cpu_results("mine")) is None
 
 
 def test_files_can_be_compared_without_runs(runs: Path, start: list[str], compared: Any) -> None:

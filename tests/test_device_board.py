@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from care_compress.device import board
+from care_compress.device import board, sensors
 
 NVPMODEL = "NV Power Mode: MODE_30W\n2\n"
 TEGRA = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
@@ -70,7 +70,7 @@ def test_the_gpus_other_names_are_known(tmp_path: Path, name: str) -> None:
 
 def test_a_machine_that_is_no_jetson_has_no_such_facts(tmp_path: Path) -> None:
     assert board.read_gpu_clock(tmp_path) is None
-    assert board.read_cpu_clock(tmp_path) is None
-    assert board.read_temperatures(tmp_path) == {}
+    assert sensors.read_cpu_clock(tmp_path) is None
+    assert sensors.read_temperatures(tmp_path) == {}
     assert board.parse_l4t("") is None
     assert board.parse_power_mode("nvpmodel: command not found") is None

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -253,13 +254,33 @@ def test_a_bundle_has_the_same_bytes_again_and_its_samples_belong_to_its_graphs(
     before = path.read_bytes()
     path.unlink()
     assert make_bundle(runs, "int8", "tensorrt-jetson-orin", QUIET).read_bytes() == before
-    bundle = open_bundle(unpack_bundle(path, tmp_path))
+    bundle = open_bundle(unpack_bundle(path, tmp_path), ("tensorrt",))
     assert bundle.models == ("fp16", "int8")
     mean, std = tuple(bundle.manifest["mean"]), tuple(bundle.manifest["std"])
     images = normalize(torch.from_numpy(bundle.array("pixels")), mean, std)
     for name in bundle.models:
-        found = OnnxPredictor(bundle.onnx(name))(images)
+        found = OnnxPredictor(bundle.file(name))(images)
         assert compare_logits(torch.from_numpy(bundle.array(f"logits_{name}")), found).holds
+
+
+def test_a_bundle_for_a_cpu_gets_the_float_model_and_has_the_same_bytes_again(
+    runs: Path, tmp_path: Path
+) -> None:
+    path = make_bundle(runs, "int8", "openvino-cpu", QUIET)
+    before = path.read_bytes()
+    assert make_bundle(runs, "int8", "openvino-cpu", QUIET).read_bytes() == before
+    folder = unpack_bundle(path, tmp_path)
+    bundle = open_bundle(folder, ("openvino",))
+    names = {"int8.xml", "int8.bin", "fp32.xml", "fp32.bin"}
+    assert names < bundle.manifest["files"].keys()
+    assert bundle.sha256("int8") == export_of(runs, "openvino-cpu")["models"]["int8"]["sha256"]
+    # A process of its own: it makes another Core of OpenVINO.
+    script = [sys.executable, "-I", str(folder / "care_deploy.py"), "verify"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "results.json").read_text())["models"]
+    assert found["fp32"]["accuracy"]["sqnr_db"] > 80, "every rewrite is exact"
+    assert not list(path.parent.glob(".*")), "nothing is left behind"
 
 
 def test_a_changed_export_is_not_bundled(runs: Path, tmp_path: Path) -> None:
@@ -279,7 +300,8 @@ def test_a_changed_export_is_not_bundled(runs: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["bundle", "tensorrt-jetson-orin", "--run", "absent"], "run absent has no export"),
-        (["bundle", "openvino-cpu", "--run", "int8"], "needs no engine"),
+        (["bundle", "openvino-npu", "--run", "int8"], "no bundle is made for openvino-npu"),
+        (["engine", "openvino-cpu", "--run", "int8"], "needs no engine"),
         (["bundle", "jetson", "--run", "int8"], "there is no target 'jetson'"),
         (["import-results", "absent.json"], "absent.json cannot be read"),
     ],

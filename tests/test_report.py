@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison import board_results, comparison, layers
+from comparison import board_results, comparison, cpu_results, layers
 from quantized import care
 from rich.console import Console
 from tiny import CLASSES, image_folder
@@ -74,8 +74,13 @@ def full(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run with everything beside it that a report can show."""
     run = tmp_path_factory.mktemp("full") / "int8_ptq"
     shutil.copytree(bare, run)
-    put(run / "compare.json", comparison())
+    found = comparison()
+    there = {"available": True, "top1": 77.7, "latency_ms": {"p50": 9.876, "p90": 9.9, "p99": 9.9}}
+    on_cpu = {"int8_ptq on Raspberry Pi": {**there, "measured_on": {"board": "Raspberry Pi"}}}
+    found["targets"]["onnxruntime-cpu"] |= on_cpu
+    put(run / "compare.json", found)
     put(run / "measured" / "tensorrt-jetson-orin.board.json", board_results("int8_ptq"))
+    put(run / "measured" / "onnxruntime-cpu.pi.2-threads.json", cpu_results("int8_ptq"))
     points = [{"epoch": float(n), "top1": 90.0 + n, "loss": 1 / n} for n in (1, 2, 3)]
     put(run / "qat" / "history.json", {"validations": points})
     effect = {"sqnr_db": 31.0, "kl": 0.01, "top1": 0.5}
@@ -137,6 +142,8 @@ def test_latency_is_what_compare_and_the_board_measured(full: Path) -> None:
     assert "0.520 ms" in latency and "ONNX Runtime has no bfloat16 convolution" in latency
     assert "tensorrt-jetson-orin, measured on NVIDIA Jetson AGX Orin" in latency
     assert "MAXN" in latency and "tensorrt 10.3.0" in latency
+    assert "onnxruntime-cpu, measured on Raspberry Pi 5 Model B, 2 threads" in latency
+    assert "9.876" not in latency, "what compare repeats of a device is shown once"
 
 
 def test_evidence_is_the_models_own(bare: Path) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,50 +15,40 @@ from care_compress.device.deploy import (
     build_models,
     built_models,
     bundle_library,
-    classify_files,
+    open_sessions,
     verify_models,
 )
-from care_compress.device.manifest import Bundle, open_bundle
-from care_compress.device.problems import DeployError
+from care_compress.device.manifest import Bundle
 from care_compress.device.results import results_path
+from care_compress.device.samples import likeliest, load_files
 from care_compress.device.timing import BenchPlan, verdict
+from care_compress.device.verbs import (
+    choice_options,
+    format_table,
+    run_verb,
+    say,
+    shared_options,
+    show_classes,
+    show_facts,
+    show_timings,
+    show_verified,
+    wanted_models,
+)
 
-VERIFY_HEADER = "engine|images|top-1 %|expected %|agreement %|SQNR dB|max dev.|".split("|")
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+FLOAT = "fp16"  # the model that INT8 has to beat
 
 
 def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
-    """Run one verb; 0: fine, 1: the engine's answers are wrong, 2: it could not be done."""
+    """Run one verb; the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        # Before anything else, whatever the verb: a changed file makes every answer worthless.
-        bundle = open_bundle(options.bundle)
-        return int(options.work(host, bundle, options))
-    except DeployError as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"{error} Fix: make the bundle's folder readable and writable", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return run_verb(
+        options, LIBRARIES, lambda bundle, options: int(options.work(host, bundle, options))
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    here = Path(__file__).resolve().parent
-    shared.add_argument(
-        "--bundle", type=Path, default=here, help="the unpacked bundle (default: this file's)"
-    )
-    shared.add_argument("--debug", action="store_true", help="show tracebacks")
-    which = argparse.ArgumentParser(add_help=False)
-    only = which.add_mutually_exclusive_group()
-    only.add_argument("--int8-only", dest="only", action="store_const", const="int8")
-    only.add_argument("--fp16-only", dest="only", action="store_const", const="fp16")
+    shared, which = shared_options(), choice_options(("int8", FLOAT))
     parser = argparse.ArgumentParser(
         description="Build, check and measure the TensorRT engines of a care-compress bundle."
     )
@@ -94,16 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _wanted(bundle: Bundle, options: argparse.Namespace) -> tuple[str, ...]:
-    if options.only is None:
-        return bundle.models
-    if options.only not in bundle.models:
-        raise DeployError(
-            f"this bundle has no {options.only} model.", f"it has {', '.join(bundle.models)}"
-        )
-    return (options.only,)
-
-
 def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     settings = BuildOptions(
         precision="",  # each model's own
@@ -114,7 +93,7 @@ def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
         timing_cache=None if options.no_timing_cache else bundle.folder / "timing.cache",
         batch=None if options.batch is None else tuple(options.batch),
     )
-    built = build_models(host, bundle, _wanted(bundle, options), settings, _show_progress)
+    built = build_models(host, bundle, wanted_models(bundle, options), settings, _show_progress)
     _end_progress()
     rows = [["engine", "MB", "built in", "layers by precision"]]
     for model, engine in built.items():
@@ -131,48 +110,19 @@ def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
 
 
 def _verify(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    models = built_models(bundle, _wanted(bundle, options))
-    verified = verify_models(host, bundle, models, _say)
-    rows = [VERIFY_HEADER]
-    for model, result in verified.items():
-        found = result.agreement
-        rows.append(
-            [
-                model,
-                str(found.images),
-                f"{found.top1:.1f}",
-                f"{found.expected_top1:.1f}",
-                f"{found.agreement:.1f}",
-                f"{found.sqnr_db:.1f}",
-                f"{found.max_deviation:.4f}",
-                "passed" if result.passed else "FAILED",
-            ]
-        )
-    print(format_table(rows))
-    limits = bundle.manifest["limits"]
-    demand = f"agreement of {limits['agreement']} % and SQNR of {limits['sqnr_db']} dB"
-    if all(result.passed for result in verified.values()):
-        print(f"PASSED: every engine reaches an {demand}.")
-        return 0
-    print(f"FAILED: not every engine reaches an {demand}.")
-    return 1
+    models = built_models(bundle, wanted_models(bundle, options))
+    return show_verified(verify_models(host, bundle, models, say), bundle.manifest["limits"])
 
 
 def _bench(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    models = built_models(bundle, _wanted(bundle, options))
-    plan = BenchPlan(seconds=options.seconds, cuda_graph=not options.no_cuda_graph)
-    measured = bench_models(host, bundle, models, plan, _say)
-    timings = measured.timings
-    rows = [["engine", "batch", "runs", "p50 ms", "p90 ms", "p99 ms", "images/s"]]
-    for model, timing in timings.items():
-        latencies = [f"{timing.percentile(percent):.3f}" for percent in (50, 90, 99)]
-        counts = [str(timing.batch), str(len(timing.milliseconds))]
-        rows.append([model, *counts, *latencies, f"{timing.throughput:.0f}"])
-    print(format_table(rows))
-    if sentence := verdict(timings):
-        print(sentence)
+    models = built_models(bundle, wanted_models(bundle, options))
+    graph = not options.no_cuda_graph
+    measured = bench_models(host, bundle, models, BenchPlan(options.seconds), graph, say)
+    show_timings(measured.timings)
+    if said := verdict(measured.timings, "int8", FLOAT, "use fp16.engine on this board"):
+        print(said)
     power = measured.before["power_mode"] or "unknown"
-    print(f"CUDA graph: {'yes' if plan.cuda_graph else 'no'}; power mode: {power}")
+    print(f"CUDA graph: {'yes' if graph else 'no'}; power mode: {power}")
     print(f"before: {_conditions(measured.before)}; after: {_conditions(measured.after)}")
     print(f"Written to {results_path(bundle)}")
     return 0
@@ -186,12 +136,12 @@ def _conditions(state: Mapping[str, Any]) -> str:
 
 
 def _infer(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    built = built_models(bundle, _wanted(bundle, options))
+    built = built_models(bundle, wanted_models(bundle, options))
     model = "int8" if "int8" in built else built[0]
-    found = classify_files(host, bundle, model, options.images, options.top)
-    for file, classes in found.items():
-        print(f"{file} ({model})")
-        print(format_table([[f"{100 * odds:5.1f} %", name] for name, odds in classes]))
+    pixels_NCHW = load_files(bundle, options.images)
+    with open_sessions(host, bundle, [model]) as (_, _, sessions, _):
+        found = likeliest(sessions[model], bundle, pixels_NCHW, options.top)
+    show_classes(options.images, model, found)
     return 0
 
 
@@ -206,19 +156,8 @@ def _info(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     print(format_table(rows))
     # Printed first: the bundle can be told also where TensorRT or the GPU is missing.
     board = describe_board(host.root, bundle_library(host, bundle), host.load_cuda())
-    facts = {**board, **read_conditions(host.root)}
-    print(format_table([[key, str(value)] for key, value in facts.items() if value is not None]))
+    show_facts({**board, **read_conditions(host.root)})
     return 0
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces, so that a log or a mail shows them too."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
 
 
 def _show_progress(phase: str, done: float | None) -> None:
@@ -232,10 +171,6 @@ def _show_progress(phase: str, done: float | None) -> None:
 def _end_progress() -> None:
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

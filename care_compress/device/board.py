@@ -5,19 +5,25 @@ Parsers take text or a root directory. The host's name, serial numbers and users
 
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from care_compress.device.cuda import Cuda
 from care_compress.device.library import Library
+from care_compress.device.sensors import (
+    read_cpu_clock,
+    read_hertz,
+    read_temperatures,
+    system_text,
+    tool_output,
+)
 
 
 def describe_board(root: Path, library: Library, cuda: Cuda) -> dict[str, Any]:
     """Everything about this machine that a measured figure depends on, and that does not move."""
     gpu = cuda.gpu()
-    model = board_text(root / "proc/device-tree/model").strip("\0\n ")
-    packages = board_text(root / "var/lib/dpkg/status")
+    model = system_text(root / "proc/device-tree/model").strip("\0\n ")
+    packages = system_text(root / "var/lib/dpkg/status")
     return {
         # A desktop is known by its GPU.
         "name": model or gpu.name,
@@ -25,7 +31,7 @@ def describe_board(root: Path, library: Library, cuda: Cuda) -> dict[str, Any]:
         "library": library.name,
         "library_version": library.text,
         "cuda": cuda.versions(),
-        "l4t": parse_l4t(board_text(root / "etc/nv_tegra_release")),
+        "l4t": parse_l4t(system_text(root / "etc/nv_tegra_release")),
         "jetpack": parse_package(packages, "nvidia-jetpack"),
         "python": platform.python_version(),
         "architecture": platform.machine(),
@@ -35,7 +41,7 @@ def describe_board(root: Path, library: Library, cuda: Cuda) -> dict[str, Any]:
 def read_conditions(root: Path) -> dict[str, Any]:
     """Power mode, clocks and temperatures of this moment."""
     return {
-        "power_mode": parse_power_mode(_tool_output("nvpmodel", "-q")),
+        "power_mode": parse_power_mode(tool_output("nvpmodel", "-q")),
         "gpu_mhz": read_gpu_clock(root),
         "cpu_mhz": read_cpu_clock(root),
         "temperatures_c": read_temperatures(root),
@@ -67,44 +73,5 @@ def read_gpu_clock(root: Path) -> float | None:
     """The GPU's clock in MHz; boards call the same device gpu, ga10b, gv11b or gpc0."""
     for folder in sorted((root / "sys/class/devfreq").glob("*")):
         if re.search(r"(^|\.)(gpu|ga10b|gv11b|gp10b|gpc)|gpu-gpc", folder.name):
-            return _hertz(folder / "cur_freq", 1e6)
+            return read_hertz(folder / "cur_freq", 1e6)
     return None
-
-
-def read_cpu_clock(root: Path) -> float | None:
-    """The fastest core's clock in MHz; the kernel gives kHz."""
-    folders = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
-    clocks = [clock for path in folders if (clock := _hertz(path, 1e3)) is not None]
-    return max(clocks, default=None)
-
-
-def read_temperatures(root: Path) -> dict[str, float]:
-    """Degrees Celsius of every thermal zone that answers; a switched-off block does not."""
-    found = {}
-    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        value = board_text(zone / "temp").strip()
-        name = board_text(zone / "type").strip()
-        if name and re.fullmatch(r"-?\d+", value):
-            found[name] = int(value) / 1000
-    return found
-
-
-def _hertz(path: Path, unit: float) -> float | None:
-    text = board_text(path).strip()
-    return round(int(text) / unit, 1) if text.isdigit() else None
-
-
-def board_text(path: Path) -> str:
-    """A system file's text; nothing where this system has none, or a sensor refuses."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _tool_output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout

@@ -1,4 +1,4 @@
-"""Are the engine's answers those that were exported? Numbers first, then passed or failed."""
+"""Are a model's answers those that were exported? Numbers first, then passed or failed."""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from care_compress.device.images import FloatArray
 from care_compress.device.problems import VerificationError
-from care_compress.device.session import FloatArray
 
 # Equal arrays have no noise and an infinite ratio, which JSON cannot say.
 BEST_SQNR_DB = 150.0
@@ -15,7 +15,7 @@ BEST_SQNR_DB = 150.0
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the engine's logits are from the expected ones, and from the labels."""
+    """How far a model's logits are from the expected ones, and from the labels."""
 
     images: int
     top1: float  # percent right
@@ -34,16 +34,16 @@ def compare_logits(
     expected_NK: np.ndarray[Any, Any],
     labels_N: np.ndarray[Any, Any],
 ) -> Agreement:
-    """Compare an engine's logits with those of the exported graph."""
+    """Compare what an engine or a file gives here with what it gave when it was exported."""
     if got_NK.shape != expected_NK.shape:
         raise VerificationError(
-            f"the engine gives {got_NK.shape} logits where {expected_NK.shape} are expected.",
-            "build it again from this bundle",
+            f"it gives {got_NK.shape} logits where {expected_NK.shape} are expected.",
+            "unpack the bundle again; an engine has to be built from it",
         )
     if not np.isfinite(got_NK).all():
         raise VerificationError(
-            "the engine gives logits that are not finite: FP16 overflows somewhere in it.",
-            "use the other engine of the bundle, and report the layer table of this one",
+            "it gives logits that are not finite: a value overflows somewhere in it.",
+            "use the other model of the bundle, and report this one (an engine's layer table, too)",
         )
     expected_NK = expected_NK.astype(np.float64)
     noise_NK = got_NK.astype(np.float64) - expected_NK

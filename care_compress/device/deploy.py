@@ -4,30 +4,28 @@
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from care_compress.device.board import describe_board, read_conditions
 from care_compress.device.build import BuildOptions, build_engine
-from care_compress.device.compare import Agreement, compare_logits
 from care_compress.device.cuda import Cuda, Gpu, load_cuda
 from care_compress.device.enginefile import EngineOrigin, read_engine, write_engine
-from care_compress.device.images import load_pixels, normalize_pixels
 from care_compress.device.layers import precision_counts
-from care_compress.device.library import Library, load_library, required_library, satisfies
+from care_compress.device.library import Library, load_library, required_library
 from care_compress.device.manifest import Bundle
 from care_compress.device.problems import EngineMismatchError, TensorRtMissingError
 from care_compress.device.progress import Notify
+from care_compress.device.requirements import satisfies
 from care_compress.device.results import merge_results
-from care_compress.device.session import FloatArray, Session
-from care_compress.device.timing import BenchPlan, Timing, measure
+from care_compress.device.samples import Verified, verify_samples
+from care_compress.device.session import Session
+from care_compress.device.timing import BenchPlan, Measured, Timed, measure
 
-# Normalized floats of so many images are in memory at a time.
-_IMAGES_AT_ONCE = 32
+RESULTS_KIND = "care-deploy-results"
 
 
 @dataclass(frozen=True)
@@ -40,23 +38,6 @@ class Host:
 
 
 REAL_HOST = Host(load_library, load_cuda, Path("/"))
-
-
-@dataclass(frozen=True)
-class Verified:
-    """One engine's answers."""
-
-    agreement: Agreement
-    passed: bool
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Timings, and how the board was before and after them."""
-
-    timings: dict[str, Timing]
-    before: dict[str, Any]
-    after: dict[str, Any]
 
 
 def bundle_library(host: Host, bundle: Bundle) -> Library:
@@ -119,8 +100,8 @@ def build_models(
         model: build_file(
             library,
             gpu,
-            bundle.onnx(model),
-            bundle.onnx_sha256(model),
+            bundle.file(model),
+            bundle.sha256(model),
             bundle.engine(model),
             replace(options, precision=model),
             _named(notify, model),
@@ -158,9 +139,9 @@ def open_sessions(
         sessions, descriptions = {}, {}
         for model in models:
             plan, description = read_engine(
-                bundle.engine(model), library, gpu, bundle.onnx_sha256(model)
+                bundle.engine(model), library, gpu, bundle.sha256(model)
             )
-            refit_from = bundle.onnx(model) if description.get("stripped") else None
+            refit_from = bundle.file(model) if description.get("stripped") else None
             sessions[model] = stack.enter_context(Session(library, cuda, plan, refit_from))
             descriptions[model] = description
         yield library, cuda, sessions, descriptions
@@ -170,30 +151,12 @@ def verify_models(
     host: Host, bundle: Bundle, models: Sequence[str], notify: Callable[[str], None]
 ) -> dict[str, Verified]:
     """Run the bundle's samples through its engines and note how they compare."""
-    pixels_NCHW, labels_N = bundle.array("pixels"), bundle.array("labels")
-    verified, records = {}, {}
     with open_sessions(host, bundle, models) as (library, cuda, sessions, descriptions):
-        for model, session in sessions.items():
-            notify(f"verifying {model} on {len(pixels_NCHW)} images")
-            logits_NK = run_pixels(session, bundle, pixels_NCHW)
-            agreement = compare_logits(logits_NK, bundle.array(f"logits_{model}"), labels_N)
-            passed = agreement.meets(bundle.manifest["limits"])
-            verified[model] = Verified(agreement, passed)
-            records[model] = {**asdict(agreement), "passed": passed}
+        verified = verify_samples(sessions, bundle, notify)
         board = describe_board(host.root, library, cuda)
-    merge_results(bundle, board, descriptions, "accuracy", records)
+    records = {model: one.as_record() for model, one in verified.items()}
+    _merge(bundle, board, descriptions, "accuracy", records)
     return verified
-
-
-def run_pixels(session: Session, bundle: Bundle, pixels_NCHW: Any) -> FloatArray:
-    """Logits of uint8 pixels."""
-    mean, std = bundle.manifest["mean"], bundle.manifest["std"]
-    return np.concatenate(
-        [
-            session.run(normalize_pixels(pixels_NCHW[first : first + _IMAGES_AT_ONCE], mean, std))
-            for first in range(0, len(pixels_NCHW), _IMAGES_AT_ONCE)
-        ]
-    )
 
 
 def bench_models(
@@ -201,49 +164,50 @@ def bench_models(
     bundle: Bundle,
     models: Sequence[str],
     plan: BenchPlan,
+    cuda_graph: bool,
     notify: Callable[[str], None],
 ) -> Measured:
     """Measure the engines in turns and note it with the board's state before and after."""
     with open_sessions(host, bundle, models) as (library, cuda, sessions, descriptions):
         board = describe_board(host.root, library, cuda)
         before = read_conditions(host.root)
-        timings = measure(cuda, sessions, plan, notify)
-        after = read_conditions(host.root)
-    records = {model: timing_record(timing, before, after) for model, timing in timings.items()}
-    merge_results(bundle, board, descriptions, "speed", records)
-    return Measured(timings, before, after)
+        with _timed(cuda, sessions, cuda_graph) as timed:
+            timings = measure(timed, plan, notify)
+        measured = Measured(timings, before, read_conditions(host.root))
+    records = measured.as_records({"cuda_graph": cuda_graph})
+    _merge(bundle, board, descriptions, "speed", records)
+    return measured
 
 
-def timing_record(timing: Timing, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """A measurement as it stands in results.json."""
-    return {
-        "batch": timing.batch,
-        "cuda_graph": timing.cuda_graph,
-        "runs": len(timing.milliseconds),
-        "seconds": round(timing.seconds, 3),
-        "latency_ms": {f"p{percent}": timing.percentile(percent) for percent in (50, 90, 99)},
-        "throughput": timing.throughput,
-        "before": before,
-        "after": after,
+@contextlib.contextmanager
+def _timed(
+    cuda: Cuda, sessions: Mapping[str, Session], cuda_graph: bool
+) -> Iterator[dict[str, Timed]]:
+    """The engines, each run timed on the device; the processor spins while it waits."""
+    for session in sessions.values() if cuda_graph else ():
+        session.capture()
+    start, end = cuda.new_event(), cuda.new_event()
+    try:
+        yield {
+            name: Timed(session.batch, partial(session.run_between, start, end))
+            for name, session in sessions.items()
+        }
+    finally:
+        cuda.drop_event(start)
+        cuda.drop_event(end)
+
+
+def _merge(
+    bundle: Bundle,
+    board: Mapping[str, Any],
+    engines: Mapping[str, Mapping[str, Any]],
+    part: str,
+    values: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Add to results.json what tells one engine from another, and what was found of each."""
+    keys = ("engine_sha256", "size_bytes", "layers_from", "precisions")
+    about = {
+        model: {"onnx_sha256": bundle.sha256(model), **{key: engine[key] for key in keys}}
+        for model, engine in engines.items()
     }
-
-
-def classify_files(
-    host: Host, bundle: Bundle, model: str, files: Sequence[Path], top: int
-) -> dict[Path, list[tuple[str, float]]]:
-    """The likeliest classes of image files, each with its probability."""
-    about = bundle.manifest
-    pixels_NCHW = np.stack(
-        [
-            load_pixels(file, about["resolution"], about["crop_pct"], about["exif_rotate"])
-            for file in files
-        ]
-    )
-    with open_sessions(host, bundle, [model]) as (_, _, sessions, _):
-        logits_NK = run_pixels(sessions[model], bundle, pixels_NCHW)
-    odds_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
-    odds_NK /= odds_NK.sum(axis=1, keepdims=True)
-    return {
-        file: [(str(about["classes"][k]), float(odds_K[k])) for k in np.argsort(-odds_K)[:top]]
-        for file, odds_K in zip(files, odds_NK, strict=True)
-    }
+    merge_results(bundle, RESULTS_KIND, board, about, part, values)

@@ -7,12 +7,15 @@ import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from care_compress.device.problems import ImageError
-from care_compress.device.session import FloatArray
+
+# Normalized images, and logits. As text: numpy 1.21 of JetPack 6 cannot be subscripted when the
+# program runs.
+FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 
 def load_pixels(

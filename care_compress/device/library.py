@@ -5,11 +5,11 @@ and no number of an enum is written down here: they changed between versions.
 """
 
 import importlib
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from care_compress.device.problems import TensorRtMissingError
+from care_compress.device.requirements import required_module, version_numbers
 
 OLDEST_TENSORRT = (10, 3)
 # From here to 10.16 strong typing has to be asked for, and 11 knows nothing else. Before (JetPack 6
@@ -78,34 +78,9 @@ def wrap_library(module: Any, name: str, version: str) -> Library:
     return library
 
 
-def version_numbers(text: str) -> tuple[int, ...]:
-    """(10, 3, 0, 30) of ``10.3.0.30`` and of ``10.3.0.30.post1``."""
-    found = re.match(r"\d+(\.\d+)*", text)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
-def satisfies(version: tuple[int, ...], requirement: str) -> bool:
-    """Whether a version meets ``tensorrt>=10.3,<12``; pip's own parser is not on a board."""
-    for operator, wanted in re.findall(r"(>=|<=|==|!=|>|<)\s*([\d.]+)", requirement):
-        limit = version_numbers(wanted)
-        # 10.3.0.30 counts as 10.3 here, as it does for pip with ==10.3.*.
-        short = version[: len(limit)]
-        met = {
-            ">=": short >= limit,
-            "<=": short <= limit,
-            "==": short == limit,
-            "!=": short != limit,
-            ">": short > limit,
-            "<": short < limit,
-        }
-        if not met[operator]:
-            return False
-    return True
-
-
 def required_library(requirement: str) -> str:
     """The module that ``tensorrt>=10.3`` or ``tensorrt-rtx>=1.7`` names."""
-    name = re.split(r"[<>=!~\s\[]", requirement.strip(), maxsplit=1)[0].replace("-", "_")
+    name = required_module(requirement)
     if name not in _INSTALL:
         raise TensorRtMissingError(
             f"{requirement!r} names no library this program knows.",

@@ -1,13 +1,14 @@
 """A bundle: one folder with graphs, samples, expected answers and the digests of all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from care_compress.device.problems import BundleDamagedError
+from care_compress.device.problems import BundleDamagedError, WrongBundleError
+from care_compress.device.requirements import required_module
 from care_compress.device.storage import digest_file, read_json_object
 
 BUNDLE_KIND = "care-deploy-bundle"
@@ -42,23 +43,40 @@ class Bundle:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models in it: int8, fp16."""
+        """The models in it: int8 and fp16, or int8 and fp32."""
         return tuple(self.manifest["models"])
 
-    def onnx(self, model: str) -> Path:
+    def file(self, model: str) -> Path:
         """A model's graph."""
         return self.folder / str(self.manifest["models"][model]["file"])
 
-    def onnx_sha256(self, model: str) -> str:
-        """Digest of a model's graph."""
-        return str(self.manifest["files"][self.manifest["models"][model]["file"]])
+    def files(self, model: str) -> "tuple[Path, ...]":
+        """All files of a model; OpenVINO's weights lie beside its graph."""
+        path = self.file(model)
+        return (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
+
+    def sha256(self, model: str) -> str:
+        """The digest by which the run knows a model; OpenVINO's two files have one together."""
+        return str(self.manifest["models"][model]["sha256"])
+
+    def needs(self, model: str) -> str:
+        """What a processor must have to run a model rightly; nothing for most."""
+        return str(self.manifest["models"][model].get("needs") or "")
+
+    @property
+    def input_shape(self) -> "tuple[int | str, ...]":
+        """Of the models' images; a name stands for a free batch."""
+        shape = self.manifest["input"].get("shape")
+        if not isinstance(shape, list) or not all(isinstance(size, (int, str)) for size in shape):
+            raise BundleDamagedError("manifest.json has no usable shape of the input.", _FRESH)
+        return tuple(shape)
 
     def engine(self, model: str) -> Path:
         """Where a model's engine is built."""
         return self.folder / f"{model}.engine"
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """One of the sample arrays: pixels, labels, logits_int8, logits_fp16."""
+        """One of the sample arrays: pixels, labels, logits_int8, ..."""
         path = self.folder / "samples" / f"{name}.npy"
         try:
             # A pickle in an array could run code; ours have none.
@@ -67,8 +85,8 @@ class Bundle:
             raise BundleDamagedError(f"{path} cannot be read ({error}).", _FRESH) from error
 
 
-def open_bundle(folder: Path) -> Bundle:
-    """Read manifest.json and check every file against it."""
+def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
+    """Read manifest.json and check every file against it; it must be for one of the libraries."""
     path = folder / "manifest.json"
     manifest = read_json_object(path)
     if manifest is None:
@@ -83,10 +101,17 @@ def open_bundle(folder: Path) -> Bundle:
     for key, wanted in _KEYS.items():
         if not isinstance(manifest.get(key), wanted):
             raise BundleDamagedError(f"{path} has no usable {key!r}.", _FRESH)
+    library = required_module(manifest["requirement"])
+    if library not in libraries:
+        raise WrongBundleError(
+            f"this bundle is of target {manifest['target']}, whose files run in {library:.60}.",
+            "use the care_deploy.py beside it",
+        )
     for name, digest in manifest["files"].items():
         _check_file(folder, name, digest)
     for model, entry in manifest["models"].items():
-        if not isinstance(entry, dict) or entry.get("file") not in manifest["files"]:
+        known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+        if not known or entry.get("file") not in manifest["files"]:
             raise BundleDamagedError(f"{path} lists no file for model {model!r}.", _FRESH)
     return Bundle(folder, manifest)
 

@@ -31,6 +31,22 @@ class BundleDamagedError(DeployError):
     """A file of the bundle is missing, changed, or points out of its folder."""
 
 
+class WrongBundleError(DeployError):
+    """A bundle for another runtime than this script serves."""
+
+
+class RuntimeMissingError(DeployError):
+    """A CPU's runtime is not installed, does not load, or is a version this bundle cannot use."""
+
+
+class ProcessorError(DeployError):
+    """A processor, or a system on it, that files of the bundle are not for."""
+
+
+class ModelError(DeployError):
+    """A file that its runtime does not load or run."""
+
+
 class UntypedModelError(DeployError):
     """An ONNX graph TensorRT cannot parse, or whose types are not those it claims."""
 
@@ -44,6 +60,6 @@ class ImageError(DeployError):
 
 
 class VerificationError(DeployError):
-    """The engine runs and its answers are wrong."""
+    """The model runs and its answers are wrong."""
 
     exit_code = 1

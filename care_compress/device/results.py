@@ -8,8 +8,6 @@ from typing import Any
 from care_compress.device.manifest import Bundle
 from care_compress.device.storage import digest_file, read_json_object, write_json_whole
 
-RESULTS_KIND = "care-deploy-results"
-
 
 def results_path(bundle: Bundle) -> Path:
     """Where the results of a bundle lie."""
@@ -23,38 +21,33 @@ def timestamp() -> str:
 
 def merge_results(
     bundle: Bundle,
+    kind: str,
     board: Mapping[str, Any],
-    engines: Mapping[str, Mapping[str, Any]],
+    models: Mapping[str, Mapping[str, Any]],
     part: str,
     values: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Add the "accuracy" or the "speed" of some models to results.json.
 
-    What is there already stays if it speaks of the same bundle, board and engine: an accuracy of
-    one engine beside the speed of another would look like one engine that has both.
+    `models` tells each one from another engine or setting of it. What is there already stays if it
+    speaks of the same bundle, board and model: an accuracy of one engine beside the speed of
+    another would look like one engine that has both.
     """
     old = read_json_object(results_path(bundle)) or {}
     head = {
         "format": 1,
-        "kind": RESULTS_KIND,
+        "kind": kind,
         **{key: bundle.manifest[key] for key in ("target", "run", "recipe", "fingerprint")},
         "bundle_sha256": digest_file(bundle.folder / "manifest.json"),
         "board": dict(board),
     }
     same = all(old.get(key) == value for key, value in head.items())
-    models: dict[str, Any] = dict(old["models"]) if same else {}
+    merged: dict[str, Any] = dict(old["models"]) if same else {}
     for name, value in values.items():
-        engine = engines[name]
-        about = {
-            "onnx_sha256": bundle.onnx_sha256(name),
-            "engine_sha256": engine["engine_sha256"],
-            "size_bytes": engine["size_bytes"],
-            "layers_from": engine["layers_from"],
-            "precisions": engine["precisions"],
-        }
-        known = models.get(name, {})
-        kept = known if known.get("engine_sha256") == about["engine_sha256"] else {}
-        models[name] = {**kept, **about, part: {**value, "measured_at": timestamp()}}
-    merged = {**head, "models": models, "measured_at": timestamp()}
-    write_json_whole(results_path(bundle), merged)
-    return merged
+        about = models[name]
+        known = merged.get(name, {})
+        kept = known if all(known.get(key) == said for key, said in about.items()) else {}
+        merged[name] = {**kept, **about, part: {**value, "measured_at": timestamp()}}
+    results = {**head, "models": merged, "measured_at": timestamp()}
+    write_json_whole(results_path(bundle), results)
+    return results

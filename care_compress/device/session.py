@@ -2,16 +2,14 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from care_compress.device.cuda import Cuda
+from care_compress.device.images import FloatArray
 from care_compress.device.library import Library, Log, make_logger, open_runtime
 from care_compress.device.problems import EngineMismatchError, NoGpuError
-
-# As text: numpy 1.21 of JetPack 6 cannot be subscripted when the program runs.
-FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 
 class Session:
@@ -132,6 +130,14 @@ class Session:
                 f"the engine does not run: {self._log.reason()}.", "build it again on this machine"
             )
 
+    def run_between(self, start: int, end: int) -> float:
+        """Milliseconds of one run, as the device counts them between two events."""
+        self._cuda.record(start, self._stream)
+        self.enqueue()
+        self._cuda.record(end, self._stream)
+        self._cuda.wait_event(end)
+        return self._cuda.milliseconds(start, end)
+
     def capture(self) -> None:
         """Make one CUDA graph of the run: one launch for it instead of one for each layer."""
         try:
@@ -148,11 +154,6 @@ class Session:
                 f"the engine does not become a CUDA graph: {error.message}",
                 "measure it without: bench --no-cuda-graph",
             ) from error
-
-    @property
-    def stream(self) -> int:
-        """The stream it runs on."""
-        return self._stream
 
     def close(self) -> None:
         """Give everything on the device back; safe to call twice."""

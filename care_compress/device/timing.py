@@ -1,20 +1,18 @@
-"""Latency of engines, measured so that two of them can be compared.
+"""Latency of several models, measured so that two of them can be compared.
 
-The engines take turns in slices of a second, so that a board that warms up or slows down does so
-for all of them. Each run is timed on the device from its start to its end, inputs already there;
-the processor spins while it waits; the first runs are thrown away.
+The models take turns in slices of a second, so that a machine that warms up or slows down does so
+for all of them. Inputs are already where they are read; the first runs of every turn are thrown
+away.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from care_compress.device.cuda import Cuda
-from care_compress.device.session import Session
-
-# A GPU that has just run another network starts with that one's data in its caches.
+# What has just run another network starts with that one's data in its caches.
 _RUNS_AFTER_A_TURN = 5
 
 
@@ -22,19 +20,25 @@ _RUNS_AFTER_A_TURN = 5
 class BenchPlan:
     """How long to measure."""
 
-    seconds: float = 10.0  # for each engine
+    seconds: float = 10.0  # for each model
     warmup: float = 0.5
     turn: float = 1.0
     least_runs: int = 50
-    cuda_graph: bool = True
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A model that can be run again and again; `run` gives the milliseconds of one run."""
+
+    batch: int
+    run: Callable[[], float]
 
 
 @dataclass
 class Timing:
-    """What was measured of one engine."""
+    """What was measured of one model."""
 
     batch: int
-    cuda_graph: bool
     milliseconds: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -48,34 +52,45 @@ class Timing:
         return len(self.milliseconds) * self.batch / self.seconds
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Timings, and how the machine was before and after them."""
+
+    timings: dict[str, Timing]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def as_records(self, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The measurements as they stand in results.json, with the settings they were made in."""
+        return {
+            model: {
+                "batch": timing.batch,
+                **settings,
+                "runs": len(timing.milliseconds),
+                "seconds": round(timing.seconds, 3),
+                "latency_ms": {f"p{p}": timing.percentile(p) for p in (50, 90, 99)},
+                "throughput": timing.throughput,
+                "before": self.before,
+                "after": self.after,
+            }
+            for model, timing in self.timings.items()
+        }
+
+
 def measure(
-    cuda: Cuda,
-    sessions: Mapping[str, Session],
-    plan: BenchPlan,
-    notify: Callable[[str], None],
+    models: Mapping[str, Timed], plan: BenchPlan, notify: Callable[[str], None]
 ) -> dict[str, Timing]:
-    """Time every engine, in turns."""
-    timings = {}
-    for name, session in sessions.items():
-        if plan.cuda_graph:
-            session.capture()
-        timings[name] = Timing(session.batch, plan.cuda_graph)
-    start, end = cuda.new_event(), cuda.new_event()
-    try:
-        for name, session in sessions.items():
-            notify(f"warming up {name}")
-            _turn(cuda, session, (start, end), plan.warmup, Timing(1, False))
-        while waiting := [name for name in sessions if not _is_done(timings[name], plan)]:
-            for name in waiting:
-                notify(f"measuring {name}: {min(timings[name].seconds, plan.seconds):.0f} s")
-                for _ in range(_RUNS_AFTER_A_TURN):
-                    sessions[name].enqueue()
-                cuda.wait(sessions[name].stream)
-                length = min(plan.turn, plan.seconds)
-                _turn(cuda, sessions[name], (start, end), length, timings[name])
-    finally:
-        cuda.drop_event(start)
-        cuda.drop_event(end)
+    """Time every model, in turns."""
+    timings = {name: Timing(model.batch) for name, model in models.items()}
+    for name, model in models.items():
+        notify(f"warming up {name}")
+        _turn(model, plan.warmup, Timing(model.batch))
+    while waiting := [name for name in models if not _is_done(timings[name], plan)]:
+        for name in waiting:
+            notify(f"measuring {name}: {min(timings[name].seconds, plan.seconds):.0f} s")
+            for _ in range(_RUNS_AFTER_A_TURN):
+                models[name].run()
+            _turn(models[name], min(plan.turn, plan.seconds), timings[name])
     return timings
 
 
@@ -83,28 +98,25 @@ def _is_done(timing: Timing, plan: BenchPlan) -> bool:
     return timing.seconds >= plan.seconds and len(timing.milliseconds) >= plan.least_runs
 
 
-def _turn(
-    cuda: Cuda, session: Session, events: tuple[int, int], length: float, timing: Timing
-) -> None:
-    start, end = events
+def _turn(model: Timed, length: float, timing: Timing) -> None:
     began = time.perf_counter()
     while (passed := time.perf_counter() - began) < length:
-        cuda.record(start, session.stream)
-        session.enqueue()
-        cuda.record(end, session.stream)
-        cuda.wait_event(end)
-        timing.milliseconds.append(cuda.milliseconds(start, end))
+        timing.milliseconds.append(model.run())
     timing.seconds += passed
 
 
-def verdict(timings: Mapping[str, Timing]) -> str:
-    """INT8 against FP16 in one sentence, empty if there are not both."""
-    if not {"int8", "fp16"} <= timings.keys():
+def verdict(timings: Mapping[str, Timing], model: str, plain: str, fallback: str) -> str:
+    """A quantized model against the float one in one sentence; empty if there are not both."""
+    if not {model, plain} <= timings.keys():
         return ""
-    ratio = timings["fp16"].percentile(50) / timings["int8"].percentile(50)
-    # The medians of two measurements of one engine differ by about as much.
+    ratio = timings[plain].percentile(50) / timings[model].percentile(50)
+    names = model.upper(), plain.upper()
+    # The medians of two measurements of one model differ by about as much.
     if abs(ratio - 1) < 0.03:
-        return f"INT8 and FP16 are equally fast (ratio {ratio:.2f}): choose by accuracy and size."
+        return (
+            f"{names[0]} and {names[1]} are equally fast (ratio {ratio:.2f}): choose by accuracy"
+            " and size."
+        )
     if ratio > 1:
-        return f"INT8 is {ratio:.2f} times as fast as FP16."
-    return f"INT8 is slower than FP16 (ratio {ratio:.2f}): use fp16.engine on this board."
+        return f"{names[0]} is {ratio:.2f} times as fast as {names[1]}."
+    return f"{names[0]} is slower than {names[1]} (ratio {ratio:.2f}): {fallback}."

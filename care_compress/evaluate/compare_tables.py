@@ -26,15 +26,14 @@ def accuracy_table(value: dict[str, Any]) -> Table:
     pairs = {(pair["target"], pair["candidate"]): pair for pair in value["pairs"]}
     for target, models in value["targets"].items():
         for name, found in models.items():
-            if found["available"] and found["top1"] is not None:
+            if found["available"] and found["top1"] is not None and "measured_on" not in found:
                 pair = pairs.get((target, name))
                 table.add_row(target, escape(name), *_scores(found), *_beside(pair), *_bytes(found))
     return table
 
 
 def _scores(found: dict[str, Any]) -> tuple[str, str]:
-    top5 = found.get("top5")
-    return f"{found['top1']:.2f} %", "on its samples" if top5 is None else f"{top5:.2f} %"
+    return f"{found['top1']:.2f} %", f"{found['top5']:.2f} %"
 
 
 def _beside(pair: dict[str, Any] | None) -> tuple[str, str, str, str]:
@@ -83,3 +82,45 @@ def latency_table(setting: dict[str, Any]) -> Table:
             faster + noisy,
         )
     return table
+
+
+def device_table(value: dict[str, Any]) -> Table:
+    """What other devices measured by the script of a bundle, each on its own."""
+    table = Table(title="Measured on devices, by the script of a bundle", title_justify="left")
+    for column in ("target", "model", "device", "with"):
+        table.add_column(column, overflow="fold")
+    for column in (
+        "batch",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "images/s",
+        "top-1 of samples",
+        "verified",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for target, models in value["targets"].items():
+        for one in models.values():
+            if where := one.get("measured_on"):
+                times = one["latency_ms"] or {}
+                speed = "" if one["throughput"] is None else f"{one['throughput']:.0f}"
+                checked = {True: "passed", False: "FAILED", None: "no"}[where["verified"]]
+                table.add_row(
+                    target,
+                    escape(where["model"]),
+                    escape(where["board"]),
+                    escape(_setting(where)),
+                    str(where["batch"] or ""),
+                    *(f"{times[p]:.2f}" if times else "" for p in ("p50", "p90", "p99")),
+                    speed,
+                    "" if one["top1"] is None else f"{one['top1']:.2f} %",
+                    checked,
+                )
+    return table
+
+
+def _setting(where: dict[str, Any]) -> str:
+    """The library, and the power mode or the number of threads."""
+    threads = where["threads"]
+    counted = None if threads is None else f"{threads} thread{'s' if threads > 1 else ''}"
+    return ", ".join(filter(None, (where["library"], where["power_mode"], counted)))

@@ -1,4 +1,4 @@
-"""The bundle a board receives: graphs, one script, samples with their expected answers, digests.
+"""The bundle a device receives: models, one script, samples with their expected answers, digests.
 
 The same content gives the same bytes: no time, no user and no machine stands in the archive, so two
 exports can be compared by their digests.
@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from care_compress.device.app import VERIFY_HEADER, format_table
+from care_compress.device.cpu_session import LIBRARIES as CPU_LIBRARIES
 from care_compress.device.manifest import BUNDLE_KIND
+from care_compress.device.requirements import required_module
+from care_compress.device.verbs import VERIFY_HEADER, format_table
 from care_compress.export.stitch import stitch
 from care_compress.run import atomic_file
 
-_README = """\
+_ENGINE_README = """\
 # {run} for {target}
 
 The model `{recipe}` ({classes} classes, {resolution}x{resolution}) as ONNX, in {models}, with one
@@ -74,6 +76,68 @@ shows a traceback.
 """
 
 
+_CPU_README = """\
+# {run} for {target}
+
+The model `{recipe}` ({classes} classes, {resolution}x{resolution}) for `{requirement}`, in
+{models}, with one script that checks the files on this processor and measures them. The files run
+as they are, on x86_64 and on aarch64.
+
+It needs Python 3.10 or later, numpy and the runtime:
+
+    python3 -m pip install numpy '{requirement}'
+
+## Two commands
+
+    python3 care_deploy.py verify
+    python3 care_deploy.py bench
+
+`verify` runs the {images} images of `samples/` and compares with the exported model:
+
+    {table}
+
+with figures for the dots, then `PASSED` or `FAILED`. It passes if at least {agreement} % of the
+images get the class the exported model gives them, at an SQNR of at least {sqnr_db} dB.
+
+`bench` lets the models take turns, {batch}, on one thread or on `--threads N`. It prints p50, p90
+and p99 of the latency of each and says which is faster. For figures that can be compared, stop what
+else runs and let the clocks stand still, where that is allowed:
+
+    sudo cpupower frequency-set --governor performance
+
+Both write `results.json`. Take that file back to the machine that exported this bundle.
+
+`python3 care_deploy.py infer IMAGE...` classifies image files (needs Pillow: `python3 -m pip
+install pillow`), and `info` says what this processor is.
+{notes}
+## What can go wrong
+
+- `RuntimeMissingError`: the runtime is not installed for this Python, or in another version.
+- `ProcessorError`: a 32-bit system, or a file that needs what this processor lacks.
+- `ModelError`: the runtime does not load a file: it may be a build with fewer operations.
+- `WrongBundleError`: the script is of another bundle.
+- `BundleDamagedError`: a file changed on its way: copy and unpack the archive again.
+- `FAILED`: take `results.json` back; until then use the model that passed, if one did.
+
+Exit codes: 0 done, 1 wrong answers, 2 could not be done. `--debug` after the verb
+shows a traceback.
+"""
+_OPENVINO_NOTE = """
+In a program of your own give OpenVINO the setting that was verified: `INFERENCE_PRECISION_HINT` is
+`bf16` where the processor has bfloat16, else `f32`. OpenVINO may take float16 on Arm, which cannot
+hold what this network's attention computes.
+"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a bundle: the paths of its files, the graph first."""
+
+    files: tuple[Path, ...]
+    sha256: str  # by which the run knows it
+    needs: str = ""  # what a processor must have to run it rightly
+
+
 @dataclass(frozen=True)
 class BundleContent:
     """Everything that goes into a bundle.
@@ -95,13 +159,18 @@ class BundleContent:
     output_name: str
     output_shape: tuple[int | str, ...]
     requirement: str  # as in the target file: "tensorrt>=10.3,<12"
-    models: Mapping[str, Path]  # "int8" and "fp16" -> ONNX file
+    models: Mapping[str, Model]  # "int8" and "fp16", or "int8" and "fp32"
     pixels: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
     logits: Mapping[str, np.ndarray[Any, Any]]
     least_agreement: float  # percent
     least_sqnr_db: float
     exif_rotate: bool = False
+
+    @property
+    def is_for_cpu(self) -> bool:
+        """Whether the files run as they are, without engines."""
+        return required_module(self.requirement) in CPU_LIBRARIES
 
 
 def write_bundle(content: BundleContent, path: Path) -> Path:
@@ -140,8 +209,9 @@ def _check(content: BundleContent) -> None:
 
 
 def _files(content: BundleContent) -> dict[str, bytes]:
-    files = {f"{model}.onnx": path.read_bytes() for model, path in content.models.items()}
-    files["care_deploy.py"] = stitch().encode()
+    paths = [path for model in content.models.values() for path in model.files]
+    files = {path.name: path.read_bytes() for path in paths}
+    files["care_deploy.py"] = stitch("cpu" if content.is_for_cpu else "tensorrt").encode()
     files["README.md"] = _readme(content).encode()
     files["samples/pixels.npy"] = _npy(content.pixels)
     files["samples/labels.npy"] = _npy(content.labels.astype(np.int64))
@@ -170,7 +240,10 @@ def _description(content: BundleContent) -> dict[str, Any]:
         "std": list(content.std),
         "input": {"name": content.input_name, "shape": list(content.input_shape)},
         "output": {"name": content.output_name, "shape": list(content.output_shape)},
-        "models": {model: {"file": f"{model}.onnx"} for model in sorted(content.models)},
+        "models": {
+            name: {"file": model.files[0].name, "sha256": model.sha256, "needs": model.needs}
+            for name, model in sorted(content.models.items())
+        },
         "limits": {"agreement": content.least_agreement, "sqnr_db": content.least_sqnr_db},
     }
 
@@ -180,7 +253,9 @@ def _readme(content: BundleContent) -> str:
     for model in sorted(content.models):
         dots = ["..."] * (len(VERIFY_HEADER) - 3)
         rows.append([model, str(len(content.pixels)), *dots, "passed"])
-    return _README.format(
+    batch = content.input_shape[0] if isinstance(content.input_shape[0], int) else 1
+    notes = _OPENVINO_NOTE if required_module(content.requirement) == "openvino" else ""
+    return (_CPU_README if content.is_for_cpu else _ENGINE_README).format(
         run=content.run,
         target=content.target,
         recipe=content.recipe,
@@ -193,6 +268,8 @@ def _readme(content: BundleContent) -> str:
         table=format_table(rows).replace("\n", "\n    "),
         agreement=content.least_agreement,
         sqnr_db=content.least_sqnr_db,
+        batch="one image at a time" if batch == 1 else f"{batch} images at a time",
+        notes=notes,
     )
 
 

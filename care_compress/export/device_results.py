@@ -1,10 +1,10 @@
-"""What a board measured, taken home: checked against the run, then kept in the run's directory."""
+"""What a device measured, taken home: checked against the run, then kept in the run's directory."""
 
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from care_compress.errors import CareError
 from care_compress.figures import json_text
@@ -82,6 +82,16 @@ class Engine(_Strict):
     accuracy: Accuracy | None = None
     speed: Speed | None = None
 
+    @property
+    def exported_sha256(self) -> str:
+        """Of the exported graph."""
+        return self.onnx_sha256
+
+    @property
+    def mode(self) -> str | None:
+        """What else may be set on the device, and gives other figures."""
+        return None if self.speed is None else self.speed.before.power_mode
+
 
 class Gpu(_Strict):
     """The board's GPU."""
@@ -104,29 +114,113 @@ class Board(_Strict):
     architecture: str
 
 
-class DeviceResults(_Strict):
-    """results.json of a bundle."""
+class CpuConditions(_Strict):
+    """How the clocks were set, what else ran, and how warm it was."""
+
+    governor: str | None
+    load_average: Finite | None
+    cpu_mhz: Finite | None
+    temperatures_c: dict[str, Finite]
+
+
+class CpuSpeed(_Strict):
+    """What `bench` of a CPU bundle writes."""
+
+    batch: Annotated[int, Field(gt=0)]
+    threads: Annotated[int, Field(gt=0)]
+    runs: Annotated[int, Field(gt=0)]
+    seconds: Positive
+    latency_ms: Latency
+    throughput: Positive
+    before: CpuConditions
+    after: CpuConditions
+    measured_at: str
+
+
+class CpuFile(_Strict):
+    """One file on a processor."""
+
+    sha256: Sha256
+    size_bytes: Annotated[int, Field(gt=0)]
+    floats_in: Literal["f32", "bf16"]
+    accuracy: Accuracy | None = None
+    speed: CpuSpeed | None = None
+
+    @property
+    def exported_sha256(self) -> str:
+        """Of the exported file."""
+        return self.sha256
+
+    @property
+    def mode(self) -> str | None:
+        """What else may be set on the device, and gives other figures."""
+        return None if self.speed is None else counted_threads(self.speed.threads)
+
+
+class CpuBoard(_Strict):
+    """A machine without a GPU, and its software."""
+
+    name: Annotated[str, Field(min_length=1)]
+    processor: str
+    cores: Annotated[int, Field(gt=0)]
+    integer_dot_products: bool | None  # None: the system does not say
+    library: str
+    library_version: str
+    python: str
+    architecture: str
+
+
+class _Results(_Strict):
+    """What results.json of any bundle says."""
 
     format: Literal[1]
-    kind: Literal["care-deploy-results"]
     target: str
     run: str
     recipe: str
     fingerprint: str
     bundle_sha256: Sha256
+    measured_at: str
+
+
+class DeviceResults(_Results):
+    """results.json of a bundle of engines."""
+
+    kind: Literal["care-deploy-results"]
     board: Board
     models: Annotated[dict[str, Engine], Field(min_length=1)]
-    measured_at: str
+
+
+class CpuResults(_Results):
+    """results.json of a bundle for a CPU."""
+
+    kind: Literal["care-deploy-cpu-results"]
+    board: CpuBoard
+    models: Annotated[dict[str, CpuFile], Field(min_length=1)]
+
+
+Results = DeviceResults | CpuResults
+_RESULTS: TypeAdapter[Results] = TypeAdapter(Annotated[Results, Field(discriminator="kind")])
+
+
+def counted_threads(count: int) -> str:
+    """2 threads, and 1 thread."""
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def parse_results(text: str) -> Results:
+    """The results in a JSON text; `ValidationError` for anything else."""
+    # From JSON, not from Python values: NaN, which json.loads takes, is then refused too.
+    return _RESULTS.validate_json(text, strict=True)
 
 
 def import_results(file: Path, run_dir: Path) -> dict[str, Any]:
     """Check a board's results and keep them in ``measured/<target>.<board>.json`` of the run."""
     results = _read(file)
-    _check_export(results, file, run_dir)
+    check_export(results, file, run_dir)
     board = re.sub(r"[^a-z0-9]+", "-", results.board.name.lower()).strip("-") or "board"
     value = results.model_dump(mode="json")
-    # One board measured in two power modes gave two results.
-    modes = [engine.speed.before.power_mode for engine in results.models.values() if engine.speed]
+    # One board measured in two power modes, or on two numbers of threads, gave two results.
+    modes = [model.mode for model in results.models.values() if model.speed]
     mode = re.sub(r"[^a-z0-9]+", "-", (modes[0] or "").lower()).strip("-") if modes else ""
     name = ".".join(part for part in (results.target, board, mode) if part)
     path = run_dir / "measured" / f"{name}.json"
@@ -134,21 +228,23 @@ def import_results(file: Path, run_dir: Path) -> dict[str, Any]:
     return value
 
 
-def _read(file: Path) -> DeviceResults:
+def _read(file: Path) -> Results:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DeviceResultsError(f"{file} cannot be read ({error}).", _AGAIN) from error
     try:
-        # From JSON, not from Python values: NaN, which json.loads takes, is then refused too.
-        return DeviceResults.model_validate_json(text, strict=True)
+        return parse_results(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        # The kind, by which the model of the results was chosen, stands in front of the rest.
+        place = [part for part in first["loc"] if not str(part).startswith("care-deploy")]
+        where = ".".join(map(str, place)) or "the file"
         raise DeviceResultsError(f"{file}: {where}: {first['msg']}.", _AGAIN) from error
 
 
-def _check_export(results: DeviceResults, file: Path, run_dir: Path) -> None:
+def check_export(results: Results, file: Path, run_dir: Path) -> None:
+    """Raise `DeviceResultsError` unless the results are of the run's present export."""
     # The target becomes a file name.
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", results.target):
         raise DeviceResultsError(f"{file}: target: {results.target!r} is no target's name.", _AGAIN)
@@ -171,10 +267,10 @@ def _check_export(results: DeviceResults, file: Path, run_dir: Path) -> None:
             f"{file} was measured on another export of {results.target} than {run_dir} has now.",
             "measure the bundle of this export, or import into the run that made that bundle",
         )
-    for name, engine in results.models.items():
+    for name, model in results.models.items():
         stored = export.get("models", {}).get(name, {}).get("sha256")
-        if stored is not None and stored != engine.onnx_sha256:
+        if stored is not None and stored != model.exported_sha256:
             raise DeviceResultsError(
-                f"{file}: {name} was built from another graph than {path} describes.",
+                f"{file}: {name} comes from another graph than {path} describes.",
                 "measure the bundle of this export",
             )

@@ -1,21 +1,26 @@
 """One file of care_compress.device, because a board has no pip: ``care_deploy.py``.
 
-The modules are put one after the other in the order of their imports. Their source stays as it is,
-comments included; only the imports are gathered at the top. Whatever cannot be joined that way
-(two modules with one name, a module used as an object) is a mistake of ours and fails here.
+The modules that a kind of runtime needs are put one after the other in the order of their imports.
+Their source stays as it is, comments included; only the imports are gathered at the top. Whatever
+cannot be joined that way (two modules with one name, a module used as an object) is a mistake of
+ours and fails here.
 """
 
 import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 DEVICE = Path(__file__).resolve().parent.parent / "device"
 _PACKAGE = "care_compress.device"
-_LAST = "app"
 
-_HEADER = '''#!/usr/bin/env python3
-"""care_deploy.py: build, verify and measure the TensorRT engines of this bundle, on this device.
+Runtime = Literal["tensorrt", "cpu"]
+# The module that ends each script, and what the script says of itself.
+_LAST: dict[Runtime, str] = {"tensorrt": "app", "cpu": "cpu_app"}
+_ABOUT: dict[Runtime, str] = {
+    "tensorrt": """\
+care_deploy.py: build, verify and measure the TensorRT engines of this bundle, on this device.
 
     python3 care_deploy.py build      make int8.engine and fp16.engine for this GPU
     python3 care_deploy.py verify     compare their answers with the exported ones
@@ -23,7 +28,24 @@ _HEADER = '''#!/usr/bin/env python3
     python3 care_deploy.py infer cat.jpg
     python3 care_deploy.py info
 
-It needs Python 3.10, numpy and TensorRT, which JetPack brings. `infer` needs Pillow as well.
+It needs Python 3.10, numpy and TensorRT, which JetPack brings. `infer` needs Pillow as well.""",
+    "cpu": """\
+care_deploy.py: verify and measure the models of this bundle, on this processor.
+
+    python3 care_deploy.py verify     compare their answers with the exported ones
+    python3 care_deploy.py bench      measure their latency
+    python3 care_deploy.py infer cat.jpg
+    python3 care_deploy.py info
+
+It needs Python 3.10, numpy and the runtime that manifest.json names. `infer` needs Pillow, too.""",
+}
+_NUMPY: dict[Runtime, str] = {
+    "tensorrt": "sudo apt install python3-numpy",
+    "cpu": "python3 -m pip install numpy",
+}
+
+_HEADER = '''#!/usr/bin/env python3
+"""{about}
 Made from the modules of care_compress.device: change them, not this file.
 """
 
@@ -38,7 +60,7 @@ if sys.version_info < (3, 10):
 _NUMPY_GUARD = """try:
     import numpy as np
 except ImportError:
-    sys.exit("care_deploy.py needs numpy. Fix: sudo apt install python3-numpy")
+    sys.exit("care_deploy.py needs numpy. Fix: {fix}")
 """
 
 
@@ -53,25 +75,33 @@ class Part:
     body: str
 
 
-def stitch() -> str:
-    """The source of care_deploy.py; the same modules give the same text."""
+def stitch(runtime: Runtime) -> str:
+    """The source of care_deploy.py for one kind of runtime; the same modules give the same text."""
     parts = {
         path.stem: read_part(path.stem, path.read_text(encoding="utf-8"))
         for path in sorted(DEVICE.glob("*.py"))
         if path.stem != "__init__"
     }
-    return join_parts(parts, _LAST)
+    check_use(parts, _LAST.values())
+    header = _HEADER.format(about=_ABOUT[runtime]).rstrip()
+    guard = _NUMPY_GUARD.format(fix=_NUMPY[runtime]).rstrip()
+    return join_parts(parts, _LAST[runtime], header, guard)
 
 
-def join_parts(parts: Mapping[str, Part], last: str) -> str:
-    """Join modules, `last` at the end."""
-    _check_names(parts.values())
-    ordered = _in_order(parts, last)
-    assert set(ordered) == set(parts), f"no one imports {set(parts) - set(ordered)}"
-    imports = "\n".join(_import_lines(parts.values()))
-    sections = [_HEADER.rstrip(), imports, _NUMPY_GUARD.rstrip()]
-    sections += [f"# ---- {name} ----\n#\n{parts[name].body}" for name in ordered]
+def join_parts(parts: Mapping[str, Part], last: str, header: str = "", guard: str = "") -> str:
+    """Join what `last` needs, `last` at the end; `guard` stands behind the imports."""
+    ordered = [parts[name] for name in _in_order(parts, last)]
+    _check_names(ordered)
+    imports = "\n".join(_import_lines(ordered))
+    sections = [header, imports, guard]
+    sections += [f"# ---- {part.name} ----\n#\n{part.body}" for part in ordered]
     return "\n\n\n".join(sections) + "\n"
+
+
+def check_use(parts: Mapping[str, Part], last: Iterable[str]) -> None:
+    """Every module is in one of the scripts, or it is dead."""
+    used = {name for end in last for name in _in_order(parts, end)}
+    assert used == set(parts), f"no one imports {set(parts) - used}"
 
 
 def _import_lines(parts: Iterable[Part]) -> list[str]:

@@ -10,7 +10,7 @@ from care_compress.export.about import About
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.run import atomic_file
 
-_FIX = "this is a bug of care-compress: please report the recipe"
+FIX = "this is a bug of care-compress: please report the recipe"
 
 
 def write_onnx(model: ir.Model, about: About, path: Path, quantized: QuantizedCare | None) -> None:
@@ -24,7 +24,7 @@ def write_onnx(model: ir.Model, about: About, path: Path, quantized: QuantizedCa
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ExportError(f"{path.name} is no valid ONNX graph: {reason}.", _FIX) from error
+        raise ExportError(f"{path.name} is no valid ONNX graph: {reason}.", FIX) from error
     check_pairs(proto.graph, quantized)
     with atomic_file(path) as temporary:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
@@ -48,7 +48,7 @@ def check_pairs(graph: onnx.GraphProto, quantized: QuantizedCare | None) -> None
         raise ExportError(
             f"the graph has {found} integer weights and {len(quantizes)} quantized activations, "
             f"planned are {weights} and {len(integers) - weights}.",
-            _FIX,
+            FIX,
         )
     readers: dict[str, int] = {}
     for node in graph.node:
@@ -56,4 +56,4 @@ def check_pairs(graph: onnx.GraphProto, quantized: QuantizedCare | None) -> None
             readers[name] = readers.get(name, 0) + 1
     for node in dequantizes:
         if readers.get(node.output[0], 0) != 1:
-            raise ExportError(f"{node.name} has {readers.get(node.output[0], 0)} readers.", _FIX)
+            raise ExportError(f"{node.name} has {readers.get(node.output[0], 0)} readers.", FIX)

@@ -85,12 +85,23 @@ def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
         tuning=_json(run_dir / "ptq" / "tuning.json"),
         trained=_json(run_dir / "float" / "history.json"),
         qat=_json(run_dir / "qat" / "history.json"),
-        compare=_json(run_dir / "compare.json"),
+        compare=_compared_here(_json(run_dir / "compare.json")),
         fidelity=_json(run_dir / "fidelity.json"),
         sensitivity=_json(beside / "sensitivity.json"),
         exports=_all(sorted(run_dir.glob("exports/*/export.json")), parent=True),
         measured=_all(sorted(run_dir.glob("measured/*.json")), parent=False),
     )
+
+
+def _compared_here(compare: Json | None) -> Json | None:
+    """Without the rows of other devices: `measured` has those, with all that is known of them."""
+    if compare is None or "targets" not in compare:
+        return compare
+    targets = {
+        target: {name: one for name, one in models.items() if not one.get("measured_on")}
+        for target, models in compare["targets"].items()
+    }
+    return {**compare, "targets": targets}
 
 
 def _recipe(path: Path) -> Json:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from care_compress.export.device_results import counted_threads
 from care_compress.report.blocks import (
     Block,
     Cell,
@@ -43,12 +44,11 @@ def latency(sources: Sources) -> Section:
             pictures.append(_picture(sources, target, found))
             rows += [_row(target, "this machine", name, one) for name, one in found.items()]
     for board in sources.measured.values():
-        found, title = _board(board), f"{board['target']}, measured on {board['board']['name']}"
+        found, title = _board(board), f"{board['target']}, measured on {_device(board)}"
         if found:
             pictures.append(_picture(sources, title, found))
             rows += [
-                _row(board["target"], board["board"]["name"], name, one)
-                for name, one in found.items()
+                _row(board["target"], _device(board), name, one) for name, one in found.items()
             ]
     section.blocks += _figures(pictures, rows)
     section.blocks += _settings(sources)
@@ -143,6 +143,17 @@ def _row(target: str, where: str, name: str, one: Json) -> tuple[Cell, ...]:
     )
 
 
+def _device(board: Json) -> str:
+    """Its name; a CPU's figures are nothing without the number of threads."""
+    threads = {
+        one["speed"]["threads"]
+        for one in board["models"].values()
+        if one.get("speed") and "threads" in one["speed"]
+    }
+    told = ", ".join(counted_threads(count) for count in sorted(threads))
+    return f"{board['board']['name']}, {told}" if told else str(board["board"]["name"])
+
+
 def _board(board: Json) -> dict[str, Json]:
     """A board's engines in the form of compare's; those that were not timed are left out."""
     found = {}
@@ -158,16 +169,23 @@ def _provenance(sources: Sources) -> list[Block]:
     if not sources.measured:
         return [
             missing(
-                "No board has been measured: make bundle packs what one needs, and care-compress "
+                "No device has been measured: make bundle packs what one needs, and care-compress "
                 "import-results takes its results home."
             )
         ]
-    columns = ("target", "model", "board", "library", "power mode", "batch", "verified", "date")
+    columns = ("target", "model", "device", "library", "set to", "batch", "verified", "date")
     rows = []
     for board in sources.measured.values():
         for name, engine in board["models"].items():
             rows.append(_provenance_row(board, name, engine))
-    return [Table("Measured on boards, by the script of the bundle", columns, rows, ("batch",))]
+    return [Table("Measured on devices, by the script of the bundle", columns, rows, ("batch",))]
+
+
+def _setting(speed: dict[str, Any]) -> str:
+    """A board's power mode, or how many threads of a CPU were used."""
+    if "threads" in speed:
+        return counted_threads(speed["threads"])
+    return str((speed.get("before") or {}).get("power_mode") or "not told")
 
 
 def _provenance_row(board: Json, name: str, engine: dict[str, Any]) -> tuple[Cell, ...]:
@@ -182,7 +200,7 @@ def _provenance_row(board: Json, name: str, engine: dict[str, Any]) -> tuple[Cel
         Cell(name),
         Cell(about["name"]),
         Cell(f"{about['library']} {about['library_version']}"),
-        Cell((speed.get("before") or {}).get("power_mode") or "not told"),
+        Cell(_setting(speed)),
         number(speed.get("batch"), 0),
         Cell(checked),
         Cell(board["measured_at"]),

@@ -1,0 +1,130 @@
+"""What the processor is, and whether it can run a file rightly.
+
+Linux tells it in /proc/cpuinfo, macOS through sysctl. The host's name and serial numbers are not
+read.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from care_compress.device.manifest import Bundle
+from care_compress.device.problems import ProcessorError
+from care_compress.device.sensors import system_text, tool_output
+
+ARCHITECTURES = ("x86_64", "aarch64")
+_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
+# What a file says it needs that is right only where four products are added without saturation.
+DOT_PRODUCTS = "integer dot products"
+# Any of them will do; asimddp is the NEON dot product.
+_DOT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
+_OTHER_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "i8mm", "bf16")
+# oneDNN inside OpenVINO takes no newer instructions than these name, whatever the processor has.
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_WITHOUT_DOTS = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+
+# ARM cores name themselves by number only; these are the ones in the boards we speak of.
+ARM_PARTS = {
+    "0xd03": "Cortex-A53",
+    "0xd08": "Cortex-A72",
+    "0xd0b": "Cortex-A76",
+    "0xd0c": "Neoverse-N1",
+    "0xd40": "Neoverse-V1",
+    "0xd42": "Cortex-A78AE",
+    "0xd4f": "Neoverse-V2",
+    "0xd83": "Neoverse-V3AE",
+}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The processor, as far as this process may use it."""
+
+    name: str
+    architecture: str
+    cores: int
+    features: "tuple[str, ...] | None"  # of those that matter; None: the system does not say
+
+    @property
+    def dot_products(self) -> bool | None:
+        """Whether it adds products of bytes in 32 bits; None where the system does not say."""
+        if self.features is None:
+            return None
+        return any(name in self.features for name in _DOT_FEATURES)
+
+
+def read_processor(root: Path) -> Processor:
+    """Look at the machine this process runs on."""
+    machine = platform.machine().lower()
+    if sys.platform == "darwin":
+        name, features = _from_sysctl()
+    else:
+        name, features = parse_cpuinfo(system_text(root / "proc/cpuinfo"))
+    usable = getattr(os, "sched_getaffinity", None)
+    cores = len(usable(0)) if usable else os.cpu_count() or 1
+    return Processor(name, _ALIASES.get(machine, machine), cores, features)
+
+
+def parse_cpuinfo(text: str) -> "tuple[str, tuple[str, ...] | None]":
+    """Name and features of the first core of /proc/cpuinfo."""
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    core = {key.strip(): value.strip() for key, _, value in lines}
+    part = core.get("CPU part", "")
+    name = core.get("model name") or ARM_PARTS.get(part) or f"unknown processor {part}".strip()
+    listed = core.get("flags", core.get("Features"))
+    if listed is None:
+        return name, None
+    present = listed.split()
+    return name, tuple(f for f in (*_DOT_FEATURES, *_OTHER_FEATURES) if f in present)
+
+
+def _from_sysctl() -> "tuple[str, tuple[str, ...] | None]":
+    name = tool_output("sysctl", "-n", "machdep.cpu.brand_string").strip()
+    # An Intel Mac does not know the key.
+    dots = tool_output("sysctl", "-n", "hw.optional.arm.FEAT_DotProd").strip()
+    features = {"1": ("asimddp",), "0": ()}.get(dots)
+    return name or "unknown processor", features
+
+
+def check_processor(processor: Processor) -> None:
+    """Raise `ProcessorError` unless the runtimes have 64-bit kernels for this architecture."""
+    wide = sys.maxsize > 2**32
+    if processor.architecture in ARCHITECTURES and wide:
+        return
+    here = processor.architecture if wide else f"a 32-bit Python on {processor.architecture}"
+    raise ProcessorError(
+        f"this bundle is for {' and '.join(ARCHITECTURES)}; here is {here}.",
+        "use a 64-bit system with a 64-bit Python on such a processor",
+    )
+
+
+def check_needs(
+    bundle: Bundle,
+    models: Sequence[str],
+    processor: Processor,
+    library: str,
+    environment: Mapping[str, str],
+) -> None:
+    """Raise `ProcessorError` for a model whose answers would be wrong here."""
+    limits = {name: environment.get(name, "") for name in _LIMITS if library == "openvino"}
+    limited = [name for name, value in limits.items() if value.upper() in _WITHOUT_DOTS]
+    for model in models:
+        need = bundle.needs(model)
+        if not need or (need == DOT_PRODUCTS and processor.dot_products and not limited):
+            continue
+        file = bundle.file(model).name
+        if limited:
+            raise ProcessorError(
+                f"{file} needs {need}, which {limited[0]}={environment[limited[0]]} switches off.",
+                f"unset {limited[0]}",
+            )
+        has = "does not say whether it has" if processor.dot_products is None else "has no"
+        others = [f"--{other}-only" for other in bundle.models if not bundle.needs(other)]
+        use = f", or use {others[0]}" if others else ""
+        raise ProcessorError(
+            f"{file} needs {need}; this processor ({processor.name}) {has} {need}.",
+            f"bundle a run without quantize.full_range, which is right on every processor{use}",
+        )
