@@ -8,7 +8,6 @@ from quantized import SIZE, care, network
 
 from care_compress.export import float_graph as exported
 from care_compress.export.float_graph import constant, float_graph
-from care_compress.model import structure
 from care_compress.model.structure import Latest, structure_of
 
 
@@ -26,9 +25,8 @@ def test_numbers_are_no_part_of_a_structure_and_all_else_is() -> None:
     assert structure_of(network().double()) != plain
 
 
-def test_only_the_latest_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structure, "LATEST", 2)
-    latest: Latest[int] = Latest()
+def test_only_the_latest_are_held() -> None:
+    latest: Latest[int] = Latest(2)
     made: list[int] = []
 
     def of(number: int) -> int:

@@ -10,7 +10,6 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-LATEST = 8  # structures; a recipe and its targets take up to five
 Structure = tuple[Hashable, ...]
 Made = TypeVar("Made")
 
@@ -29,16 +28,17 @@ def _parts(network: nn.Module) -> Iterator[Hashable]:
 
 
 class Latest(Generic[Made]):
-    """What was made of the latest structures."""
+    """What was made of the latest structures, of so many."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: int) -> None:
+        self.held = held
         self._made: OrderedDict[Structure, Made] = OrderedDict()
 
     def of(self, structure: Structure, make: Callable[[], Made]) -> Made:
         """What was made of this structure, or is made now; not to be changed."""
         if structure not in self._made:
             made = make()
-            while len(self._made) >= LATEST:
+            while len(self._made) >= self.held:
                 self._made.popitem(last=False)
             self._made[structure] = made
         self._made.move_to_end(structure)

@@ -132,7 +132,7 @@ def _kept(
         yield Kept("global pool, GELU, LayerNorm", 1, "one vector per image; 0.1 % of the work")
 
 
-_counts: Latest[dict[str, int]] = Latest()
+_counts: Latest[dict[str, int]] = Latest(64)
 
 
 def _macs_by_module(model: CompactCare, resolution: int) -> dict[str, int]:
