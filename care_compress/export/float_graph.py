@@ -65,7 +65,7 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
     return model
 
 
-_traces: Latest[ir.Model] = Latest(8)  # a recipe and its targets take up to five
+_traces: Latest[ir.Model] = Latest(16)  # a recipe and its targets take up to five
 
 
 def _traced(network: nn.Module, resolution: int) -> ir.Model:

@@ -200,7 +200,7 @@ def simulate(network: CompactCare, plan: Plan) -> QuantizedCare:
     return QuantizedCare(placed, plan, network.arch, network.num_classes).eval().to(device)
 
 
-_traces: Latest[GraphModule] = Latest(8)
+_traces: Latest[GraphModule] = Latest(16)
 
 
 def _traced(network: CompactCare, size: int) -> GraphModule:
