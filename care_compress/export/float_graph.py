@@ -9,6 +9,7 @@ import ast
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
@@ -65,13 +66,14 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
     return model
 
 
-_traces: Latest[ir.Model] = Latest(16)  # a recipe and its targets take up to five
+_traces: Latest[onnx.ModelProto] = Latest(16)  # a recipe and its targets take up to five
 
 
 def _traced(network: nn.Module, resolution: int) -> ir.Model:
     """The network as torch exports it; a late graph of the same structure with its own weights."""
     structure = (resolution, *structure_of(network))
-    model = _traces.of(structure, lambda: _trace(network, resolution)).clone()
+    # Not `clone`, which shares the types of values, and those are edited in place.
+    model = ir.from_proto(_traces.of(structure, lambda: _trace(network, resolution)))
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if name in model.graph.initializers:
             value = ir.tensor(tensor.detach().numpy(), name=name)
@@ -79,7 +81,7 @@ def _traced(network: nn.Module, resolution: int) -> ir.Model:
     return model
 
 
-def _trace(network: nn.Module, resolution: int) -> ir.Model:
+def _trace(network: nn.Module, resolution: int) -> onnx.ModelProto:
     example = torch.zeros(TRACED, 3, resolution, resolution)
     with silent(), torch.no_grad():
         program = torch.onnx.export(
@@ -96,7 +98,8 @@ def _trace(network: nn.Module, resolution: int) -> ir.Model:
     constants = program.model.graph.initializers.keys()
     own = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
     assert constants <= own, "a tensor that is no parameter would not change with them"
-    return program.model
+    proto: onnx.ModelProto = ir.to_proto(program.model)
+    return proto
 
 
 # What `optimize=True` does to this network. It would try forty rules more, none of which fits, on
