@@ -15,6 +15,7 @@ from rich.console import Console
 from tiny import image_folder
 
 import care_compress
+from care_compress.cli import main
 from care_compress.data.loader import BadImages, Batch
 from care_compress.data.sources import open_samples
 from care_compress.errors import DataError
@@ -33,6 +34,16 @@ CLI = [sys.executable, "-m", "care_compress"]
 
 def cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CLI, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def said_by(
+    capsys: pytest.CaptureFixture[str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """The same command in this process, which has imported everything already."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert isinstance(ended.value.code, int)
+    return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +87,10 @@ def test_the_fp32_baseline_and_the_float_half_of_int8_score_the_same(tmp_path: P
 
 
 def test_any_checkpoint_and_folder_by_the_shorthands(
-    images: Path, checkpoint: Path, tmp_path: Path
+    images: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = cli(
-        "quantize", "fp32", "--ckpt", str(checkpoint), "--data", str(images), "--res", "32",
+    done = said_by(
+        capsys, "quantize", "fp32", "--ckpt", str(checkpoint), "--data", str(images), "--res", "32",
         "--name", "mine", "--runs", str(tmp_path), "--set", "export.targets=[]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -104,9 +115,14 @@ def test_any_checkpoint_and_folder_by_the_shorthands(
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(
-    arguments: list[str], message: str, tmp_path: Path
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = cli(*arguments, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = said_by(capsys, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
@@ -143,7 +159,7 @@ def test_a_class_missing_from_val_keeps_the_others_in_place(
 
 
 def test_a_broken_image_names_itself_or_is_counted(
-    images: Path, checkpoint: Path, tmp_path: Path
+    images: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "images"
     shutil.copytree(images, copy)
@@ -151,22 +167,24 @@ def test_a_broken_image_names_itself_or_is_counted(
     broken.write_bytes(broken.read_bytes()[:40])
     base = ["quantize", "fp32", "--ckpt", str(checkpoint), "--data", str(copy), "--res", "32"]
     base += ["--set", "export.targets=[]"]
-    stopped = cli(*base, "--runs", str(tmp_path / "runs"))
+    stopped = said_by(capsys, *base, "--runs", str(tmp_path / "runs"))
     assert stopped.returncode == 2 and "val/red/3.png" in stopped.stderr
-    skipped = cli(*base, "--skip-bad-images", "--runs", str(tmp_path / "runs"))
+    skipped = said_by(capsys, *base, "--skip-bad-images", "--runs", str(tmp_path / "runs"))
     assert skipped.returncode == 0 and "1 images could not be decoded" in skipped.stdout
     results = json.loads((tmp_path / "runs" / "fp32" / "results.json").read_text())
     assert results["accuracy"]["images"] == 47
     assert "val/red/3.png" in next(iter(results["data"]["skipped_images"]))
 
 
-def test_class_names_are_data_not_markup(checkpoint: Path, tmp_path: Path) -> None:
+def test_class_names_are_data_not_markup(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = image_folder(tmp_path / "images")
     for split in ("train", "val"):
         os.rename(folder / split / "red", folder / split / "[bold]<script>")
     (folder / "val" / "[bold]<script>" / "0.png").write_bytes(b"x")
-    done = cli(
-        "quantize", "fp32", "--ckpt", str(checkpoint), "--data", str(folder), "--res", "32",
+    done = said_by(
+        capsys, "quantize", "fp32", "--ckpt", str(checkpoint), "--data", str(folder), "--res", "32",
         "--runs", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 2 and "[bold]<script>/0.png" in done.stderr
@@ -193,7 +211,7 @@ def test_the_accuracy_script_runs_from_any_directory_without_the_environment(
 
 
 def test_an_onnx_file_scores_like_its_checkpoint(
-    images: Path, checkpoint: Path, tmp_path: Path
+    images: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = care_compress.load_checkpoint(checkpoint)
     path = tmp_path / "model.onnx"
@@ -204,9 +222,10 @@ def test_an_onnx_file_scores_like_its_checkpoint(
     scores = []
     for artifact in (checkpoint, path):
         out = tmp_path / "out.json"
-        done = cli(
-            "accuracy", str(artifact), "--data", str(images), "--res", "32", "--json", str(out)
-        )
+        done = said_by(
+            capsys, "accuracy", str(artifact), "--data", str(images), "--res", "32",
+            "--json", str(out),
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         scores.append(json.loads(out.read_text())["top1"])
     assert scores[0] == scores[1]

@@ -9,6 +9,7 @@ import ast
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from onnxscript.rewriter.rules.common import (
 )
 from torch import nn
 
+from care_compress.model.structure import Latest, structure_of
 from care_compress.quantize.quiet import silent
 
 INPUT, OUTPUT = "images", "logits"
@@ -49,20 +51,7 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
 
     No length in the graph depends on the batch, so whoever loads a file may give it another one.
     """
-    example = torch.zeros(TRACED, 3, resolution, resolution)
-    with silent(), torch.no_grad():
-        program = torch.onnx.export(
-            network.cpu().eval(),
-            (example,),
-            dynamo=True,
-            opset_version=FIRST_OPSET,
-            optimize=False,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model
+    model = _traced(network.cpu().eval(), resolution)
     _free_batch(model.graph)
     fold_constants(model)
     _SIMPLIFY(model)
@@ -75,6 +64,42 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
             assert value.shape is not None
             value.shape = ir.Shape([int(batch), *value.shape[1:]])
     return model
+
+
+_traces: Latest[onnx.ModelProto] = Latest(16)  # a recipe and its targets take up to five
+
+
+def _traced(network: nn.Module, resolution: int) -> ir.Model:
+    """The network as torch exports it; a late graph of the same structure with its own weights."""
+    structure = (resolution, *structure_of(network))
+    # Not `clone`, which shares the types of values, and those are edited in place.
+    model = ir.from_proto(_traces.of(structure, lambda: _trace(network, resolution)))
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if name in model.graph.initializers:
+            value = ir.tensor(tensor.detach().numpy(), name=name)
+            model.graph.initializers[name].const_value = value
+    return model
+
+
+def _trace(network: nn.Module, resolution: int) -> onnx.ModelProto:
+    example = torch.zeros(TRACED, 3, resolution, resolution)
+    with silent(), torch.no_grad():
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            opset_version=FIRST_OPSET,
+            optimize=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
+    assert program is not None
+    constants = program.model.graph.initializers.keys()
+    own = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
+    assert constants <= own, "a tensor that is no parameter would not change with them"
+    proto: onnx.ModelProto = ir.to_proto(program.model)
+    return proto
 
 
 # What `optimize=True` does to this network. It would try forty rules more, none of which fits, on

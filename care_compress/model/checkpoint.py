@@ -5,6 +5,7 @@ published training checkpoints are allowed by name, everything else is refused u
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -261,21 +262,27 @@ def _differences(state: Mapping[str, Tensor], arch: str) -> list[str]:
     """What keeps these weights from loading as `arch`, one phrase per tensor."""
     head = state.get("head.fc.weight")
     classes = int(head.shape[0]) if head is not None and head.dim() == 2 else 1
-    with torch.device("meta"):
-        expected = Care(arch, max(1, classes)).state_dict()
+    expected = _shapes(arch, max(1, classes))
     phrases = []
-    for name, tensor in expected.items():
+    for name, shape in expected.items():
         if name not in state:
             if not name.endswith("num_batches_tracked"):
                 phrases.append(f"{name} is missing")
-        elif state[name].shape != tensor.shape:
-            phrases.append(f"{name} is {_size(state[name])} instead of {_size(tensor)}")
+        elif state[name].shape != shape:
+            phrases.append(f"{name} is {_size(state[name].shape)} instead of {_size(shape)}")
     phrases.extend(f"{name} is unknown" for name in state if name not in expected)
     return phrases
 
 
-def _size(tensor: Tensor) -> str:
-    return "x".join(str(n) for n in tensor.shape) or "a scalar"
+@functools.lru_cache(maxsize=64)
+def _shapes(arch: str, classes: int) -> dict[str, torch.Size]:
+    """The shapes of a size's tensors, by name."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Care(arch, classes).state_dict().items()}
+
+
+def _size(shape: torch.Size) -> str:
+    return "x".join(str(n) for n in shape) or "a scalar"
 
 
 def _class_count(state: Mapping[str, Tensor], path: Path) -> int:

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from care_compress.model.structure import Latest, structure_of
+
 ALLOCATIONS = {"empty", "ones_like"}  # made once by an exporter, or by nobody
 
 
@@ -40,9 +42,16 @@ class _CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+_costs: Latest[Cost] = Latest(64)
+
+
 def measure_cost(model: nn.Module, resolution: int | tuple[int, int]) -> Cost:
-    """Count one eval-mode forward pass of one RGB image."""
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    """Count one eval-mode forward pass of one RGB image, once for every structure."""
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    return _costs.of((size, *structure_of(model)), lambda: _count(model, *size))
+
+
+def _count(model: nn.Module, height: int, width: int) -> Cost:
     shadow = copy.deepcopy(model).to("meta").eval()
     image = torch.zeros(1, 3, height, width, device="meta")
     operations = _CountOperations()

@@ -25,6 +25,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from care_compress.errors import DataError
 from care_compress.model.compact import CompactCare
+from care_compress.model.structure import Latest, structure_of
 from care_compress.quantize.fakequant import IntQuantizer, TensorQuantizer, make_quantizer
 from care_compress.quantize.quiet import quiet
 from care_compress.quantize.spec import FLOAT, Decision, Plan, TensorSpec
@@ -199,30 +200,17 @@ def simulate(network: CompactCare, plan: Plan) -> QuantizedCare:
     return QuantizedCare(placed, plan, network.arch, network.num_classes).eval().to(device)
 
 
-_Structure = tuple[object, ...]
-_last_trace: dict[_Structure, GraphModule] = {}
+_traces: Latest[GraphModule] = Latest(16)
 
 
 def _traced(network: CompactCare, size: int) -> GraphModule:
-    """The network as a graph. Tracing takes seconds, so the last graph serves its like too."""
-    structure = (size, *_structure_of(network))
-    if structure not in _last_trace:
-        _last_trace.clear()
-        _last_trace[structure] = _trace(network, size)
+    """The network as a graph. Tracing takes seconds, so a late graph serves its like too."""
+    traced = _traces.of((size, *structure_of(network)), lambda: _trace(network, size))
     with quiet():
-        graph = copy.deepcopy(_last_trace[structure])
+        graph = copy.deepcopy(traced)
     weights = {f"{ROOT}.{name}": value for name, value in network.state_dict().items()}
     graph.load_state_dict(weights, strict=True)
     return graph
-
-
-def _structure_of(network: CompactCare) -> Iterator[object]:
-    """Everything that tracing sees but the numbers in the tensors."""
-    for name, module in network.named_modules():
-        plain = {key: value for key, value in vars(module).items() if key[0] != "_"}
-        yield name, type(module), repr(sorted(plain.items()))
-    for name, value in (*network.named_parameters(), *network.named_buffers()):
-        yield name, value.shape, value.dtype, value.requires_grad
 
 
 def _trace(network: CompactCare, size: int) -> GraphModule:

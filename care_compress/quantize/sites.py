@@ -17,6 +17,7 @@ from care_compress.model.compact import (
     PooledDepthwise,
     Rotation,
 )
+from care_compress.model.structure import Latest, structure_of
 from care_compress.quantize.spec import Kept, Site
 
 # Module names below a block to (branch, role).
@@ -131,8 +132,16 @@ def _kept(
         yield Kept("global pool, GELU, LayerNorm", 1, "one vector per image; 0.1 % of the work")
 
 
+_counts: Latest[dict[str, int]] = Latest(64)
+
+
 def _macs_by_module(model: CompactCare, resolution: int) -> dict[str, int]:
-    """MACs of one image, by module; counted on shapes alone."""
+    """MACs of one image, by module; counted on shapes alone, and once for every structure."""
+    structure = (resolution, *structure_of(model))
+    return _counts.of(structure, lambda: _count_macs(model, resolution))
+
+
+def _count_macs(model: CompactCare, resolution: int) -> dict[str, int]:
     shadow = copy.deepcopy(model).to("meta").eval()
     image = torch.zeros(1, 3, resolution, resolution, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
