@@ -154,7 +154,7 @@ def test_the_full_range_is_a_choice_that_the_file_tells(full: Path) -> None:
 
 
 def test_a_full_range_file_is_refused_by_name_where_its_sums_saturate(
-    full: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    run: Path, full: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     pretend(monkeypatch, exact=False)
     data = ["--data", "builtin:shapes", "--res", str(SIZE)]
@@ -162,11 +162,13 @@ def test_a_full_range_file_is_refused_by_name_where_its_sums_saturate(
         path = file_of(full, target, "int8-dotprod")
         with pytest.raises(TargetError, match=f"{path.name} .* integer dot products"):
             open_predictor(str(path), CPU)
-        for verb in (["accuracy", *data], ["latency"], ["layers"], ["compare", *data]):
+        beside = ["compare", str(file_of(run, target)), *data]
+        for verb, *more in (["accuracy", *data], ["latency"], ["layers"], beside):
             capsys.readouterr()
-            code = main([verb[0], str(path), *verb[1:]])
+            with pytest.raises(SystemExit) as ended:
+                main([verb, str(path), *more])
             said = capsys.readouterr()
-            assert code == 2, f"{verb[0]}: {said}"
+            assert ended.value.code == 2, f"{verb}: {said}"
             assert path.name in said.err and "quantize.full_range: false" in said.err
             assert "Traceback" not in said.err
 
