@@ -39,8 +39,8 @@ def int8_line(cpu: Cpu) -> str:
         return f"INT8: integer dot products (VNNI): INT8 pays most here, {gain}."
     if "avx2" in has:
         return (
-            f"INT8: no integer dot products: {_RIGHT}; expect about 1.3 to 1.6x of FP32 in "
-            "OpenVINO, 1.05 to 1.1x in ONNX Runtime; full-range files are refused."
+            f"INT8: no integer dot products: {_RIGHT}; expect about 1.5 to 1.7x of FP32 in "
+            "OpenVINO, 1.1 to 1.3x in ONNX Runtime; full-range files are refused."
         )
     return f"INT8: neither dot products nor AVX2: expect no gain (not measured); {_RIGHT}."
 
