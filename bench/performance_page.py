@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from care_compress import machine
 from care_compress.errors import CareError
 from care_compress.evaluate.plots import save_figure
 from care_compress.run import write_text
@@ -19,6 +20,8 @@ BEGIN, END = "<!-- begin: written by make bench -->", "<!-- end -->"
 OURS, PEER, BASE = "#2a7f4f", "#3b6ea5", "#999999"
 OWN = 0.5  # what the bench adds to the load average beside its threads
 Found = dict[str, Any]
+# Files of processors without integer dot products, beside those of the others.
+WITHOUT = "_without_dot_products"
 
 
 def write_page(docs: Path) -> None:
@@ -27,26 +30,37 @@ def write_page(docs: Path) -> None:
     text = page.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise CareError(f"{page} has lost its markers.", f"put back {BEGIN} and {END}")
-    sizes = [json.loads(path.read_text()) for path in sorted(store.glob("care_*.json"))]
     parts = []
-    for found in sizes:
-        plot_table(found, store / f"{found['arch']}.svg")
-        parts.append(f"{table_of(found)}\n\n![{found['arch']}](performance/{found['arch']}.svg)\n")
-    growth = store / "growth.json"
-    if growth.is_file():
-        found = json.loads(growth.read_text())
-        plot_growth(found, store / "growth.svg")
-        parts.append(growth_text(found))
+    for path in sorted(store.glob("care_*.json")):
+        found = json.loads(path.read_text())
+        plot_table(found, path.with_suffix(".svg"))
+        parts.append(f"{table_of(found)}\n\n![{path.stem}](performance/{path.stem}.svg)\n")
+    for path in sorted(store.glob("growth*.json")):
+        found = json.loads(path.read_text())
+        plot_growth(found, path.with_suffix(".svg"))
+        class_ = said_of_class(not path.stem.endswith(WITHOUT))
+        parts.append(f"{growth_text(found, class_)}\n![{path.stem}](performance/{path.stem}.svg)\n")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     write_text(page, f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}")
+
+
+def said_of_class(dot_products: bool) -> str:
+    """What distinguishes one class of processors from the other."""
+    return f"{'with' if dot_products else 'without'} integer dot products"
+
+
+def has_dot_products(found: Found) -> bool:
+    """Of the processor that a table was measured on, by what it said of itself."""
+    return machine.Cpu(**found["machine"]["cpu"]).dot_products is not False
 
 
 def table_of(found: Found) -> str:
     """Every setting of one size as Markdown."""
     cpu = found["machine"]["cpu"]
     lines = [
-        f"### {found['arch']}, {found['resolution']}x{found['resolution']}",
+        f"### {found['arch']}, {found['resolution']}x{found['resolution']}, "
+        f"{said_of_class(has_dot_products(found))}",
         "",
         f"{found['date']}, {cpu['name']}, {cpu['logical_cores']} cores, {_libraries(found)}. "
         f"Files made at {_short(found['revision'])}.",
@@ -111,11 +125,11 @@ def _digests(found: Found) -> dict[str, str]:
     return names
 
 
-def growth_text(found: Found) -> str:
+def growth_text(found: Found, class_: str) -> str:
     """The curves as tables: milliseconds of every point and the exponent."""
     low, high = found["load_average"]
     lines = [
-        f"### How time grows: {found['arch']}",
+        f"### How time grows: {found['arch']}, {class_}",
         "",
         f"{found['date']}, load average {low:.1f} before, {high:.1f} after. The exponent is the p "
         "of time ~ x^p, with its 95 % interval over the turns; 1 is linear.",
@@ -141,7 +155,7 @@ def growth_text(found: Found) -> str:
         for name, points in zip(macs["names"], macs["points"], strict=True)
     ]
     lines += ["", *_row("64 images at 96x96", sizes, head=True), *_row("seconds", macs["seconds"])]
-    lines += ["", "![growth](performance/growth.svg)", ""]
+    lines += [""]
     return "\n".join(lines)
 
 
@@ -170,7 +184,8 @@ def plot_table(found: Found, path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.08)
     axes.set_xlabel("ms for one image, one thread (median)")
-    axes.set_title(f"{found['arch']}, {found['resolution']}x{found['resolution']}", loc="left")
+    size = f"{found['arch']}, {found['resolution']}x{found['resolution']}"
+    axes.set_title(f"{size}, {said_of_class(has_dot_products(found))}", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 

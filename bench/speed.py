@@ -3,7 +3,8 @@
 For each size of CARE at 224: the files of real runs, the published network, and what other tools
 make of it (`peers.py`), in OpenVINO and ONNX Runtime, at batch 1 and 8, on one thread and on all.
 Then how time grows (`growth.py`), and docs/PERFORMANCE.md from all of it (`performance_page.py`).
-What is finished is kept in ``runs/bench``; remove that folder to begin anew.
+What is finished is kept in ``runs/bench``; remove that folder to begin anew. Processors with and
+without integer dot products have tables of their own, side by side.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from peers import (
     publish,
     reason_of,
 )
-from performance_page import table_of, write_page
+from performance_page import WITHOUT, table_of, write_page
 from rich.console import Console
 from torch import Tensor
 
@@ -76,7 +77,9 @@ def main() -> None:
     parser.add_argument("--no-growth", action="store_true", help="only the tables")
     options = parser.parse_args()
     console = Console(width=150)
-    root = options.runs / "bench"
+    # What runs made for one class of processors is not what they make for the other.
+    suffix = WITHOUT if machine.dot_products_in("openvino") is False else ""
+    root = options.runs / f"bench{suffix}"
     found = {}
     for arch in options.arch or ARCHES:
         scale = Scale(arch, options.resolution)
@@ -84,10 +87,10 @@ def main() -> None:
         console.print(table_of(found[arch]), markup=False, soft_wrap=True)
     store = options.docs / "performance"
     for arch, value in found.items():
-        write_text(store / f"{arch}.json", json.dumps(value, indent=1) + "\n")
+        write_text(store / f"{arch}{suffix}.json", json.dumps(value, indent=1) + "\n")
     if not options.no_growth:
         value = measure_growth(Scale(next(iter(found)), options.resolution), root, console)
-        write_text(store / "growth.json", json.dumps(value, indent=1) + "\n")
+        write_text(store / f"growth{suffix}.json", json.dumps(value, indent=1) + "\n")
     write_page(options.docs)
     console.print(f"written to {options.docs / 'PERFORMANCE.md'}")
 
@@ -102,10 +105,11 @@ def bench(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
     peers = make_peers(published, torch.cat(list(calibration)))
     entries = entries_of(ours, plain, published, peers)
     files = {entry.key: said_of(entry.made) for entry in entries}
-    key = fingerprint([files, str(PLAN), machine.installed_versions()])
+    about = machine.describe()
+    features = dict(about["cpu"]["features"])
+    key = fingerprint([files, str(PLAN), machine.installed_versions(), features])
     store = folder / f"speed_{scale.resolution}.json"
     kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
-    about = machine.describe()
     if kept.get("key") != key:
         kept = {
             "key": key,

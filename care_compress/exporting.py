@@ -110,7 +110,14 @@ def chosen_targets(recipe: Recipe) -> tuple[Target, ...]:
     """The targets a recipe names, or all of them."""
     names = recipe.export.targets
     targets = all_targets() if names is None else tuple(load_target(name) for name in names)
-    return tuple(target.at_full_range() for target in targets) if recipe.full_range else targets
+    if recipe.full_range:
+        targets = tuple(target.at_full_range() for target in targets)
+    return tuple(placed_here(target) for target in targets)
+
+
+def placed_here(target: Target) -> Target:
+    """The target in the placement for this processor; a file is right on the others, too."""
+    return target.placed(target.placement_for(machine.dot_products_in(target.runtime)))
 
 
 def about_export(variants: Variants, validation: Samples) -> About:

@@ -30,6 +30,9 @@ X86_FEATURES = (
 # Linux's names; asimddp is the NEON dot product.
 ARM_FEATURES = ("asimddp", "i8mm", "bf16")
 _DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
+# oneDNN inside OpenVINO's CPU plugin reads the first that is set. ONNX Runtime reads neither.
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+LIMITS_WITHOUT_DOT_PRODUCTS = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 _MACOS_FEATURES = {"asimddp": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "bf16": "FEAT_BF16"}
 
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -129,6 +132,14 @@ def read_machine() -> Machine:
         jetson=read_jetson(Path("/")),
         libraries=installed_versions(),
     )
+
+
+def dot_products_in(runtime: str) -> bool | None:
+    """Whether a CPU runtime has integer dot products here; None: nothing is known."""
+    limit = next((os.environ[name] for name in ISA_LIMITS if os.environ.get(name)), "")
+    if runtime == "openvino" and limit.upper() in LIMITS_WITHOUT_DOT_PRODUCTS:
+        return False
+    return _read_processor(usable_cores()).dot_products
 
 
 def describe() -> dict[str, Any]:

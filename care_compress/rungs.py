@@ -33,7 +33,7 @@ from care_compress.run import fingerprint, state_digest
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.runtime.opening import open_predictor
 from care_compress.sections import RewriteSection
-from care_compress.target import Target, load_target
+from care_compress.target import AS_SHIPPED, Target, load_target
 from care_compress.variants import export_rules
 
 CPU = torch.device("cpu")
@@ -147,7 +147,8 @@ class Ladder:
                     f"it has {', '.join(found) or 'none'}; make quantize with export.targets",
                 )
         full = self.run.recipe.full_range
-        return [(load_target(name, full), found[name]) for name in self.wanted or found]
+        names = self.wanted or found
+        return [(_placed(load_target(name, full), found[name]), found[name]) for name in names]
 
     def _engine(self, target: Target, file: str) -> None:
         name = f"engine of {target.name}"
@@ -167,6 +168,12 @@ class Ladder:
             return
         run = partial(_read, predict, None)
         self.rungs.append(Rung(name, run, file, (), (target.name,), ENGINE_HAS_NO_SITES))
+
+
+def _placed(target: Target, export: dict[str, Any]) -> Target:
+    """The target in the placement that its file was written in; older runs do not name it."""
+    name = export.get("placement", AS_SHIPPED)
+    return target.placed(name) if name in target.placements else target
 
 
 def _how(target: Target) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from packaging.requirements import InvalidRequirement, Requirement
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from care_compress.device import processor
 from care_compress.errors import RecipeError
@@ -23,7 +23,10 @@ TARGETS_DIR = RECIPES_DIR / "targets"
 NEEDS = "care_compress.needs"
 DOT_PRODUCTS = processor.DOT_PRODUCTS  # what the script of a bundle asks for
 
+AS_SHIPPED = "as shipped"  # the placement of a target's own rules
+
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+Gelu = Literal["erf", "products", "tanh"]
 Device = Literal["cpu", "gpu", "npu", "jetson-orin", "jetson-thor", "rtx"]
 _DEVICES: dict[Runtime, tuple[Device, ...]] = {
     "onnxruntime": ("cpu",),
@@ -83,6 +86,13 @@ class Needs(Section):
         return packages
 
 
+class Placement(Section):
+    """What an export adds to a recipe's rules, and in which form it writes GELU."""
+
+    rules: tuple[RuleSection, ...] = ()
+    gelu: Gelu = Field("erf", description="the form of every GELU of an image (export/gelu.py)")
+
+
 class Target(Section):
     """One runtime on one kind of device."""
 
@@ -101,13 +111,18 @@ class Target(Section):
     rules: tuple[RuleSection, ...] = Field(
         (), description="what an export adds to a recipe's rules: sites that run faster in float"
     )
-    placements: dict[str, tuple[RuleSection, ...]] = Field(
-        {}, description="other rules that may be faster on one processor: `care-compress tune`"
+    gelu: Gelu = Field("erf", description="the form of every GELU of an image (export/gelu.py)")
+    placements: dict[str, Placement] = Field(
+        {}, description="what may be faster on one processor: `care-compress tune`"
+    )
+    without_dot_products: str | None = Field(
+        None, description="the placement that an export takes on processors without them"
     )
     builds_without_device: bool = Field(
         False, description="an engine can be built where the device is absent"
     )
     needs: Needs
+    _placement: str = PrivateAttr(AS_SHIPPED)
     notes: tuple[str, ...] = Field(description="why the values above are what they are")
 
     @property
@@ -137,6 +152,32 @@ class Target(Section):
         weights = self.weights.model_copy(update={"reduce_range": False})
         needs = self.needs.model_copy(update={"dot_products": True})
         return self.model_copy(update={"weights": weights, "needs": needs})
+
+    def placement_for(self, dot_products: bool | None) -> str:
+        """The placement of an export on a processor with these; its own where nothing is known."""
+        if dot_products is False and self.without_dot_products is not None:
+            return self.without_dot_products
+        return AS_SHIPPED
+
+    def placed(self, name: str) -> "Target":
+        """The target with one placement in the place of its own rules."""
+        if name == AS_SHIPPED:
+            return self
+        chosen = self.placements[name]
+        target = self.model_copy(update={"rules": chosen.rules, "gelu": chosen.gelu})
+        target._placement = name
+        return target
+
+    @property
+    def placement(self) -> str:
+        """What the placement in use is called."""
+        return self._placement
+
+    @model_validator(mode="after")
+    def _placement_exists(self) -> "Target":
+        if self.without_dot_products not in (None, *self.placements):
+            raise ValueError(f"without_dot_products: no placement {self.without_dot_products!r}")
+        return self
 
     @model_validator(mode="after")
     def _device_fits(self) -> "Target":

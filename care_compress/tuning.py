@@ -36,13 +36,12 @@ from care_compress.run import Run, fingerprint, temporary_folder, write_text
 from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.opening import open_predictor
 from care_compress.runtime.runners import open_runner
-from care_compress.target import Target, load_target
+from care_compress.target import AS_SHIPPED, Target, load_target
 from care_compress.terminal import Terminal
 from care_compress.train.distributed import World
 from care_compress.variants import Variants
 from care_compress.workshop import Workshop
 
-AS_SHIPPED = "as shipped"
 WIDTH = 112  # of the table: names must be whole even where a terminal is narrow
 
 
@@ -63,7 +62,7 @@ class Tried:
     name: str
     drop: Drop
     milliseconds: float
-    speedup: Interval  # over the shipped placement
+    speedup: Interval  # over the placement that an export takes here
 
     def fits(self, limit: float | None) -> bool:
         """Within the accuracy budget."""
@@ -103,7 +102,7 @@ def run_tune(
         tried = _known(bench, options) or _measured(bench, options)
         recipe = bench.shop.recipe
         limit = recipe.budget.max_top1_drop if options.max_drop is None else options.max_drop
-        best = choose(tried, limit)
+        best = choose(tried, limit, bench.usual)
         wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
         wide.print(tune_table(tried, best, target, len(bench.images.labels)))
         _keep(bench, best, tried)
@@ -113,9 +112,9 @@ def run_tune(
     return best.name
 
 
-def choose(tried: list[Tried], limit: float | None) -> Tried:
-    """The fastest within the budget, if it is faster than the shipped one beyond noise."""
-    shipped = next(one for one in tried if one.name == AS_SHIPPED)
+def choose(tried: list[Tried], limit: float | None, usual: str = AS_SHIPPED) -> Tried:
+    """The fastest within the budget, if it is faster than the usual one beyond noise."""
+    shipped = next(one for one in tried if one.name == usual)
     able = [one for one in tried if one.fits(limit) and one.speedup[1] > 1]
     return max(able, key=lambda one: one.speedup[0], default=shipped)
 
@@ -147,17 +146,17 @@ class _Bench:
     images: HeldImages
     validation: Samples
 
-    def placed(self, name: str) -> Target:
-        """The target with one placement's rules."""
-        rules = self.target.rules if name == AS_SHIPPED else self.target.placements[name]
-        return self.target.model_copy(update={"rules": rules})
+    @property
+    def usual(self) -> str:
+        """The placement that an export takes on this processor."""
+        return self.target.placement_for(machine.dot_products_in(self.target.runtime))
 
     def export(self, run: Run, name: str, notify: Callable[[str], None]) -> Exported:
         """The run's model with one placement, into a run directory."""
         about = about_export(self.variants, self.validation)
         shop = Workshop(self.shop.recipe, run, World(), Console(quiet=True), repair=True)
         images = self.validation.content_digest(), len(self.images.labels)
-        done = Exporter(shop, self.variants, about, images, notify).to(self.placed(name))
+        done = Exporter(shop, self.variants, about, images, notify).to(self.target.placed(name))
         if done.skipped:
             raise ExportError(f"{self.target.name}: {done.skipped}")
         check_exports([done])
@@ -234,7 +233,7 @@ def _measured(bench: _Bench, options: TuneOptions) -> list[Tried]:
             name,
             drops[name],
             timed[name].percentiles()["p50"],
-            timed[name].speedup_over(timed[AS_SHIPPED]),
+            timed[name].speedup_over(timed[bench.usual]),
         )
         for name in names
     ]
@@ -255,7 +254,7 @@ def _keep(bench: _Bench, best: Tried, tried: list[Tried]) -> None:
         done = bench.export(run, best.name, notify)
     path = run.path / "results.json"
     results = read_json(path)
-    results["exports"][bench.target.name] = {**done.as_json(), "placement": best.name}
+    results["exports"][bench.target.name] = done.as_json()
     run.write_json("results.json", results)
     found = {
         "key": bench.key,

@@ -18,6 +18,7 @@ from care_compress.evaluate.images import HeldImages
 from care_compress.export.channels_last import put_channels_last
 from care_compress.export.float_graph import float_graph
 from care_compress.export.forms import Form, form_for, in_form
+from care_compress.export.gelu import write_gelu
 from care_compress.export.half import write_half
 from care_compress.export.head import split_head_input
 from care_compress.export.integers import put_integers
@@ -39,7 +40,7 @@ from care_compress.target import Target
 
 CPU = torch.device("cpu")
 # What two targets must have in common to share a variant.
-SHARED = {"activations", "weights", "rules", "float_type", "opset"}
+SHARED = {"activations", "weights", "rules", "gelu", "float_type", "opset"}
 
 
 def export_rules(
@@ -156,6 +157,7 @@ class Variants:
             self.graphs[form] = self._graph(in_form(network, form))
         graph = ir.from_proto(ir.to_proto(self.graphs[form]))
         graph.opset_imports[""] = target.opset
+        write_gelu(graph, target.gelu)
         return graph
 
     def _graph(self, network: CompactCare) -> ir.Model:

@@ -104,7 +104,7 @@ def test_ratios_are_within_a_runtime() -> None:
     assert not row["noisy"]
 
 
-def made_up() -> dict[str, Any]:
+def made_up(dot_products: bool = True) -> dict[str, Any]:
     rows = [
         {
             "key": key,
@@ -128,7 +128,12 @@ def made_up() -> dict[str, Any]:
         "date": "2026-01-01",
         "revision": "0123456789",
         "machine": {
-            "cpu": {"name": "a processor", "logical_cores": 2},
+            "cpu": {
+                "name": "a processor",
+                "physical_cores": 2,
+                "logical_cores": 2,
+                "features": {"avx2": True, "avx512_vnni": dot_products},
+            },
             "libraries": {"openvino": "1", "onnxruntime": "2", "nncf": "3"},
         },
         "files": {"int8/OpenVINO": {"file": "int8.xml", "sha256": "ab" * 32, "bytes": 1}},
@@ -177,6 +182,24 @@ def test_the_page_holds_tables_and_plots_and_keeps_what_people_wrote(tmp_path: P
         assert "<svg" in svg and len(svg) < 100_000
     page.write_page(docs)
     assert (docs / "PERFORMANCE.md").read_text() == text
+
+
+def test_a_class_of_processors_does_not_overwrite_the_other(tmp_path: Path) -> None:
+    store = tmp_path / "performance"
+    store.mkdir()
+    for suffix, dot_products in (("", True), (page.WITHOUT, False)):
+        (store / f"care_s0{suffix}.json").write_text(json.dumps(made_up(dot_products)))
+        (store / f"growth{suffix}.json").write_text(json.dumps(grown()))
+    (tmp_path / "PERFORMANCE.md").write_text(f"{page.BEGIN}\n{page.END}\n")
+    page.write_page(tmp_path)
+    text = (tmp_path / "PERFORMANCE.md").read_text()
+    for word in ("with", "without"):
+        assert f"### care_s0, 224x224, {word} integer dot products" in text
+        assert f"### How time grows: care_s0, {word} integer dot products" in text
+    for name in ("care_s0", "growth"):
+        for suffix in ("", page.WITHOUT):
+            assert f"![{name}{suffix}](performance/{name}{suffix}.svg)" in text
+            assert (store / f"{name}{suffix}.svg").is_file()
 
 
 def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:

@@ -6,12 +6,9 @@ measured the line says so.
 
 from collections.abc import Mapping
 
-from care_compress.machine import Cpu
+from care_compress.machine import ISA_LIMITS, LIMITS_WITHOUT_DOT_PRODUCTS, Cpu
 
-# oneDNN inside OpenVINO's CPU plugin reads the first that is set. ONNX Runtime reads neither.
-ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _NO_LIMIT = ("DEFAULT", "ALL")
-_WITHOUT_DOT_PRODUCTS = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 
 _RIGHT = "files of CPU targets are right here (weights of 7 bits)"
 
@@ -42,8 +39,8 @@ def int8_line(cpu: Cpu) -> str:
         return f"INT8: integer dot products (VNNI): INT8 pays most here, {gain}."
     if "avx2" in has:
         return (
-            f"INT8: no integer dot products: {_RIGHT}; expect about 1.3 to 1.6x of FP32 in "
-            "OpenVINO, 1.05 to 1.1x in ONNX Runtime; full-range files are refused."
+            f"INT8: no integer dot products: {_RIGHT}; expect about 1.5 to 1.7x of FP32 in "
+            "OpenVINO, 1.1 to 1.3x in ONNX Runtime; full-range files are refused."
         )
     return f"INT8: neither dot products nor AVX2: expect no gain (not measured); {_RIGHT}."
 
@@ -62,7 +59,7 @@ def isa_remarks(cpu: Cpu, environment: Mapping[str, str]) -> tuple[str, ...]:
     if name is None or environment[name].upper() in _NO_LIMIT or "asimddp" in cpu.features:
         return ()
     limit = environment[name]
-    if limit.upper() in _WITHOUT_DOT_PRODUCTS and cpu.dot_products:
+    if limit.upper() in LIMITS_WITHOUT_DOT_PRODUCTS and cpu.dot_products:
         hidden = "hides the integer dot products of this processor from OpenVINO"
     else:
         hidden = "limits what OpenVINO uses of this processor"

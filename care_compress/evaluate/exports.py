@@ -82,6 +82,7 @@ class Exported:
         return {
             "target": self.target.name,
             "runtime": self.target.runtime,
+            "placement": self.target.placement,
             "models": {name: file.as_json() for name, file in self.files.items()},
             "integer_macs": {
                 "planned": self.planned_macs,
