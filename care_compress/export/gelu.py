@@ -1,8 +1,8 @@
 """GELU in the form that a processor computes fastest, nearer to it than 8 bits can tell.
 
-By erf it takes an exponential and a division for every value. AVX512 looks both up in registers;
-with AVX2 that was a quarter of the INT8 time of OpenVINO, a sixth of ONNX Runtime's. Two forms
-replace it there, each within 5e-4 of x Phi(x) everywhere; a step of 8 bits is ten times that.
+By erf it was a quarter of OpenVINO's INT8 time with AVX2, a sixth of ONNX Runtime's. Two forms
+replace it there, each within 5e-4 of x Phi(x) everywhere; a step of 8 bits is ten times that or
+more wherever GELU's output reaches 1.1.
 
 `products`, for OpenVINO, which fuses them into one loop: with t = |x| and s = max(T - t, 0),
 
