@@ -16,7 +16,12 @@ from typing import Any
 
 import psutil
 
-from care_compress.device.processor import ARM_PARTS
+from care_compress.device.processor import (
+    ARM_PARTS,
+    DOT_FEATURES,
+    ISA_LIMITS,
+    LIMITS_WITHOUT_DOT_PRODUCTS,
+)
 
 X86_FEATURES = (
     "avx2",
@@ -29,10 +34,6 @@ X86_FEATURES = (
 )
 # Linux's names; asimddp is the NEON dot product.
 ARM_FEATURES = ("asimddp", "i8mm", "bf16")
-_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
-# oneDNN inside OpenVINO's CPU plugin reads the first that is set. ONNX Runtime reads neither.
-ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-LIMITS_WITHOUT_DOT_PRODUCTS = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 _MACOS_FEATURES = {"asimddp": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "bf16": "FEAT_BF16"}
 
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -70,7 +71,7 @@ class Cpu:
     @property
     def dot_products(self) -> bool | None:
         """Whether it adds products of 8-bit integers in 32 bits at once; None: nothing is known."""
-        return any(map(self.features.get, _DOT_PRODUCTS)) if self.features else None
+        return any(map(self.features.get, DOT_FEATURES)) if self.features else None
 
 
 @dataclass(frozen=True)

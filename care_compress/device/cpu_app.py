@@ -23,8 +23,9 @@ from care_compress.device.manifest import Bundle
 from care_compress.device.problems import ProcessorError
 from care_compress.device.processor import (
     DOT_PRODUCTS,
+    ISA_LIMITS,
+    LIMITS_WITHOUT_DOT_PRODUCTS,
     Processor,
-    check_needs,
     check_processor,
     read_processor,
 )
@@ -152,6 +153,37 @@ def _info(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
     runtime = load_cpu_runtime(str(about["requirement"]))
     show_facts({"runtime": f"{runtime.name} {runtime.version}", "floats in": runtime.floats_in})
     return 0
+
+
+def check_needs(
+    bundle: Bundle,
+    models: Sequence[str],
+    processor: Processor,
+    library: str,
+    environment: Mapping[str, str],
+) -> None:
+    """Raise `ProcessorError` for a model whose answers would be wrong here."""
+    limits = {name: environment.get(name, "") for name in ISA_LIMITS if library == "openvino"}
+    limited = [
+        name for name, value in limits.items() if value.upper() in LIMITS_WITHOUT_DOT_PRODUCTS
+    ]
+    for model in models:
+        need = bundle.needs(model)
+        if not need or (need == DOT_PRODUCTS and processor.dot_products and not limited):
+            continue
+        file = bundle.file(model).name
+        if limited:
+            raise ProcessorError(
+                f"{file} needs {need}, which {limited[0]}={environment[limited[0]]} switches off.",
+                f"unset {limited[0]}",
+            )
+        has = "does not say whether it has" if processor.dot_products is None else "has no"
+        others = [f"--{other}-only" for other in bundle.models if not bundle.needs(other)]
+        use = f", or use {others[0]}" if others else ""
+        raise ProcessorError(
+            f"{file} needs {need}; this processor ({processor.name}) {has} {need}.",
+            f"bundle a run without quantize.full_range, which is right on every processor{use}",
+        )
 
 
 @dataclass(frozen=True)

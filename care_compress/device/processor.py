@@ -7,11 +7,9 @@ read.
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from care_compress.device.manifest import Bundle
 from care_compress.device.problems import ProcessorError
 from care_compress.device.sensors import system_text, tool_output
 
@@ -20,11 +18,12 @@ _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 # What a file says it needs that is right only where four products are added without saturation.
 DOT_PRODUCTS = "integer dot products"
 # Any of them will do; asimddp is the NEON dot product.
-_DOT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
+DOT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
 _OTHER_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "i8mm", "bf16")
-# oneDNN inside OpenVINO takes no newer instructions than these name, whatever the processor has.
-_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-_WITHOUT_DOTS = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+# oneDNN inside OpenVINO takes no newer instructions than the first of these that is set names,
+# whatever the processor has. ONNX Runtime reads neither.
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+LIMITS_WITHOUT_DOT_PRODUCTS = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 
 # ARM cores name themselves by number only; these are the ones in the boards we speak of.
 ARM_PARTS = {
@@ -53,7 +52,7 @@ class Processor:
         """Whether it adds products of bytes in 32 bits; None where the system does not say."""
         if self.features is None:
             return None
-        return any(name in self.features for name in _DOT_FEATURES)
+        return any(name in self.features for name in DOT_FEATURES)
 
 
 def read_processor(root: Path) -> Processor:
@@ -78,7 +77,7 @@ def parse_cpuinfo(text: str) -> "tuple[str, tuple[str, ...] | None]":
     if listed is None:
         return name, None
     present = listed.split()
-    return name, tuple(f for f in (*_DOT_FEATURES, *_OTHER_FEATURES) if f in present)
+    return name, tuple(f for f in (*DOT_FEATURES, *_OTHER_FEATURES) if f in present)
 
 
 def _from_sysctl() -> "tuple[str, tuple[str, ...] | None]":
@@ -99,32 +98,3 @@ def check_processor(processor: Processor) -> None:
         f"this bundle is for {' and '.join(ARCHITECTURES)}; here is {here}.",
         "use a 64-bit system with a 64-bit Python on such a processor",
     )
-
-
-def check_needs(
-    bundle: Bundle,
-    models: Sequence[str],
-    processor: Processor,
-    library: str,
-    environment: Mapping[str, str],
-) -> None:
-    """Raise `ProcessorError` for a model whose answers would be wrong here."""
-    limits = {name: environment.get(name, "") for name in _LIMITS if library == "openvino"}
-    limited = [name for name, value in limits.items() if value.upper() in _WITHOUT_DOTS]
-    for model in models:
-        need = bundle.needs(model)
-        if not need or (need == DOT_PRODUCTS and processor.dot_products and not limited):
-            continue
-        file = bundle.file(model).name
-        if limited:
-            raise ProcessorError(
-                f"{file} needs {need}, which {limited[0]}={environment[limited[0]]} switches off.",
-                f"unset {limited[0]}",
-            )
-        has = "does not say whether it has" if processor.dot_products is None else "has no"
-        others = [f"--{other}-only" for other in bundle.models if not bundle.needs(other)]
-        use = f", or use {others[0]}" if others else ""
-        raise ProcessorError(
-            f"{file} needs {need}; this processor ({processor.name}) {has} {need}.",
-            f"bundle a run without quantize.full_range, which is right on every processor{use}",
-        )

@@ -6,7 +6,8 @@ measured the line says so.
 
 from collections.abc import Mapping
 
-from care_compress.machine import ISA_LIMITS, LIMITS_WITHOUT_DOT_PRODUCTS, Cpu
+from care_compress.device.processor import ISA_LIMITS, LIMITS_WITHOUT_DOT_PRODUCTS
+from care_compress.machine import Cpu
 
 _NO_LIMIT = ("DEFAULT", "ALL")
 
