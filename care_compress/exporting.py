@@ -112,12 +112,14 @@ def chosen_targets(recipe: Recipe) -> tuple[Target, ...]:
     targets = all_targets() if names is None else tuple(load_target(name) for name in names)
     if recipe.full_range:
         targets = tuple(target.at_full_range() for target in targets)
-    return tuple(placed_here(target) for target in targets)
+    return tuple(placed(target, recipe) for target in targets)
 
 
-def placed_here(target: Target) -> Target:
-    """The target in the placement for this processor; a file is right on the others, too."""
-    return target.placed(target.placement_for(machine.dot_products_in(target.runtime)))
+def placed(target: Target, recipe: Recipe) -> Target:
+    """The target in the placement for the processors meant; a file is right on all others, too."""
+    asked = recipe.export.dot_products
+    here = machine.dot_products_in(target.runtime) if asked is None else asked
+    return target.placed(target.placement_for(here))
 
 
 def about_export(variants: Variants, validation: Samples) -> About:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, TrainingError
-from care_compress.exporting import check_targets, chosen_targets, placed_here
+from care_compress.exporting import check_targets, chosen_targets, placed
 from care_compress.model.care import build_model
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.compact import CompactCare
@@ -104,7 +104,7 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
     section = own_section(recipe)
     target = None
     if exported_to is not None:
-        target = placed_here(load_target(exported_to, recipe.full_range))
+        target = placed(load_target(exported_to, recipe.full_range), recipe)
     plan = plan_recipe(recipe, target)
     targets = check_exportable(recipe, Console(quiet=True)) if target is None else [target]
     space = space_of(recipe, plan, targets)
@@ -114,9 +114,7 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
         rules = section.rules if target is None else export_rules(recipe, section, target)
         print_plan(plan, rules, console)
         if target is not None and target.placements:
-            console.print(
-                f"[bold]placement[/] on this processor: {target.placement}", highlight=False
-            )
+            console.print(f"[bold]placement[/]: {target.placement}", highlight=False)
         console.print(f"[bold]disk[/] of a run: {space}", highlight=False, soft_wrap=True)
 
 

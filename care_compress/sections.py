@@ -131,6 +131,9 @@ class ExportSection(Section):
     images: Count = Field(
         256, description="validation images on which a file must answer as the model does"
     )
+    dot_products: bool | None = Field(
+        None, description="of the processors CPU files are laid out for; as here if left out"
+    )
     target_rules: bool = Field(
         True, description="follow a target's own rules (TensorRT: depthwise convs stay in float)"
     )

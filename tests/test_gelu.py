@@ -14,6 +14,8 @@ from care_compress import machine
 from care_compress.errors import RecipeError
 from care_compress.export.float_graph import float_graph
 from care_compress.export.gelu import write_gelu
+from care_compress.exporting import chosen_targets
+from care_compress.recipe import load_recipe
 from care_compress.target import AS_SHIPPED, TARGETS_DIR, load_target, read_target
 
 NEAR = 5e-4
@@ -84,6 +86,18 @@ def test_a_hidden_instruction_set_counts_for_openvino_alone(
     assert machine.dot_products_in("onnxruntime") is True
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
     assert machine.dot_products_in("openvino") is True
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_files_are_laid_out_for_other_processors_on_request(
+    here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "dot_products_in", lambda runtime: here)
+    for asked in (None, True, False):
+        recipe = load_recipe("int8_ptq", [], {"export.dot_products": asked})
+        wanted = here if asked is None else asked
+        for target in chosen_targets(recipe):
+            assert target.placement == load_target(target.name).placement_for(wanted)
 
 
 def test_a_class_whose_placement_is_missing_is_refused(tmp_path: Path) -> None:
