@@ -12,6 +12,7 @@ from PIL import Image
 
 from care_compress.data.loader import (
     BadImages,
+    _receive,
     evaluation_batches,
     steps_per_epoch,
     training_batches,
@@ -209,6 +210,16 @@ def test_an_error_ends_the_workers():
 def test_a_dead_worker_is_a_named_error():
     with pytest.raises(DataError, match="decoding process died.*data.workers"):
         evaluate(Fake(deadly={9}), 2)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset"), EOFError()])
+def test_a_worker_that_dies_with_a_batch_in_its_hands_is_named_too(error):
+    def handed_over():
+        raise error
+        yield
+
+    with pytest.raises(DataError, match="decoding process died: [^.]"):
+        list(_receive(handed_over(), BadImages(), None))
 
 
 def test_a_death_does_not_interrupt_other_code():

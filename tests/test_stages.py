@@ -44,7 +44,7 @@ KEYS: dict[str, tuple[str, set[str]]] = {
 IN_QUANTIZE: dict[str, tuple[str, set[str]]] = {
     "qat": ("null", {"qat"}),
     "calibrate": ("{images: 3}", {"calibration", "ptq"}),
-    "nncf": ("{preset: performance}", {"ptq", "qat"}),
+    "nncf": ("{preset: performance, ignored_types: [MatMul]}", {"ptq", "qat"}),
 }
 
 
@@ -97,6 +97,7 @@ def test_every_key_of_quantize_redoes_ptq_unless_said_otherwise(trained: Path) -
         "bias_correction": "false",
         "reconstruct": "{steps: 2}",
         "search": "{trials: 1}",
+        "full_range": "true",
     }
     assert {*settings, *IN_QUANTIZE} == QuantizeSection.model_fields.keys()
     for key, value in settings.items():

@@ -208,11 +208,12 @@ def _receive(
             decoded: _Decoded | CareError = next(iterator)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        # One that dies while it hands a batch over is seen at its socket.
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             raise DataError(
-                f"a decoding process died: {error}.",
+                f"a decoding process died: {str(error) or type(error).__name__}.",
                 "memory or shared memory (/dev/shm) may have run out: lower data.workers",
             ) from None
         if isinstance(decoded, CareError):
