@@ -1,18 +1,10 @@
-"""GELU in the form that a processor computes fastest, nearer to it than 8 bits can tell.
+"""GELU written in the form that a processor computes fastest.
 
-By erf it was a quarter of OpenVINO's INT8 time with AVX2, a sixth of ONNX Runtime's. Two forms
-replace it there, each within 5e-4 of x Phi(x) everywhere; a step of 8 bits is ten times that or
-more wherever GELU's output reaches 1.1.
-
-`products`, for OpenVINO, which fuses them into one loop: with t = |x| and s = max(T - t, 0),
-
-    x Phi(x) = max(x, 0) - t (1 - Phi(t)),    1 - Phi(t) ~ (s^2 (b + c s))^8,
-
-because the eighth root of the normal tail is nearly a polynomial, and three squares are cheaper
-than the degree it would take itself. T, b and c have the smallest largest error (3.5e-4).
-
-`tanh`, for ONNX Runtime, which would run the products one by one: x (1 + tanh(u)) / 2 with
-u = sqrt(2/pi) (x + 0.044715 x^3) (arXiv 1606.08415), an attribute of the same operation (4.8e-4).
+By erf it takes an exponential and a division for every value. AVX512 looks both up in registers;
+with AVX2 that was a quarter of the INT8 time of OpenVINO, a sixth of ONNX Runtime's. There OpenVINO
+gets `products`, which it fuses into one loop, and ONNX Runtime, which would run them one by one,
+`tanh`, an attribute of the same operation. The formulas stand in `care_compress.quantize.gelu`,
+which simulates them.
 
 Only images: the head's GELU is one vector, and its rounding would be that of the logits.
 """
@@ -21,9 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from care_compress.export.float_graph import add_constant
-
-REACH, SLOPE, CURVE = 6.50111819, 5.12145735e-2, -4.53909250e-3  # T, b and c
-_SQUARES = 3  # of the eighth power
+from care_compress.quantize.gelu import CURVE, REACH, SLOPE, SQUARES
 
 
 def write_gelu(model: ir.Model, form: str) -> None:
@@ -68,7 +58,7 @@ class _Products:
         near = made("Relu", "near", made("Sub", "left", self.reach, size))
         line = made("Add", "line", made("Mul", "bent", near, self.curve), self.slope)
         tail = made("Mul", "root", made("Mul", "near2", near, near), line)
-        for number in range(_SQUARES):
+        for number in range(SQUARES):
             tail = made("Mul", f"power{2 << number}", tail, tail)
         given = made("Sub", "given", made("Relu", "above", x), made("Mul", "below", tail, size))
         ir.convenience.replace_all_uses_with(out, given)

@@ -16,6 +16,7 @@ from torch import Tensor
 from care_compress.model.compact import CompactCare
 from care_compress.quantization_sections import RuleSection
 from care_compress.quantize.fakequant import IntQuantizer
+from care_compress.quantize.gelu import use_gelu
 from care_compress.quantize.placement import ROOT, QuantizedCare, replanned
 from care_compress.quantize.plan import ATTENTION_PRODUCTS, make_plan
 from care_compress.quantize.spec import Plan, TensorSpec
@@ -61,6 +62,7 @@ def retarget(
         quantizer.set_qparams(scale, zero_point)
         if target.is_typed:
             quantizer.scale.copy_(_round_up_to_half(quantizer.scale))
+    use_gelu(moved, target.gelu)
     if target.runtime == "onnxruntime":
         _round_biases(moved)
     return moved
