@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from stored import stored_weights
 from tiny import image_folder
 
 import care_compress
@@ -62,6 +64,16 @@ def quantizers(path: Path) -> int:
     return sum(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
 
 
+def no_pair_overflows(path: Path) -> int:
+    """How many weights stand where products are added in 16 bits, none of which overflows there.
+
+    Those of a depthwise convolution, (C, 1, 1, h, w), do not: its kernel adds in 32 bits.
+    """
+    weights = [one for one in stored_weights(path).values() if one.ndim < 5]
+    assert all(255 * 2 * np.abs(one.astype(int)).max() <= np.iinfo(np.int16).max for one in weights)
+    return len(weights)
+
+
 def test_the_recipe_ends_with_a_file_that_openvino_runs_as_well_as_the_float_model(
     tmp_path: Path,
 ) -> None:
@@ -81,7 +93,9 @@ def test_the_recipe_ends_with_a_file_that_openvino_runs_as_well_as_the_float_mod
     assert results["model"] == "ptq/model.xml"
     ptq = results["candidates"]["ptq"]
     assert abs(ptq["drop"]) <= 1.0 and ptq["agreement"] >= 97.0 and ptq["sqnr_db"] >= 25.0
-    predict = open_predictor(str(tmp_path / "int8_ptq_nncf" / "ptq" / "model.xml"), CPU)
+    path = tmp_path / "int8_ptq_nncf" / "ptq" / "model.xml"
+    assert no_pair_overflows(path) > 30
+    predict = open_predictor(str(path), CPU)
     assert predict.num_classes == 40
     images = torch.randn(5, 3, 64, 64)
     assert torch.allclose(predict(images)[3:], predict(images[3:]), atol=1e-4), "any batch size"
@@ -109,6 +123,10 @@ def test_the_trained_simulation_and_the_file_are_near(
     network: CompactCare, calibration: Calibration, tmp_path: Path
 ) -> None:
     model = nncf_qat.simulated(network, SMOOTH, False, calibration)
+    with torch.no_grad():  # as training may do: beyond the range that was calibrated
+        for name, weight in model.named_parameters():
+            if name.endswith(".weight") and weight.dim() == 4 and weight.shape[1] > 1:
+                weight.view(-1)[0] *= 3
     (images, *_) = calibration.batches()
     path = tmp_path / "model.xml"
     exportable = nncf_qat._exportable(model, 64)
@@ -120,6 +138,7 @@ def test_the_trained_simulation_and_the_file_are_near(
     # The file should be as near; 24 dB is measured, and the cause is not known yet.
     assert float((ran - simulated).norm() / simulated.norm()) < 0.1, "20 dB"
     assert quantizers(path) > 20
+    assert no_pair_overflows(path) > 30
 
 
 def qat_recipe(images: Path, checkpoint: Path) -> Any:
