@@ -15,10 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
+from care_compress.files import fingerprint, sha256_file, write_text
+from care_compress.machine import git_revision
 from care_compress.model.checkpoint import resolve_checkpoint
 from care_compress.pipeline import run_recipe
-from care_compress.recipe import Recipe, load_recipe
-from care_compress.run import fingerprint, git_revision, sha256_file, write_text
+from care_compress.recipe.recipe import Recipe, load_recipe
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "RESULTS.md"
 FOLDED = "rewrite.fold_norms=true"

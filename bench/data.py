@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.sources import open_samples
-from care_compress.sections import DataSection
+from care_compress.recipe.sections import DataSection
 
 SIZE = (500, 375)  # the usual ImageNet image
 CLASSES = 10

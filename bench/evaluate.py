@@ -31,9 +31,9 @@ from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
 from care_compress.evaluate.accuracy import BATCH_SIZES, measure_accuracy, spread_indices
-from care_compress.predictor import Predictor
-from care_compress.runtime.opening import open_predictor
-from care_compress.sections import DataSection
+from care_compress.model.predictor import Predictor
+from care_compress.recipe.sections import DataSection
+from care_compress.runtime.artifact import open_predictor
 
 BATCH_SIZE = BATCH_SIZES["cpu"]
 QUIET = Console(quiet=True)

@@ -21,12 +21,12 @@ from peers import publish
 from rich.console import Console
 
 from care_compress import machine
-from care_compress.evaluate.exports import digest_of
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
-from care_compress.evaluate.significance import ratio_interval
+from care_compress.evaluate.pairs import ratio_interval
+from care_compress.files import digest_of, fingerprint, write_text
+from care_compress.machine import git_revision
 from care_compress.model.care import ARCHITECTURES
-from care_compress.recipe import load_recipe
-from care_compress.run import fingerprint, git_revision, write_text
+from care_compress.recipe.recipe import load_recipe
 from care_compress.runtime.on_openvino import has_bfloat16
 from care_compress.runtime.runners import open_runner
 

@@ -21,14 +21,14 @@ from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.shapes import Shapes
 from care_compress.data.sources import open_samples
 from care_compress.errors import RunError
-from care_compress.evaluate.exports import digest_of
+from care_compress.files import digest_of, write_text
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.selection import CalibrationSet, read_list
-from care_compress.recipe import Recipe, load_recipe, parse, read_yaml
-from care_compress.run import write_text
-from care_compress.sections import DataSection
+from care_compress.recipe.reading import read_yaml
+from care_compress.recipe.recipe import Recipe, load_recipe, parse
+from care_compress.recipe.sections import DataSection
 
 CLASSES = 1000  # as the published heads have
 IMAGES = {"train": 128, "val": 64}

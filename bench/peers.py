@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from care_compress.export.float_graph import INPUT, float_graph
+from care_compress.files import atomic_file
+from care_compress.libraries import load_nncf, load_openvino, openvino_core, silent
 from care_compress.model.care import Care
-from care_compress.quantize.nncf_backend import save_openvino
-from care_compress.quantize.openvino_library import load_nncf, load_openvino, openvino_core
-from care_compress.quantize.quiet import silent
-from care_compress.run import atomic_file
+from care_compress.quantize.nncf_ptq import save_openvino
 
 PRODUCTS = ["Conv", "MatMul", "Gemm"]
 PUBLISHED, STATIC, STATIC_PRODUCTS = "published", "ort_static", "ort_static_products"

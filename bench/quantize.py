@@ -20,13 +20,13 @@ from care_compress.data.transforms import normalize
 from care_compress.model.care import build_model
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
-from care_compress.quantization_sections import QatSection, RangeMethod, TensorSection
 from care_compress.quantize.calibrate import calibrate
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.qat import FollowFloat, parameter_groups, prepare_to_learn
-from care_compress.recipe import load_recipe
-from care_compress.sections import TrainSection
+from care_compress.recipe.quantize import QatSection, RangeMethod, TensorSection
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import TrainSection
 from care_compress.train.objective import Classification
 
 METHODS: tuple[RangeMethod, ...] = ("min_max", "percentile", "mse", "entropy")

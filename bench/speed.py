@@ -36,9 +36,8 @@ from torch import Tensor
 
 from care_compress import machine
 from care_compress.errors import TargetError
-from care_compress.evaluate.exports import digest_of, size_of
 from care_compress.evaluate.latency import Latency, LatencyPlan, measure_latency
-from care_compress.run import fingerprint, write_text
+from care_compress.files import digest_of, fingerprint, size_of, write_text
 from care_compress.runtime.on_openvino import has_bfloat16
 from care_compress.runtime.runners import Runner, open_runner
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from care_compress.data.loader import Batch
 from care_compress.data.transforms import normalize
-from care_compress.sections import TrainSection
+from care_compress.recipe.sections import TrainSection
+from care_compress.run.processes import World
 from care_compress.train.display import Silent
-from care_compress.train.distributed import World
 from care_compress.train.loop import Course, Groups, decayed_and_free, set_up, train_step
 from care_compress.train.objective import Objective
 

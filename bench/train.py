@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from care_compress.data.transforms import normalize
 from care_compress.model.care import build_model
-from care_compress.sections import AugmentSection, TrainSection
+from care_compress.recipe.sections import AugmentSection, TrainSection
 from care_compress.train.display import TrainingDisplay
 from care_compress.train.objective import Classification
 

@@ -4,34 +4,56 @@ Heavy imports stand inside the verbs, so that ``--help`` and ``doctor`` answer a
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 
+from care_compress.console import Terminal, one_line, shortened
 from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
-from care_compress.measuring_verbs import app as measuring
-from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe, recipe_files
-from care_compress.stopping import full_disks_named, stops_in_order
-from care_compress.terminal import Terminal, one_line, shortened
-from care_compress.verb_options import (
-    ArchName,
-    Checkpoint,
-    Crop,
-    Override,
-    RecipeName,
-    Resolution,
-    RunName,
-    Runs,
-    SkipBad,
-    Source,
-    ValFraction,
-    plain_name,
+from care_compress.recipe.recipe import (
+    RECIPES_DIR,
+    Recipe,
+    load_recipe,
+    parse_section,
+    recipe_files,
 )
+from care_compress.recipe.sections import DataSection
+from care_compress.signals import full_disks_named, stops_in_order
+
+RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or a .yaml file")]
+Checkpoint = Annotated[str | None, typer.Option(help="model.checkpoint: file or builtin:NAME")]
+ArchName = Annotated[str | None, typer.Option(help="model.arch; inferred if left out")]
+Source = Annotated[str | None, typer.Option(help="data.source: folder, zip, hf:, wds:")]
+Resolution = Annotated[int | None, typer.Option(help="data.resolution")]
+Crop = Annotated[float | None, typer.Option(help="data.crop_pct")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad-images", help="data.skip_bad_images: count them and go on")
+]
+ValFraction = Annotated[float | None, typer.Option(help="data.val_fraction")]
+Override = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable")]
+# Not --run: torchrun would take that for an abbreviation of its own --run-path.
+RunName = Annotated[str | None, typer.Option(help="run name; the recipe's if left out")]
+LONGEST_NAME = 128  # bytes; files beside a run are named after it
+Precision = Literal["f32", "bf16", "f16"]
+Runs = Annotated[Path, typer.Option(help="where run directories live")]
+
+
+def plain_name(run: str) -> str:
+    """A run's name, if it leads nowhere else and any file system takes it."""
+    plain = run.isprintable() and 0 < len(os.fsencode(run)) <= LONGEST_NAME
+    if not plain or Path(run).name != run or run.startswith("."):
+        raise CareError(
+            f"{shortened(repr(run))} is no run name.",
+            "use a plain name, and --runs for the folder",
+        )
+    return run
+
 
 app = typer.Typer(
     help="Make a float CARE Transformer small and fast on edge devices. "
@@ -40,7 +62,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(measuring)
 
 # What the short options of the verbs set in a recipe.
 KEYS = {
@@ -123,7 +144,7 @@ def plan(
     """Show what a recipe makes of every layer, and which rule decided; needs no data."""
     chosen = _chosen(recipe, set_, ckpt=ckpt, arch=arch, res=res)
 
-    from care_compress.planning import show_plan
+    from care_compress.preflight import show_plan
 
     show_plan(chosen, target, json, Terminal())
 
@@ -145,7 +166,7 @@ def sensitivity(
     chosen = _chosen(recipe, set_, ckpt=ckpt, arch=arch, data=data, res=res, crop=crop)
     run = _run_name(name or f"{chosen.name}_sensitivity", chosen)
 
-    from care_compress.study import run_sensitivity
+    from care_compress.quantize.study import run_sensitivity
 
     run_sensitivity(chosen, runs, run, images, Terminal())
 
@@ -178,7 +199,7 @@ def select(
         images=images,
     )
 
-    from care_compress.study import select_calibration
+    from care_compress.quantize.study import select_calibration
 
     select_calibration(chosen, out, Terminal())
 
@@ -193,7 +214,7 @@ def tune(
     runs: Runs = Path("runs"),
 ) -> None:
     """Find the placement that is fastest on this processor, and export it."""
-    from care_compress.tuning import TuneOptions, run_tune
+    from care_compress.export.tune import TuneOptions, run_tune
 
     options = TuneOptions(images, max_drop, again)
     run_tune(runs, plain_name(run), target, options, Terminal())
@@ -209,7 +230,7 @@ def bundle(
     runs: Runs = Path("runs"),
 ) -> None:
     """Pack what a device needs to verify and measure the models, and a Jetson to build engines."""
-    from care_compress.deploying import make_bundle
+    from care_compress.export.deploy import make_bundle
 
     make_bundle(runs, plain_name(run), target, Terminal())
 
@@ -221,7 +242,7 @@ def engine(
     runs: Runs = Path("runs"),
 ) -> None:
     """Build a target's engines here and verify them; needs its TensorRT and its GPU."""
-    from care_compress.deploying import make_engine
+    from care_compress.export.deploy import make_engine
 
     sys.exit(make_engine(runs, plain_name(run), target, Terminal()))
 
@@ -233,7 +254,7 @@ def import_results(
     runs: Runs = Path("runs"),
 ) -> None:
     """Merge what a device measured into the run that its bundle came from."""
-    from care_compress.deploying import take_results
+    from care_compress.export.deploy import take_results
 
     take_results(file, runs, run, Terminal())
 
@@ -243,7 +264,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Show what this machine can export, build, run and measure."""
-    from care_compress.doctor import run_doctor
+    from care_compress.runtime.doctor import run_doctor
 
     run_doctor(as_json=json)
 
@@ -253,7 +274,7 @@ def recipes(
     check: Annotated[bool, typer.Option(help="only validate every recipe and target")] = False,
 ) -> None:
     """List the recipes that ship."""
-    from care_compress.target import all_targets
+    from care_compress.recipe.target import all_targets
 
     loaded = [load_recipe(str(path)) for path in recipe_files()]
     targets = all_targets()
@@ -305,3 +326,159 @@ def _told(error: Exception) -> str:
     verb = context.command_path if context is not None else "care-compress"
     message: str = error.format_message()  # type: ignore[attr-defined]
     return f"{message} Fix: see {verb} --help"
+
+
+@app.command()
+def accuracy(
+    artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME, .onnx, .xml, .engine")],
+    data: Annotated[str, typer.Option(help="folder, zip, hf:, wds: or builtin: source")],
+    res: Annotated[int, typer.Option(help="input resolution")],
+    crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
+    images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="images at once; 16 on a CPU, 256 on a GPU")
+    ] = None,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="count them and go on")
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="other data keys: mean=[0.5,0.5,0.5]")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="also write the numbers here; resumes if interrupted")
+    ] = None,
+) -> None:
+    """Measure top-1 and top-5 of one artifact on the validation images of a source."""
+    values = {
+        "source": data,
+        "resolution": res,
+        "crop_pct": crop,
+        "skip_bad_images": skip_bad_images,
+    }
+    section = parse_section(DataSection, values, set_ or [], "the command line")
+
+    from care_compress.evaluate.scoring import measure_artifact
+
+    measure_artifact(artifact, section, images, batch, json, Terminal())
+
+
+@app.command()
+def latency(
+    artifact: Annotated[str, typer.Argument(help=".onnx, .xml, .engine, checkpoint, builtin:NAME")],
+    batch: Annotated[str, typer.Option(help="images at once, separated by commas")] = "1,8",
+    threads: Annotated[
+        str | None, typer.Option(help="separated by commas; one and all if left out")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="what OpenVINO may round floats to; its own choice")
+    ] = None,
+    res: Annotated[
+        int | None, typer.Option(min=32, max=4096, help="where the file leaves it open")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+) -> None:
+    """Time one artifact: latency, throughput, load time, peak memory, size; and the machine."""
+    batches = _counts("--batch", batch)
+    counts = None if threads is None else _counts("--threads", threads)
+
+    from care_compress.evaluate.latency import SpeedOptions, measure_speed
+
+    measure_speed(artifact, SpeedOptions(batches, counts, precision, res, json), Terminal())
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    """``1,8`` as numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("0*[1-9][0-9]{0,5}", part) for part in parts):
+        raise CareError(f"{option} {text!r} is no list of positive numbers.", f"write {option} 1,8")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="baseline, then others: runs, recipes, precisions (fp32 int8), files"),
+    ],
+    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    max_drop: Annotated[float | None, typer.Option(min=0, help="points of top-1")] = None,
+    min_speedup: Annotated[float | None, typer.Option(min=0, help="over the first model")] = None,
+    data: Annotated[str | None, typer.Option(help="for bare files: their images")] = None,
+    res: Annotated[int, typer.Option(help="for bare files: their resolution")] = 224,
+    crop: Annotated[float, typer.Option(help="for bare files: their crop ratio")] = 0.875,
+    report: Annotated[bool, typer.Option(help="write report.html of the last run, too")] = True,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Accuracy and latency side by side on every target; exit code 0 if every budget holds."""
+    section = None
+    if data is not None:
+        values = {"source": data, "resolution": res, "crop_pct": crop}
+        section = parse_section(DataSection, values, [], "the command line")
+
+    from care_compress.evaluate.compare import run_compare
+    from care_compress.evaluate.comparison import CompareOptions
+
+    wanted = None if targets is None else tuple(targets.split(","))
+    options = CompareOptions(wanted, images, json, max_drop, min_speedup, section, report=report)
+    sys.exit(run_compare(models, runs, options, Terminal()))
+
+
+@app.command()
+def fidelity(
+    run: Annotated[str, typer.Argument(help="a run's name")],
+    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
+    images: Annotated[int, typer.Option(min=1, help="N evenly spaced validation images")] = 16,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Follow a run from the float model to each file: what every step loses, and where."""
+    from care_compress.evaluate.fidelity import run_fidelity
+
+    wanted = None if targets is None else tuple(targets.split(","))
+    run_fidelity(runs, plain_name(run), wanted, images, json, Terminal())
+
+
+@app.command()
+def layers(
+    file: Annotated[Path, typer.Argument(help="an .onnx, .xml or .engine file, anyone's")],
+    res: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="input resolution; the file's own")
+    ] = None,
+    precision: Annotated[
+        Literal["f32", "bf16"], typer.Option(help="what OpenVINO may round floats to")
+    ] = "f32",
+    json: Annotated[Path | None, typer.Option(help="also write every layer here")] = None,
+) -> None:
+    """Show what a runtime makes of a file: its layers, their precision and their time."""
+    from care_compress.evaluate.layers import show_layers
+
+    show_layers(file, res, precision, json, Terminal())
+
+
+@app.command()
+def reference(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="some of its recipes; all if left out")
+    ] = None,
+    accepted: Annotated[
+        Path | None, typer.Option(help="accepted values; eval/reference.yaml if left out")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Check that recipes still give the accepted top-1 and size; exit code 1 if one drifted."""
+    from care_compress.evaluate.reference import REFERENCE_FILE, run_reference
+
+    sys.exit(run_reference(recipes or [], accepted or REFERENCE_FILE, runs, Terminal()))
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="a run's name")] = "int8_qat",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write report.html and report.md of a finished run."""
+    from care_compress.report.write import write_report
+
+    write_report(runs / plain_name(run), Terminal())

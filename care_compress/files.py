@@ -4,11 +4,19 @@ A pipe under a file's name would be waited on for ever, ``/dev/zero`` has no end
 of terabytes costs its author nothing.
 """
 
+import contextlib
+import hashlib
 import json
+import math
 import os
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from care_compress.errors import RunError
 
 MOST_JSON = 1 << 28  # bytes; the evidence of the largest run is some thousandth of it
 
@@ -37,3 +45,133 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path, MOST_JSON))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def json_text(value: object, indent: int = 2) -> str:
+    """The text of a JSON file; `RunError` names the first figure that is none."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False) + "\n"
+    except ValueError as error:
+        place = next(not_finite(value), None)
+        if place is None:
+            raise
+        raise RunError(
+            f"{place} came out as no number, and a result that holds one is worth nothing.",
+            "check the images and the checkpoint; if they are sound, please report it",
+        ) from error
+
+
+def not_finite(value: Any, at: str = "") -> Iterator[str]:
+    """Where in nested plain data a NaN or an infinity stands: ``candidates.ptq.drop``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield at
+    inner: dict[Any, Any] = value if isinstance(value, dict) else {}
+    if isinstance(value, list | tuple):
+        inner = dict(enumerate(value))
+    for key, one in inner.items():
+        yield from not_finite(one, f"{at}.{key}".lstrip("."))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it into place only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        os.close(handle)
+        yield temporary
+        _flush(temporary)
+        # mkstemp makes files private; a result is as readable as the umask allows.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        _flush(path.parent)  # the new name, too, has to outlive a power cut
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """`replacing`, for the files of a run: what fails is said in a user's words."""
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for what is on its way there; the next run sweeps a killed one's."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        ) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _flush(path: Path) -> None:
+    """Until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote."""
+    for leftover in list(folder.rglob(".*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _not_writable(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"cannot write {path}: {error.strerror}.",
+        "make room there, or choose another place (--runs, --json)",
+    )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: object) -> str:
+    """Hex digest of plain data; equal data, equal digest, on any machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a model; OpenVINO's is two files."""
+    return sum(part.stat().st_size for part in model_files(path))
+
+
+def digest_of(path: Path) -> str:
+    """Digest of a model; of OpenVINO's two files together."""
+    digests = [sha256_file(part) for part in model_files(path)]
+    return digests[0] if len(digests) == 1 else fingerprint(digests)
+
+
+def model_files(path: Path) -> tuple[Path, ...]:
+    """The files of a model; OpenVINO's weights lie beside its graph."""
+    return (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from care_compress.console import one_line
 from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
-from care_compress.terminal import one_line
 
 torch.set_num_threads(1)
 # Caches of libraries, which are theirs and not the product's, stand where nothing is looked at.

@@ -21,18 +21,18 @@ from PIL import Image
 from rich.console import Console
 
 from care_compress.cli import main
-from care_compress.contenders import contenders
 from care_compress.data.loader import BadImages, evaluation_batches
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
-from care_compress.deploying import bundle_content, take_results
 from care_compress.device.manifest import BUNDLE_KIND, open_bundle
 from care_compress.errors import CareError
-from care_compress.finished import find_run
+from care_compress.evaluate.resolve import contenders
+from care_compress.export.deploy import bundle_content, take_results
 from care_compress.quantize.selection import read_list
+from care_compress.recipe.sections import DataSection
+from care_compress.recipe.target import load_target
 from care_compress.report.write import write_report
-from care_compress.sections import DataSection
-from care_compress.target import load_target
+from care_compress.run.finished import find_run
 
 CASES = Cases("archives")
 SIZE = 32

@@ -28,8 +28,8 @@ from care_compress.errors import CheckpointError, UnsafeCheckpointError
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint
 from care_compress.quantize.artifact import save_quantized
-from care_compress.runtime.opening import open_predictor
-from care_compress.sections import RewriteSection
+from care_compress.recipe.sections import RewriteSection
+from care_compress.runtime.artifact import open_predictor
 
 CASES = Cases("checkpoints")
 CPU = torch.device("cpu")

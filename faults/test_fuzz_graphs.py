@@ -29,8 +29,7 @@ from care_compress.errors import TargetError
 from care_compress.export.float_graph import float_graph
 from care_compress.model.rewrite import rewrite
 from care_compress.runtime import probe as probing
-from care_compress.runtime.inputs import input_size
-from care_compress.runtime.opening import open_predictor
+from care_compress.runtime.artifact import input_size, open_predictor
 from care_compress.runtime.probe import probe
 
 onnx_ir = pytest.importorskip("onnx_ir")

@@ -19,7 +19,7 @@ from care_compress.data.loader import BadImages, evaluation_batches
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform, TrainTransform
 from care_compress.errors import BadImageError
-from care_compress.sections import AugmentSection, DataSection
+from care_compress.recipe.sections import AugmentSection, DataSection
 
 CASES = Cases("images")
 SIZE = 32

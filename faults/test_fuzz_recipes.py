@@ -14,12 +14,12 @@ from fuzzing import LONGEST_LINE, Cases, damaged, memory_limit, obeyed, sealed, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from care_compress.cli import main
-from care_compress.quantization_sections import QuantizeSection
-from care_compress.recipe import MOST_BYTES, Recipe, load_recipe, recipe_files
-from care_compress.sections import DataSection, ExportSection, ModelSection, TrainSection
-from care_compress.target import TARGETS_DIR, Target, read_target, target_files
-from care_compress.verb_options import plain_name
+from care_compress.cli import main, plain_name
+from care_compress.recipe.quantize import QuantizeSection
+from care_compress.recipe.reading import MOST_BYTES
+from care_compress.recipe.recipe import Recipe, load_recipe, recipe_files
+from care_compress.recipe.sections import DataSection, ExportSection, ModelSection, TrainSection
+from care_compress.recipe.target import TARGETS_DIR, Target, read_target, target_files
 
 CASES = Cases("recipes")
 MINIMAL = "claim: a test\nmodel: {checkpoint: x.pth}\n"

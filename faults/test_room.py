@@ -7,9 +7,9 @@ from quantized import small_start
 from rich.console import Console
 
 from care_compress.pipeline import run_recipe
-from care_compress.planning import plan_recipe, space_of
-from care_compress.recipe import load_recipe
-from care_compress.target import load_target
+from care_compress.preflight import plan_recipe, space_of
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.target import load_target
 
 QUIET = Console(quiet=True)
 

@@ -7,10 +7,10 @@ import pytest
 from faulty import Product, assert_same, small_recipe
 from rich.console import Console
 
-from care_compress import exporting
 from care_compress.errors import ExportError
+from care_compress.export import stage as exporting
 from care_compress.pipeline import run_recipe
-from care_compress.recipe import Recipe, load_recipe
+from care_compress.recipe.recipe import Recipe, load_recipe
 
 EXPORTS = {"export onnxruntime-cpu", "export openvino-cpu"}
 AFTER_PTQ = {"ptq", "evaluate ptq", "qat", "evaluate qat", *EXPORTS}

@@ -27,7 +27,7 @@ from tiny import image_folder
 
 from care_compress.cli import main
 from care_compress.model.checkpoint import save_checkpoint
-from care_compress.run import Run
+from care_compress.run.directory import Run
 
 LONGEST = 240.0  # seconds; what takes longer hangs
 Harm = Callable[[], None]

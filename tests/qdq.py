@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from care_compress.device.images import normalize_pixels
 from care_compress.export.bundle import BundleContent, Model
-from care_compress.run import sha256_file
+from care_compress.files import sha256_file
 
 SIDE = 16
 CLASSES = 5

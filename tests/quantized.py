@@ -16,10 +16,10 @@ from care_compress.model.care import Care
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
-from care_compress.quantization_sections import QuantizeSection, RuleSection
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.ptq import PtqJob, Quantized, quantize_network
-from care_compress.sections import DataSection, RewriteSection
+from care_compress.recipe.quantize import QuantizeSection, RuleSection
+from care_compress.recipe.sections import DataSection, RewriteSection
 
 SIZE = 32
 KEPT = RewriteSection(fold_norms=False)

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from care_compress.quantize.openvino_library import openvino_core
+from care_compress.libraries import openvino_core
 
 
 def stored_weights(path: Path) -> dict[str, NDArray[np.int8]]:

@@ -21,9 +21,9 @@ from care_compress.evaluate.accuracy import Accuracy, own_share
 from care_compress.evaluate.scoring import measure_artifact
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
-from care_compress.recipe import load_recipe
-from care_compress.sections import DataSection
-from care_compress.train.distributed import World
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import DataSection
+from care_compress.run.processes import World
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = Console(quiet=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from care_compress.errors import CareError, RunError
 from care_compress.evaluate.latency import Latency, LatencyPlan
-from care_compress.sections import DataSection
+from care_compress.recipe.sections import DataSection
 
 SIZE = 32
 

@@ -14,9 +14,9 @@ from qdq import make_content
 
 from care_compress.device.manifest import open_bundle
 from care_compress.errors import CareError
-from care_compress.export import stitch
+from care_compress.evaluate.device_measurements import DeviceResultsError, import_results
+from care_compress.export import bundle as stitch
 from care_compress.export.bundle import BundleContent, write_bundle
-from care_compress.export.device_results import DeviceResultsError, import_results
 
 DIGEST = "0123456789abcdef" * 4
 

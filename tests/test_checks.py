@@ -15,9 +15,8 @@ from quantized import SIZE, care, network, section
 from rich.console import Console
 from tiny import image_folder, recipe_file
 
-from care_compress import variants
+from care_compress.data.checks import Contents, overlap_findings
 from care_compress.data.loader import BadImages, Batch, evaluation_batches
-from care_compress.data.overlap import Contents, overlap_findings
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
 from care_compress.errors import (
@@ -30,20 +29,20 @@ from care_compress.errors import (
 )
 from care_compress.evaluate.accuracy import answers_finding, count_batch
 from care_compress.evaluate.agreement import Agreement, compare_logits
-from care_compress.evaluate.answers import collect_answers
-from care_compress.evaluate.exports import Exported, File
-from care_compress.evaluate.paired import count_pairs
-from care_compress.figures import json_text
+from care_compress.evaluate.pairs import collect_answers, count_pairs
+from care_compress.export import variants
+from care_compress.export.result import Exported, File
+from care_compress.files import json_text
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.calibrate import calibrate
 from care_compress.quantize.health import Health, share_cut
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
-from care_compress.recipe import load_recipe
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import DataSection
+from care_compress.recipe.target import load_target
 from care_compress.report.write import write_report
-from care_compress.sections import DataSection
-from care_compress.target import load_target
 
 QUIET = Console(quiet=True)
 CLIPPING = {

@@ -16,27 +16,27 @@ from comparison import cpu_results
 from quantized import small_start
 from rich.console import Console
 
-from care_compress.boards import board_verdict
-from care_compress.comparing import run_compare
-from care_compress.comparison import CompareOptions
 from care_compress.data.loader import Batch
-from care_compress.deploying import take_results
 from care_compress.errors import CareError, DataError, RecipeError, RunError, TargetError
-from care_compress.evaluate.answers import collect_answers
-from care_compress.evaluate.exports import digest_of
+from care_compress.evaluate.compare import run_compare
+from care_compress.evaluate.comparison import CompareOptions
+from care_compress.evaluate.device_measurements import board_verdict
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
-from care_compress.evaluate.significance import (
+from care_compress.evaluate.pairs import (
     calibration_error,
+    collect_answers,
     drop_interval,
     mcnemar_p,
     ratio_interval,
 )
 from care_compress.evaluate.verdicts import Drop, judge
+from care_compress.export.deploy import take_results
+from care_compress.files import digest_of
 from care_compress.pipeline import run_recipe
-from care_compress.recipe import load_recipe
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import DataSection
+from care_compress.recipe.target import DOT_PRODUCTS
 from care_compress.report.write import write_report
-from care_compress.sections import DataSection
-from care_compress.target import DOT_PRODUCTS
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,7 +331,7 @@ def test_a_file_that_is_not_its_model_here_is_told_and_does_not_pay(
 
     # A file of full range where sums saturate is left out with its reason, and the rest compared.
     (folder / "export.json").write_text(json.dumps({**export, "needs": DOT_PRODUCTS}))
-    monkeypatch.setattr("care_compress.comparison.onnxruntime_is_exact", lambda: False)
+    monkeypatch.setattr("care_compress.evaluate.comparison.onnxruntime_is_exact", lambda: False)
     refused = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, report=False)
     run_compare(["mine_fp32", "mine"], copy, refused, QUIET)
     value = json.loads((copy / "mine" / "compare.json").read_text())

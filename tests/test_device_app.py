@@ -37,8 +37,8 @@ from care_compress.device.session import Session
 from care_compress.device.timing import BenchPlan, Timed, Timing, measure, verdict
 from care_compress.device.verbs import format_table
 from care_compress.errors import TargetError
+from care_compress.evaluate.device_measurements import import_results
 from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
-from care_compress.export.device_results import import_results
 from care_compress.runtime.on_tensorrt import EnginePredictor
 
 

@@ -20,9 +20,9 @@ from care_compress.device.cpu_app import main
 from care_compress.device.cpu_session import load_cpu_runtime, open_file
 from care_compress.device.problems import RuntimeMissingError
 from care_compress.device.processor import DOT_PRODUCTS, parse_cpuinfo
+from care_compress.evaluate.device_measurements import import_results
 from care_compress.export.bundle import BundleContent, Model, unpack_bundle, write_bundle
-from care_compress.export.device_results import import_results
-from care_compress.run import sha256_file
+from care_compress.files import sha256_file
 
 # Runs a script where nothing of ours can be imported, nor what this environment has besides.
 ALONE = """

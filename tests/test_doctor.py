@@ -9,14 +9,21 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from care_compress.doctor import diagnosis as diagnosis_module
-from care_compress.doctor import run_doctor, runtimes
-from care_compress.doctor import text as text_module
-from care_compress.doctor.diagnosis import STAGES, Diagnosis, diagnose, diagnosis_as_dict
-from care_compress.doctor.runtimes import Tried, try_runtimes
-from care_compress.doctor.text import render
 from care_compress.machine import ARM_FEATURES, X86_FEATURES, Cpu, Gpu, Jetson, Machine
-from care_compress.target import all_targets
+from care_compress.recipe.target import all_targets
+from care_compress.runtime import doctor as diagnosis_module
+from care_compress.runtime import doctor as runtimes
+from care_compress.runtime import doctor as text_module
+from care_compress.runtime.doctor import (
+    STAGES,
+    Diagnosis,
+    Tried,
+    diagnose,
+    diagnosis_as_dict,
+    render,
+    run_doctor,
+    try_runtimes,
+)
 
 BASE = {
     "care-compress": "0.1.0",
@@ -295,7 +302,7 @@ def test_json_says_the_same(monkeypatch: pytest.MonkeyPatch):
 def test_the_doctor_works_here_without_loading_anything(
     as_json: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("care_compress.doctor.try_runtimes", lambda machine: CPU_ONLY)
+    monkeypatch.setattr("care_compress.runtime.doctor.try_runtimes", lambda machine: CPU_ONLY)
     run_doctor(as_json)
     printed = capsys.readouterr().out
     assert "onnxruntime-cpu" in printed

@@ -11,13 +11,12 @@ from PIL import Image
 from quantized import SIZE, network
 
 from care_compress.data.transforms import EvalTransform, normalize
-from care_compress.export.about import About, Preprocessing
 from care_compress.export.float_graph import float_graph
-from care_compress.export.to_onnx import write_onnx
+from care_compress.export.to_onnx import About, Preprocessing, write_onnx
 from care_compress.export.to_openvino import write_ir
+from care_compress.recipe.sections import DataSection
+from care_compress.recipe.target import DOT_PRODUCTS
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
-from care_compress.sections import DataSection
-from care_compress.target import DOT_PRODUCTS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DATA = DataSection(resolution=SIZE, crop_pct=0.8)

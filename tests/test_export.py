@@ -24,25 +24,24 @@ from quantized import (
 from torch import Tensor
 
 from care_compress.errors import ExportError, RecipeError
-from care_compress.export.about import About, Preprocessing
+from care_compress.export.cpu_form import form_for, in_form
 from care_compress.export.float_graph import float_graph
-from care_compress.export.forms import form_for, in_form
 from care_compress.export.half import write_half
 from care_compress.export.integers import put_integers
-from care_compress.export.to_onnx import write_onnx
+from care_compress.export.to_onnx import About, Preprocessing, write_onnx
 from care_compress.export.to_openvino import write_ir
 from care_compress.model.care import build_model
 from care_compress.model.rewrite import rewrite
-from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.calibrate import set_weight_scales
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network, retarget
-from care_compress.runtime.executed import executed_layers, integer_macs
+from care_compress.recipe.quantize import QuantizeSection
+from care_compress.recipe.sections import DataSection, RewriteSection
+from care_compress.recipe.target import load_target
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
-from care_compress.sections import DataSection, RewriteSection
-from care_compress.target import load_target
+from care_compress.runtime.profile_openvino import executed_layers, integer_macs
 
 ABOUT = About("a recipe", "f" * 64, ("cat", "<dog>"), Preprocessing.of(DataSection()))
 EXACT_DB = 60  # only the order of float sums differs

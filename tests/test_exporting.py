@@ -17,23 +17,23 @@ from quantized import care
 from rich.console import Console
 from tiny import image_folder
 
-from care_compress import exporting, variants
 from care_compress.cli import main
 from care_compress.data.transforms import normalize
-from care_compress.deploying import bundle_content, make_bundle
 from care_compress.device.manifest import open_bundle
 from care_compress.errors import ExportError, RecipeError, RunError
 from care_compress.evaluate.agreement import compare_logits
-from care_compress.evaluate.exports import digest_of
+from care_compress.export import stage as exporting
+from care_compress.export import variants
 from care_compress.export.bundle import unpack_bundle
+from care_compress.export.deploy import bundle_content, make_bundle
+from care_compress.files import digest_of, sha256_file
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.recipe import load_recipe
-from care_compress.run import sha256_file
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.target import all_targets, load_target
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
-from care_compress.target import all_targets, load_target
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 QUIET = Console(quiet=True)

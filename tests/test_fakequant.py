@@ -2,8 +2,7 @@ import pytest
 import torch
 from quantized import W4, images, network, quantized, section, sqnr
 
-from care_compress.quantize.fakequant import GroupQuantizer, IntQuantizer
-from care_compress.quantize.rounding import round_to_integers
+from care_compress.quantize.fakequant import GroupQuantizer, IntQuantizer, round_to_integers
 from care_compress.quantize.spec import TensorSpec
 
 

@@ -14,15 +14,15 @@ from onnx import numpy_helper
 from quantized import care, small_start
 from rich.console import Console
 
-from care_compress import fidelity
-from care_compress import rungs as rungs_of_run
 from care_compress.cli import main
 from care_compress.errors import CheckpointError, DataError, RunError
-from care_compress.evaluate.divergence import sharpest_fall
+from care_compress.evaluate import fidelity
+from care_compress.evaluate import fidelity as rungs_of_run
+from care_compress.evaluate.site_distance import sharpest_fall
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.distance import EXACT_DB, Distance
-from care_compress.recipe import load_recipe
+from care_compress.recipe.recipe import load_recipe
 from care_compress.report import evidence
 from care_compress.report.write import write_report
 from care_compress.runtime.on_onnxruntime import OnnxPredictor

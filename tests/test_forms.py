@@ -6,11 +6,11 @@ import pytest
 import torch
 from quantized import SIZE, network, section
 
-from care_compress.export.forms import Form, form_for, in_form
+from care_compress.export.cpu_form import Form, form_for, in_form
 from care_compress.model.care import build_model
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.ptq import planned
-from care_compress.target import load_target
+from care_compress.recipe.target import load_target
 
 FORMS = [Form(windows, tokens) for windows, tokens in product((False, True), repeat=2)]
 

@@ -15,15 +15,15 @@ from PIL import Image
 
 import care_compress
 from care_compress.cli import main
+from care_compress.console import Terminal, one_line, shortened
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.sources import open_samples
 from care_compress.errors import CareError, RecipeError, TargetError
 from care_compress.files import read_json, read_whole
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint
-from care_compress.recipe import load_recipe
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import DataSection
 from care_compress.runtime.probe import probe
-from care_compress.sections import DataSection
-from care_compress.terminal import Terminal, one_line, shortened
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
@@ -197,7 +197,7 @@ def test_names_are_shown_and_not_obeyed(
 
 
 def test_tables_show_names_that_look_like_markup() -> None:
-    from care_compress.evaluate.compare_tables import accuracy_table, latency_table
+    from care_compress.evaluate.tables import accuracy_table, latency_table
 
     name = "[red]x[/y].onnx"
     found = {"available": True, "top1": 1.0, "top5": 1.0, "size_bytes": 3}

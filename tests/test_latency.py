@@ -11,9 +11,14 @@ from rich.console import Console
 from care_compress import machine
 from care_compress.cli import main
 from care_compress.errors import TargetError
-from care_compress.evaluate.latency import Latency, LatencyPlan
-from care_compress.evaluate.speed import Setting, SpeedOptions, measure_speed
-from care_compress.quantize.openvino_library import openvino_core
+from care_compress.evaluate.latency import (
+    Latency,
+    LatencyPlan,
+    Setting,
+    SpeedOptions,
+    measure_speed,
+)
+from care_compress.libraries import openvino_core
 from care_compress.runtime.memory import peak_memory
 
 QUICK = LatencyPlan(seconds=0.01, least_runs=6, warmup=1, turns=3)

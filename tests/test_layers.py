@@ -13,13 +13,13 @@ from quantized import quantized as quantize
 from care_compress.cli import main
 from care_compress.export.float_graph import float_graph
 from care_compress.export.integers import put_integers
+from care_compress.libraries import silent
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.ptq import planned
-from care_compress.quantize.quiet import silent
 from care_compress.quantize.retarget import float_network
+from care_compress.recipe.sections import RewriteSection
 from care_compress.runtime.layer_times import CONVERT, FLOAT, GROUPS, INTEGER, Profile
 from care_compress.runtime.profile import profile_layers, read_engine_profile
-from care_compress.sections import RewriteSection
 
 openvino = pytest.importorskip("openvino", reason="needs the openvino extra")
 onnx_ir = pytest.importorskip("onnx_ir")

@@ -20,7 +20,7 @@ from care_compress.data.loader import (
 )
 from care_compress.data.transforms import EvalTransform, TrainTransform
 from care_compress.errors import BadImageError, DataError
-from care_compress.sections import AugmentSection, DataSection
+from care_compress.recipe.sections import AugmentSection, DataSection
 
 
 class Fake:

@@ -18,16 +18,17 @@ from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
 from care_compress.errors import RecipeError, TargetError
 from care_compress.evaluate.accuracy import spread_indices
+from care_compress.libraries import openvino_core
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
 from care_compress.pipeline import run_recipe
-from care_compress.quantization_sections import NncfSection
-from care_compress.quantize import nncf_backend, nncf_qat
-from care_compress.quantize.nncf_backend import AccuracyControl, Calibration, quantize_openvino
-from care_compress.quantize.openvino_library import openvino_core
-from care_compress.recipe import load_recipe
-from care_compress.runtime.opening import open_predictor
+from care_compress.quantize import nncf_ptq as nncf_backend
+from care_compress.quantize import nncf_qat
+from care_compress.quantize.nncf_ptq import AccuracyControl, Calibration, quantize_openvino
+from care_compress.recipe.quantize import NncfSection
+from care_compress.recipe.recipe import load_recipe
+from care_compress.runtime.artifact import open_predictor
 from care_compress.train import loop
 
 pytest.importorskip("nncf")

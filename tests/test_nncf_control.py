@@ -7,10 +7,10 @@ import torch
 from test_nncf import CPU, DATA, calibration, items, network, quantizers  # noqa: F401 (fixtures)
 
 from care_compress.model.compact import CompactCare
-from care_compress.quantization_sections import NncfSection
-from care_compress.quantize import nncf_backend
-from care_compress.quantize.nncf_backend import AccuracyControl, Calibration, quantize_openvino
-from care_compress.runtime.opening import open_predictor
+from care_compress.quantize import nncf_ptq as nncf_backend
+from care_compress.quantize.nncf_ptq import AccuracyControl, Calibration, quantize_openvino
+from care_compress.recipe.quantize import NncfSection
+from care_compress.runtime.artifact import open_predictor
 
 pytest.importorskip("nncf")
 

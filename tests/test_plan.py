@@ -11,12 +11,12 @@ import care_compress
 from care_compress.errors import RecipeError
 from care_compress.model.cost import measure_cost
 from care_compress.model.rewrite import rewrite
-from care_compress.quantization_sections import QuantizeSection, RuleSection
 from care_compress.quantize.plan import make_plan
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.sites import find_sites
 from care_compress.quantize.spec import Plan
-from care_compress.target import load_target
+from care_compress.recipe.quantize import QuantizeSection, RuleSection
+from care_compress.recipe.target import load_target
 
 
 def plan(*extra: dict[str, object], target: str | None = None, alone: bool = False) -> Plan:

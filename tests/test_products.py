@@ -11,18 +11,18 @@ import torch
 from numpy.typing import NDArray
 from quantized import SIZE, images, network, quantized, section, sqnr
 
-from care_compress.evaluate.taps import tap_file
-from care_compress.export.channels_last import NARROW, TURNED, put_channels_last
+from care_compress.evaluate.site_outputs import TURNED, tap_file
+from care_compress.export.cpu_form import form_for, in_form
 from care_compress.export.float_graph import float_graph
-from care_compress.export.forms import form_for, in_form
-from care_compress.export.head import split_head_input
 from care_compress.export.integers import put_integers
-from care_compress.export.products import use_integer_products
+from care_compress.export.ort_channels_last import NARROW, put_channels_last
+from care_compress.export.ort_head import split_head_input
+from care_compress.export.ort_products import use_integer_products
 from care_compress.model.compact import CompactCare
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network, retarget
-from care_compress.target import load_target
+from care_compress.recipe.target import load_target
 
 LARGER = 72  # 18, 9, 4 and 2 rows: one downsampling leaves a row over
 

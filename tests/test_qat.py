@@ -17,19 +17,14 @@ from care_compress.data.loader import Batch
 from care_compress.errors import CareError, CheckpointError, DataError
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
-from care_compress.quantization_sections import QatSection
 from care_compress.quantize.artifact import load_quantized, quantized_header
 from care_compress.quantize.placement import site_of
-from care_compress.quantize.qat import (
-    FollowFloat,
-    dampening,
-    parameter_groups,
-    prepare_to_learn,
-)
-from care_compress.recipe import load_recipe
-from care_compress.sections import TrainSection
+from care_compress.quantize.qat import FollowFloat, dampening, parameter_groups, prepare_to_learn
+from care_compress.recipe.quantize import QatSection
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import TrainSection
+from care_compress.run.processes import World
 from care_compress.train.display import Silent
-from care_compress.train.distributed import World
 from care_compress.train.loop import Course, set_up, train_step
 
 QUIET = Console(quiet=True)
@@ -328,7 +323,7 @@ def test_the_teacher_itself_has_no_loss() -> None:
 
 def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
     from care_compress.quantize.artifact import save_quantized
-    from care_compress.sections import RewriteSection
+    from care_compress.recipe.sections import RewriteSection
 
     chosen = section(W4A4, hadamard=True)
     model = quantized(chosen).model

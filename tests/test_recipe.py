@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from care_compress.errors import CareError, RecipeError
 from care_compress.model.care import ARCHITECTURES
-from care_compress.recipe import RECIPES_DIR, Recipe, load_recipe
-from care_compress.sections import Arch
+from care_compress.recipe.recipe import RECIPES_DIR, Recipe, load_recipe
+from care_compress.recipe.sections import Arch
 
 MINIMAL = "claim: a test\nmodel: {checkpoint: x.pth}\n"
 

@@ -9,13 +9,10 @@ from quantized import care
 from rich.console import Console
 from tiny import image_folder
 
-from care_compress import recipe as recipes
-from care_compress import reference
 from care_compress.cli import main
 from care_compress.errors import RecipeError, TargetError
-from care_compress.model.checkpoint import save_checkpoint
-from care_compress.recipe import load_recipe
-from care_compress.reference import (
+from care_compress.evaluate import reference
+from care_compress.evaluate.reference import (
     REFERENCE_FILE,
     AcceptedRecipe,
     Found,
@@ -23,7 +20,10 @@ from care_compress.reference import (
     read_reference,
     run_reference,
 )
-from care_compress.target import load_target
+from care_compress.model.checkpoint import save_checkpoint
+from care_compress.recipe import recipe as recipes
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.target import load_target
 
 CPU, NPU = "onnxruntime-cpu", "openvino-npu"
 

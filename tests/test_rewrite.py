@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import care_compress
 from care_compress.errors import CareError
+from care_compress.libraries import openvino_core
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare, PooledDepthwise
 from care_compress.model.rewrite import REWRITES, rewrite_in_steps
-from care_compress.quantize.openvino_library import openvino_core
-from care_compress.sections import RewriteSection
+from care_compress.recipe.sections import RewriteSection
 
 SIZES = [(96, 96), (97, 131), (33, 47)]  # odd sizes reach the borders of the 2x2 and the 3x3
 ALL = "all together"

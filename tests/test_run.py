@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from care_compress.errors import RunError
-from care_compress.recipe import load_recipe
-from care_compress.run import Run, atomic_file, fingerprint, sha256_file
+from care_compress.files import atomic_file, fingerprint, sha256_file
+from care_compress.recipe.recipe import load_recipe
+from care_compress.run.directory import Run
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:

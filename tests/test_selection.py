@@ -18,7 +18,6 @@ from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.errors import BadImageError, CalibrationError
 from care_compress.model.rewrite import rewrite
-from care_compress.quantization_sections import CalibrateSection
 from care_compress.quantize.selection import (
     CalibrationSet,
     deep_features,
@@ -26,7 +25,8 @@ from care_compress.quantize.selection import (
     select_images,
     write_list,
 )
-from care_compress.sections import DataSection
+from care_compress.recipe.quantize import CalibrateSection
+from care_compress.recipe.sections import DataSection
 
 ROOT = Path(__file__).resolve().parent.parent
 

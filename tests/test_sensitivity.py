@@ -9,13 +9,12 @@ from rich.console import Console
 
 from care_compress.errors import RecipeError
 from care_compress.evaluate.plots import pareto, short_name
-from care_compress.quantization_sections import QuantizeSection
-from care_compress.quantize import mixed
+from care_compress.quantize import search as mixed
 from care_compress.quantize import sensitivity as measured
 from care_compress.quantize.distance import EXACT_DB
-from care_compress.quantize.mixed import LADDER, Trial, search_bits
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.ptq import PtqJob, planned
+from care_compress.quantize.search import LADDER, Trial, search_bits
 from care_compress.quantize.sensitivity import (
     effect,
     logits_of,
@@ -23,8 +22,9 @@ from care_compress.quantize.sensitivity import (
     only,
     quantized_sites,
 )
-from care_compress.recipe import load_recipe
-from care_compress.study import run_sensitivity
+from care_compress.quantize.study import run_sensitivity
+from care_compress.recipe.quantize import QuantizeSection
+from care_compress.recipe.recipe import load_recipe
 
 
 def silent(sites: int) -> None:

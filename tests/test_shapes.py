@@ -13,8 +13,15 @@ import pytest
 
 from care_compress.data import shapes, shapes_cache
 from care_compress.data.shapes import Shapes
-from care_compress.data.shapes_draws import UNIFORMS, Draws, Split
-from care_compress.data.shapes_render import CLASSES, SIZE, NORMALS_FSxy, render
+from care_compress.data.shapes_render import (
+    CLASSES,
+    SIZE,
+    UNIFORMS,
+    Draws,
+    NORMALS_FSxy,
+    Split,
+    render,
+)
 from care_compress.errors import DataError
 
 COUNTS = {"train": 50, "val": 40}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import BadImageError, DataError
-from care_compress.sections import DataSection
+from care_compress.recipe.sections import DataSection
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10-imagefolder.zip"
 

@@ -12,11 +12,10 @@ from rich.console import Console
 from care_compress.cli import main
 from care_compress.errors import RunError
 from care_compress.pipeline import run_recipe
-from care_compress.planning import plan_recipe, space_of
+from care_compress.preflight import Space, check_space, plan_recipe, space_of
 from care_compress.quantize.spec import Plan
-from care_compress.recipe import load_recipe
-from care_compress.space import Space, check_space
-from care_compress.target import load_target
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.target import load_target
 
 QUIET = Console(quiet=True)
 Usage = namedtuple("Usage", "total used free")

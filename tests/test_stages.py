@@ -17,11 +17,11 @@ from rich.console import Console
 
 from care_compress.errors import DamagedRunError, RunError
 from care_compress.pipeline import run_recipe
-from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.qat import FollowFloat
-from care_compress.recipe import Recipe, load_recipe
-from care_compress.stages import recipe_parts
-from care_compress.stopping import full_disks_named, stops_in_order
+from care_compress.recipe.quantize import QuantizeSection
+from care_compress.recipe.recipe import Recipe, load_recipe
+from care_compress.run.stages import recipe_parts
+from care_compress.signals import full_disks_named, stops_in_order
 
 EVERY = {"train", "calibration", "ptq", "qat", "evaluate", "export"}
 NONE: set[str] = set()

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from care_compress.errors import RecipeError
-from care_compress.target import TARGETS_DIR, all_targets, load_target, read_target, target_files
+from care_compress.recipe.target import (
+    TARGETS_DIR,
+    all_targets,
+    load_target,
+    read_target,
+    target_files,
+)
 
 FILES = sorted(TARGETS_DIR.rglob("*.yaml"))
 

@@ -20,15 +20,20 @@ from care_compress.data.loader import Batch
 from care_compress.errors import CareError, TrainingError
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
-from care_compress.recipe import load_recipe
-from care_compress.sections import AugmentSection, DistillSection, TrainSection
-from care_compress.train.averaging import averaged
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import AugmentSection, DistillSection, TrainSection
+from care_compress.run.processes import World
 from care_compress.train.display import Silent
-from care_compress.train.distributed import World
 from care_compress.train.loop import GUARD_STEPS, Course, _check_loss, set_up, train_step
-from care_compress.train.mixing import mix, neighbours
-from care_compress.train.objective import Classification, Outcome, follow_teacher, soft_targets
-from care_compress.train.schedule import learning_rate
+from care_compress.train.objective import (
+    Classification,
+    Outcome,
+    follow_teacher,
+    mix,
+    neighbours,
+    soft_targets,
+)
+from care_compress.train.schedule import averaged, learning_rate
 from care_compress.train.state import Progress
 
 # Everything a training can hold, so that resuming is tested on all of it.

@@ -17,7 +17,7 @@ from care_compress.data.transforms import (
     random_crop_box,
     to_rgb,
 )
-from care_compress.sections import AugmentSection
+from care_compress.recipe.sections import AugmentSection
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "data" / "imagenet-samples.zip"
 STORED = Path(__file__).parent / "data" / "eval_pixels.npz"

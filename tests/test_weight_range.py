@@ -20,22 +20,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stored import stored_weights
 
-from care_compress import exporting
 from care_compress.cli import main
 from care_compress.errors import ExportError, RecipeError, TargetError
+from care_compress.export import stage as exporting
 from care_compress.machine import read_machine
 from care_compress.model.checkpoint import QUANTIZED_HEADER
 from care_compress.pipeline import run_recipe
-from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.artifact import load_saved, save_quantized
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network, retarget
-from care_compress.recipe import load_recipe
+from care_compress.recipe.quantize import QuantizeSection
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import RewriteSection
+from care_compress.recipe.target import DOT_PRODUCTS, all_targets, load_target
 from care_compress.runtime import on_onnxruntime, on_openvino
+from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.dot_products import onnxruntime_is_exact
-from care_compress.runtime.opening import open_predictor
-from care_compress.sections import RewriteSection
-from care_compress.target import DOT_PRODUCTS, all_targets, load_target
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 CPU = torch.device("cpu")

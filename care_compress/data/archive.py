@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from care_compress.data.folder import IMAGE_SUFFIXES, LAYOUT, is_visible
 from care_compress.data.listing import (
+    MOST_BYTES,
     PART_NAMES,
     EncodedSamples,
     Listing,
@@ -18,10 +19,11 @@ from care_compress.data.listing import (
     Split,
     choose_part,
     class_order,
+    opened,
+    read_at,
 )
-from care_compress.data.rawfile import MOST_BYTES, opened, read_at
 from care_compress.errors import DataError
-from care_compress.sections import DataSection
+from care_compress.recipe.sections import DataSection
 
 LOCAL_HEADER = struct.Struct("<26xHH")  # its last fields: the lengths of the name and the extras
 ENCRYPTED = 0x1

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from care_compress.data.listing import (
+    MOST_BYTES,
     PART_NAMES,
     EncodedSamples,
     Listing,
@@ -16,10 +17,9 @@ from care_compress.data.listing import (
     choose_part,
     class_order,
 )
-from care_compress.data.rawfile import MOST_BYTES
 from care_compress.errors import DataError
 from care_compress.files import read_whole
-from care_compress.sections import DataSection
+from care_compress.recipe.sections import DataSection
 
 IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".gif", b".tif", b".tiff")
 LAYOUT = "arrange the images as train/<class>/... and val/<class>/..., or <class>/... alone"

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from care_compress.console import one_line, shortened
 from care_compress.data.listing import (
+    MOST_BYTES,
     EncodedSamples,
     Listing,
     PackedNames,
@@ -15,11 +17,9 @@ from care_compress.data.listing import (
     class_order,
     summary,
 )
-from care_compress.data.rawfile import MOST_BYTES
 from care_compress.errors import DataError
 from care_compress.files import read_whole
-from care_compress.sections import DataSection
-from care_compress.terminal import one_line, shortened
+from care_compress.recipe.sections import DataSection
 
 if TYPE_CHECKING:
     import datasets

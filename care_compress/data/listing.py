@@ -5,9 +5,11 @@ A million names are one bytes blob and one array here, not a million Python obje
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from care_compress.data.checks import digest_of
 from care_compress.data.decode import FIX, decode
-from care_compress.data.overlap import digest_of
 from care_compress.errors import BadImageError, DataError
 from care_compress.files import read_text
-from care_compress.sections import DataSection
+from care_compress.recipe.sections import DataSection
 
 Split = Literal["train", "val"]
 
@@ -227,3 +229,27 @@ def summary(names: Iterable[str], most: int = 5) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
+
+
+# No image that Pillow would decode takes more; what claims to would fill the memory.
+MOST_BYTES = 1 << 29
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file descriptor for one read: forked workers share no file, and none stay open."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def read_at(file: int, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes from `offset`; archives lie about both."""
+    if offset < 0 or not 0 <= size <= MOST_BYTES:
+        raise OSError(f"{size:,} bytes at {offset:,} cannot be read")
+    content = os.pread(file, size, offset)
+    if len(content) != size:
+        raise OSError(f"the file ends before byte {offset + size}")
+    return content

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
-from care_compress.data.overlap import Contents
+from care_compress.data.checks import Contents
 from care_compress.data.samples import Samples
 from care_compress.data.transforms import EvalTransform, Key, Transform, normalize
 from care_compress.errors import BadImageError, CareError, DataError
 from care_compress.machine import usable_cores
-from care_compress.sections import DataSection
+from care_compress.recipe.sections import DataSection
 
 CPU = torch.device("cpu")
 # Of the temporary folder: a socket's whole name has room for 107 bytes, and Python adds 33.
@@ -301,3 +301,13 @@ def _stack(pixels: list[Tensor]) -> Tensor:
 def _as_is(decoded: Any) -> Any:
     """The collate function: `_Decoding` has already made the batch."""
     return decoded
+
+
+def pixel_batches(
+    samples: Samples, data: DataSection, indices: Sequence[int], size: int, bad: BadImages
+) -> Generator[Batch]:
+    """Pixels of these images, cut as the recipe says, in the order given."""
+    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
+    loaded = evaluation_batches(samples, transform, size, data, bad=bad, indices=indices)
+    with contextlib.closing(loaded):
+        yield from loaded

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from care_compress.data.overlap import digest_of
+from care_compress.data.checks import digest_of
 from care_compress.data.shapes_cache import cache_folder, cached
 from care_compress.data.shapes_render import CLASSES, SIZE, render
 from care_compress.errors import DataError

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from care_compress.errors import DataError
-from care_compress.run import replacing
+from care_compress.files import replacing
 
 Pixels = NDArray[np.uint8]
 Render = Callable[[range], Pixels]

@@ -25,12 +25,13 @@ from care_compress.data.listing import (
     PackedNames,
     Split,
     choose_part,
+    opened,
+    read_at,
     read_classes,
     summary,
 )
-from care_compress.data.rawfile import opened, read_at
 from care_compress.errors import DataError
-from care_compress.sections import DataSection
+from care_compress.recipe.sections import DataSection
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_KEYS = ("cls", "label")  # of a .json

@@ -11,7 +11,7 @@ from care_compress.data.samples import Samples
 from care_compress.data.shapes import Shapes
 from care_compress.data.shards import open_shards
 from care_compress.errors import DataError
-from care_compress.sections import DataSection
+from care_compress.recipe.sections import DataSection
 
 FORMS = "builtin:shapes, an image folder, a .zip of one, hf:NAME, or wds:PATTERN"
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from care_compress.sections import AugmentSection
+from care_compress.recipe.sections import AugmentSection
 
 Key = tuple[int, int, int]  # seed, epoch, index of the image: what random draws may depend on
 

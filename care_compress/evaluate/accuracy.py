@@ -10,15 +10,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from care_compress.console import Finding, progress_bar
+from care_compress.data.checks import Contents
 from care_compress.data.loader import CPU, BadImages, Batch, prepared_batches
-from care_compress.data.overlap import Contents
 from care_compress.data.samples import Samples
 from care_compress.errors import DataError, EvaluationError
-from care_compress.findings import Finding
-from care_compress.predictor import Predictor
-from care_compress.progress import progress_bar
-from care_compress.sections import DataSection
-from care_compress.train.distributed import World
+from care_compress.model.predictor import Predictor
+from care_compress.recipe.sections import DataSection
+from care_compress.run.processes import World
 
 BATCH_SIZES = {"cpu": 16, "cuda": 256}
 

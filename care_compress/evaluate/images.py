@@ -1,19 +1,18 @@
 """Evenly spaced images of a data set: streamed as pixels, or decoded once and held."""
 
-import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from care_compress.data.loader import BadImages, Batch, evaluation_batches
+from care_compress.data.loader import BadImages, pixel_batches
 from care_compress.data.samples import Samples
-from care_compress.data.transforms import EvalTransform, normalize
+from care_compress.data.transforms import normalize
 from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import spread_indices
-from care_compress.predictor import Predictor
-from care_compress.sections import DataSection
+from care_compress.model.predictor import Predictor
+from care_compress.recipe.sections import DataSection
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,6 @@ class HeldImages:
         """Logits (N, K) of all images."""
         with torch.inference_mode():
             return torch.cat([predict(images).float().cpu() for images in self.batches(size)])
-
-
-def pixel_batches(
-    samples: Samples, data: DataSection, indices: Sequence[int], size: int, bad: BadImages
-) -> Generator[Batch]:
-    """Pixels of these images, cut as the recipe says, in the order given."""
-    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
-    loaded = evaluation_batches(samples, transform, size, data, bad=bad, indices=indices)
-    with contextlib.closing(loaded):
-        yield from loaded
 
 
 def hold_images(

@@ -9,15 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from care_compress.console import Terminal
 from care_compress.errors import TargetError
-from care_compress.figures import json_text
-from care_compress.run import write_text
+from care_compress.files import json_text, write_text
 from care_compress.runtime.layer_times import GROUPS, Profile
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.runtime.probe import probe
 from care_compress.runtime.profile import profile_layers, read_engine_profile
-from care_compress.terminal import Terminal
 
 SHOWN = 25
 USUAL_SIZE = 224  # of images, where a file takes any

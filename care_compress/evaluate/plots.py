@@ -8,10 +8,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from care_compress.files import write_text
 from care_compress.quantize.distance import EXACT_DB
-from care_compress.quantize.mixed import Trial
+from care_compress.quantize.search import Trial
 from care_compress.quantize.sensitivity import Sensitivity
-from care_compress.run import write_text
 
 _IN_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)(\..+)?$")
 _DOWNSAMPLE = re.compile(r"stages\.(\d+)\.downsample\b")

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from care_compress.console import Finding
 from care_compress.evaluate.accuracy import hits_of
 from care_compress.evaluate.agreement import Agreement, held_to
-from care_compress.evaluate.significance import unpaired_interval
-from care_compress.findings import Finding
+from care_compress.evaluate.pairs import unpaired_interval
 
 CHECK = "files beside their models"
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from care_compress.evaluate.significance import changes, drop_interval
+from care_compress.evaluate.pairs import changes, drop_interval
 
 Interval = tuple[float, float, float]  # value, low, high
 

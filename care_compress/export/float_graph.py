@@ -32,8 +32,8 @@ from onnxscript.rewriter.rules.common import (
 )
 from torch import nn
 
+from care_compress.libraries import silent
 from care_compress.model.structure import Latest, structure_of
-from care_compress.quantize.quiet import silent
 
 INPUT, OUTPUT = "images", "logits"
 FIRST_OPSET = 20  # of Gelu as one operation; what is used here means the same in later ones

@@ -13,7 +13,7 @@ from care_compress.device.deploy import build_file
 from care_compress.device.library import load_library
 from care_compress.device.problems import DeployError, TensorRtMissingError
 from care_compress.errors import ExportError, TargetError
-from care_compress.run import sha256_file
+from care_compress.files import sha256_file
 
 INSTALL = ".venv/bin/python -m pip install -c constraints.txt -e '.[tensorrt-rtx]'"
 

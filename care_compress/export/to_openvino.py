@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from care_compress.export.about import About
-from care_compress.quantize.nncf_backend import save_openvino
-from care_compress.quantize.openvino_library import load_openvino, openvino_core
-from care_compress.quantize.quiet import silent
+from care_compress.export.to_onnx import About
+from care_compress.libraries import load_openvino, openvino_core, silent
+from care_compress.quantize.nncf_ptq import save_openvino
 
 
 def write_ir(source: Path, about: About, path: Path, half: bool) -> None:

@@ -6,6 +6,7 @@ published training checkpoints are allowed by name, everything else is refused u
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -24,9 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from care_compress.errors import CheckpointError, UnsafeCheckpointError
+from care_compress.errors import (
+    CheckpointError,
+    UnsafeCheckpointError,
+)
+from care_compress.files import atomic_file
 from care_compress.model.care import ARCHITECTURES, Care, architecture
-from care_compress.run import atomic_file
 
 BUILTIN_PREFIX = "builtin:"
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
@@ -296,3 +300,13 @@ def _with_counters(state: Mapping[str, Tensor], model: Care) -> dict[str, Tensor
     """Add the BatchNorm step counters that some exporters drop; they do not affect inference."""
     counters = {n: t for n, t in model.state_dict().items() if n.endswith("num_batches_tracked")}
     return {**counters, **state}
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Hex digest of named tensors: names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -25,7 +25,7 @@ from care_compress.model.compact import (
     stages,
 )
 from care_compress.model.cost import Cost, measure_cost
-from care_compress.sections import RewriteSection
+from care_compress.recipe.sections import RewriteSection
 
 
 def rewrite(model: Care, switches: RewriteSection | None = None) -> CompactCare:

@@ -10,18 +10,18 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from care_compress.console import one_line, shortened
 from care_compress.errors import CheckpointError
+from care_compress.files import atomic_file
 from care_compress.model.care import build_model
 from care_compress.model.checkpoint import QUANTIZED_HEADER
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
-from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network
-from care_compress.run import atomic_file
-from care_compress.sections import Arch, Count, RewriteSection, Section
-from care_compress.terminal import one_line, shortened
+from care_compress.recipe.quantize import QuantizeSection
+from care_compress.recipe.sections import Arch, Count, RewriteSection, Section
 
 
 def save_quantized(

@@ -31,7 +31,7 @@ from care_compress.model.compact import (
     stages,
 )
 from care_compress.model.rewrite import norm_as_affine
-from care_compress.quantize.rounding import round_to_integers
+from care_compress.quantize.fakequant import round_to_integers
 from care_compress.quantize.spec import Plan, TensorSpec
 from care_compress.quantize.statistics import InputStatistics
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.target import Gelu
+from care_compress.recipe.target import Gelu
 
 REACH, SLOPE, CURVE = 6.50111819, 5.12145735e-2, -4.53909250e-3  # T, b and c
 SQUARES = 3  # of the eighth power

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from care_compress.console import Finding
 from care_compress.files import read_json
-from care_compress.findings import Finding
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.observers import extremes
 from care_compress.quantize.placement import QuantizedCare

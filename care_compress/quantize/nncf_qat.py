@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from care_compress.libraries import load_nncf, quiet, silent
 from care_compress.model.compact import CompactCare
-from care_compress.quantization_sections import NncfSection, QatSection
-from care_compress.quantize.nncf_backend import (
+from care_compress.quantize.nncf_ptq import (
     Calibration,
     mark_range,
     nncf_settings,
@@ -22,10 +22,9 @@ from care_compress.quantize.nncf_backend import (
     save_openvino,
     to_openvino,
 )
-from care_compress.quantize.openvino_library import load_nncf
 from care_compress.quantize.qat import FollowFloat, qat_fingerprint
-from care_compress.quantize.quiet import quiet, silent
-from care_compress.sections import TrainSection
+from care_compress.recipe.quantize import NncfSection, QatSection
+from care_compress.recipe.sections import TrainSection
 from care_compress.train.loop import ParameterGroup
 from care_compress.train.network import Training
 from care_compress.train.state import Progress

@@ -24,10 +24,10 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from care_compress.errors import DataError
+from care_compress.libraries import quiet
 from care_compress.model.compact import CompactCare
 from care_compress.model.structure import Latest, structure_of
 from care_compress.quantize.fakequant import IntQuantizer, TensorQuantizer, make_quantizer
-from care_compress.quantize.quiet import quiet
 from care_compress.quantize.spec import FLOAT, Decision, Plan, TensorSpec
 
 ROOT = "network"  # the CompactCare inside the exported wrapper

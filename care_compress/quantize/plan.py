@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 
 from care_compress.errors import RecipeError
 from care_compress.model.compact import CompactCare
-from care_compress.quantization_sections import RuleSection, TensorSection
 from care_compress.quantize.sites import find_sites, kept_in_float
 from care_compress.quantize.spec import FLOAT, Decision, Granularity, Plan, Site, TensorSpec
-from care_compress.target import Target
+from care_compress.recipe.quantize import RuleSection, TensorSection
+from care_compress.recipe.target import Target
 
 ATTENTION_PRODUCTS = ("attention.kv", "attention.out")
 CHANNEL_AXIS = 1  # of (B, C, H, W); also the heads of (B, h, d, N)

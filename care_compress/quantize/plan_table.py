@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from care_compress.quantization_sections import RuleSection
+from care_compress.console import Terminal
 from care_compress.quantize.spec import ENERGY_PJ, Decision, Plan
-from care_compress.terminal import Terminal
+from care_compress.recipe.quantize import RuleSection
 
 WIDTH = 132
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from care_compress.errors import CalibrationError
+from care_compress.libraries import quiet
 from care_compress.model.attention import CovarianceCore
 from care_compress.model.compact import CompactCare, SlicedMixer
-from care_compress.quantization_sections import QuantizeSection
 from care_compress.quantize.activation import use_hard_swish
 from care_compress.quantize.calibrate import Batches, calibrate, not_finite
 from care_compress.quantize.correct import correct, images_to_hold
@@ -30,11 +30,11 @@ from care_compress.quantize.equalize import (
 from care_compress.quantize.health import Health
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.plan import ATTENTION_PRODUCTS, make_plan
-from care_compress.quantize.quiet import quiet
 from care_compress.quantize.reconstruct import reconstruct
 from care_compress.quantize.spec import Plan
 from care_compress.quantize.statistics import observe
-from care_compress.target import load_target
+from care_compress.recipe.quantize import QuantizeSection
+from care_compress.recipe.target import load_target
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from care_compress.files import fingerprint
+from care_compress.libraries import quiet
+from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
-from care_compress.quantization_sections import QatSection
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.quantize.quiet import quiet
-from care_compress.run import fingerprint, state_digest
-from care_compress.sections import TrainSection
+from care_compress.recipe.quantize import QatSection
+from care_compress.recipe.sections import WATCHING, TrainSection
 from care_compress.train.loop import HALF_PRECISION, ParameterGroup
-from care_compress.train.network import WATCHING, Training
+from care_compress.train.network import Training
 from care_compress.train.objective import Outcome
 from care_compress.train.state import Progress
 

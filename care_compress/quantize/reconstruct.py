@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from care_compress.quantization_sections import ReconstructSection
 from care_compress.quantize.calibrate import Batches
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import QuantizedCare, site_of
+from care_compress.recipe.quantize import ReconstructSection
 
 ZETA, GAMMA = 1.1, -0.1
 BETA_START, BETA_END = 20.0, 2.0

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from care_compress.model.compact import CompactCare
-from care_compress.quantization_sections import RuleSection
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.gelu import use_gelu
 from care_compress.quantize.placement import ROOT, QuantizedCare, replanned
 from care_compress.quantize.plan import ATTENTION_PRODUCTS, make_plan
 from care_compress.quantize.spec import Plan, TensorSpec
-from care_compress.target import Target
+from care_compress.recipe.quantize import QuantizeSection, RuleSection
+from care_compress.recipe.recipe import Recipe
+from care_compress.recipe.target import Target
 
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number
 LARGEST_SUM = 2.0**31
@@ -122,3 +123,10 @@ def _round_up_to_half(scale: Tensor) -> Tensor:
     low = half.float() < scale
     up = torch.nextafter(half, torch.full_like(half, torch.inf))
     return torch.where(low, up, half).float().clamp(min=SMALLEST_SCALE)
+
+
+def export_rules(
+    recipe: Recipe, section: QuantizeSection, target: Target
+) -> tuple[RuleSection, ...]:
+    """The rules a model was quantized by, and then the target's own unless those are unwanted."""
+    return (*section.rules, *target.rules) if recipe.export.target_rules else section.rules

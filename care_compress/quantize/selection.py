@@ -20,11 +20,10 @@ from torch import Tensor
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.errors import BadImageError, CalibrationError
-from care_compress.files import read_json
+from care_compress.files import read_json, write_text
 from care_compress.model.compact import CompactCare
-from care_compress.quantization_sections import CalibrateSection
-from care_compress.run import write_text
-from care_compress.sections import DataSection
+from care_compress.recipe.quantize import CalibrateSection
+from care_compress.recipe.sections import DataSection
 
 STREAM = 7  # keeps these draws apart from other users of the recipe's seed
 POOL = 8  # candidates per wanted image that `diverse` computes features of

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from care_compress.figures import json_text
-from care_compress.files import read_json
+from care_compress.files import json_text, read_json, write_text
 from care_compress.quantize.distance import Distance
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.run import write_text
 
 
 @dataclass(frozen=True)

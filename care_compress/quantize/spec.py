@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from care_compress.quantization_sections import RangeMethod
+from care_compress.recipe.quantize import RangeMethod
 
 Granularity = Literal["tensor", "channel", "group"]
 Half = Literal["fp16", "bf16"]

@@ -1,134 +1,280 @@
-"""What quantization does to each layer: distance of its output, and the values that enter it."""
+"""What happened inside: layers, their inputs, the answers that changed, and the training."""
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+from care_compress.evaluate.plots import short_name
+from care_compress.report.blocks import (
+    Block,
+    Cell,
+    Figure,
+    Gallery,
+    Legend,
+    Photo,
+    Picture,
+    Section,
+    Table,
+    Text,
+    Tone,
+    missing,
+    number,
+)
+from care_compress.report.drawing import SERIES, Bar, Dot, bars, curve, dots, histogram, legend_mark
+from care_compress.report.sources import Json, Sources
 
-from care_compress.evaluate.taps import run_graph
-from care_compress.quantize.distance import Distance
-from care_compress.quantize.fakequant import IntQuantizer
-from care_compress.quantize.placement import QuantizedCare
-
-BINS = 32
-HARDEST = 6
-BATCH = 8  # every layer's output of a batch is held, twice
-
-
-@dataclass
-class _Input:
-    """The activation that one site quantizes first."""
-
-    quantizer: IntQuantizer
-    rounding: Distance = field(default_factory=Distance)
-    low: float = math.inf
-    high: float = -math.inf
-
-    def see(self, before: Tensor, after: Tensor) -> None:
-        self.rounding.add(before, after)
-        self.low = min(self.low, float(before.min()))
-        self.high = max(self.high, float(before.max()))
+KINDS = ("kept in float", "1x1 and dense", "attention", "depthwise")  # in the order of SERIES
+SHOWN = 12  # of the most sensitive sites in the plot
+LISTED = 40  # changes of answers
 
 
-@torch.inference_mode()
-def measure_layers(model: QuantizedCare, batches: Iterable[Tensor]) -> dict[str, Any]:
-    """SQNR of every site, and histograms of the inputs that lose most by their own rounding.
-
-    The reference is the same graph with its quantizers off: rescaling moves numbers between
-    layers, so the layers of the model before it are not comparable one by one.
-    """
-    held = [part for images in batches for part in torch.split(images, BATCH)]
-    outputs = {decision.site.name: Distance() for decision in model.plan.decisions}
-    inputs: dict[str, _Input] = {}
-
-    def see(quantizer: IntQuantizer, before: Tensor, after: Tensor) -> None:
-        found = inputs.setdefault(quantizer.site, _Input(quantizer))
-        if found.quantizer is quantizer:  # an attention product has two inputs
-            found.see(before, after)
-
-    for images in held:
-        model.enable(False)
-        plain = run_graph(model, images)
-        model.enable(True)
-        rounded = run_graph(model, images, see)
-        for site, distance in outputs.items():
-            if site in plain.sites:
-                distance.add(plain.sites[site], rounded.sites[site])
-    hardest = sorted(inputs, key=lambda site: inputs[site].rounding.shown_db)[:HARDEST]
-    return {
-        "images": sum(len(images) for images in held),
-        "sites": [
-            {
-                "site": site,
-                "sqnr_db": distance.shown_db,
-                "input_db": inputs[site].rounding.shown_db if site in inputs else None,
-            }
-            for site, distance in outputs.items()
-        ],
-        "histograms": _histograms(model, held, [inputs[site] for site in hardest]),
-    }
+def layers(sources: Sources) -> Section:
+    """How far each layer's output is from float, and what each costs by itself."""
+    section = Section("layers", "Layers")
+    found = sources.evidence.get("layers")
+    alone = (sources.sensitivity or {}).get("sites") or {}
+    if found is None:
+        section.blocks.append(missing(sources.evidence["missing"]["layers"]))
+    else:
+        decisions = {site["name"]: site for site in sources.evidence["plan"]["sites"]}
+        section.blocks.append(_profile(found, decisions))
+    section.blocks += _sensitivity(sources, alone)
+    if found is not None:
+        section.blocks.append(_layer_table(found, decisions, alone))
+    return section
 
 
-@dataclass
-class _Histogram:
-    """Counts over the observed values and the chosen range together."""
-
-    source: _Input
-    before: Tensor
-    after: Tensor
-    clipped: int = 0
-    values: int = 0
-
-    def bounds(self) -> tuple[float, float]:
-        low, high, _ = self.source.quantizer.bounds(4)
-        return min(self.source.low, float(low.min())), max(self.source.high, float(high.max()))
-
-    def count(self, before: Tensor, after: Tensor) -> None:
-        self.clipped += self.source.quantizer.cut(before)
-        self.values += before.numel()
-        least, most = self.bounds()
-        for counts, values in ((self.before, before), (self.after, after)):
-            counts += torch.histc(values.float().cpu(), BINS, least, most).long()
-
-    def as_json(self) -> dict[str, Any]:
-        quantizer = self.source.quantizer
-        low, high, half = quantizer.bounds(4)
-        least, most = self.bounds()
-        return {
-            "site": quantizer.site,
-            "operand": quantizer.operand,
-            "spec": str(quantizer.spec),
-            "input_db": self.source.rounding.shown_db,
-            "observed": [self.source.low, self.source.high],
-            "range": [float(low.min()), float(high.max())],
-            "ranges": low.numel(),
-            "steps": [2 * float(half.min()), 2 * float(half.max())],
-            "bins": [least, most],
-            "before": self.before.tolist(),
-            "after": self.after.tolist(),
-            "clipped": self.clipped,
-            "values": self.values,
-        }
+def _kind(decision: Json) -> int:
+    if decision["precision"] == "float":
+        return 0
+    role = decision["role"]
+    return 3 if "depthwise" in role else 2 if role.startswith("attention") else 1
 
 
-def _histograms(
-    model: QuantizedCare, batches: list[Tensor], chosen: list[_Input]
-) -> list[dict[str, Any]]:
-    """Values of these inputs before and after rounding; a second pass, once the ends are known."""
-    found = {
-        id(one.quantizer): _Histogram(
-            one, torch.zeros(BINS, dtype=torch.long), torch.zeros(BINS, dtype=torch.long)
+def _profile(found: Json, decisions: dict[str, Json]) -> Figure:
+    rows = []
+    for one in found["sites"]:
+        name, decision = one["site"], decisions[one["site"]]
+        parts = name.split(".")
+        stage = parts[1] if parts[0] == "stages" else parts[0]
+        told = f"{name} ({decision['precision']}): {one['sqnr_db']:.1f} dB"
+        rows.append(Dot(one["sqnr_db"], _kind(decision), told, stage))
+    worst = min(found["sites"], key=lambda one: float(one["sqnr_db"]))
+    told = (
+        f"SQNR of {len(rows)} layers from the stem to the head; the lowest is {worst['site']} with "
+        f"{worst['sqnr_db']:.1f} dB"
+    )
+    legend = tuple(
+        Legend(legend_mark(*SERIES[kind]), KINDS[kind]) for kind in sorted({r.series for r in rows})
+    )
+    return Figure(
+        (Picture(dots(rows, "dB", told), told),),
+        "Signal over quantization noise at the output of each layer",
+        legend,
+        f"In the order of the network, its stages numbered, on {found['images']} images; higher is "
+        "nearer to float. The "
+        "reference is the same network with its quantizers off; noise of earlier layers is "
+        "included.",
+    )
+
+
+def _layer_table(found: Json, decisions: dict[str, Json], alone: Json) -> Table:
+    columns = ["layer", "role", "precision", "output dB", "own input dB"]
+    if alone:
+        columns += ["alone dB", "alone top-1 drop", "left out dB"]
+    rows = []
+    for one in found["sites"]:
+        decision, by_itself = decisions[one["site"]], alone.get(one["site"])
+        row = [
+            Cell(one["site"]),
+            Cell(decision["role"]),
+            Cell(decision["precision"]),
+            number(one["sqnr_db"], 1),
+            number(one["input_db"], 1),
+        ]
+        if alone:
+            row += [
+                number(None if by_itself is None else by_itself["alone"]["sqnr_db"], 1),
+                number(None if by_itself is None else by_itself["alone"]["top1"], 2),
+                number(None if by_itself is None else by_itself["left_out"]["sqnr_db"], 1),
+            ]
+        rows.append(tuple(row))
+    return Table("Every layer", tuple(columns), rows, tuple(columns[3:]), tall=True)
+
+
+def _sensitivity(sources: Sources, alone: Json) -> list[Block]:
+    if not alone:
+        if sources.evidence.get("layers") is None:
+            return []
+        recipe = sources.results["recipe"]
+        return [
+            missing(
+                "What each layer costs alone has not been measured: care-compress sensitivity "
+                f"{recipe} --name {sources.name}_sensitivity does that."
+            )
+        ]
+    assert sources.sensitivity is not None
+    hardest = sorted(alone.items(), key=lambda item: float(item[1]["alone"]["sqnr_db"]))[:SHOWN]
+    rows = [
+        Bar(short_name(site), one["alone"]["sqnr_db"], f"{one['alone']['sqnr_db']:.1f} dB", 1)
+        for site, one in hardest
+    ]
+    half = -(-len(rows) // 2)
+    pictures = []
+    for part in filter(None, (rows[:half], rows[half:])):
+        told = "; ".join(f"{row.label} {row.text}" for row in part)
+        longest = max(row.value for row in rows)
+        pictures.append(Picture(bars(part, told, longest), told))
+    return [
+        Figure(
+            tuple(pictures),
+            f"The {len(rows)} most sensitive of {len(alone)} sites",
+            note="Signal over noise of the logits with only this site quantized, on "
+            f"{sources.sensitivity['images']} images; shorter is harder.",
         )
-        for one in chosen
+    ]
+
+
+def histograms(sources: Sources) -> Section:
+    """The inputs that lose most by their own rounding, and the ranges that were chosen."""
+    section = Section("activations", "Activations of the hardest layers")
+    found = (sources.evidence.get("layers") or {}).get("histograms")
+    if found is None:
+        section.blocks.append(missing(sources.evidence["missing"]["layers"]))
+        return section
+    if not found:
+        section.blocks.append(missing("No activation becomes integers in this recipe."))
+        return section
+    legend = (Legend(_swatch("before"), "before"), Legend(_swatch("after"), "after rounding"))
+    section.blocks.append(
+        Figure(
+            tuple(_histogram(one) for one in found),
+            "Values that enter a layer, before and after rounding to integers",
+            legend,
+            f"The {len(found)} inputs with the lowest SQNR of their own rounding. Counts are "
+            "logarithmic, so that the few values a range cuts off can be seen.",
+        )
+    )
+    return section
+
+
+def _swatch(kind: str) -> Any:
+    return legend_mark("square", f"swatch-{kind}")
+
+
+def _histogram(one: Json) -> Picture:
+    low, high = one["range"]
+    share = 100 * one["clipped"] / one["values"]
+    ranges = "one range" if one["ranges"] == 1 else f"{one['ranges']} ranges, the widest ends"
+    told = (
+        f"{one['spec']}: {ranges} {low:.3g} to {high:.3g}, values {one['observed'][0]:.3g} to "
+        f"{one['observed'][1]:.3g}; {share:.3f} % cut off; {one['input_db']:.1f} dB"
+    )
+    drawing = histogram(
+        one["before"],
+        one["after"],
+        (one["bins"][0], one["bins"][1]),
+        (low, high),
+        f"{one['site']}: {told}",
+    )
+    return Picture(drawing, told, short_name(one["site"]))
+
+
+def changes(sources: Sources) -> Section:
+    """Which class lost images to which, and the images."""
+    section = Section("answers", "Answers that changed")
+    found = sources.evidence.get("answers")
+    if found is None:
+        section.blocks.append(missing(sources.evidence["missing"]["answers"]))
+        return section
+    changed = found["images"] - found["same"]
+    section.blocks.append(
+        Text(
+            f"{changed} of {found['images']:,} answers differ from the float model's: "
+            f"{found['lost']} lost (right before), {found['gained']} gained (right now), "
+            f"{changed - found['lost'] - found['gained']} wrong both times."
+        )
+    )
+    if not changed:
+        return section
+    columns = ("label", "float said", "quantized says", "images")
+    rows = [
+        (Cell(one["label"]), Cell(one["before"]), Cell(one["after"]), number(one["images"], 0))
+        for one in found["changes"][:LISTED]
+    ]
+    caption = "Confusion changes"
+    if len(found["changes"]) > LISTED:
+        caption += f", the {LISTED} most frequent of {len(found['changes'])}"
+    photos = tuple(_photo(one) for one in found["flipped"])
+    section.blocks += [
+        Table(caption, columns, rows, ("images",), tall=True),
+        Gallery(f"Images whose answer changed, {len(photos)} of {changed}", photos),
+    ]
+    return section
+
+
+def _photo(one: Json) -> Photo:
+    right = (one["before"] == one["label"], one["after"] == one["label"])
+    kinds: dict[tuple[bool, bool], tuple[str, Tone]] = {
+        (True, False): ("✗ lost", "bad"),
+        (False, True): ("✓ gained", "good"),
+        (False, False): ("wrong both times", "plain"),
     }
+    verdict, tone = kinds[right]
+    return Photo(
+        picture=one["picture"],
+        name=one["name"],
+        label=one["label"],
+        before=f"{one['before']} ({100 * one['sure_before']:.0f}\u00a0%)",
+        after=f"{one['after']} ({100 * one['sure_after']:.0f}\u00a0%)",
+        verdict=verdict,
+        tone=tone,
+    )
 
-    def see(quantizer: IntQuantizer, before: Tensor, after: Tensor) -> None:
-        if id(quantizer) in found:
-            found[id(quantizer)].count(before, after)
 
-    for images in batches:
-        run_graph(model, images, see)
-    return [histogram.as_json() for histogram in found.values()]
+def training(sources: Sources) -> Section:
+    """Validations on the way: of the float model where it was trained, and of QAT."""
+    section = Section("training", "Training curves")
+    if sources.trained:
+        section.blocks += _curve("Float training", sources.trained, None)
+    if sources.qat:
+        baseline = (sources.results.get("float") or {}).get("top1")
+        begin = _begin(sources)
+        history = {"validations": begin + sources.qat["validations"]}
+        section.blocks += _curve("Quantization-aware training", history, baseline)
+    elif not sources.is_float:
+        section.blocks.append(
+            missing(
+                "This recipe has no quantization-aware training: make quantize RECIPE=int8_qat "
+                "is one that has."
+            )
+        )
+    if not section.blocks:
+        section.blocks.append(missing("Nothing was trained in this run: it loaded a checkpoint."))
+    return section
+
+
+def _begin(sources: Sources) -> list[Json]:
+    """What QAT started from: the PTQ model, of our own backend; NNCF calibrates another one."""
+    if sources.results.get("backend") != "torchao":
+        return []
+    return [{"epoch": 0.0, "top1": sources.results["candidates"]["ptq"]["top1"]}]
+
+
+def _curve(title: str, history: Json, baseline: float | None) -> list[Block]:
+    points = [(one["epoch"], one["top1"]) for one in history["validations"]]
+    if not points:
+        return [missing(f"{title} ended before its first validation.")]
+    told = f"{title}: top-1 from {points[0][1]:.2f} % to {points[-1][1]:.2f} %"
+    note = "" if baseline is None else f"Dashed: the float model's {baseline:.2f} %."
+    columns = ("epoch", "top-1 %", "loss")
+    rows = [
+        (number(one["epoch"], 2), number(one["top1"]), number(one.get("loss"), 4))
+        for one in history["validations"]
+    ]
+    return [
+        Figure(
+            (Picture(curve(points, baseline, told), told),),
+            f"{title}: validation top-1 by epoch",
+            note=note,
+        ),
+        Table(f"{title}, every validation", columns, rows, columns, tall=True),
+    ]

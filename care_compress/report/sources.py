@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from care_compress.errors import RunError
-from care_compress.files import read_json
-from care_compress.recipe import read_yaml
-from care_compress.run import sha256_file
+from care_compress.files import read_json, sha256_file
+from care_compress.recipe.reading import read_yaml
 
 Json = dict[str, Any]
 

@@ -9,13 +9,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from care_compress.finished import as_written
-from care_compress.report import cost, inside, ladder, notes, record, scores, speed, verdict
-from care_compress.report.document import as_markdown
+from care_compress.files import write_text
+from care_compress.report import accuracy as scores
+from care_compress.report import fidelity as ladder
+from care_compress.report import latency as speed
+from care_compress.report import layers as inside
+from care_compress.report import plan as record
+from care_compress.report import size as cost
+from care_compress.report import summary as notes
+from care_compress.report import summary as verdict
 from care_compress.report.evidence import gather
-from care_compress.report.page import as_html
+from care_compress.report.render import as_html, as_markdown
 from care_compress.report.sources import read_results, read_sources
-from care_compress.run import write_text
+from care_compress.run.finished import as_written
 
 SECTIONS = (
     verdict.verdict,

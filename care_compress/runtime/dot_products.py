@@ -17,8 +17,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from care_compress.errors import TargetError
-from care_compress.quantize.openvino_library import load_openvino, openvino_core
-from care_compress.target import DOT_PRODUCTS
+from care_compress.libraries import load_openvino, openvino_core
+from care_compress.recipe.target import DOT_PRODUCTS
 
 # The largest factors, as many as make every kernel use its whole registers.
 _DEPTH, _OUTPUTS, _SIDE = 64, 32, 8

@@ -108,7 +108,7 @@ def _openvino(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
 def _torch(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
     import torch
 
-    from care_compress.runtime.opening import open_predictor
+    from care_compress.runtime.artifact import open_predictor
 
     torch.set_num_threads(settings["threads"])
 

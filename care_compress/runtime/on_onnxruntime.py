@@ -6,9 +6,9 @@ import onnxruntime
 from torch import Tensor
 
 from care_compress.errors import TargetError
+from care_compress.model.predictor import as_logits, failed, in_slices
+from care_compress.recipe.target import NEEDS
 from care_compress.runtime.dot_products import check_needs, onnxruntime_is_exact
-from care_compress.runtime.slicing import as_logits, failed, in_slices
-from care_compress.target import NEEDS
 
 
 def open_session(

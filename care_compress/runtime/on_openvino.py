@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from care_compress.errors import TargetError
-from care_compress.quantize.openvino_library import load_openvino, openvino_core
+from care_compress.libraries import load_openvino, openvino_core
+from care_compress.model.predictor import as_logits, failed, in_slices
+from care_compress.recipe.target import NEEDS
 from care_compress.runtime.dot_products import check_needs, openvino_is_exact
-from care_compress.runtime.slicing import as_logits, failed, in_slices
-from care_compress.target import NEEDS
 
 
 def read_to_run(path: Path, device: str = "CPU") -> Any:

@@ -10,8 +10,7 @@ from care_compress.device.enginefile import origin_path, read_engine
 from care_compress.device.problems import DeployError
 from care_compress.device.session import Session
 from care_compress.errors import TargetError
-from care_compress.files import read_json
-from care_compress.run import sha256_file
+from care_compress.files import read_json, sha256_file
 
 
 class EnginePredictor:

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
+from care_compress.console import one_line, shortened
 from care_compress.errors import TargetError
-from care_compress.terminal import one_line, shortened
 
 LONGEST = 120.0  # seconds; the largest CARE compiles and runs in a tenth of it
 MOST_SIDE = 4096  # of an image, twice the largest resolution of a recipe

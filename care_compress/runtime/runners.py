@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from care_compress.errors import CareError, TargetError
-from care_compress.quantize.openvino_library import load_openvino, openvino_core
+from care_compress.libraries import load_openvino, openvino_core
+from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_onnxruntime import open_session
 from care_compress.runtime.on_openvino import read_to_run
-from care_compress.runtime.opening import open_predictor
 
 
 @dataclass(frozen=True)

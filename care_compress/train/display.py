@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from care_compress.progress import PLAIN_LINE_SECONDS
+from care_compress.console import PLAIN_LINE_SECONDS
 
 
 class Silent:

@@ -18,13 +18,11 @@ from torch import Tensor, nn
 
 from care_compress.data.loader import BadImages, Batch
 from care_compress.errors import DataError, TrainingError
-from care_compress.sections import TrainSection
-from care_compress.train.averaging import averaged
+from care_compress.recipe.sections import TrainSection
+from care_compress.run.processes import World, distribute, synchronise_norms
 from care_compress.train.display import Silent, TrainingDisplay
-from care_compress.train.distributed import World, distribute, synchronise_norms
-from care_compress.train.mixing import mix
-from care_compress.train.objective import Objective, soft_targets
-from care_compress.train.schedule import learning_rate
+from care_compress.train.objective import Objective, mix, soft_targets
+from care_compress.train.schedule import averaged, learning_rate
 from care_compress.train.state import STATE_FILE, Progress, Trainee, forget, step_back
 
 STEP_STREAM = 2  # keeps the per-step seeds apart from the other users of the recipe's seed

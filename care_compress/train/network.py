@@ -12,19 +12,16 @@ from care_compress.data.loader import BadImages, steps_per_epoch, training_batch
 from care_compress.data.samples import Samples
 from care_compress.data.transforms import TrainTransform, normalize
 from care_compress.errors import DataError, TrainingError
+from care_compress.files import fingerprint, sha256_file
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
-from care_compress.predictor import Predictor
-from care_compress.recipe import Recipe
-from care_compress.run import fingerprint, sha256_file
-from care_compress.sections import TrainSection
-from care_compress.train.distributed import World
+from care_compress.model.predictor import Predictor
+from care_compress.recipe.recipe import Recipe
+from care_compress.recipe.sections import WATCHING, TrainSection
+from care_compress.run.processes import World
 from care_compress.train.loop import Course, Groups, Validate, decayed_and_free, fit
 from care_compress.train.objective import Classification, Objective, check_teacher
 from care_compress.train.state import Progress, Trainee
-
-# Settings that change how a training is watched, not what it computes.
-WATCHING = {"checkpoint_steps", "validate_epochs"}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from care_compress.errors import TrainingError
-from care_compress.run import atomic_file
+from care_compress.files import atomic_file
 
 STATE_FILE = "train_state.pt"
 DIGEST_BYTES = hashlib.sha256().digest_size

@@ -1,0 +1,166 @@
+r"""What may be shown: names and messages come from files, and a terminal obeys control characters.
+
+A class called ``\x1b[2J`` is shown by these letters and clears nothing; ``[bold]`` is made no
+markup where it is printed (`rich.markup.escape`, ``markup=False``).
+"""
+
+import contextlib
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+LONGEST = 200  # letters of something foreign inside a message
+_CONTROLS = frozenset({"Cc", "Cs", "Zl", "Zp"})  # with halves of characters and line separators
+# What turns the direction of writing: a name could end in .png and show another ending.
+_TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+
+
+def visible(text: str) -> str:
+    """The text with an escape for everything that a terminal would obey; lines stay lines."""
+    if text.isprintable():
+        return text
+    return "".join(letter if _is_shown(letter) else _escape(letter) for letter in text)
+
+
+def one_line(text: str) -> str:
+    """The text as it is shown, without its line breaks."""
+    return visible(" ".join(text.split()))
+
+
+def shortened(text: str, most: int = LONGEST) -> str:
+    """The beginning of a text that may be a whole file."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} letters)"
+
+
+def _is_shown(letter: str) -> bool:
+    if letter == "\n":
+        return True
+    controls = unicodedata.category(letter) in _CONTROLS
+    return not controls and unicodedata.bidirectional(letter) not in _TURNING
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+class Terminal(Console):
+    """The console of every verb: whatever is printed, only its own control characters are sent."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(emoji=False, **settings)  # a class may be called :bomb:
+        self.push_render_hook(_Visible())
+
+
+class _Visible(RenderHook):
+    """Rich asks this about everything before it is drawn."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(one) for one in renderables]
+
+
+class _Shown:
+    """Something to print, drawn by its own rules and then made visible."""
+
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self._segments(console, options)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self.inner)
+
+    def _segments(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.inner, options):
+            if segment.control:  # rich's own: moving the cursor of a progress bar
+                yield segment
+            else:
+                yield Segment(visible(segment.text), segment.style)
+
+
+SHOWN = 3  # items on the console
+LISTED = 100  # items in results.json; their count is always there
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    check: str  # saturated ranges
+    status: Literal["fine", "warning", "not measured"]
+    text: str  # one sentence
+    items: tuple[str, ...] = ()  # what it is about, worst first
+
+    def __str__(self) -> str:
+        """One line for a console."""
+        more = len(self.items) - SHOWN
+        shown = [*self.items[:SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
+        return f"{self.check}: {self.text}" + (f" ({listed(shown)})" if shown else "")
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``results.json`` holds it."""
+        return {
+            "check": self.check,
+            "status": self.status,
+            "text": self.text,
+            "items": list(self.items[:LISTED]),
+            "count": len(self.items),
+        }
+
+
+def listed(items: Sequence[str]) -> str:
+    """Items in one line; those that are sentences have commas of their own."""
+    return ("; " if any("," in item for item in items) else ", ").join(items)
+
+
+def show_findings(findings: Sequence[Finding], console: Console) -> None:
+    """The warnings; what is fine stands in the results."""
+    for finding in findings:
+        if finding.status == "warning":
+            console.print("[yellow]take note[/]: ", end="")
+            # Names in it come from files: shown, never read as markup.
+            console.print(str(finding), markup=False, highlight=False, soft_wrap=True)
+
+
+PLAIN_LINE_SECONDS = 15.0  # between lines where there is no terminal
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar in a terminal, nothing elsewhere; yields what advances it."""
+    bar = Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+@contextlib.contextmanager
+def step_line(console: Console) -> Iterator[Callable[[str], None]]:
+    """Names the step under way: beside a spinner in a terminal, now and then a line elsewhere."""
+    last = time.monotonic()
+
+    def show(step: str) -> None:
+        nonlocal last
+        status.update(escape(visible(step)))  # a step names files
+        if not console.is_terminal and time.monotonic() - last >= PLAIN_LINE_SECONDS:
+            last = time.monotonic()
+            console.print(step, markup=False, highlight=False)
+
+    with console.status("") as status:
+        yield show

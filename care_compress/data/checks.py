@@ -1,0 +1,142 @@
+"""Images that are there twice: in the calibration and the validation set, or within the latter.
+
+What is compared is a digest of the stored bytes, taken while an image is read anyway: eight bytes
+for each, no second read and no second decode. An image saved again in another way is another one.
+"""
+
+import base64
+import contextlib
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from care_compress.console import Finding
+from care_compress.data.samples import Samples
+
+CHECK = "duplicate images"
+SHARED = f"{CHECK} in calibration and validation"
+
+
+def digest_of(stored: bytes) -> int:
+    """Of the bytes an image is stored as; two of a million images share one by chance at 3e-8."""
+    return int.from_bytes(hashlib.blake2b(stored, digest_size=8).digest(), "little")
+
+
+class Contents:
+    """Digests of the images that a pass has read, by their index."""
+
+    def __init__(self) -> None:
+        self._indices = array("q")
+        self._digests = array("Q")
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self._indices)
+
+    def add(self, indices: Sequence[int], digests: Sequence[int]) -> None:
+        """Take in one batch."""
+        self._indices.extend(indices)
+        self._digests.extend(digests)
+
+    def take(self, others: Sequence["Contents"]) -> None:
+        """Hold what all of these hold, each image once."""
+        found = {i: d for one in others for i, d in zip(one._indices, one._digests, strict=True)}
+        self._indices, self._digests = array("q", found.keys()), array("Q", found.values())
+
+    def as_text(self) -> str:
+        """For a file: what a later run would have to read all images again for."""
+        both = (self._indices.tobytes(), self._digests.tobytes())
+        return "\n".join(base64.b64encode(part).decode() for part in both)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Contents":
+        """What `as_text` wrote; empty if it is damaged."""
+        found = cls()
+        with contextlib.suppress(ValueError):
+            indices, digests = (base64.b64decode(line) for line in text.split("\n"))
+            if len(indices) == len(digests):
+                found._indices.frombytes(indices)
+                found._digests.frombytes(digests)
+        return found
+
+    def sorted(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Indices and digests, equal digests side by side."""
+        digests = np.array(self._digests, np.uint64)
+        indices = np.array(self._indices, np.int64)
+        order = np.lexsort((indices, digests))
+        return indices[order], digests[order]
+
+
+def overlap_findings(
+    validation: Samples, seen: Contents, calibration: Sequence[tuple[str, int]] | None
+) -> list[Finding]:
+    """What `seen` of the validation images tells, beside names and digests of calibration.
+
+    There is no calibration in a float run; None where it is not known.
+    """
+    if not len(seen):
+        return [Finding(CHECK, "not measured", "the images were scored by an earlier run")]
+    indices, digests = seen.sorted()
+    found = [_within(validation, indices, digests)]
+    if calibration is None:
+        found.append(Finding(SHARED, "not measured", "calibration.json has no digests of files"))
+    elif calibration:
+        found.append(_shared(validation, indices, digests, calibration))
+    return found
+
+
+def _within(
+    validation: Samples, indices: NDArray[np.int64], digests: NDArray[np.uint64]
+) -> Finding:
+    again = np.flatnonzero(digests[1:] == digests[:-1]) + 1
+    check, total = f"{CHECK} in validation", f"{len(indices):,} validation images"
+    if not len(again):
+        return Finding(check, "fine", f"no two of {total} are the same file")
+    labels = validation.labels[indices]
+    parted = again[labels[again] != labels[again - 1]]
+    pairs = [*parted, *np.setdiff1d(again, parted)]  # another class for the same file is worse
+    items = tuple(
+        f"{validation.name(int(indices[at]))} = {validation.name(int(indices[at - 1]))}"
+        for at in pairs
+    )
+    also = f", {len(parted):,} of them under another class" if len(parted) else ""
+    text = f"{len(again):,} of {total} are copies of others and count again{also}"
+    return Finding(check, "warning", text, items)
+
+
+def _shared(
+    validation: Samples,
+    indices: NDArray[np.int64],
+    digests: NDArray[np.uint64],
+    calibration: Sequence[tuple[str, int]],
+) -> Finding:
+    wanted = np.array([digest for _, digest in calibration], np.uint64)
+    places = np.searchsorted(digests, wanted).clip(max=len(digests) - 1)
+    items = tuple(
+        f"{name} = {validation.name(int(indices[at]))}"
+        for (name, digest), at in zip(calibration, places, strict=True)
+        if digests[at] == digest
+    )
+    total = f"{len(calibration):,} calibration images"
+    if not items:
+        return Finding(
+            SHARED, "fine", f"none of {total} is among the {len(indices):,} validated on"
+        )
+    text = f"{len(items):,} of {total} are validation images too: the ranges were made on them"
+    return Finding(SHARED, "warning", text, items)
+
+
+def coverage_finding(samples: Samples, indices: Sequence[int]) -> Finding:
+    """The classes that none of these images belongs to."""
+    counts = np.bincount(samples.labels[list(indices)], minlength=len(samples.classes))
+    empty = np.flatnonzero(counts == 0)
+    check, total = "classes", f"{len(samples.classes):,} classes"
+    if not len(empty):
+        return Finding(
+            check, "fine", f"each of {total} has at least {counts.min():,} validation images"
+        )
+    text = f"{len(empty):,} of {total} have no validation image: the accuracy does not know them"
+    return Finding(check, "warning", text, tuple(samples.classes[label] for label in empty))

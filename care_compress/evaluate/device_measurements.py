@@ -1,0 +1,361 @@
+"""What devices measured and `import-results` brought home, beside what was measured here."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from care_compress.device.cpu_app import FLOAT
+from care_compress.device.sensors import is_busy
+from care_compress.errors import CareError
+from care_compress.evaluate.verdicts import Verdict
+from care_compress.files import json_text, read_json, write_text
+from care_compress.run.finished import as_written
+
+# Allows no NaN and no infinity: a figure that is none has no place among figures.
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_AGAIN = "copy results.json from the unpacked bundle again, after 'verify' and 'bench'"
+
+
+class DeviceResultsError(CareError):
+    """A results file that is damaged, incomplete, or of another export."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Conditions(_Strict):
+    """How the board was set and how warm it was."""
+
+    power_mode: str | None
+    gpu_mhz: Finite | None
+    cpu_mhz: Finite | None
+    temperatures_c: dict[str, Finite]
+
+
+class Latency(_Strict):
+    """Milliseconds of one run of the engine."""
+
+    p50: Positive
+    p90: Positive
+    p99: Positive
+
+
+class Speed(_Strict):
+    """What `bench` writes."""
+
+    batch: Annotated[int, Field(gt=0)]
+    cuda_graph: bool
+    runs: Annotated[int, Field(gt=0)]
+    seconds: Positive
+    latency_ms: Latency
+    throughput: Positive
+    before: Conditions
+    after: Conditions
+    measured_at: str
+
+
+class Accuracy(_Strict):
+    """What `verify` writes."""
+
+    images: Annotated[int, Field(gt=0)]
+    top1: Percent
+    expected_top1: Percent
+    agreement: Percent
+    sqnr_db: Finite
+    max_deviation: Finite
+    passed: bool
+    measured_at: str
+
+
+class Engine(_Strict):
+    """One engine of the board."""
+
+    onnx_sha256: Sha256
+    engine_sha256: Sha256
+    size_bytes: Annotated[int, Field(gt=0)]
+    layers_from: Literal["engine", "network"]
+    precisions: dict[str, int]
+    accuracy: Accuracy | None = None
+    speed: Speed | None = None
+
+    @property
+    def exported_sha256(self) -> str:
+        """Of the exported graph."""
+        return self.onnx_sha256
+
+    @property
+    def mode(self) -> str | None:
+        """What else may be set on the device, and gives other figures."""
+        return None if self.speed is None else self.speed.before.power_mode
+
+
+class Gpu(_Strict):
+    """The board's GPU."""
+
+    name: str
+    compute_capability: str
+
+
+class Board(_Strict):
+    """The board and its software."""
+
+    name: Annotated[str, Field(min_length=1)]
+    gpu: Gpu
+    library: str
+    library_version: str
+    cuda: dict[str, str]
+    l4t: str | None
+    jetpack: str | None
+    python: str
+    architecture: str
+
+
+class CpuConditions(_Strict):
+    """How the clocks were set, what else ran, and how warm it was."""
+
+    governor: str | None
+    load_average: Finite | None
+    cpu_mhz: Finite | None
+    temperatures_c: dict[str, Finite]
+
+
+class CpuSpeed(_Strict):
+    """What `bench` of a CPU bundle writes."""
+
+    batch: Annotated[int, Field(gt=0)]
+    threads: Annotated[int, Field(gt=0)]
+    runs: Annotated[int, Field(gt=0)]
+    seconds: Positive
+    latency_ms: Latency
+    throughput: Positive
+    before: CpuConditions
+    after: CpuConditions
+    measured_at: str
+
+
+class CpuFile(_Strict):
+    """One file on a processor."""
+
+    sha256: Sha256
+    size_bytes: Annotated[int, Field(gt=0)]
+    floats_in: Literal["f32", "bf16"]
+    accuracy: Accuracy | None = None
+    speed: CpuSpeed | None = None
+
+    @property
+    def exported_sha256(self) -> str:
+        """Of the exported file."""
+        return self.sha256
+
+    @property
+    def mode(self) -> str | None:
+        """What else may be set on the device, and gives other figures."""
+        return None if self.speed is None else counted_threads(self.speed.threads)
+
+
+class CpuBoard(_Strict):
+    """A machine without a GPU, and its software."""
+
+    name: Annotated[str, Field(min_length=1)]
+    processor: str
+    cores: Annotated[int, Field(gt=0)]
+    integer_dot_products: bool | None  # None: the system does not say
+    library: str
+    library_version: str
+    python: str
+    architecture: str
+
+
+class _Results(_Strict):
+    """What results.json of any bundle says."""
+
+    format: Literal[1]
+    target: str
+    run: str
+    recipe: str
+    fingerprint: str
+    bundle_sha256: Sha256
+    measured_at: str
+
+
+class DeviceResults(_Results):
+    """results.json of a bundle of engines."""
+
+    kind: Literal["care-deploy-results"]
+    board: Board
+    models: Annotated[dict[str, Engine], Field(min_length=1)]
+
+
+class CpuResults(_Results):
+    """results.json of a bundle for a CPU."""
+
+    kind: Literal["care-deploy-cpu-results"]
+    board: CpuBoard
+    models: Annotated[dict[str, CpuFile], Field(min_length=1)]
+
+
+Results = DeviceResults | CpuResults
+_RESULTS: TypeAdapter[Results] = TypeAdapter(Annotated[Results, Field(discriminator="kind")])
+
+
+def counted_threads(count: int) -> str:
+    """2 threads, and 1 thread."""
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def parse_results(text: str) -> Results:
+    """The results in a JSON text; `ValidationError` for anything else."""
+    # From JSON, not from Python values: NaN, which json.loads takes, is then refused too.
+    return _RESULTS.validate_json(text, strict=True)
+
+
+def import_results(file: Path, run_dir: Path) -> dict[str, Any]:
+    """Check a board's results and keep them in ``measured/<target>.<board>.json`` of the run."""
+    results = _read(file)
+    check_export(results, file, run_dir)
+    board = re.sub(r"[^a-z0-9]+", "-", results.board.name.lower()).strip("-") or "board"
+    value = results.model_dump(mode="json")
+    # One board measured in two power modes, or on two numbers of threads, gave two results.
+    modes = [model.mode for model in results.models.values() if model.speed]
+    mode = re.sub(r"[^a-z0-9]+", "-", (modes[0] or "").lower()).strip("-") if modes else ""
+    name = ".".join(part for part in (results.target, board, mode) if part)
+    path = run_dir / "measured" / f"{name}.json"
+    write_text(path, json_text(value))
+    return value
+
+
+def _read(file: Path) -> Results:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeviceResultsError(f"{file} cannot be read ({error}).", _AGAIN) from error
+    try:
+        return parse_results(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # The kind, by which the model of the results was chosen, stands in front of the rest.
+        place = [part for part in first["loc"] if not str(part).startswith("care-deploy")]
+        where = ".".join(map(str, place)) or "the file"
+        raise DeviceResultsError(f"{file}: {where}: {first['msg']}.", _AGAIN) from error
+
+
+def check_export(results: Results, file: Path, run_dir: Path) -> None:
+    """Raise `DeviceResultsError` unless the results are of the run's present export."""
+    # The target becomes a file name.
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", results.target):
+        raise DeviceResultsError(f"{file}: target: {results.target!r} is no target's name.", _AGAIN)
+    path = run_dir / "exports" / results.target / "export.json"
+    if not path.is_file():
+        if results.run != run_dir.resolve().name:
+            raise DeviceResultsError(
+                f"{file} is of run {results.run}, and {run_dir} exports nothing for"
+                f" {results.target}.",
+                "name the run whose bundle was measured",
+            )
+        return
+    try:
+        export = read_json(path)
+    except ValueError as error:
+        raise DeviceResultsError(f"{path} is damaged.", "export the run again") from error
+    known = export.get("fingerprint")
+    if known is not None and known != results.fingerprint:
+        raise DeviceResultsError(
+            f"{file} was measured on another export of {results.target} than {run_dir} has now.",
+            "measure the bundle of this export, or import into the run that made that bundle",
+        )
+    for name, model in results.models.items():
+        stored = export.get("models", {}).get(name, {}).get("sha256")
+        if stored is not None and stored != model.exported_sha256:
+            raise DeviceResultsError(
+                f"{file}: {name} comes from another graph than {path} describes.",
+                "measure the bundle of this export",
+            )
+
+
+def measured_on_boards(run: Path) -> list[dict[str, Any]]:
+    """The newest engines of every target, and every machine's CPU files in every setting."""
+    newest = {}
+    every = []
+    for path in sorted(run.glob("measured/*.json")):
+        with as_written(path):
+            # As it was checked when it was imported.
+            results = parse_results(path.read_text(encoding="utf-8"))
+        try:
+            check_export(results, path, run)
+        except CareError:
+            continue  # the run was exported again since: these are figures of other files
+        every.append((results, path.stem))
+    for results, name in sorted(every, key=lambda one: one[0].measured_at):
+        newest[name if isinstance(results, CpuResults) else results.target] = results
+    return [results.model_dump(mode="json") for results in newest.values()]
+
+
+def board_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A row for each model on a device, with where it was measured; nothing is computed here."""
+    board = found["board"]
+    for model, one in found["models"].items():
+        speed, accuracy = one["speed"], one["accuracy"]
+        label = name if model == precision else f"{name} {model}"
+        yield (
+            # A CPU's files are measured here, too, and on any number of other machines.
+            f"{label} on {_place(found)}" if _is_of_cpu(found) else label,
+            {
+                "available": True,
+                "why": "",
+                "top1": None if accuracy is None else accuracy["top1"],
+                "latency_ms": None if speed is None else speed["latency_ms"],
+                "throughput": None if speed is None else speed["throughput"],
+                "int8_mac_share": None,
+                "size_bytes": one["size_bytes"],
+                "measured_on": {
+                    "model": label,
+                    "board": board["name"],
+                    "library": f"{board['library']} {board['library_version']}",
+                    "jetpack": board.get("jetpack"),
+                    "power_mode": None if speed is None else speed["before"].get("power_mode"),
+                    "batch": None if speed is None else speed["batch"],
+                    "threads": None if speed is None else speed.get("threads"),
+                    "verified": None if accuracy is None else accuracy["passed"],
+                    "at": found["measured_at"],
+                },
+            },
+        )
+
+
+def board_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict | None:
+    """What a device's own figures say; it measured both models in turns."""
+    target, place = found["target"], _place(found)
+    baseline, model = (FLOAT, "file") if _is_of_cpu(found) else ("fp16", "engine")
+    speeds = {model: one["speed"] for model, one in found["models"].items()}
+    accuracy = found["models"].get(precision, {}).get("accuracy")
+    if accuracy is not None and not accuracy["passed"]:
+        text = f"{name} does not pay: its {model} failed verify on {place}"
+        return Verdict(target, name, False, text)
+    if precision == baseline or speeds.get(precision) is None or speeds.get(baseline) is None:
+        return None
+    ratio = speeds[baseline]["latency_ms"]["p50"] / speeds[precision]["latency_ms"]["p50"]
+    said = f"{ratio:.2f}x over {baseline.upper()} on {place}"
+    load = speeds[precision]["before"].get("load_average")
+    if is_busy(load, found["board"].get("cores", 1)):
+        return Verdict(target, name, None, f"{name}: other programs were at work: {said}")
+    verb = "pays" if ratio > 1 else "does not pay"
+    return Verdict(target, name, ratio > 1, f"{name} {verb}: {said}")
+
+
+def _is_of_cpu(found: dict[str, Any]) -> bool:
+    return "gpu" not in found["board"]
+
+
+def _place(found: dict[str, Any]) -> str:
+    """The device, with the number of threads where a CPU's files were timed."""
+    speeds = [one["speed"] for one in found["models"].values() if one["speed"] is not None]
+    threads = speeds[0].get("threads") if speeds else None
+    name = str(found["board"]["name"])
+    return name if threads is None else f"{name}, {counted_threads(threads)}"

@@ -1,0 +1,340 @@
+"""The forms that the model of a finished run took, from the published float model to an engine.
+
+    published -> rewritten -> rescaled -> simulated -> simulated for a target -> its file -> engine
+
+Up to `rescaled` the steps are exact over the reals, yet some sites compute something else
+afterwards: `_moved_by_rewriting` and `_moved_by_rescaling` say which, and those are left out.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor, nn
+
+from care_compress.console import Terminal, step_line
+from care_compress.data.loader import BadImages
+from care_compress.data.sources import check_classes, open_samples
+from care_compress.errors import RunError, TargetError
+from care_compress.evaluate.device_measurements import measured_on_boards
+from care_compress.evaluate.images import hold_images
+from care_compress.evaluate.site_distance import Absent, Rung, climb
+from care_compress.evaluate.site_outputs import FileTap, Taken, run_graph, run_module, tap_file
+from care_compress.evaluate.tables import rung_table, site_table
+from care_compress.files import digest_of, fingerprint, json_text, sha256_file, write_text
+from care_compress.model.checkpoint import load_checkpoint, state_digest
+from care_compress.model.compact import CompactCare
+from care_compress.model.predictor import Predictor
+from care_compress.model.rewrite import rewrite
+from care_compress.quantize.artifact import Saved, load_saved
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.retarget import export_rules, retarget
+from care_compress.quantize.sites import find_sites
+from care_compress.quantize.spec import Site
+from care_compress.recipe.sections import RewriteSection
+from care_compress.recipe.target import AS_SHIPPED, Target, load_target
+from care_compress.run.finished import FinishedRun, find_run
+from care_compress.runtime.artifact import open_predictor
+from care_compress.runtime.on_openvino import OpenVinoPredictor
+
+CPU = torch.device("cpu")
+FLOAT, REWRITTEN, RESCALED, SIMULATED = "published", "rewritten", "rescaled", "simulated"
+NOT_ALL = "left out: depthwise convs of the interactions, whose channels and bias move"
+CORRECTED = "quantizers off; biases and norms as PTQ corrected them, weights as QAT left them"
+NNCF_HAS_NO_SITES = "NNCF's file has layers of its own names: logits only"
+ENGINE_HAS_NO_SITES = "an engine gives logits only"
+ATTENTION = ("attention.kv", "attention.out")
+
+
+@dataclass
+class Ladder:
+    """The rungs of one run, in order."""
+
+    run: FinishedRun
+    wanted: tuple[str, ...] | None
+    rungs: list[Rung] = field(default_factory=list)
+    gone: list[Absent] = field(default_factory=list)
+    classes: int = 0
+
+    def build(self) -> None:
+        """Load every form of the model that is here."""
+        recipe = self.run.recipe
+        model = load_checkpoint(self.run.checked_checkpoint(), recipe.model.arch)
+        compact = rewrite(model, recipe.rewrite)
+        self.classes = model.num_classes
+        sites = find_sites(compact, recipe.data.resolution)
+        published = partial(_published, model.eval(), recipe.rewrite)
+        self.rungs.append(Rung(FLOAT, published, None))
+        moved = _moved_by_rewriting(sites) if recipe.rewrite.fold_depthwise_bias else set()
+        kept = [site.name for site in sites if site.name not in moved]
+        self.rungs.append(
+            Rung(REWRITTEN, partial(run_module, compact), FLOAT, tuple(kept), note=NOT_ALL)
+        )
+        path = self.run.kept
+        if path is not None and not path.is_file():
+            raise RunError(f"the quantized model {path} is gone.", "make the run again")
+        if path is None:
+            self._files(lambda targets: (REWRITTEN, tuple(site.name for site in sites)))
+        elif path.suffix == ".safetensors":
+            self._quantized(load_saved(path), compact)
+        else:
+            name = "quantized by NNCF"
+            self.rungs.append(_file(name, path, REWRITTEN, (), NNCF_HAS_NO_SITES, ()))
+            self._files(lambda targets: (name, ()))
+
+    def _quantized(self, saved: Saved, compact: CompactCare) -> None:
+        plan = saved.model.plan
+        sites = tuple(decision.site for decision in plan.decisions)
+        names = tuple(site.name for site in sites)
+        moved = _moved_by_rescaling(sites, compact, saved.network)
+        common = tuple(name for name in names if name not in moved)
+        rescaled = partial(_simulated, saved.model, False)
+        self.rungs += [
+            Rung(RESCALED, rescaled, REWRITTEN, common, note=f"{CORRECTED}; {NOT_ALL}"),
+            Rung(SIMULATED, partial(_simulated, saved.model, True), RESCALED, names),
+        ]
+        made = {_content(saved.model): SIMULATED}
+
+        def variant(targets: list[Target]) -> tuple[str, tuple[str, ...]]:
+            rules = export_rules(self.run.recipe, saved.section, targets[0])
+            model = retarget(saved.model, saved.network, rules, targets[0])
+            content = _content(model)
+            if content not in made:
+                made[content] = f"simulated for {_in_short(targets)}"
+                run = partial(_simulated, model, True)
+                self.rungs.append(Rung(made[content], run, SIMULATED, names, _names(targets)))
+            return made[content], names
+
+        self._files(variant)
+
+    def _files(self, before: Callable[[list[Target]], tuple[str, tuple[str, ...]]]) -> None:
+        """A rung for each different file, after what it was made from; engines behind."""
+        note = NNCF_HAS_NO_SITES if self.run.results.get("backend") == "nncf" else ""
+        for path, targets in self._different_files():
+            origin, sites = before(targets)
+            name = f"{path.name} for {_in_short(targets)}"
+            self.rungs.append(_file(name, path, origin, sites, note, _names(targets)))
+            for target in targets:
+                if target.is_engine:
+                    self._engine(target, name)
+
+    def _different_files(self) -> list[tuple[Path, list[Target]]]:
+        """Exported files, each once, with the targets that share it; reasons for the others."""
+        shared: dict[str, tuple[Path, list[Target]]] = {}
+        reasons: dict[str, list[str]] = {}
+        for target, export in self._exports():
+            main = export.get("models", {}).get(self.run.recipe.precision)
+            if main is None:
+                said = export.get("skipped") or export.get("failed") or "nothing was exported"
+                reasons.setdefault(said.replace(target.name, "it"), []).append(target.name)
+                continue
+            path = self.run.path / "exports" / target.name / main["file"]
+            if not path.is_file():
+                gone = f"{path.name} is gone; make quantize exports it again"
+                reasons.setdefault(gone, []).append(target.name)
+                continue
+            shared.setdefault(digest_of(path), (path, []))[1].append(target)
+        self.gone += [
+            Absent(f"file for {', '.join(names)}", reason) for reason, names in reasons.items()
+        ]
+        return list(shared.values())
+
+    def _exports(self) -> Iterable[tuple[Target, dict[str, Any]]]:
+        found = self.run.results["exports"]
+        for name in self.wanted or ():
+            if name not in found:
+                raise RunError(
+                    f"{self.run.path.name} has no export for {name}.",
+                    f"it has {', '.join(found) or 'none'}; make quantize with export.targets",
+                )
+        full = self.run.recipe.full_range
+        names = self.wanted or found
+        return [(_placed(load_target(name, full), found[name]), found[name]) for name in names]
+
+    def _engine(self, target: Target, file: str) -> None:
+        name = f"engine of {target.name}"
+        precision = self.run.recipe.precision
+        built = [
+            *(self.run.path / "engines").glob(f"*{target.name}*/{precision}.engine"),
+            self.run.path / "exports" / target.name / f"{precision}.engine",
+        ]
+        path = next((path for path in built if path.is_file()), None)
+        if path is None:
+            self.gone.append(Absent(name, f"none was built here: {_how(target)}"))
+            return
+        try:
+            predict = open_predictor(str(path), CPU)
+        except TargetError as error:
+            self.gone.append(Absent(name, str(error)))
+            return
+        run = partial(_read, predict, None)
+        self.rungs.append(Rung(name, run, file, (), (target.name,), ENGINE_HAS_NO_SITES))
+
+
+def _placed(target: Target, export: dict[str, Any]) -> Target:
+    """The target in the placement that its file was written in; older runs do not name it."""
+    name = export.get("placement", AS_SHIPPED)
+    return target.placed(name) if name in target.placements else target
+
+
+def _how(target: Target) -> str:
+    """How to get an engine of a target."""
+    if target.builds_without_device:
+        return "install the tensorrt-rtx extra, then make quantize"
+    if target.device == "gpu":
+        return f"make engine TARGET={target.name}, on a machine with that GPU"
+    return f"make bundle TARGET={target.name} for the board, then care-compress import-results"
+
+
+def _names(targets: list[Target]) -> tuple[str, ...]:
+    return tuple(target.name for target in targets)
+
+
+def _in_short(targets: list[Target]) -> str:
+    """Targets that share a file: the first, and how many more."""
+    more = f" +{len(targets) - 1}" if len(targets) > 1 else ""
+    return f"{targets[0].name}{more}"
+
+
+def _file(
+    name: str,
+    path: Path,
+    before: str,
+    sites: tuple[str, ...],
+    note: str,
+    targets: tuple[str, ...],
+) -> Rung:
+    """An exported file: logits as it is, sites from a copy that shows them."""
+    # The target's device may be elsewhere: its file is read on the CPU, its floats in float32.
+    predict = OpenVinoPredictor(path) if path.suffix == ".xml" else open_predictor(str(path), CPU)
+    run = partial(_read, predict, tap_file(path, sites))
+    return Rung(name, run, before, sites, targets, note)
+
+
+def _read(predict: Predictor, tap: FileTap | None, image: Tensor) -> Taken:
+    return Taken(predict(image), {} if tap is None else tap(image))
+
+
+def _published(model: nn.Module, switches: RewriteSection, image: Tensor) -> Taken:
+    """The published model, its sites under the names they have once norms are folded into them."""
+    taken = run_module(model, image)
+    sites = dict(taken.sites)
+    if switches.fold_stem:  # the norm behind
+        sites["stem.0"] = taken.sites["stem.1"]
+    if switches.fold_norms:  # the norm in front
+        for name, value in taken.sites.items():
+            if name.endswith("downsample.1"):
+                sites[name.replace("downsample.1", "downsample.0")] = value
+    return Taken(taken.logits, sites)
+
+
+def _simulated(model: QuantizedCare, on: bool, image: Tensor) -> Taken:
+    model.enable(on)
+    return run_graph(model, image)
+
+
+def _content(model: QuantizedCare) -> str:
+    """Equal only for models that compute the same."""
+    plan = [str(decision) for decision in model.plan.decisions]
+    return fingerprint([plan, state_digest(model.state_dict())])
+
+
+def _moved_by_rewriting(sites: Iterable[Site]) -> set[str]:
+    """Depthwise convs whose bias went to the 1x1 behind them."""
+    return {s.name for s in sites if s.role == "depthwise" and (s.branch or "").startswith("inter")}
+
+
+def _moved_by_rescaling(
+    sites: tuple[Site, ...], before: CompactCare, after: CompactCare
+) -> set[str]:
+    """Depthwise convs whose channels were scaled, attention products in another form.
+
+    A 1x1 behind a rescaled input takes the scales into its weight, so its output stays.
+    """
+    modules = dict(before.named_modules()), dict(after.named_modules())
+    other = set()
+    for site in sites:
+        core = site.name.rpartition(".")[0]
+        kinds = [type(of.get(core)) for of in modules]
+        if site.role in ATTENTION and kinds[0] is not kinds[1]:
+            other.add(site.name)
+    return _moved_by_rewriting(sites) | other
+
+
+WIDTH = 150  # of the tables
+DEVICE_HAS_NO_SITES = "a device gives logits only"
+
+
+def run_fidelity(
+    runs: Path,
+    name: str,
+    targets: tuple[str, ...] | None,
+    images: int,
+    json_file: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Climb, print, write ``fidelity.json``."""
+    run = find_run(runs, name)
+    for target in targets or ():
+        load_target(target)  # a misspelt one is an error
+    samples = open_samples(run.recipe.data, "val")
+    with step_line(console) as notify:
+        notify("loading every form of the model")
+        ladder = Ladder(run, targets)
+        ladder.build()
+        check_classes(samples, ladder.classes)
+        held = hold_images(samples, run.recipe.data, images, BadImages())
+        steps = climb(ladder.rungs, held.batches(1), notify)
+    value = {
+        "run": name,
+        "results_sha256": sha256_file(run.path / "results.json"),
+        "images": len(held.labels),
+        "data": {**run.recipe.data.model_dump(mode="json"), "samples": samples.fingerprint()},
+        "rungs": [
+            *(step.as_json() for step in steps),
+            *_boards(ladder),
+            *(absent.as_json() for absent in ladder.gone),
+        ],
+    }
+    wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide.print(rung_table(value))
+    wide.print(site_table(value))
+    for absent in ladder.gone:
+        text = f"{absent.name}: {absent.why}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for path in filter(None, (run.path / "fidelity.json", json_file)):
+        write_text(path, json_text(value, indent=1))
+        console.print(f"written to {escape(str(path))}", soft_wrap=True)
+    return value
+
+
+def _boards(ladder: Ladder) -> list[dict[str, Any]]:
+    """What devices measured on the samples of their bundles, beside their simulation's logits."""
+    before = {target: rung.before for rung in ladder.rungs for target in rung.targets}
+    precision = ladder.run.recipe.precision
+    rows = []
+    for board in measured_on_boards(ladder.run.path):
+        target = board["target"]
+        of = f"engine of {target}" if load_target(target).is_engine else f"file for {target}"
+        accuracy = board["models"].get(precision, {}).get("accuracy")
+        if accuracy is not None and target in before:
+            rows.append(
+                {
+                    "rung": f"{of} on {board['board']['name']}",
+                    "before": before[target],
+                    "targets": [target],
+                    "sqnr_db": accuracy["sqnr_db"],
+                    "to_float_db": None,
+                    "same_percent": accuracy["agreement"],
+                    "same_as_float_percent": None,
+                    "parts_at": None,
+                    "sites": {},
+                    "note": f"{DEVICE_HAS_NO_SITES}; on {accuracy['images']} images, by the board",
+                }
+            )
+    return rows

@@ -1,0 +1,328 @@
+"""A model beside its baseline on the same images: drop with its interval, agreement, distance."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from rich.console import Console
+from torch import Tensor
+
+from care_compress.console import progress_bar
+from care_compress.data.checks import Contents
+from care_compress.data.loader import BadImages, Batch, prepared_batches
+from care_compress.data.samples import Samples
+from care_compress.errors import DataError, EvaluationError
+from care_compress.evaluate.accuracy import NOTHING, Accuracy, hits_of
+from care_compress.model.predictor import Predictor
+from care_compress.quantize.distance import Distance
+from care_compress.recipe.sections import DataSection
+
+NORMAL_95 = 1.959964  # deviations that hold 95 % of a normal distribution
+DRAWS = 10_000
+BINS = 15
+
+
+def changes(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int]:
+    """Images that were right and are wrong now, and the other way round."""
+    return int((before & ~after).sum()), int((~before & after).sum())
+
+
+def drop_interval(lost: int, gained: int, images: int, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the drop, in points.
+
+    Drawing images with replacement draws (lost, gained, neither) from a multinomial: the same
+    interval without drawing the images themselves. Never narrower than one image either way where
+    nothing changed: no flip among n images does not prove that there is none among more.
+    """
+    rest = images - lost - gained
+    shares = np.array([lost, gained, rest]) / images
+    drawn = np.random.default_rng(seed).multinomial(images, shares, size=DRAWS)
+    drops = 100 * (drawn[:, 0] - drawn[:, 1]) / images
+    low, high = np.percentile(drops, [2.5, 97.5])
+    if lost + gained == 0:
+        low, high = -100 / images, 100 / images
+    return float(low), float(high)
+
+
+def mcnemar_p(lost: int, gained: int) -> float:
+    """Two-sided exact McNemar test: how likely so uneven a split of the changed answers is.
+
+    p = 2 sum_{k <= min} C(n, k) / 2^n, at most 1.
+    """
+    changed, fewer = lost + gained, min(lost, gained)
+    logs = [
+        math.lgamma(changed + 1) - math.lgamma(k + 1) - math.lgamma(changed - k + 1)
+        for k in range(fewer + 1)
+    ]
+    tail = sum(math.exp(value - changed * math.log(2)) for value in logs)
+    return min(1.0, 2 * tail)
+
+
+def wilson(percent: float, images: int) -> tuple[float, float]:
+    """95 % interval of a share of images, in percent (Wilson's score interval)."""
+    p, z2 = percent / 100, NORMAL_95**2
+    middle = (p + z2 / (2 * images)) / (1 + z2 / images)
+    half = NORMAL_95 / (1 + z2 / images) * math.sqrt(p * (1 - p) / images + z2 / (4 * images**2))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def unpaired_interval(
+    before: float, images_before: int, after: float, images_after: int
+) -> tuple[float, float]:
+    """95 % interval of before minus after, in points, of models scored on images of their own.
+
+    Newcombe's, from the Wilson intervals (l, u) of both: the lower end is
+    d - sqrt((before - l_before)^2 + (u_after - after)^2), the upper one likewise. Wider than the
+    truth where both saw the same images, since those would cancel.
+    """
+    difference = before - after
+    low_b, high_b = wilson(before, images_before)
+    low_a, high_a = wilson(after, images_after)
+    return (
+        difference - math.hypot(before - low_b, high_a - after),
+        difference + math.hypot(high_b - before, after - low_a),
+    )
+
+
+def calibration_error(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
+    """ECE in points: |accuracy - confidence| in 15 bins of confidence, weighted by their images."""
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gap = np.bincount(place, weights=right - confidence.astype(float), minlength=BINS)
+    return float(100 * np.abs(gap).sum() / len(confidence))
+
+
+def ratio_interval(
+    numerator: NDArray[np.float64], denominator: NDArray[np.float64], seed: int = 0
+) -> tuple[float, float, float]:
+    """Median of paired ratios and its 95 % bootstrap interval; one pair for each turn."""
+    ratios = numerator / denominator
+    drawn = np.random.default_rng(seed).choice(ratios, size=(DRAWS // 10, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return float(np.median(ratios)), float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Counts over images that both models answered."""
+
+    baseline: Accuracy
+    candidate: Accuracy
+    lost: int  # right before, wrong now
+    gained: int  # wrong before, right now
+    agreeing: int  # same answer, right or wrong
+    distance: Distance  # of the logits
+
+    def __add__(self, other: "Paired") -> "Paired":
+        """Counts over both sets of images."""
+        return Paired(
+            self.baseline + other.baseline,
+            self.candidate + other.candidate,
+            self.lost + other.lost,
+            self.gained + other.gained,
+            self.agreeing + other.agreeing,
+            self.distance + other.distance,
+        )
+
+    def as_record(self) -> Any:
+        """The counts as plain data, for `of_record`."""
+        return json.loads(_PLAIN.dump_json(self))
+
+    @classmethod
+    def of_record(cls, record: Any) -> "Paired":
+        """What `as_record` gave."""
+        return _PLAIN.validate_python(record)
+
+    @property
+    def images(self) -> int:
+        """How many, if any: a share of few images may be empty, the whole may not."""
+        return self.baseline.counted()
+
+    @property
+    def drop(self) -> float:
+        """Baseline top-1 minus candidate top-1, in points."""
+        return 100 * (self.lost - self.gained) / self.images
+
+    @property
+    def drop_ci95(self) -> tuple[float, float]:
+        """95 % interval of the drop for paired proportions.
+
+        Var = (lost + gained - (lost - gained)^2 / n) / n^2: only images whose answer changed sides
+        count, so it is far narrower than the intervals of the two accuracies.
+        """
+        n = self.images
+        changed, net = self.lost + self.gained, self.lost - self.gained
+        half = NORMAL_95 * math.sqrt(max(0.0, changed - net**2 / n)) / n
+        return self.drop - 100 * half, self.drop + 100 * half
+
+    @property
+    def agreement(self) -> float:
+        """Percent of images with the same answer."""
+        return 100 * self.agreeing / self.images
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers as ``results.json`` holds them; points in percent."""
+        return {
+            "images": self.candidate.images,
+            "top1": self.candidate.top1,
+            "top5": self.candidate.top5,
+            "drop": self.drop,
+            "drop_ci95": list(self.drop_ci95),
+            "agreement": self.agreement,
+            "sqnr_db": self.distance.known_db,
+        }
+
+
+_PLAIN = TypeAdapter(Paired)
+
+
+def measure_pair(
+    baseline: Predictor,
+    candidate: Predictor,
+    samples: Samples,
+    data: DataSection,
+    *,
+    batch_size: int,
+    indices: Sequence[int],
+    bad: BadImages,
+    console: Console,
+    device: torch.device,
+    contents: Contents | None = None,
+) -> Paired:
+    """Both models on these images, decoded once; `contents` takes digests of them."""
+    batches = prepared_batches(
+        samples, data, batch_size, bad=bad, indices=indices, device=device, contents=contents
+    )
+    with (
+        contextlib.closing(batches),
+        progress_bar(console, "evaluating", len(indices)) as advance,
+    ):
+        return count_pairs(baseline, candidate, batches, advance)
+
+
+@torch.inference_mode()
+def count_pairs(
+    baseline: Callable[[Tensor], Tensor],
+    candidate: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    progress: Callable[[int], None] = lambda images: None,
+) -> Paired:
+    """Run both over all prepared batches and count."""
+    lost = gained = agreeing = 0
+    scores = [NOTHING, NOTHING]
+    distance = Distance()
+    for batch in batches:
+        logits = [model(batch.images).cpu() for model in (baseline, candidate)]
+        hits = [hits_of(one, batch.labels) for one in logits]
+        for which, (first, in_top5, broken) in enumerate(hits):
+            scores[which] += Accuracy(len(first), *(int(n.sum()) for n in (first, in_top5, broken)))
+        lost += int((hits[0].first & ~hits[1].first).sum())
+        gained += int((~hits[0].first & hits[1].first).sum())
+        # What is no number agrees with nothing, and has no distance.
+        sound = ~(hits[0].broken | hits[1].broken)
+        before, after = (one[sound] for one in logits)
+        agreeing += int((before.argmax(dim=1) == after.argmax(dim=1)).sum())
+        distance.add(before, after)
+        progress(len(batch.labels))
+    return Paired(scores[0], scores[1], lost, gained, agreeing, distance)
+
+
+NO_ANSWER = -1  # NaN or infinity among the logits
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's answers, in the order of the images."""
+
+    first: NDArray[np.int32]  # the class answered, or NO_ANSWER
+    right: NDArray[np.bool_]
+    in_top5: NDArray[np.bool_]
+    confidence: NDArray[np.float32]  # of the class answered
+    distance: Distance  # of the logits to the baseline's
+    broken: int = 0  # answers that are NaN or infinite somewhere; they count as wrong
+
+    @property
+    def top1(self) -> float:
+        """Percent right."""
+        return 100 * float(self.right.mean())
+
+    @property
+    def top5(self) -> float:
+        """Percent with the label among the first five."""
+        return 100 * float(self.in_top5.mean())
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Distance of the logits to the baseline's; None for the baseline itself."""
+        return self.distance.known_db
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All answers to one list of images."""
+
+    labels: NDArray[np.int64]
+    indices: NDArray[np.int64]  # positions in the data set
+    answers: dict[str, Answers]
+
+
+class _Growing:
+    """One model's answers so far."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.distance = Distance()
+        self.broken = 0
+
+    def add(self, logits: Tensor, labels: Tensor, baseline: Tensor) -> None:
+        hits = hits_of(logits, labels)
+        odds = logits.float().softmax(dim=1)
+        first = logits.argmax(dim=1)
+        # No answer is no confidence either; NaN would spoil the calibration error of all.
+        confidence = odds.gather(1, first[:, None]).squeeze(1).masked_fill(hits.broken, 0.0)
+        first = first.masked_fill(hits.broken, NO_ANSWER)
+        self.parts.append((first.int(), hits.first, hits.in_top5, confidence))
+        sound = ~hits.broken & torch.isfinite(baseline).all(dim=1)
+        self.distance.add(baseline[sound], logits[sound])
+        self.broken += int(hits.broken.sum())
+
+    def done(self) -> Answers:
+        first, right, top5, confidence = (
+            torch.cat(column).numpy() for column in zip(*self.parts, strict=True)
+        )
+        return Answers(first, right, top5, confidence, self.distance, self.broken)
+
+
+@torch.inference_mode()
+def collect_answers(
+    models: Mapping[str, Predictor],
+    baseline_of: Mapping[str, str],
+    batches: Iterable[Batch],
+    progress: Callable[[int], None],
+) -> Collected:
+    """Run every model over all prepared batches; `baseline_of` says whom each is compared with."""
+    growing = {name: _Growing() for name in models}
+    labels, indices = [], []
+    for batch in batches:
+        logits = {name: predict(batch.images).cpu() for name, predict in models.items()}
+        for name, value in logits.items():
+            growing[name].add(value, batch.labels, logits[baseline_of[name]])
+        labels.append(batch.labels)
+        indices.append(batch.indices)
+        progress(len(batch.labels))
+    if not labels:
+        raise DataError("there was no image to evaluate.", "check the source and its val split")
+    found = {name: one.done() for name, one in growing.items()}
+    for name, one in found.items():
+        if one.broken == len(one.right):
+            raise EvaluationError(
+                f"{name} answers NaN or infinity to all {one.broken:,} images.",
+                "leave it out by --targets, and check the run that made it",
+            )
+    return Collected(torch.cat(labels).numpy(), torch.cat(indices).numpy(), found)

@@ -1,0 +1,176 @@
+"""``care-compress reference``: whether the shipped recipes still give what was accepted.
+
+`eval/reference.yaml` holds top-1 and size of every recipe's file on every target that can be
+measured without a device. Runs are made for it, or taken if this very commit made them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from rich.console import Console
+from rich.markup import escape
+
+from care_compress.data.sources import open_samples
+from care_compress.errors import RecipeError, TargetError
+from care_compress.evaluate.comparison import BF16, CompareOptions, find_entries, score
+from care_compress.evaluate.resolve import Contender, contenders
+from care_compress.files import read_json, size_of
+from care_compress.machine import git_revision
+from care_compress.pipeline import run_recipe
+from care_compress.recipe.reading import read_yaml
+from care_compress.recipe.recipe import RECIPES_DIR, Recipe, load_recipe, parse
+from care_compress.recipe.sections import Count, Section
+from care_compress.recipe.target import load_target
+
+REFERENCE_FILE = RECIPES_DIR.parent / "eval" / "reference.yaml"
+Tolerance = Annotated[float, Field(ge=0)]
+
+
+class AcceptedFile(Section):
+    """What one target's file of a recipe gave when it was accepted."""
+
+    top1: Annotated[float, Field(ge=0, le=100)]
+    size_bytes: Count
+
+
+class AcceptedRecipe(Section):
+    """The values of one recipe, and how far a value may be from them."""
+
+    top1_tolerance: Tolerance = Field(description="in points")
+    size_tolerance: Tolerance = Field(description="in percent")
+    targets: dict[str, AcceptedFile] = Field(min_length=1)
+
+
+class Reference(Section):
+    """All accepted values."""
+
+    recipes: dict[str, AcceptedRecipe] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a recipe's file on one target gives now."""
+
+    top1: float
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One value beside its accepted one."""
+
+    recipe: str
+    target: str
+    what: str
+    value: float
+    accepted: float
+    tolerance: float  # in the unit of the value
+
+    @property
+    def holds(self) -> bool:
+        """Within the tolerance; what is exactly at it counts as within."""
+        return abs(self.value - self.accepted) <= self.tolerance + 1e-9
+
+    def __str__(self) -> str:
+        said = "ok   " if self.holds else "DRIFT"
+        return (
+            f"{said} {self.recipe} on {self.target}: {self.what} {self.value:,.10g}, "
+            f"accepted {self.accepted:,.10g} +- {round(self.tolerance, 2):,.10g}"
+        )
+
+
+def run_reference(names: list[str], file: Path, runs: Path, console: Console) -> int:
+    """Measure and check; 0 only if every value holds."""
+    chosen = read_reference(file, names)
+    recipes = {name: _recipe(name, accepted) for name, accepted in chosen.items()}
+    checks: list[Check] = []
+    for name, accepted in chosen.items():
+        run = _run_of(recipes[name], name, runs, console)
+        found, missing = _measured(run, tuple(accepted.targets), console)
+        for target, why in missing.items():
+            told = f"skipped {name} on {target}: {why}"
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
+        for check in checked(name, accepted, found):
+            checks.append(check)
+            console.print(str(check), markup=False, highlight=False, soft_wrap=True)
+    if not checks:
+        raise TargetError("no target of these recipes can be measured here.", "make doctor")
+    drifts = sum(not check.holds for check in checks)
+    console.print(f"{len(checks)} values, {drifts} of them drifted")
+    return 1 if drifts else 0
+
+
+def read_reference(file: Path, names: list[str]) -> dict[str, AcceptedRecipe]:
+    """The accepted values of these recipes; of all, if none is named."""
+    known = parse(Reference, read_yaml(file) or {}, str(file)).recipes
+    for name in names:
+        if name not in known:
+            raise RecipeError(
+                f"{file} has no accepted values of {name!r}.", f"name one of: {', '.join(known)}"
+            )
+    return {name: known[name] for name in names or known}
+
+
+def checked(name: str, accepted: AcceptedRecipe, found: Mapping[str, Found]) -> Iterator[Check]:
+    """Every value that could be measured, beside its accepted one."""
+    for target, one in found.items():
+        known = accepted.targets[target]
+        yield Check(name, target, "top-1", one.top1, known.top1, accepted.top1_tolerance)
+        allowed = known.size_bytes * accepted.size_tolerance / 100
+        yield Check(name, target, "bytes", one.size_bytes, known.size_bytes, allowed)
+
+
+def _recipe(name: str, accepted: AcceptedRecipe) -> Recipe:
+    """A shipped recipe that exports to these targets alone."""
+    for target in accepted.targets:
+        load_target(target)  # a misspelt one is an error, before anything is made
+    # Laid out for one class of processor, whichever measures it: sizes are of one placement.
+    fixed = {"export.targets": list(accepted.targets), "export.dot_products": True}
+    return load_recipe(name, [], fixed)
+
+
+def _run_of(recipe: Recipe, name: str, runs: Path, console: Console) -> Contender:
+    """The run that this commit made of a recipe, or a new one."""
+    run = f"reference_{name}"
+    if not _is_current(runs / run, recipe):
+        console.print(f"making {escape(str(runs / run))}", soft_wrap=True)
+        run_recipe(recipe, runs, run, Console(quiet=True))
+    (made,) = contenders([run], runs)
+    assert isinstance(made, Contender)
+    return made
+
+
+def _is_current(run: Path, recipe: Recipe) -> bool:
+    """Made by this commit, from this recipe, to the end."""
+    revision = git_revision()
+    if revision is None or revision.endswith("+changes"):
+        return False  # what the code was then is not known
+    try:
+        manifest = read_json(run / "manifest.json")
+    except (OSError, ValueError):
+        return False
+    return (
+        (run / "results.json").is_file()
+        and manifest.get("git_revision") == revision
+        and manifest.get("recipe") == recipe.model_dump(mode="json")
+    )
+
+
+def _measured(
+    one: Contender, targets: tuple[str, ...], console: Console
+) -> tuple[dict[str, Found], dict[str, str]]:
+    """Each file on its target, and why there is none; floats are never rounded on their own."""
+    assert one.recipe is not None
+    options = CompareOptions(targets=targets)
+    entries, missing = find_entries([one], options)
+    entries = [entry for entry in entries if not entry.name.endswith(BF16)]
+    reasons = {target: why for (target, _), why in missing.items()}
+    if not entries:
+        return {}, reasons
+    samples = open_samples(one.recipe.data, "val")
+    answers = score(entries, [one], samples, one.recipe.data, options, console).answers
+    found = {e.target: Found(answers[e.key].top1, size_of(e.path)) for e in entries}
+    return found, reasons

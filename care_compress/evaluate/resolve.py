@@ -1,0 +1,148 @@
+"""Who is compared: from what a user types to files, one for each target.
+
+A name is a run, a recipe, a precision (the newest run of it) or a path. Names that could mean
+several runs mean the newest one on the same model and images as the others.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from care_compress.errors import CareError
+from care_compress.files import read_json
+from care_compress.recipe.recipe import Precision, Recipe, load_recipe
+from care_compress.recipe.sections import DataSection
+from care_compress.run.finished import as_written, read_run
+from care_compress.runtime.artifact import CHECKPOINT_SUFFIXES
+
+# The target whose runtime reads a bare file.
+READERS = {".onnx": "onnxruntime-cpu", ".xml": "openvino-cpu"}
+SIMULATION = "torch"  # stands for a target where a checkpoint is compared as it is
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model under comparison."""
+
+    name: str
+    files: dict[str, Path]  # by target
+    run: Path | None = None
+    recipe: Recipe | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[str]:
+        """Those it has a file for, and those whose export failed."""
+        exports = self.results.get("exports", {})
+        return [*self.files, *(target for target, one in exports.items() if "failed" in one)]
+
+    @property
+    def export_of(self) -> dict[str, dict[str, Any]]:
+        """``export.json`` of every target that has files."""
+        assert self.run is not None
+        found = {}
+        for target in self.files:
+            path = self.run / "exports" / target / "export.json"
+            with as_written(path):
+                export = read_json(path)
+                # What `compare` asks an export.
+                _ = export["preprocessing"], export["classes"]
+                _ = [entry["sha256"] for entry in export["models"].values()]
+            found[target] = export
+        return found
+
+    @property
+    def parameters(self) -> int | None:
+        """Of the rewritten network, where a run tells."""
+        rewrites = self.results.get("rewrites")
+        return rewrites[-1]["parameters"] if rewrites else None
+
+    def same_start(self, other: "Contender") -> bool:
+        """Whether both runs began with the same model and images."""
+        if self.recipe is None or other.recipe is None:
+            return True
+        return same_images(self.recipe.data, other.recipe.data) and (
+            self.recipe.model.checkpoint == other.recipe.model.checkpoint
+        )
+
+
+def same_images(one: DataSection, other: DataSection) -> bool:
+    """Whether two runs look at the same images in the same way."""
+    keys = set(DataSection.model_fields) - {"workers"}
+    return one.model_dump(include=keys) == other.model_dump(include=keys)
+
+
+def contenders(names: list[str], runs: Path) -> list[Contender | str]:
+    """Whom the names mean; a name with no run stays a name."""
+    found = {name: _options(name, runs) for name in names}
+    # The last name that means one thing tells which model and images are meant.
+    settled = next((found[name][0] for name in reversed(names) if found[name]), None)
+    chosen: list[Contender | str] = []
+    for name in names:
+        fitting = [one for one in found[name] if settled is None or one.same_start(settled)]
+        if fitting:
+            chosen.append(fitting[0])
+        elif found[name] and name not in get_args(Precision):
+            chosen.append(found[name][0])  # named outright: the check of the images says why not
+        else:
+            chosen.append(name)
+    return chosen
+
+
+def _options(name: str, runs: Path) -> list[Contender]:
+    """What a name may mean, best first."""
+    path = Path(name)
+    if path.suffix in (*READERS, *CHECKPOINT_SUFFIXES, ".engine"):
+        if not os.path.isfile(path):
+            raise CareError(f"{name} is not a file.", "check the path, or name a run")
+        return [Contender(name, {_reader(path): path})]
+    if os.path.isfile(runs / name / "results.json"):
+        return [_of_run(runs / name)]
+    every = [_of_run(folder.parent) for folder in runs.glob("*/results.json")]
+    wanted = [
+        one
+        for one in every
+        if one.results.get("recipe") == name or one.results.get("precision") == name
+    ]
+    return sorted(wanted, key=_age)
+
+
+def _reader(path: Path) -> str:
+    if path.suffix == ".engine":
+        return path.resolve().parent.name  # exports/<target>/int8.engine
+    return READERS.get(path.suffix, SIMULATION)
+
+
+def _age(contender: Contender) -> float:
+    assert contender.run is not None
+    return -(contender.run / "results.json").stat().st_mtime
+
+
+def _of_run(run: Path) -> Contender:
+    found = read_run(run)
+    results, recipe = found.results, found.recipe
+    files = {}
+    with as_written(run / "results.json"):
+        for target, export in results.get("exports", {}).items():
+            main = export.get("models", {}).get(recipe.precision)
+            if main is not None:
+                files[target] = run / "exports" / target / main["file"]
+    return Contender(run.name, files, run, recipe, results)
+
+
+def float_recipe_of(candidate: Contender) -> Recipe:
+    """The float baseline of a quantized run: the same model on the same images."""
+    assert candidate.recipe is not None
+    start = candidate.recipe
+    checkpoint: str | None = start.model.checkpoint
+    if start.train is not None:
+        assert candidate.run is not None
+        checkpoint = str(candidate.run / "float" / "model.safetensors")
+    values: dict[str, object] = {
+        "model": {"checkpoint": checkpoint, "arch": start.model.arch},
+        "data": start.data.model_dump(mode="json"),
+        "evaluate": start.evaluate.model_dump(mode="json"),
+        "export": {**start.export.model_dump(mode="json"), "targets": list(candidate.files)},
+    }
+    return load_recipe("fp32", [], values)

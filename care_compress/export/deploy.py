@@ -1,0 +1,251 @@
+"""From a finished run to a device and back: bundles, engines built in place, results imported."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+
+from care_compress.console import step_line
+from care_compress.device.cpu_app import FLOAT
+from care_compress.errors import ExportError, RunError, TargetError
+from care_compress.evaluate.accuracy import spread_indices
+from care_compress.evaluate.agreement import compare_logits
+from care_compress.evaluate.device_measurements import counted_threads, import_results
+from care_compress.evaluate.images import HeldImages
+from care_compress.export.bundle import BundleContent, Model, unpack_bundle, write_bundle
+from care_compress.export.float_graph import FREE, INPUT, OUTPUT
+from care_compress.export.result import answers_beside
+from care_compress.export.to_onnx import FIX, About, Preprocessing, write_onnx
+from care_compress.export.to_openvino import write_ir
+from care_compress.export.variants import CPU, Variants
+from care_compress.files import digest_of, model_files, read_json, sha256_file, temporary_folder
+from care_compress.model.checkpoint import load_checkpoint
+from care_compress.model.rewrite import rewrite
+from care_compress.recipe.sections import RewriteSection
+from care_compress.recipe.target import Target, load_target
+from care_compress.run.finished import FinishedRun, as_written, find_run
+from care_compress.runtime.artifact import open_predictor
+
+# Kernels on a device round in other places than the simulation, and 64 images are few: at least 61
+# of them answer alike in all but one of 250 cases where 99 % of all images do.
+LEAST_AGREEMENT = 95.0
+LEAST_SQNR_DB = 20.0
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+def make_bundle(runs: Path, run: str, target_name: str, console: Console) -> Path:
+    """Pack what a device needs into ``runs/<run>/bundles/``."""
+    target = load_target(target_name)
+    if not target.is_bundled:
+        raise TargetError(
+            f"no bundle is made for {target_name}: its files run where OpenVINO has that device.",
+            "use openvino-cpu, onnxruntime-cpu or a tensorrt target, or copy runs/RUN/exports",
+        )
+    content = bundle_content(runs / run, run, target)
+    path = runs / run / "bundles" / f"{run}-{target.name}.tar.gz"
+    if target.is_engine or FLOAT in content.models:
+        write_bundle(content, path)
+    else:
+        with temporary_folder(path) as folder, step_line(console) as notify:
+            notify("exporting the float model, which the other has to beat")
+            write_bundle(with_float(content, find_run(runs, run), target, folder), path)
+    console.print(f"{escape(str(path))}  {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+    console.print(f"sha256 {sha256_file(path)}", highlight=False)
+    verbs = "build, verify, bench" if target.is_engine else "verify, bench"
+    console.print(
+        f"On the device: tar xf, then python3 care_deploy.py {verbs}; then here: "
+        "care-compress import-results results.json"
+    )
+    return path
+
+
+def make_engine(runs: Path, run: str, target_name: str, console: Console) -> int:
+    """Build the engines of a target on this machine and verify them; the exit code.
+
+    By the bundle's own script, so that what is proven here is what goes to other boards.
+    """
+    _engine_target(target_name)
+    bundle = make_bundle(runs, run, target_name, console)
+    folder = unpack_bundle(bundle, runs / run / "engines")
+    python = _python_with(load_target(target_name).runtime)
+    for verb in ("build", "verify"):
+        code = subprocess.call([python, str(folder / "care_deploy.py"), verb])
+        if code:
+            return code
+    console.print(f"engines: {escape(str(folder))}", soft_wrap=True)
+    return 0
+
+
+def take_results(file: Path, runs: Path, run: str | None, console: Console) -> None:
+    """Merge what a device measured into the run it belongs to."""
+    where = runs / (run or _run_of(file))
+    if not os.path.isdir(where):  # Path.is_dir raises for a name that is too long
+        raise RunError(f"there is no run {where}.", "name it with --run, or its folder with --runs")
+    results = import_results(file, where)
+    board = results["board"]["name"]
+    for name, engine in results["models"].items():
+        speed, accuracy = engine["speed"], engine["accuracy"]
+        parts = [] if speed is None else [f"p50 {speed['latency_ms']['p50']:.3f} ms"]
+        if speed is not None and "threads" in speed:
+            parts[0] += f" on {counted_threads(speed['threads'])}"
+        if accuracy is not None:
+            verdict = "" if accuracy["passed"] else " (FAILED verify)"
+            parts.append(f"{accuracy['agreement']:.1f} % of answers as exported{verdict}")
+        console.print(
+            f"{name} on {board}: {', '.join(parts) or 'built'}", markup=False, highlight=False
+        )
+    console.print(f"merged into {escape(str(where / 'measured'))}", soft_wrap=True)
+
+
+def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
+    """What a bundle of this run for this target holds."""
+    folder = run_dir / "exports" / target.name
+    export = _export_of(folder, run, target)
+    with as_written(folder / "export.json"):
+        return _content(run_dir, run, target, export)
+
+
+def _content(run_dir: Path, run: str, target: Target, export: dict[str, Any]) -> BundleContent:
+    folder = run_dir / "exports" / target.name
+    preprocessing, classes = export["preprocessing"], tuple(export["classes"])
+    batch = FREE if export["batch"] == "dynamic" else export["batch"]
+    size = preprocessing["resolution"]
+    needs = str(export.get("needs") or "")
+    models = {name: _checked(folder, entry, needs) for name, entry in export["models"].items()}
+    pixels = _array(folder.parent / "samples" / "pixels.npy")
+    return BundleContent(
+        run=run,
+        recipe=export["recipe"],
+        target=target.name,
+        fingerprint=export["fingerprint"],
+        classes=classes,
+        resolution=size,
+        crop_pct=preprocessing["crop_pct"],
+        mean=tuple(preprocessing["mean"]),
+        std=tuple(preprocessing["std"]),
+        input_name=INPUT,
+        input_shape=(batch, 3, size, size),
+        output_name=OUTPUT,
+        output_shape=(batch, len(classes)),
+        requirement=target.needs.packages[0],
+        models=models,
+        pixels=pixels,
+        labels=_array(folder.parent / "samples" / "labels.npy"),
+        logits={name: _answers(folder, name, len(pixels)) for name in models},
+        least_agreement=LEAST_AGREEMENT,
+        least_sqnr_db=min(LEAST_SQNR_DB, *(e["least_sqnr_db"] for e in export["models"].values())),
+        exif_rotate=preprocessing["exif_rotate"],
+    )
+
+
+def with_float(
+    content: BundleContent, run: FinishedRun, target: Target, folder: Path
+) -> BundleContent:
+    """The content and the float model as its runtime is fastest: every exact rewrite, its form.
+
+    Runs do not export it, because only a bundle needs it and it takes as long as everything else.
+    It is read back and compared on the images of the bundle.
+    """
+    recipe = run.recipe
+    model = load_checkpoint(run.checked_checkpoint(), recipe.model.arch)
+    labels, pixels = torch.from_numpy(content.labels), torch.from_numpy(content.pixels)
+    images = HeldImages(pixels, labels, recipe.data)
+    network = rewrite(model, RewriteSection())
+    variant = Variants(recipe, model, network, None, lambda: images).of(target)
+    prepared = Preprocessing.of(recipe.data)
+    about = About(content.recipe, content.fingerprint, content.classes, prepared)
+    path = folder / f"{FLOAT}.onnx"
+    write_onnx(variant.graph, about, path, None)
+    if target.runtime == "openvino":
+        source, path = path, path.with_suffix(".xml")
+        write_ir(source, about, path, half=False)
+    near = compare_logits(variant.logits, images.logits(open_predictor(str(path), CPU)))
+    if not near.holds:
+        raise ExportError(f"{path.name} does not compute what the float model does ({near}).", FIX)
+    return replace(
+        content,
+        models={**content.models, FLOAT: Model(model_files(path), digest_of(path))},
+        logits={**content.logits, FLOAT: variant.logits.numpy()},
+    )
+
+
+def _python_with(library: str) -> str:
+    """An interpreter that has the library; JetPack's is not visible from a virtual environment."""
+    known = [python for python in (sys.executable, SYSTEM_PYTHON) if Path(python).exists()]
+    for python in known:
+        tried = subprocess.run([python, "-c", f"import {library}"], capture_output=True)
+        if tried.returncode == 0:
+            return python
+    return sys.executable  # where the script says what is missing
+
+
+def _engine_target(name: str) -> None:
+    if not load_target(name).is_engine:
+        raise TargetError(
+            f"{name} needs no engine: its file runs as it is.",
+            "use tensorrt-jetson-orin, tensorrt-jetson-thor, tensorrt-gpu or tensorrt-rtx",
+        )
+
+
+def _export_of(folder: Path, run: str, target: Target) -> dict[str, Any]:
+    path = folder / "export.json"
+    if not path.is_file():
+        raise RunError(
+            f"run {run} has no export for {target.name}.",
+            "make one with make quantize, which says why if it leaves a target out, or name "
+            "another with --run",
+        )
+    return dict(_parsed(path))
+
+
+def _run_of(file: Path) -> str:
+    """The run that a results file names."""
+    named = _parsed(file).get("run")
+    if not isinstance(named, str) or Path(named).name != named or not named:
+        raise RunError(f"{file} names no run.", "give results.json of a device, or --run")
+    return named
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}.", "copy it again") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds no results.", "give results.json of a device")
+    return value
+
+
+def _checked(folder: Path, entry: dict[str, Any], needs: str) -> Model:
+    """An exported model, if its files are still those that were compared."""
+    path = folder / str(entry["file"])
+    if not entry["holds"]:
+        raise RunError(
+            f"{path} does not compute what its model does: make quantize said so.",
+            "bundle a run whose exports passed",
+        )
+    files = model_files(path)
+    if not all(file.is_file() for file in files) or digest_of(path) != entry["sha256"]:
+        raise RunError(f"{path} is not the file that was exported.", "export again: make quantize")
+    return Model(files, str(entry["sha256"]), needs)
+
+
+def _answers(folder: Path, name: str, images: int) -> NDArray[Any]:
+    """What a model should answer to the samples; a CPU's file has answers to every check image."""
+    answers = _array(answers_beside(folder / name, name))
+    return answers[spread_indices(len(answers), images)]
+
+
+def _array(path: Path) -> NDArray[Any]:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}.", "export again: make quantize") from error

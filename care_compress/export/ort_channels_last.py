@@ -1,0 +1,159 @@
+"""Wide stages with channels last, as ONNX Runtime's integer products want them.
+
+Between two products stand additions, joins and slices. ONNX Runtime leaves them channels first and
+transposes around every product, on one thread. With channels last only the window convolutions
+transpose, and those do so while they reorder for their own kernels anyway.
+
+What it costs: shift and scale of a channel are then read anew for every position, which in a narrow
+stage takes longer than the transposes did (docs/PERFORMANCE.md).
+
+A site that gives out channels last only has a suffix to its name, and whoever compares layer by
+layer turns it. A transpose that nobody reads would be run all the same.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import onnx_ir as ir
+
+from care_compress.evaluate.site_outputs import TURNED
+from care_compress.export.float_graph import (
+    add_constant,
+    constant,
+    drop_unread,
+    maker_of,
+    module_of,
+)
+from care_compress.export.ort_products import CHANNELS_FIRST, CHANNELS_LAST
+
+NARROW = 64  # channels of a stage whose transposes stay
+_PER_CHANNEL = frozenset({"Add", "Mul"})
+_CHANNELS = 1  # their axis, where they come first
+_AXES = 3  # of a Slice: the input that says along what
+
+
+def put_channels_last(model: ir.Model) -> None:
+    """Turn every wide stage with integer products whose additions and attention are in float."""
+    turned = _Turned(model.graph)
+    with_products = {_stage_of(n) for n in model.graph if n.op_type == "MatMulIntegerToFloat"}
+    for stage, nodes in _stages(model.graph).items():
+        width = max(_channels(node.outputs[0]) for node in nodes)
+        in_float = not any(map(_reads_integers, nodes))
+        if width > NARROW and in_float and stage in with_products:
+            for node in nodes:
+                turned.turn(node)
+    turned.tidy()
+    drop_unread(model.graph)
+
+
+def _stages(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """What stands between the products of each stage."""
+    found: dict[str, list[ir.Node]] = defaultdict(list)
+    for node in graph:
+        stage = _stage_of(node)
+        if stage is not None and _is_image(node.outputs[0]) and _can_turn(node):
+            found[stage].append(node)
+    return found
+
+
+def _stage_of(node: ir.Node) -> str | None:
+    """Its number; none in front of the stages and behind them."""
+    scope, _, rest = module_of(node).partition(".")
+    return rest.partition(".")[0] if scope == "stages" else None
+
+
+def _can_turn(node: ir.Node) -> bool:
+    if node.op_type == "Concat":
+        return bool(node.attributes["axis"].as_int() == _CHANNELS)
+    if node.op_type == "Slice":
+        return list(constant(node.inputs[_AXES])) == [_CHANNELS]
+    return node.op_type in _PER_CHANNEL
+
+
+def _is_image(value: ir.Value | None) -> bool:
+    return value is not None and value.shape is not None and len(value.shape) == 4
+
+
+def _channels(value: ir.Value) -> int:
+    assert value.shape is not None
+    channels = value.shape[1]
+    assert isinstance(channels, int)
+    return channels
+
+
+def _reads_integers(node: ir.Node) -> bool:
+    makers = [maker_of(value) for value in node.inputs]
+    return any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
+
+
+class _Turned:
+    """Values that are there with channels last, and the nodes that turn them."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.known: dict[ir.Value, ir.Value] = {}
+        self.last_axis = add_constant(graph, "last_axis", np.array([3], np.int64))
+
+    def turn(self, node: ir.Node) -> None:
+        """Let a node compute with channels last; whoever wants them first gets them so."""
+        for place, value in enumerate(node.inputs):
+            if _is_image(value):
+                node.replace_input_with(place, self._last(value, node))
+            elif value is not None and node.op_type in _PER_CHANNEL and constant(value).ndim:
+                flat = constant(value).reshape(-1)
+                name = f"{value.name}_last"
+                made = self.graph.initializers.get(name) or add_constant(self.graph, name, flat)
+                node.replace_input_with(place, made)
+        if node.op_type == "Concat":
+            node.attributes["axis"] = ir.AttrInt64("axis", 3)
+        if node.op_type == "Slice":
+            node.replace_input_with(_AXES, self.last_axis)
+        self._give_out(node)
+
+    def tidy(self) -> None:
+        """Drop the transposes that meet another, and those that nobody reads any more."""
+        for node in list(self.graph):
+            last = _before_turn(node.inputs[0]) if _turns(node, CHANNELS_LAST) else None
+            if last is not None:
+                ir.convenience.replace_all_uses_with(node.outputs[0], last)
+                self.graph.remove(node, safe=True)
+        for node in list(self.graph):
+            if _turns(node, CHANNELS_FIRST) and not node.outputs[0].uses():
+                maker = maker_of(node.inputs[0])
+                assert maker is not None
+                maker.name = f"{node.name}{TURNED}"
+                self.graph.remove(node, safe=True)
+
+    def _last(self, value: ir.Value, reader: ir.Node) -> ir.Value:
+        """A value with channels last, made before its first reader if it is not there."""
+        there = _before_turn(value) or self.known.get(value)
+        if there is None:
+            node = ir.node(
+                "Transpose", [value], {"perm": CHANNELS_LAST}, name=f"{value.name}{TURNED}"
+            )
+            there = self.known[value] = node.outputs[0]
+            there.name, there.type = f"{value.name}_last", value.type
+            self.graph.insert_before(reader, node)
+        return there
+
+    def _give_out(self, node: ir.Node) -> None:
+        """The name goes to a node that gives out what this one gave."""
+        last = node.outputs[0]
+        first = ir.node("Transpose", [last], {"perm": CHANNELS_FIRST}, name=node.name)
+        node.name = f"{node.name}{TURNED}"
+        given = first.outputs[0]
+        given.name, given.shape, given.type = f"{last.name}_first", last.shape, last.type
+        last.shape = None
+        ir.convenience.replace_all_uses_with(last, given)
+        first.replace_input_with(0, last)
+        self.graph.insert_after(node, first)
+
+
+def _turns(node: ir.Node, order: list[int]) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == order
+
+
+def _before_turn(value: ir.Value | None) -> ir.Value | None:
+    """A value with channels last, if that is what it was made from."""
+    maker = maker_of(value)
+    return maker.inputs[0] if maker is not None and _turns(maker, CHANNELS_FIRST) else None

@@ -1,0 +1,271 @@
+"""``care-compress tune openvino-cpu``: the placement that is fastest on this processor.
+
+What runs faster in integers depends on the processor: a few placements that matter, listed in the
+target's file, are exported, scored on the same images and timed in turns. The fastest that keeps
+the accuracy budget replaces the run's export. Results are kept for each processor.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from care_compress import machine
+from care_compress.console import Terminal, step_line
+from care_compress.data.samples import Samples
+from care_compress.data.sources import open_samples
+from care_compress.errors import ExportError, RunError, TargetError
+from care_compress.evaluate.accuracy import hits_of
+from care_compress.evaluate.images import HeldImages, hold_images
+from care_compress.evaluate.latency import LatencyPlan, measure_latency
+from care_compress.evaluate.verdicts import Drop, Interval
+from care_compress.export.result import Exported
+from care_compress.export.stage import Exporter, about_export, check_exports
+from care_compress.export.variants import Variants
+from care_compress.files import (
+    digest_of,
+    fingerprint,
+    json_text,
+    read_json,
+    temporary_folder,
+    write_text,
+)
+from care_compress.model.checkpoint import load_checkpoint
+from care_compress.model.rewrite import rewrite
+from care_compress.recipe.target import AS_SHIPPED, Target, load_target
+from care_compress.run.context import Workshop
+from care_compress.run.directory import Run
+from care_compress.run.finished import FinishedRun, find_run
+from care_compress.run.processes import World
+from care_compress.runtime.artifact import open_predictor
+from care_compress.runtime.on_openvino import unasked_precision
+from care_compress.runtime.runners import open_runner
+
+WIDTH = 112  # of the table: names must be whole even where a terminal is narrow
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What a user may ask for."""
+
+    images: int = 512
+    max_drop: float | None = None  # points; the recipe's budget if left out
+    again: bool = False  # measure, whatever is known
+    latency: LatencyPlan = LatencyPlan()
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One placement: what it loses against float, and how it compares with the shipped one."""
+
+    name: str
+    drop: Drop
+    milliseconds: float
+    speedup: Interval  # over the placement that an export takes here
+
+    def fits(self, limit: float | None) -> bool:
+        """Within the accuracy budget."""
+        return limit is None or self.drop.value <= limit
+
+    def as_json(self) -> dict[str, Any]:
+        """As the tune file holds it."""
+        return {
+            "name": self.name,
+            "drop": [self.drop.value, self.drop.low, self.drop.high],
+            "milliseconds": self.milliseconds,
+            "speedup": list(self.speedup),
+        }
+
+    @classmethod
+    def of_json(cls, found: dict[str, Any]) -> "Tried":
+        """What `as_json` wrote."""
+        speedup = (found["speedup"][0], found["speedup"][1], found["speedup"][2])
+        return cls(found["name"], Drop(*found["drop"]), found["milliseconds"], speedup)
+
+
+def run_tune(
+    runs: Path, name: str, target_name: str, options: TuneOptions, console: Console
+) -> str:
+    """Try the target's placements on a finished run; the name of the one that is kept."""
+    target = load_target(target_name)
+    if not target.placements or target.device != "cpu":
+        raise TargetError(
+            f"{target.name} has no placements to try on this machine.",
+            "tune openvino-cpu or onnxruntime-cpu; a board measures its own engines",
+        )
+    finished, run = find_run(runs, name), Run(runs, name)
+    if finished.recipe.full_range:
+        target = target.at_full_range()
+    with run.reopen():
+        bench = _open_bench(run, finished, target, options, console)
+        tried = _known(bench, options) or _measured(bench, options)
+        recipe = bench.shop.recipe
+        limit = recipe.budget.max_top1_drop if options.max_drop is None else options.max_drop
+        best = choose(tried, limit, bench.usual)
+        wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+        wide.print(tune_table(tried, best, target, len(bench.images.labels)))
+        _keep(bench, best, tried)
+    where = run.path / "exports" / target.name
+    console.print(f"kept: {best.name}; {escape(str(where))} holds it", soft_wrap=True)
+    console.print(f"Compare: python eval/compare.py fp32 {escape(name)}", soft_wrap=True)
+    return best.name
+
+
+def choose(tried: list[Tried], limit: float | None, usual: str = AS_SHIPPED) -> Tried:
+    """The fastest within the budget, if it is faster than the usual one beyond noise."""
+    shipped = next(one for one in tried if one.name == usual)
+    able = [one for one in tried if one.fits(limit) and one.speedup[1] > 1]
+    return max(able, key=lambda one: one.speedup[0], default=shipped)
+
+
+def tune_table(tried: list[Tried], best: Tried, target: Target, images: int) -> Table:
+    """Every placement, fastest first."""
+    table = Table(title=f"Placements for {target.name}, {images:,} images, one thread")
+    table.title_justify = "left"
+    table.add_column("placement", no_wrap=True)
+    for column in ("ms", "times as fast [95 %]", "drop [95 %]"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in sorted(tried, key=lambda one: -one.speedup[0]):
+        value, low, high = one.speedup
+        drop = f"{one.drop.value:.2f} [{one.drop.low:.2f}, {one.drop.high:.2f}]"
+        kept = " (kept)" if one is best else ""
+        table.add_row(
+            one.name + kept, f"{one.milliseconds:.2f}", f"{value:.2f} [{low:.2f}, {high:.2f}]", drop
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What the placements are tried on."""
+
+    shop: Workshop
+    target: Target
+    variants: Variants
+    images: HeldImages
+    validation: Samples
+
+    @property
+    def usual(self) -> str:
+        """The placement that an export takes on this processor."""
+        return self.target.placement_for(machine.dot_products_in(self.target.runtime))
+
+    def export(self, run: Run, name: str, notify: Callable[[str], None]) -> Exported:
+        """The run's model with one placement, into a run directory."""
+        about = about_export(self.variants, self.validation)
+        shop = Workshop(self.shop.recipe, run, World(), Console(quiet=True), repair=True)
+        images = self.validation.content_digest(), len(self.images.labels)
+        done = Exporter(shop, self.variants, about, images, notify).to(self.target.placed(name))
+        if done.skipped:
+            raise ExportError(f"{self.target.name}: {done.skipped}")
+        check_exports([done])
+        return done
+
+    @property
+    def record(self) -> Path:
+        """Where this processor's results are kept."""
+        cpu = re.sub(r"[^a-z0-9]+", "-", machine.read_machine().cpu.name.lower()).strip("-")
+        return self.shop.run.path / "tune" / f"{self.target.name}-{cpu}.json"
+
+    @property
+    def key(self) -> str:
+        """Equal only where measuring again would find the same."""
+        assert self.variants.kept is not None
+        return fingerprint(
+            {
+                "model": digest_of(self.variants.kept),
+                "target": self.target.model_dump(mode="json"),
+                "images": len(self.images.labels),
+                "libraries": dict(machine.installed_versions()),
+            }
+        )
+
+
+def _open_bench(
+    run: Run, finished: FinishedRun, target: Target, options: TuneOptions, console: Console
+) -> _Bench:
+    recipe, kept = finished.recipe, finished.kept
+    if kept is None:
+        raise RunError(f"{run.name} quantized nothing.", "name a quantized run with --run")
+    if kept.suffix != ".safetensors":
+        raise RunError(f"{run.name} is NNCF's model.", "its placement is NNCF's own; tune another")
+    # A placement is a target's rules: here they count, whatever the recipe said.
+    export = recipe.export.model_copy(update={"target_rules": True})
+    recipe = recipe.model_copy(update={"export": export})
+    shop = Workshop(recipe, run, World(), console)
+    validation = open_samples(recipe.data, "val")
+    model = load_checkpoint(finished.checked_checkpoint(), recipe.model.arch)
+    images = hold_images(validation, recipe.data, options.images, shop.bad)
+    variants = Variants(recipe, model, rewrite(model, recipe.rewrite), kept, lambda: images)
+    return _Bench(shop, target, variants, images, validation)
+
+
+def _known(bench: _Bench, options: TuneOptions) -> list[Tried]:
+    """What was measured before on this processor with the same model and libraries."""
+    if options.again or not bench.record.is_file():
+        return []
+    found = read_json(bench.record)
+    if found["key"] != bench.key:
+        return []
+    bench.shop.console.print("measured before on this processor; --again measures again")
+    return [Tried.of_json(one) for one in found["tried"]]
+
+
+def _measured(bench: _Bench, options: TuneOptions) -> list[Tried]:
+    """Export, score and time every placement."""
+    names = (AS_SHIPPED, *bench.target.placements)
+    precision = unasked_precision()
+    with temporary_folder(bench.record) as folder, step_line(bench.shop.console) as notify:
+        drops, runners = {}, {}
+        example = next(bench.images.batches(1))
+        for name in names:
+            notify(f"exporting: {name}")
+            with Run(folder, name).open(bench.shop.recipe, {}) as run:
+                done = bench.export(run, name, notify)
+            path = done.files[bench.shop.recipe.precision].path
+            drops[name] = _drop(bench, path, precision)
+            runners[name] = open_runner(path, example, 1, precision, "CPU").run
+        notify("timing")
+        timed = measure_latency(runners, 1, options.latency)
+    return [
+        Tried(
+            name,
+            drops[name],
+            timed[name].percentiles()["p50"],
+            timed[name].speedup_over(timed[bench.usual]),
+        )
+        for name in names
+    ]
+
+
+def _drop(bench: _Bench, path: Path, precision: str) -> Drop:
+    """Top-1 of the float model minus that of a file, in the setting in which it is timed."""
+    predict = open_predictor(str(path), torch.device("cpu"), precision=precision)
+    before, after = bench.variants.plain.logits, bench.images.logits(predict)
+    labels = bench.images.labels
+    return Drop.between(*(hits_of(logits, labels).first.numpy() for logits in (before, after)))
+
+
+def _keep(bench: _Bench, best: Tried, tried: list[Tried]) -> None:
+    """Put the best into the run, and what was measured beside it."""
+    run = bench.shop.run
+    with step_line(bench.shop.console) as notify:
+        done = bench.export(run, best.name, notify)
+    path = run.path / "results.json"
+    results = read_json(path)
+    results["exports"][bench.target.name] = done.as_json()
+    run.write_json("results.json", results)
+    found = {
+        "key": bench.key,
+        "target": bench.target.name,
+        "kept": best.name,
+        "tried": [one.as_json() for one in tried],
+        "machine": machine.describe(),
+    }
+    write_text(bench.record, json_text(found))

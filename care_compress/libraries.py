@@ -1,0 +1,108 @@
+"""OpenVINO and NNCF, loaded only when a recipe or a file asks for them.
+
+They are an optional extra, and importing them takes seconds.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from care_compress.errors import TargetError
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporting and copying graphs warns about internals that no user can change."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """`quiet`, for libraries that also draw progress bars of their own on standard output."""
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+FIX = "pip install -e '.[openvino]'"
+REPORTER = "openvino_telemetry"
+
+
+def load_openvino() -> Any:
+    """The `openvino` module."""
+    try:
+        with silent(), _unreported():
+            import openvino
+    except ImportError as error:
+        raise TargetError("openvino is not installed here.", FIX) from error
+    return openvino
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one `Core` of this process; it stays until the process ends.
+
+    The CPU plugin of every Core gives the process a stack for signal handlers, and frees it when it
+    goes. Of two that go in the order they came, the second puts the first one's freed stack back,
+    and the next handled signal, such as the end of a decoding worker, kills the process (LOG.md).
+    """
+    core = load_openvino().Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin
+    return core
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Around code that makes Cores of its own, as NNCF does; see `openvino_core`."""
+    openvino_core()
+    if sys.platform != "linux":
+        yield
+        return
+    system, before = ctypes.CDLL(None), _SignalStack()
+    system.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        gc.collect()  # Cores that go now, not after the stack was put back
+        system.sigaltstack(ctypes.byref(before), None)
+
+
+def load_nncf() -> Any:
+    """The `nncf` module."""
+    load_openvino()
+    try:
+        with silent(), _unreported():
+            import nncf
+    except ImportError as error:
+        raise TargetError("nncf is not installed here.", FIX) from error
+    return nncf
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Both send usage to a statistics server from their import on, unasked; without it they run."""
+    if REPORTER in sys.modules:
+        yield
+        return
+    sys.modules[REPORTER] = None  # type: ignore[assignment]  # importing it now fails
+    try:
+        yield
+    finally:
+        del sys.modules[REPORTER]

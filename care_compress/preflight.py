@@ -1,0 +1,280 @@
+"""What a recipe would do, told and checked before anything is written or trained."""
+
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from care_compress.data.sources import open_samples
+from care_compress.errors import RecipeError, RunError, TrainingError
+from care_compress.export.stage import check_targets, chosen_targets, placed
+from care_compress.libraries import load_nncf
+from care_compress.model.care import build_model
+from care_compress.model.checkpoint import load_checkpoint
+from care_compress.model.compact import CompactCare
+from care_compress.model.rewrite import rewrite
+from care_compress.quantize.plan import make_plan
+from care_compress.quantize.plan_table import plan_as_json, print_plan
+from care_compress.quantize.ptq import planned
+from care_compress.quantize.retarget import export_rules
+from care_compress.quantize.selection import read_list
+from care_compress.quantize.spec import Plan
+from care_compress.recipe.quantize import QuantizeSection
+from care_compress.recipe.recipe import Recipe
+from care_compress.recipe.sections import TrainSection
+from care_compress.recipe.target import Target, load_target
+from care_compress.run.processes import World
+from care_compress.train.network import check_batch_size
+
+# Bytes for each site: of a quantized model, a graph, OpenVINO's text.
+MODEL_SITE, GRAPH_SITE, TEXT_SITE = 2_900, 2_700, 6_500
+# An engine's own code, and what it makes of each parameter.
+ENGINE_BYTES, ENGINE_PARAMETER = 7_000_000, 2.7
+STATES = 2  # of a training: the newest and the one before it
+ADAM = 2  # moments of every weight
+RECORDS = 200_000  # recipe, manifest, results, histories
+IMAGE_RECORD = 180  # of the calibration list
+SAMPLES = 64  # images that travel to a device
+STEP = 250  # of the training curves
+SPARE = 0.1  # of the estimate, which must be free beyond it
+WEIGHT, HALF = 4, 2
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes that a run leaves, by folder, and that it needs on the way."""
+
+    folders: dict[str, int]
+    temporary: int  # at once, in the system's folder for temporary files
+
+    @property
+    def total(self) -> int:
+        """What the run directory will take."""
+        return sum(self.folders.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_megabytes(n)}" for name, n in self.folders.items() if n)
+        return (
+            f"about {_megabytes(self.total)} in the run directory ({parts}), and "
+            f"{_megabytes(self.temporary)} in {tempfile.gettempdir()} for a while"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """In bytes."""
+        return {**self.folders, "total": self.total, "temporary": self.temporary}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What decides the size of a network's files."""
+
+    parameters: int
+    sites: int
+    classes: int
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> "Size":
+        """Of a network that is quantized; what has no site, its norms, hardly counts."""
+        sites = [decision.site for decision in plan.decisions]
+        heads = [s.parameters // (s.channels + 1) for s in sites if s.role == "head"]
+        return cls(sum(site.parameters for site in sites), len(sites), max(heads))
+
+    @classmethod
+    def of_network(cls, network: CompactCare) -> "Size":
+        """Of any other."""
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        leaves = sum(not any(module.children()) for module in network.modules())
+        return cls(parameters, leaves, network.num_classes)
+
+
+def needed_space(recipe: Recipe, size: Size, plan: Plan | None, targets: Sequence[Target]) -> Space:
+    """The space for a run of `recipe`, whose network is so large, with exports to these targets."""
+    parameters, sites, classes = size.parameters, size.sites, size.classes
+    section, floats = recipe.quantize, WEIGHT * parameters
+    model = floats + (MODEL_SITE * sites if section else 0)
+    weights = floats if section is None else _integer_bytes(parameters, plan)
+    folders = {"float": 0, "ptq": 0, "qat": 0, "exports": 0, "records": RECORDS}
+    if recipe.train is not None:
+        folders["float"] = floats + _states(recipe.train, floats)
+    if section is not None:
+        ours = section.backend == "torchao"
+        kept = model if ours else weights + TEXT_SITE * sites
+        folders["ptq"] = kept
+        folders["records"] += IMAGE_RECORD * section.calibrate.images
+        if section.qat is not None:
+            folders["qat"] = kept + _states(section.qat, model)
+    graph, text = weights + GRAPH_SITE * sites, weights + TEXT_SITE * sites
+    for target in targets:
+        file = text if target.runtime == "openvino" else graph
+        if target.is_engine:
+            file += HALF * parameters + GRAPH_SITE * sites + 2 * SAMPLES * classes * WEIGHT
+        else:
+            file += recipe.export.images * classes * WEIGHT
+        if target.builds_without_device:
+            file += 2 * (ENGINE_BYTES + int(ENGINE_PARAMETER * parameters) + GRAPH_SITE * sites)
+        folders["exports"] += file
+    if any(target.is_bundled for target in targets):
+        folders["exports"] += SAMPLES * (3 * recipe.data.resolution**2 + 8)
+    return Space(folders, graph + text if targets or section else 0)
+
+
+def _integer_bytes(parameters: int, plan: Plan | None) -> int:
+    """Weights of an exported file; what a search will choose takes no more than eight bits."""
+    if plan is None:
+        return parameters
+    weighted = [decision for decision in plan.decisions if decision.weight is not None]
+    known = sum(decision.site.parameters for decision in weighted)
+    # Runtimes keep four bits in bytes of eight, unless their file packs them.
+    sizes = (d.site.parameters * max(8, d.weight.width if d.weight else 8) // 8 for d in weighted)
+    return sum(sizes) + WEIGHT * max(0, parameters - known)
+
+
+def _states(section: TrainSection, model: int) -> int:
+    """The states of a training, and its curves where their length is known."""
+    copies = 1 + ADAM + (section.ema_decay is not None)
+    return STATES * copies * model + STEP * (section.max_steps or 0)
+
+
+def check_space(space: Space, run: Path) -> None:
+    """Refuse to begin what cannot end; what an earlier run left there is written over."""
+    held = sum(_size(path) for name in space.folders for path in (run / name).rglob("*"))
+    wanted: dict[int, tuple[Path, int]] = {}
+    for path, size in ((run, space.total - held), (Path(tempfile.gettempdir()), space.temporary)):
+        there = _existing(path)
+        device = os.stat(there).st_dev
+        wanted[device] = (there, wanted.get(device, (there, 0))[1] + size)
+    for there, size in wanted.values():
+        free = shutil.disk_usage(there).free
+        if size * (1 + SPARE) > free:
+            raise RunError(
+                f"the run needs {space}; {there} has {_megabytes(free)} free.",
+                "make room there, choose another place (--runs, TMPDIR), or name fewer "
+                "export.targets",
+            )
+
+
+def _size(path: Path) -> int:
+    """Of a file; another process may be at work there, and what is gone takes nothing."""
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return 0
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    whole = path.absolute()
+    return next(place for place in (whole, *whole.parents) if place.exists())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def check_recipe(recipe: Recipe, world: World) -> Plan | None:
+    """Refuse what cannot work before anything is written or trained; the plan, if it is ours."""
+    section = recipe.quantize
+    qat = None if section is None else section.qat
+    trainings = [plan for plan in (recipe.train, qat) if plan is not None]
+    if trainings or (section and section.calibrate.list):
+        samples = open_samples(recipe.data, "train")
+        for plan in trainings:
+            check_batch_size(plan, len(samples), world)
+        if section and section.calibrate.list:
+            read_list(Path(section.calibrate.list), samples)
+    return None if section is None else check_plan(recipe, section, world)
+
+
+def check_exportable(recipe: Recipe, console: Console) -> list[Target]:
+    """Refuse export targets that do not exist or cannot run the recipe; those that may be made."""
+    targets = chosen_targets(recipe)
+    section = recipe.quantize
+    # What a search finds, and what NNCF places, is known only afterwards.
+    if section is not None and section.backend == "torchao" and section.search is None:
+        network, plan = planned(network_of(recipe), section, recipe.data.resolution)
+        wanted = partial(plan_for, recipe, network, plan)
+        return check_targets(recipe, wanted, console)
+    nncf = section is not None and section.backend == "nncf"
+    return [target for target in targets if target.runtime == "openvino" or not nncf]
+
+
+def space_of(recipe: Recipe, plan: Plan | None, targets: list[Target]) -> Space:
+    """The disk that a run takes; a search finds out later what its plan is."""
+    size = Size.of_network(network_of(recipe)) if plan is None else Size.of_plan(plan)
+    return needed_space(recipe, size, plan, targets)
+
+
+def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> Plan | None:
+    """Refuse rules that no site or target can follow."""
+    if section.backend == "torchao":
+        return plan_recipe(recipe)
+    load_nncf()  # there are no rules; what can be missing is NNCF
+    if section.qat is not None and world.size > 1:
+        raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
+    if section.target is not None and load_target(section.target).runtime != "openvino":
+        raise RecipeError(
+            f"backend nncf makes a file for OpenVINO, quantize.target is {section.target}.",
+            "use backend: torchao for it",
+        )
+    return None
+
+
+def plan_recipe(recipe: Recipe, target: Target | None = None) -> Plan:
+    """The plan of a recipe, or of its export to a target; needs its network's shape, no data."""
+    assert recipe.quantize is not None
+    network, plan = planned(network_of(recipe), recipe.quantize, recipe.data.resolution)
+    return plan if target is None else plan_for(recipe, network, plan, target)
+
+
+def plan_for(recipe: Recipe, network: CompactCare, made_by: Plan, target: Target) -> Plan:
+    """The plan of an export to a target, of the network in the form that is quantized by a plan."""
+    assert recipe.quantize is not None
+    rules = export_rules(recipe, recipe.quantize, target)
+    return make_plan(network, rules, target, recipe.data.resolution, made_by)
+
+
+def network_of(recipe: Recipe) -> CompactCare:
+    """The rewritten network that a recipe starts from."""
+    if recipe.model.checkpoint is not None:
+        model = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
+    else:
+        assert recipe.model.arch is not None
+        model = build_model(recipe.model.arch)
+    return rewrite(model, recipe.rewrite)
+
+
+def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: Console) -> None:
+    """Print the plan of a recipe."""
+    section = own_section(recipe)
+    target = None
+    if exported_to is not None:
+        target = placed(load_target(exported_to, recipe.full_range), recipe)
+    plan = plan_recipe(recipe, target)
+    targets = check_exportable(recipe, Console(quiet=True)) if target is None else [target]
+    space = space_of(recipe, plan, targets)
+    if as_json:
+        console.print_json(data={**plan_as_json(plan), "disk_bytes": space.as_json()})
+    else:
+        rules = section.rules if target is None else export_rules(recipe, section, target)
+        print_plan(plan, rules, console)
+        if target is not None and target.placements:
+            console.print(f"[bold]placement[/]: {target.placement}", highlight=False)
+        console.print(f"[bold]disk[/] of a run: {space}", highlight=False, soft_wrap=True)
+
+
+def own_section(recipe: Recipe) -> QuantizeSection:
+    """The quantize section of a recipe whose sites are ours to place."""
+    if recipe.quantize is None or recipe.quantize.backend != "torchao":
+        raise RecipeError(
+            f"{recipe.name} has no plan of ours: it is a float recipe, or NNCF places by itself.",
+            "name one with quantize.rules, such as int8_qat",
+        )
+    return recipe.quantize

@@ -1,0 +1,213 @@
+"""Recipes: one YAML file says everything about one compressed model.
+
+A recipe is data, typed, frozen and strict. An unknown key or a bad value ends in a `RecipeError`
+that names the file, the key and the fix, before any work starts. ``--set section.key=value``
+changes one value on the command line under the same rules.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from care_compress.console import shortened
+from care_compress.errors import RecipeError
+from care_compress.recipe.quantize import QuantizeSection
+from care_compress.recipe.reading import _Loader, _parsed, read_yaml
+from care_compress.recipe.sections import (
+    BudgetSection,
+    DataSection,
+    EvaluateSection,
+    ExportSection,
+    ModelSection,
+    RewriteSection,
+    Section,
+    TrainSection,
+)
+
+RECIPES_DIR = Path(__file__).resolve().parents[2] / "recipes"
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "w4a8", "w4a4", "mixed"]
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+class Recipe(Section):
+    """One compressed model a user can ask for."""
+
+    name: str
+    claim: str = Field(description="what this recipe promises, one sentence")
+    precision: Precision = "fp32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    train: TrainSection | None = None
+    rewrite: RewriteSection = RewriteSection()
+    quantize: QuantizeSection | None = None
+    export: ExportSection = ExportSection()
+    budget: BudgetSection = BudgetSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @property
+    def full_range(self) -> bool:
+        """Whether 8-bit weights leave -64..63 on CPUs, too (``quantize.full_range``)."""
+        return self.quantize is not None and self.quantize.full_range
+
+    @model_validator(mode="after")
+    def _has_a_start(self) -> "Recipe":
+        if self.model.checkpoint is None and self.train is None:
+            raise ValueError("there is neither model.checkpoint nor a train section to make one")
+        if self.model.checkpoint is None and self.model.arch is None:
+            raise ValueError("model.arch is needed to train from scratch")
+        return self
+
+    @model_validator(mode="after")
+    def _precision_fits(self) -> "Recipe":
+        if (self.precision == "fp32") != (self.quantize is None):
+            raise ValueError("a quantize section goes with a precision other than fp32")
+        search = self.quantize is not None and self.quantize.searches
+        if search and self.budget.max_top1_drop is None:
+            raise ValueError("the search for bits needs budget.max_top1_drop")
+        return self
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_recipe(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, object] | None = None,
+) -> Recipe:
+    """Read a recipe by name (``int8_qat``) or path.
+
+    `overrides` are ``section.key=value`` texts, `values` are dotted keys with ready values.
+    """
+    path = find_recipe(name_or_path)
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} holds no sections.", "see recipes/fp32.yaml for the form")
+    raw.setdefault("name", path.stem)
+    for key, value in (values or {}).items():
+        _assign(raw, key, value)
+    for override in overrides:
+        _assign(raw, *_split_override(override))
+    return parse(Recipe, raw, str(path))
+
+
+def parse_section(
+    kind: type[AnySection], values: Mapping[str, object], overrides: Sequence[str], where: str
+) -> AnySection:
+    """One section from ready values and ``key=value`` texts."""
+    raw = dict(values)
+    for override in overrides:
+        _assign(raw, *_split_override(override))
+    return parse(kind, raw, where)
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a shipped recipe, or the path given."""
+    given = Path(name_or_path)
+    if given.suffix in {".yaml", ".yml"}:
+        return given
+    shipped = RECIPES_DIR / f"{name_or_path}.yaml"
+    if os.path.isfile(shipped):  # Path.is_file raises for a name that is too long
+        return shipped
+    known = [path.stem for path in recipe_files()]
+    near = difflib.get_close_matches(name_or_path, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise RecipeError(
+        f"there is no recipe {shortened(repr(name_or_path))}.",
+        f"{hint}Shipped recipes: {', '.join(known)}",
+    )
+
+
+def recipe_files() -> list[Path]:
+    """Every shipped recipe."""
+    return [p for p in sorted(RECIPES_DIR.rglob("*.yaml")) if "targets" not in p.parts]
+
+
+def _split_override(override: str) -> tuple[str, Any]:
+    """``section.key=value`` as key and YAML value."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        given = shortened(repr(override))
+        raise RecipeError(f"--set {given} has no value.", "write section.key=value")
+    try:
+        return key.strip(), _parsed(text)
+    except yaml.YAMLError as error:
+        given = shortened(repr(override))
+        raise RecipeError(f"--set {given} is not a YAML value: {error}.") from error
+
+
+def _assign(raw: dict[str, Any], key: str, value: object) -> None:
+    """Set one dotted key."""
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"cannot set {key}: {parent} is no section.")
+        node = child
+    node[leaf] = value
+
+
+def parse(kind: type[AnySection], raw: Mapping[str, Any], where: str) -> AnySection:
+    """Validate plain data as `kind`; the first problem becomes one readable line."""
+    try:
+        # Through JSON, because there strict mode still takes a list for a tuple.
+        return kind.model_validate_json(json.dumps(raw))
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, ValidationError):
+            raise RecipeError(*_explain(kind, error, where)) from None
+        raise RecipeError(f"{where}: {error}.", "use plain YAML values") from None
+
+
+def _explain(kind: type[Section], error: ValidationError, where: str) -> tuple[str, str]:
+    # A mistyped required key is also a missing one; the typo is the helpful half.
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    keys = [str(part) for part in problem["loc"]]
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(kind, keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key {shortened('.'.join(keys))}{more}.", fix
+    message = problem["msg"].removeprefix("Value error, ")
+    got = (
+        ""
+        if problem["type"] in {"missing", "value_error"}
+        else f", got {shortened(repr(problem['input']))}"
+    )
+    at = f" {'.'.join(keys)}:" if keys else ""
+    return f"{where}:{at} {message}{got}{more}.", "correct the value"
+
+
+def _fields_at(kind: type[Section], keys: Sequence[str]) -> list[str]:
+    """Field names of the section that `keys` leads to."""
+    for key in keys:
+        if key.isdigit():  # an item of a list; its kind was found with the list
+            continue
+        field = kind.model_fields.get(key)
+        inner = None if field is None else _section_in(field.annotation)
+        if inner is None:
+            return []
+        kind = inner
+    return list(kind.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that an annotation names, however deep: ``tuple[Rule, ...] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (_section_in(inner) for inner in get_args(annotation))
+    return next((section for section in found if section is not None), None)

@@ -1,0 +1,61 @@
+"""The fidelity ladder: what each step from the float model to a file cost, and where."""
+
+from care_compress.evaluate.plots import short_name
+from care_compress.evaluate.tables import ABSENT, decibels, hardest_sites, parting_text
+from care_compress.report.blocks import Cell, Section, Table, Text, missing, number
+from care_compress.report.sources import Json, Sources
+
+COLUMNS = ("rung", "logits dB", "to float dB", "same answers %", "first parts at", "made from")
+
+
+def fidelity(sources: Sources) -> Section:
+    """Every rung beside the one before it."""
+    section = Section("fidelity", "From float to file, rung by rung")
+    found = sources.fidelity
+    if found is None:
+        section.blocks.append(missing(f"Not measured: care-compress fidelity {sources.name}."))
+        return section
+    if found.get("results_sha256") != sources.results_sha256:
+        section.blocks.append(
+            missing(
+                "fidelity.json is of an earlier run of this name: care-compress fidelity "
+                f"{sources.name} measures this one."
+            )
+        )
+        return section
+    rungs = [_rung(row) for row in found["rungs"]]
+    section.blocks += [
+        Text(
+            "Each rung is compared with the one it was made from, so that a step answers for its "
+            "own loss alone; 80 dB and more is the order of float sums. With its quantizers off "
+            "a quantized model still has the biases that PTQ corrected and the weights that QAT "
+            "trained: that is the rung called rescaled."
+        ),
+        Table(f"On {found['images']:,} images", COLUMNS, rungs, COLUMNS[1:4]),
+    ]
+    names, cells = hardest_sites(found)
+    rows = [(Cell(short_name(site)), *map(_decibels, distances)) for site, distances in cells]
+    caption = f"The {len(rows)} hardest sites, dB of each step; empty where a site's meaning moved"
+    if rows:
+        section.blocks.append(Table(caption, ("site", *names), rows, tuple(names)))
+    section.blocks += [
+        missing(f"{row['rung']}: {row['missing']}") for row in found["rungs"] if "missing" in row
+    ]
+    return section
+
+
+def _rung(row: Json) -> tuple[Cell, ...]:
+    if "missing" in row:
+        return (Cell(row["rung"]), *[Cell("")] * 3, Cell(ABSENT), Cell(""))
+    return (
+        Cell(row["rung"]),
+        _decibels(row["sqnr_db"]),
+        _decibels(row["to_float_db"]),
+        number(row["same_percent"], 1),
+        Cell(parting_text(row)),
+        Cell(row["before"] or ""),
+    )
+
+
+def _decibels(value: float | None) -> Cell:
+    return Cell(decibels(value).removesuffix(" dB"), value)

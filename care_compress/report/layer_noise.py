@@ -1,0 +1,134 @@
+"""What quantization does to each layer: distance of its output, and the values that enter it."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from care_compress.evaluate.site_outputs import run_graph
+from care_compress.quantize.distance import Distance
+from care_compress.quantize.fakequant import IntQuantizer
+from care_compress.quantize.placement import QuantizedCare
+
+BINS = 32
+HARDEST = 6
+BATCH = 8  # every layer's output of a batch is held, twice
+
+
+@dataclass
+class _Input:
+    """The activation that one site quantizes first."""
+
+    quantizer: IntQuantizer
+    rounding: Distance = field(default_factory=Distance)
+    low: float = math.inf
+    high: float = -math.inf
+
+    def see(self, before: Tensor, after: Tensor) -> None:
+        self.rounding.add(before, after)
+        self.low = min(self.low, float(before.min()))
+        self.high = max(self.high, float(before.max()))
+
+
+@torch.inference_mode()
+def measure_layers(model: QuantizedCare, batches: Iterable[Tensor]) -> dict[str, Any]:
+    """SQNR of every site, and histograms of the inputs that lose most by their own rounding.
+
+    The reference is the same graph with its quantizers off: rescaling moves numbers between
+    layers, so the layers of the model before it are not comparable one by one.
+    """
+    held = [part for images in batches for part in torch.split(images, BATCH)]
+    outputs = {decision.site.name: Distance() for decision in model.plan.decisions}
+    inputs: dict[str, _Input] = {}
+
+    def see(quantizer: IntQuantizer, before: Tensor, after: Tensor) -> None:
+        found = inputs.setdefault(quantizer.site, _Input(quantizer))
+        if found.quantizer is quantizer:  # an attention product has two inputs
+            found.see(before, after)
+
+    for images in held:
+        model.enable(False)
+        plain = run_graph(model, images)
+        model.enable(True)
+        rounded = run_graph(model, images, see)
+        for site, distance in outputs.items():
+            if site in plain.sites:
+                distance.add(plain.sites[site], rounded.sites[site])
+    hardest = sorted(inputs, key=lambda site: inputs[site].rounding.shown_db)[:HARDEST]
+    return {
+        "images": sum(len(images) for images in held),
+        "sites": [
+            {
+                "site": site,
+                "sqnr_db": distance.shown_db,
+                "input_db": inputs[site].rounding.shown_db if site in inputs else None,
+            }
+            for site, distance in outputs.items()
+        ],
+        "histograms": _histograms(model, held, [inputs[site] for site in hardest]),
+    }
+
+
+@dataclass
+class _Histogram:
+    """Counts over the observed values and the chosen range together."""
+
+    source: _Input
+    before: Tensor
+    after: Tensor
+    clipped: int = 0
+    values: int = 0
+
+    def bounds(self) -> tuple[float, float]:
+        low, high, _ = self.source.quantizer.bounds(4)
+        return min(self.source.low, float(low.min())), max(self.source.high, float(high.max()))
+
+    def count(self, before: Tensor, after: Tensor) -> None:
+        self.clipped += self.source.quantizer.cut(before)
+        self.values += before.numel()
+        least, most = self.bounds()
+        for counts, values in ((self.before, before), (self.after, after)):
+            counts += torch.histc(values.float().cpu(), BINS, least, most).long()
+
+    def as_json(self) -> dict[str, Any]:
+        quantizer = self.source.quantizer
+        low, high, half = quantizer.bounds(4)
+        least, most = self.bounds()
+        return {
+            "site": quantizer.site,
+            "operand": quantizer.operand,
+            "spec": str(quantizer.spec),
+            "input_db": self.source.rounding.shown_db,
+            "observed": [self.source.low, self.source.high],
+            "range": [float(low.min()), float(high.max())],
+            "ranges": low.numel(),
+            "steps": [2 * float(half.min()), 2 * float(half.max())],
+            "bins": [least, most],
+            "before": self.before.tolist(),
+            "after": self.after.tolist(),
+            "clipped": self.clipped,
+            "values": self.values,
+        }
+
+
+def _histograms(
+    model: QuantizedCare, batches: list[Tensor], chosen: list[_Input]
+) -> list[dict[str, Any]]:
+    """Values of these inputs before and after rounding; a second pass, once the ends are known."""
+    found = {
+        id(one.quantizer): _Histogram(
+            one, torch.zeros(BINS, dtype=torch.long), torch.zeros(BINS, dtype=torch.long)
+        )
+        for one in chosen
+    }
+
+    def see(quantizer: IntQuantizer, before: Tensor, after: Tensor) -> None:
+        if id(quantizer) in found:
+            found[id(quantizer)].count(before, after)
+
+    for images in batches:
+        run_graph(model, images, see)
+    return [histogram.as_json() for histogram in found.values()]

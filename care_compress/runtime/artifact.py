@@ -1,0 +1,118 @@
+"""From a file on disk to a predictor, by its suffix."""
+
+import os
+from pathlib import Path
+
+import onnx
+import torch
+
+from care_compress.errors import TargetError
+from care_compress.libraries import openvino_core
+from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
+from care_compress.model.predictor import Predictor
+from care_compress.model.rewrite import rewrite
+from care_compress.quantize.artifact import load_quantized, quantized_header
+from care_compress.runtime.on_onnxruntime import OnnxPredictor
+from care_compress.runtime.on_openvino import OpenVinoPredictor
+from care_compress.runtime.on_tensorrt import EnginePredictor
+from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.runtime.probe import MOST_SIDE
+
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
+
+
+def artifact_path(artifact: str) -> Path:
+    """The file behind an artifact's name, if it is there and of a kind that can be run."""
+    path = resolve_checkpoint(artifact)
+    if path.suffix not in (*CHECKPOINT_SUFFIXES, ".onnx", ".xml", ".engine"):
+        raise TargetError(
+            f"{artifact} is of no kind that can be run.",
+            f"give a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}), builtin:NAME, an .onnx, an "
+            ".xml or an .engine file",
+        )
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise TargetError(f"{path} is not a file.", "check the path")
+    return path
+
+
+def open_predictor(
+    artifact: str,
+    device: torch.device,
+    threads: int | None = None,
+    precision: str = "f32",
+    plugin: str = "CPU",
+) -> Predictor:
+    """Anything this package writes or reads, ready to run.
+
+    A float checkpoint in any form `load_checkpoint` reads, a quantized ``.safetensors`` (in
+    simulation), an ``.onnx`` file, an OpenVINO ``.xml`` or a TensorRT ``.engine``. `threads` are
+    those of ONNX Runtime and OpenVINO, all if left out; torch has its own setting. `precision` and
+    `plugin` are OpenVINO's: what it may round floats to, and what it runs on.
+    """
+    path = artifact_path(artifact)
+    if path.suffix == ".onnx":
+        return OnnxPredictor(path, threads)
+    if path.suffix == ".xml":
+        return OpenVinoPredictor(path, threads, precision, plugin)
+    if path.suffix == ".engine":
+        return EnginePredictor(path)
+    if path.suffix == ".safetensors" and quantized_header(path) is not None:
+        quantized = load_quantized(path)
+        return TorchPredictor(quantized, quantized.num_classes, device)
+    model = load_checkpoint(path)
+    return TorchPredictor(rewrite(model), model.num_classes, device)
+
+
+Size = tuple[int, int]
+
+
+def input_size(path: Path, resolution: int | None) -> Size:
+    """Height and width of a file's images; `resolution` where the file leaves them open."""
+    own = _own_size(path)
+    if own is not None and not all(1 <= side <= MOST_SIDE for side in own):
+        raise TargetError(f"{path} wants {own[0]}x{own[1]} images.", "give a classifier of images")
+    if own is None and resolution is None:
+        raise TargetError(f"{path} takes images of any size.", "say which: --res 224")
+    if own is None:
+        assert resolution is not None
+        return resolution, resolution
+    if resolution is not None and own != (resolution, resolution):
+        raise TargetError(
+            f"{path} wants {own[0]}x{own[1]} images, not {resolution}x{resolution}.",
+            "leave --res out",
+        )
+    return own
+
+
+def _own_size(path: Path) -> Size | None:
+    if path.suffix == ".onnx":
+        return _of_onnx(path)
+    if path.suffix == ".xml":
+        return _of_openvino(path)
+    if path.suffix == ".engine":
+        height, width = EnginePredictor(path).session.shape[2:]
+        return height, width
+    return None
+
+
+def _of_onnx(path: Path) -> Size | None:
+    try:
+        (image, *_) = onnx.load(path, load_external_data=False).graph.input
+    except Exception as error:  # a parser's own class, or a graph without an input
+        raise TargetError(f"{path} is no ONNX model: {error}.", "export it again") from error
+    sides = [side.dim_value for side in image.type.tensor_type.shape.dim[2:]]
+    return (sides[0], sides[1]) if len(sides) == 2 and all(sides) else None
+
+
+def _of_openvino(path: Path) -> Size | None:
+    try:
+        (image,) = openvino_core().read_model(path).inputs
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise TargetError(
+            f"{path} is no OpenVINO model with one input: {reason}.", "make it again"
+        ) from error
+    sides = list(image.partial_shape)[2:]
+    if len(sides) != 2 or any(side.is_dynamic for side in sides):
+        return None
+    return int(sides[0].get_length()), int(sides[1].get_length())
