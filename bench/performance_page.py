@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator
 
 from care_compress import machine
 from care_compress.errors import CareError
-from care_compress.evaluate.plots import save_figure
 from care_compress.files import write_text
+from care_compress.quantize.plots import save_figure
 
 BEGIN, END = "<!-- begin: written by make bench -->", "<!-- end -->"
 OURS, PEER, BASE = "#2a7f4f", "#3b6ea5", "#999999"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import care_compress
 from care_compress.data.loader import BadImages, prepared_batches
+from care_compress.data.samples import spread_indices
 from care_compress.data.sources import open_samples
-from care_compress.evaluate.accuracy import spread_indices
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.model.compact import CompactCare

@@ -14,10 +14,10 @@ from tiny import image_folder
 
 import care_compress
 from care_compress.data.loader import BadImages, evaluation_batches
+from care_compress.data.samples import spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
 from care_compress.errors import RecipeError, TargetError
-from care_compress.evaluate.accuracy import spread_indices
 from care_compress.libraries import openvino_core
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.model.compact import CompactCare

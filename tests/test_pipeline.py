@@ -17,9 +17,10 @@ from tiny import image_folder
 import care_compress
 from care_compress.cli import main
 from care_compress.data.loader import BadImages, Batch
+from care_compress.data.samples import spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.errors import DataError
-from care_compress.evaluate.accuracy import count_correct, measure_accuracy, spread_indices
+from care_compress.evaluate.accuracy import count_correct, measure_accuracy
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from care_compress.evaluate.pairs import unpaired_interval
-from care_compress.evaluate.readback import counted_only, read_back, read_back_findings
+from care_compress.evaluate.readback import (
+    counted_only,
+    exports_finding,
+    read_back,
+    read_back_findings,
+    what_failed,
+)
 from care_compress.evaluate.verdicts import Drop, judge
-from care_compress.export.result import exports_finding, what_failed
 
 
 def answers(images: int = 400, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

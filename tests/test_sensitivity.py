@@ -8,11 +8,11 @@ from quantized import SIZE, W4A4, batches, images, network, quantized, section
 from rich.console import Console
 
 from care_compress.errors import RecipeError
-from care_compress.evaluate.plots import pareto, short_name
 from care_compress.quantize import search as mixed
 from care_compress.quantize import sensitivity as measured
 from care_compress.quantize.distance import EXACT_DB
 from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.plots import pareto, short_name
 from care_compress.quantize.ptq import PtqJob, planned
 from care_compress.quantize.search import LADDER, Trial, search_bits
 from care_compress.quantize.sensitivity import (

@@ -44,3 +44,9 @@ class Samples(Protocol):
         Cheap, so it may differ between copies of one set; what resumes compares it with its own.
         """
         ...
+
+
+def spread_indices(count: int, wanted: int | None) -> list[int]:
+    """`wanted` of `count` images, evenly spaced: the first of a folder are all of one class."""
+    chosen = min(wanted or count, count)
+    return [i * count // chosen for i in range(chosen)]

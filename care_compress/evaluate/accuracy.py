@@ -65,12 +65,6 @@ class Accuracy:
 NOTHING = Accuracy(0, 0, 0)
 
 
-def spread_indices(count: int, wanted: int | None) -> list[int]:
-    """`wanted` of `count` images, evenly spaced: the first of a folder are all of one class."""
-    chosen = min(wanted or count, count)
-    return [i * count // chosen for i in range(chosen)]
-
-
 def images_at_once(wanted: int | None, device: torch.device) -> int:
     """How many images a model looks at together; on a CPU so few that its caches hold them."""
     return wanted or BATCH_SIZES[device.type]

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from care_compress.console import Finding
 from care_compress.data.checks import coverage_finding, overlap_findings
-from care_compress.data.samples import Samples
-from care_compress.evaluate.accuracy import Accuracy, answers_finding, spread_indices
+from care_compress.data.samples import Samples, spread_indices
+from care_compress.evaluate.accuracy import Accuracy, answers_finding
+from care_compress.evaluate.readback import exports_finding
 from care_compress.evaluate.run_accuracy import seen_images
-from care_compress.export.result import Exported, exports_finding
+from care_compress.export.result import Exported
 from care_compress.files import read_json
 from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_health
 from care_compress.quantize.stages import CALIBRATION_FILE, Candidate

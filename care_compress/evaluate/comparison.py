@@ -18,18 +18,23 @@ from rich.console import Console
 from care_compress import machine
 from care_compress.console import Finding, progress_bar, step_line
 from care_compress.data.loader import BadImages, prepared_batches
-from care_compress.data.samples import Samples
+from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import check_classes
 from care_compress.errors import TargetError
-from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.device_measurements import measured_on_boards
 from care_compress.evaluate.images import HeldImages, hold_images
 from care_compress.evaluate.latency import Latency, LatencyPlan, measure_latency
 from care_compress.evaluate.pairs import Collected, collect_answers
-from care_compress.evaluate.readback import ReadBack, counted_only, read_back, read_back_findings
+from care_compress.evaluate.readback import (
+    ReadBack,
+    answers_beside,
+    counted_only,
+    read_back,
+    read_back_findings,
+    what_failed,
+)
 from care_compress.evaluate.resolve import SIMULATION, Contender
 from care_compress.evaluate.verdicts import Budget, Drop, Verdict
-from care_compress.export.result import answers_beside, what_failed
 from care_compress.files import digest_of
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import load_target

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from care_compress.data.loader import BadImages, pixel_batches
-from care_compress.data.samples import Samples
+from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.transforms import normalize
 from care_compress.errors import DataError
-from care_compress.evaluate.accuracy import spread_indices
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.sections import DataSection
 

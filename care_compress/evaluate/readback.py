@@ -6,6 +6,7 @@ adds or saturates in its own way, only a file read there can tell.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -103,3 +104,57 @@ def read_back_findings(
         reasons = tuple(f"{key}: {why}" for key, why in unread.items())
         findings.append(Finding(CHECK, "not measured", "some could not be read back", reasons))
     return findings
+
+
+def what_failed(export: Mapping[str, Any], precision: str | None = None) -> dict[str, str]:
+    """Why an export, as ``results.json`` holds it, is no model to use, by file.
+
+    The target itself stands for a file that was not written. `precision` asks for one file only.
+    """
+    if "failed" in export:
+        return {str(export["target"]): f"the export failed: {export['failed']}"}
+    models = export.get("models", {})
+    chosen = models.values() if precision is None else [models.get(precision, {"holds": True})]
+    return {model["file"]: _difference(model) for model in chosen if not model["holds"]}
+
+
+def _difference(model: Mapping[str, Any]) -> str:
+    """How far a file is from its model, as the export measured it."""
+    if model["sqnr_db"] is None:
+        said = "it answers NaN or infinity"
+    else:
+        said = (
+            f"{model['agreement']:.1f} % of answers as its model's, {model['sqnr_db']:.1f} dB of "
+            f"at least {model['least_sqnr_db']:.1f}"
+        )
+    where = model.get("parts_at")
+    return f"{said}; it parts at {where}" if where else said
+
+
+def exports_finding(exports: Mapping[str, Mapping[str, Any]]) -> Finding:
+    """Whether every file is there and computes what its model does, by ``exports`` of results.json.
+
+    A target that cannot execute the model is no failure, and counts for nothing here.
+    """
+    files = sum(len(export.get("models", {})) for export in exports.values())
+    failed = [
+        f"{target}: {why}" if file == target else f"{target}, {file}: {why}"
+        for target, export in exports.items()
+        for file, why in what_failed(export).items()
+    ]
+    if failed:
+        missing = sum("failed" in export for export in exports.values())
+        text = (
+            f"{len(failed)} of {files + missing} files could not be made, or do not compute what "
+            "their model does; the accuracy of the run is not theirs"
+        )
+        return Finding("exports", "warning", text, tuple(failed))
+    if not files:
+        return Finding("exports", "not measured", "this run has no exported file to read back")
+    text = f"every file, of {files}, was read back and computes what its model does"
+    return Finding("exports", "fine", text)
+
+
+def answers_beside(path: Path, name: str) -> Path:
+    """Where the logits lie that a file's model gives; `name` is its precision."""
+    return path.with_name(f"expected_{name}.npy")

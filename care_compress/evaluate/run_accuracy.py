@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from care_compress.data.checks import Contents
-from care_compress.data.samples import Samples
+from care_compress.data.samples import Samples, spread_indices
 from care_compress.evaluate.accuracy import (
     NOTHING,
     Accuracy,
     images_at_once,
     measure_accuracy,
     own_share,
-    spread_indices,
 )
 from care_compress.evaluate.pairs import Paired, measure_pair
 from care_compress.files import write_text

@@ -7,9 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from care_compress.evaluate.pairs import Paired
-from care_compress.evaluate.plots import short_name
 from care_compress.model.rewrite import RewriteStep
 from care_compress.quantize.distance import EXACT_DB
+from care_compress.quantize.plots import short_name
 
 
 def rewrite_table(steps: list[RewriteStep]) -> Table:

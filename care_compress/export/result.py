@@ -1,7 +1,7 @@
 """What an export left: files, how near each came to its model, and what a target cannot have."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import TypeAdapter
 from rich.table import Table
 
-from care_compress.console import Finding
 from care_compress.evaluate.agreement import Agreement
 from care_compress.files import digest_of, size_of
 from care_compress.recipe.target import Target
@@ -116,55 +115,6 @@ class Exported:
 _PLAIN = TypeAdapter(Exported)
 
 
-def what_failed(export: Mapping[str, Any], precision: str | None = None) -> dict[str, str]:
-    """Why an export, as ``results.json`` holds it, is no model to use, by file.
-
-    The target itself stands for a file that was not written. `precision` asks for one file only.
-    """
-    if "failed" in export:
-        return {str(export["target"]): f"the export failed: {export['failed']}"}
-    models = export.get("models", {})
-    chosen = models.values() if precision is None else [models.get(precision, {"holds": True})]
-    return {model["file"]: _difference(model) for model in chosen if not model["holds"]}
-
-
-def _difference(model: Mapping[str, Any]) -> str:
-    """How far a file is from its model, as the export measured it."""
-    if model["sqnr_db"] is None:
-        said = "it answers NaN or infinity"
-    else:
-        said = (
-            f"{model['agreement']:.1f} % of answers as its model's, {model['sqnr_db']:.1f} dB of "
-            f"at least {model['least_sqnr_db']:.1f}"
-        )
-    where = model.get("parts_at")
-    return f"{said}; it parts at {where}" if where else said
-
-
-def exports_finding(exports: Mapping[str, Mapping[str, Any]]) -> Finding:
-    """Whether every file is there and computes what its model does, by ``exports`` of results.json.
-
-    A target that cannot execute the model is no failure, and counts for nothing here.
-    """
-    files = sum(len(export.get("models", {})) for export in exports.values())
-    failed = [
-        f"{target}: {why}" if file == target else f"{target}, {file}: {why}"
-        for target, export in exports.items()
-        for file, why in what_failed(export).items()
-    ]
-    if failed:
-        missing = sum("failed" in export for export in exports.values())
-        text = (
-            f"{len(failed)} of {files + missing} files could not be made, or do not compute what "
-            "their model does; the accuracy of the run is not theirs"
-        )
-        return Finding("exports", "warning", text, tuple(failed))
-    if not files:
-        return Finding("exports", "not measured", "this run has no exported file to read back")
-    text = f"every file, of {files}, was read back and computes what its model does"
-    return Finding("exports", "fine", text)
-
-
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
@@ -173,11 +123,6 @@ def in_short(about: dict[str, Any]) -> dict[str, Any]:
     """An engine's description without its layers, which stand beside the engine."""
     keys = ("library", "version", "engine_sha256", "size_bytes", "layers_from", "precisions")
     return {key: about[key] for key in keys}
-
-
-def answers_beside(path: Path, name: str) -> Path:
-    """Where the logits lie that a file's model gives; `name` is its precision."""
-    return path.with_name(f"expected_{name}.npy")
 
 
 def export_table(rows: Sequence[tuple[str, ...]], images: int) -> Table:

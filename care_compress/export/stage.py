@@ -17,13 +17,13 @@ from rich.console import Console
 
 from care_compress import machine
 from care_compress.console import Terminal, step_line
-from care_compress.data.samples import Samples
+from care_compress.data.samples import Samples, spread_indices
 from care_compress.errors import ExportError, RecipeError, TargetError
-from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.agreement import compare_logits
 from care_compress.evaluate.images import hold_images
+from care_compress.evaluate.readback import answers_beside
 from care_compress.evaluate.site_distance import first_divergence
-from care_compress.export.result import Exported, File, answers_beside, export_table, in_short
+from care_compress.export.result import Exported, File, export_table, in_short
 from care_compress.export.to_engine import build_ahead
 from care_compress.export.to_onnx import About, Preprocessing, write_onnx
 from care_compress.export.to_openvino import write_ir

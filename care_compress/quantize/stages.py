@@ -8,11 +8,9 @@ from rich.markup import escape
 
 from care_compress.console import step_line
 from care_compress.data.loader import pixel_batches
-from care_compress.data.samples import Samples
+from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import open_samples
-from care_compress.evaluate.accuracy import spread_indices
 from care_compress.evaluate.pairs import Paired
-from care_compress.evaluate.plots import plot_trials
 from care_compress.evaluate.run_accuracy import batch_size, compared
 from care_compress.files import digest_of, model_files, sha256_file
 from care_compress.model.checkpoint import state_digest
@@ -28,6 +26,7 @@ from care_compress.quantize.nncf_ptq import (
 )
 from care_compress.quantize.nncf_qat import train_openvino
 from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.plots import plot_trials
 from care_compress.quantize.ptq import PtqJob, first_images, quantize_network
 from care_compress.quantize.qat import train_quantized
 from care_compress.quantize.search import Found, Trial, search_bits

@@ -10,16 +10,15 @@ from rich.table import Table
 
 from care_compress.console import progress_bar
 from care_compress.data.loader import prepared_batches
-from care_compress.data.samples import Samples
+from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError
-from care_compress.evaluate.accuracy import spread_indices
-from care_compress.evaluate.plots import plot_sensitivity, short_name
 from care_compress.files import fingerprint
 from care_compress.model.checkpoint import load_checkpoint, state_digest
 from care_compress.model.rewrite import rewrite
 from care_compress.pipeline import rewritten
 from care_compress.preflight import check_recipe, own_section
+from care_compress.quantize.plots import plot_sensitivity, short_name
 from care_compress.quantize.ptq import quantize_network
 from care_compress.quantize.selection import deep_features, select_images, write_list
 from care_compress.quantize.sensitivity import Sensitivity, measure_sensitivity, quantized_sites

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from care_compress.console import step_line
 from care_compress.data.loader import BadImages, Batch, pixel_batches
-from care_compress.data.samples import Samples
+from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.data.transforms import normalize
 from care_compress.errors import CareError
-from care_compress.evaluate.accuracy import spread_indices
 from care_compress.files import (
     digest_of,
     fingerprint,

@@ -1,7 +1,7 @@
 """The fidelity ladder: what each step from the float model to a file cost, and where."""
 
-from care_compress.evaluate.plots import short_name
 from care_compress.evaluate.tables import ABSENT, decibels, hardest_sites, parting_text
+from care_compress.quantize.plots import short_name
 from care_compress.report.blocks import Cell, Section, Table, Text, missing, number
 from care_compress.report.sources import Json, Sources
 

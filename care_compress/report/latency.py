@@ -3,7 +3,7 @@
 from typing import Any
 
 from care_compress.evaluate.device_measurements import counted_threads
-from care_compress.evaluate.plots import short_name
+from care_compress.quantize.plots import short_name
 from care_compress.report.blocks import (
     Block,
     Cell,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from care_compress.evaluate.plots import short_name
+from care_compress.quantize.plots import short_name
 from care_compress.report.blocks import (
     Block,
     Cell,
