@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from care_compress.data.loader import BadImages, evaluation_batches, prepared_batches
+from care_compress.data.loader import BATCH_SIZES, BadImages, evaluation_batches, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
-from care_compress.evaluate.accuracy import BATCH_SIZES, measure_accuracy
+from care_compress.evaluate.accuracy import measure_accuracy
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.sections import DataSection
 from care_compress.runtime.artifact import open_predictor

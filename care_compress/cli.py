@@ -166,7 +166,7 @@ def sensitivity(
     chosen = _chosen(recipe, set_, ckpt=ckpt, arch=arch, data=data, res=res, crop=crop)
     run = _run_name(name or f"{chosen.name}_sensitivity", chosen)
 
-    from care_compress.quantize.study import run_sensitivity
+    from care_compress.pipeline import run_sensitivity
 
     run_sensitivity(chosen, runs, run, images, Terminal())
 
@@ -199,7 +199,7 @@ def select(
         images=images,
     )
 
-    from care_compress.quantize.study import select_calibration
+    from care_compress.quantize.selection import select_calibration
 
     select_calibration(chosen, out, Terminal())
 
@@ -419,10 +419,15 @@ def compare(
 
     from care_compress.evaluate.compare import run_compare
     from care_compress.evaluate.comparison import CompareOptions
+    from care_compress.pipeline import run_recipe
+    from care_compress.report.write import write_report
 
     wanted = None if targets is None else tuple(targets.split(","))
-    options = CompareOptions(wanted, images, json, max_drop, min_speedup, section, report=report)
-    sys.exit(run_compare(models, runs, options, Terminal()))
+    options = CompareOptions(wanted, images, json, max_drop, min_speedup, section)
+    found = run_compare(models, runs, options, run_recipe, Terminal())
+    if report and found.models[-1].run is not None:
+        write_report(found.models[-1].run, Terminal())
+    sys.exit(0 if all(budget.ok for budget in found.budgets) else 1)
 
 
 @app.command()
@@ -469,8 +474,10 @@ def reference(
 ) -> None:
     """Check that recipes still give the accepted top-1 and size; exit code 1 if one drifted."""
     from care_compress.evaluate.reference import REFERENCE_FILE, run_reference
+    from care_compress.pipeline import run_recipe
 
-    sys.exit(run_reference(recipes or [], accepted or REFERENCE_FILE, runs, Terminal()))
+    file = accepted or REFERENCE_FILE
+    sys.exit(run_reference(recipes or [], file, runs, run_recipe, Terminal()))
 
 
 @app.command()

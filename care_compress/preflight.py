@@ -17,7 +17,7 @@ from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, RunError, TrainingError
 from care_compress.export.stage import check_targets, chosen_targets, placed
 from care_compress.libraries import load_nncf
-from care_compress.model.care import build_model
+from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
@@ -179,44 +179,47 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def check_recipe(recipe: Recipe, world: World) -> Plan | None:
-    """Refuse what cannot work before anything is written or trained; the plan, if it is ours."""
+@dataclass(frozen=True)
+class Ready:
+    """What a recipe works on and will make, found out before anything is written or trained."""
+
+    model: Care  # of the checkpoint; without one, only its shape is that of what will be trained
+    space: Space
+
+
+def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
+    """Refuse what cannot work; the checkpoint is read and the plan made once, here."""
+    _check_training(recipe, world)
+    section, model = recipe.quantize, model_of(recipe)
+    network = rewrite(model, recipe.rewrite)
+    plan, targets = None, chosen_targets(recipe)
+    if section is not None and section.backend == "nncf":
+        _check_nncf(section, world)
+        targets = tuple(target for target in targets if target.runtime == "openvino")
+    elif section is not None:
+        network, plan = planned(network, section, recipe.data.resolution)
+        targets = able_targets(recipe, network, plan, console)
+    size = Size.of_network(network) if plan is None else Size.of_plan(plan)
+    return Ready(model, needed_space(recipe, size, plan, targets))
+
+
+def _check_training(recipe: Recipe, world: World) -> None:
+    """Refuse batches that the training images cannot fill, and a list of others."""
     section = recipe.quantize
+    listed = None if section is None else section.calibrate.list
     qat = None if section is None else section.qat
     trainings = [plan for plan in (recipe.train, qat) if plan is not None]
-    if trainings or (section and section.calibrate.list):
+    if trainings or listed:
         samples = open_samples(recipe.data, "train")
         for plan in trainings:
             check_batch_size(plan, len(samples), world)
-        if section and section.calibrate.list:
-            read_list(Path(section.calibrate.list), samples)
-    return None if section is None else check_plan(recipe, section, world)
+        if listed:
+            read_list(Path(listed), samples)
 
 
-def check_exportable(recipe: Recipe, console: Console) -> list[Target]:
-    """Refuse export targets that do not exist or cannot run the recipe; those that may be made."""
-    targets = chosen_targets(recipe)
-    section = recipe.quantize
-    # What a search finds, and what NNCF places, is known only afterwards.
-    if section is not None and section.backend == "torchao" and section.search is None:
-        network, plan = planned(network_of(recipe), section, recipe.data.resolution)
-        wanted = partial(plan_for, recipe, network, plan)
-        return check_targets(recipe, wanted, console)
-    nncf = section is not None and section.backend == "nncf"
-    return [target for target in targets if target.runtime == "openvino" or not nncf]
-
-
-def space_of(recipe: Recipe, plan: Plan | None, targets: list[Target]) -> Space:
-    """The disk that a run takes; a search finds out later what its plan is."""
-    size = Size.of_network(network_of(recipe)) if plan is None else Size.of_plan(plan)
-    return needed_space(recipe, size, plan, targets)
-
-
-def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> Plan | None:
-    """Refuse rules that no site or target can follow."""
-    if section.backend == "torchao":
-        return plan_recipe(recipe)
-    load_nncf()  # there are no rules; what can be missing is NNCF
+def _check_nncf(section: QuantizeSection, world: World) -> None:
+    """Refuse what NNCF cannot do; there are no rules to check."""
+    load_nncf()
     if section.qat is not None and world.size > 1:
         raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
     if section.target is not None and load_target(section.target).runtime != "openvino":
@@ -224,14 +227,24 @@ def check_plan(recipe: Recipe, section: QuantizeSection, world: World) -> Plan |
             f"backend nncf makes a file for OpenVINO, quantize.target is {section.target}.",
             "use backend: torchao for it",
         )
-    return None
 
 
-def plan_recipe(recipe: Recipe, target: Target | None = None) -> Plan:
-    """The plan of a recipe, or of its export to a target; needs its network's shape, no data."""
+def model_of(recipe: Recipe) -> Care:
+    """The float model that a recipe starts from; an architecture alone gives its shape."""
+    if recipe.model.checkpoint is not None:
+        return load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
+    assert recipe.model.arch is not None
+    return build_model(recipe.model.arch)
+
+
+def able_targets(
+    recipe: Recipe, network: CompactCare, plan: Plan, console: Console
+) -> tuple[Target, ...]:
+    """Those that can run the recipe; one that it names and that cannot is an error."""
     assert recipe.quantize is not None
-    network, plan = planned(network_of(recipe), recipe.quantize, recipe.data.resolution)
-    return plan if target is None else plan_for(recipe, network, plan, target)
+    if recipe.quantize.search is not None:
+        return chosen_targets(recipe)  # what a search finds is known only afterwards
+    return check_targets(recipe, partial(plan_for, recipe, network, plan), console)
 
 
 def plan_for(recipe: Recipe, network: CompactCare, made_by: Plan, target: Target) -> Plan:
@@ -241,33 +254,27 @@ def plan_for(recipe: Recipe, network: CompactCare, made_by: Plan, target: Target
     return make_plan(network, rules, target, recipe.data.resolution, made_by)
 
 
-def network_of(recipe: Recipe) -> CompactCare:
-    """The rewritten network that a recipe starts from."""
-    if recipe.model.checkpoint is not None:
-        model = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
-    else:
-        assert recipe.model.arch is not None
-        model = build_model(recipe.model.arch)
-    return rewrite(model, recipe.rewrite)
-
-
 def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: Console) -> None:
-    """Print the plan of a recipe."""
+    """Print the plan of a recipe, or of its export to a target; needs no data."""
     section = own_section(recipe)
-    target = None
-    if exported_to is not None:
+    network, plan = planned(
+        rewrite(model_of(recipe), recipe.rewrite), section, recipe.data.resolution
+    )
+    rules, target = section.rules, None
+    if exported_to is None:
+        targets = able_targets(recipe, network, plan, Console(quiet=True))
+    else:
         target = placed(load_target(exported_to, recipe.full_range), recipe)
-    plan = plan_recipe(recipe, target)
-    targets = check_exportable(recipe, Console(quiet=True)) if target is None else [target]
-    space = space_of(recipe, plan, targets)
+        rules, targets = export_rules(recipe, section, target), (target,)
+        plan = plan_for(recipe, network, plan, target)
+    space = needed_space(recipe, Size.of_plan(plan), plan, targets)
     if as_json:
         console.print_json(data={**plan_as_json(plan), "disk_bytes": space.as_json()})
-    else:
-        rules = section.rules if target is None else export_rules(recipe, section, target)
-        print_plan(plan, rules, console)
-        if target is not None and target.placements:
-            console.print(f"[bold]placement[/]: {target.placement}", highlight=False)
-        console.print(f"[bold]disk[/] of a run: {space}", highlight=False, soft_wrap=True)
+        return
+    print_plan(plan, rules, console)
+    if target is not None and target.placements:
+        console.print(f"[bold]placement[/]: {target.placement}", highlight=False)
+    console.print(f"[bold]disk[/] of a run: {space}", highlight=False, soft_wrap=True)
 
 
 def own_section(recipe: Recipe) -> QuantizeSection:

@@ -22,7 +22,7 @@ from care_compress.quantize.sensitivity import (
     only,
     quantized_sites,
 )
-from care_compress.quantize.study import run_sensitivity
+from care_compress.quantize.sensitivity_stage import run_sensitivity
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.recipe import load_recipe
 

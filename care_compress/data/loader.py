@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 # Of the temporary folder: a socket's whole name has room for 107 bytes, and Python adds 33.
 LONGEST_FOLDER = 74
 MAX_WORKERS = 8  # when data.workers is left out; more starve the process that feeds the network
+BATCH_SIZES = {"cpu": 16, "cuda": 256}  # of an evaluation
 
 
 class Batch(NamedTuple):
@@ -311,3 +312,8 @@ def pixel_batches(
     loaded = evaluation_batches(samples, transform, size, data, bad=bad, indices=indices)
     with contextlib.closing(loaded):
         yield from loaded
+
+
+def images_at_once(wanted: int | None, device: torch.device) -> int:
+    """How many images a model looks at together; on a CPU so few that its caches hold them."""
+    return wanted or BATCH_SIZES[device.type]

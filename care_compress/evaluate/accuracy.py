@@ -19,8 +19,6 @@ from care_compress.model.predictor import Predictor
 from care_compress.recipe.sections import DataSection
 from care_compress.run.processes import World
 
-BATCH_SIZES = {"cpu": 16, "cuda": 256}
-
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -63,11 +61,6 @@ class Accuracy:
 
 
 NOTHING = Accuracy(0, 0, 0)
-
-
-def images_at_once(wanted: int | None, device: torch.device) -> int:
-    """How many images a model looks at together; on a CPU so few that its caches hold them."""
-    return wanted or BATCH_SIZES[device.type]
 
 
 def own_share(indices: Sequence[int], batch_size: int, world: World) -> Sequence[int]:

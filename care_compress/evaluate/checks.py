@@ -1,58 +1,61 @@
 """Everything a reader should know about a run's numbers, put together once the run is through."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from care_compress.console import Finding
 from care_compress.data.checks import coverage_finding, overlap_findings
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.evaluate.accuracy import Accuracy, answers_finding
+from care_compress.evaluate.accuracy import answers_finding
 from care_compress.evaluate.readback import exports_finding
-from care_compress.evaluate.run_accuracy import seen_images
-from care_compress.export.result import Exported
+from care_compress.evaluate.run_accuracy import Candidate, Scores, seen_images
 from care_compress.files import read_json
 from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_health
-from care_compress.quantize.stages import CALIBRATION_FILE, Candidate
-from care_compress.run.context import Workshop
+from care_compress.quantize.stages import CALIBRATION_FILE
+from care_compress.recipe.recipe import Recipe
+from care_compress.run.context import RunContext
 
 UNREADABLE = "health.json is not beside the model: make the run again under another --name"
 
 
 def run_findings(
-    shop: Workshop,
+    context: RunContext,
+    recipe: Recipe,
     validation: Samples,
-    accuracy: Accuracy,
-    best: Candidate | None,
-    done: Sequence[Exported],
+    scores: Scores,
+    exports: Mapping[str, Any],
 ) -> list[Finding]:
     """One for each check; worst first."""
-    indices = spread_indices(len(validation), shop.recipe.evaluate.images)
-    scores = {"float": accuracy}
+    indices, best = spread_indices(len(validation), recipe.evaluate.images), scores.best
+    answers = {"float": scores.accuracy}
     if best is not None:
-        scores = {"float": best.paired.baseline, best.name: best.paired.candidate}
+        answers = {"float": best.paired.baseline, best.name: best.paired.candidate}
     found = [
-        exports_finding({one.target.name: one.as_json() for one in done}),
-        answers_finding(scores),
+        exports_finding(exports),
+        answers_finding(answers),
         coverage_finding(validation, indices),
-        *overlap_findings(validation, seen_images(shop, validation), _calibration(shop)),
-        *([] if best is None else _health(shop, best)),
+        *overlap_findings(
+            validation, seen_images(context, validation), _calibration(context, recipe)
+        ),
+        *([] if best is None else _health(recipe, best)),
     ]
     order = ("warning", "not measured", "fine")
     return sorted(found, key=lambda finding: order.index(finding.status))
 
 
-def _calibration(shop: Workshop) -> list[tuple[str, int]] | None:
+def _calibration(context: RunContext, recipe: Recipe) -> list[tuple[str, int]] | None:
     """Names of the calibration images and digests of what they are stored as, if known."""
-    if shop.recipe.quantize is None:
+    if recipe.quantize is None:
         return []
-    content = read_json(shop.run.path / CALIBRATION_FILE)
+    content = read_json(context.run.path / CALIBRATION_FILE)
     if any("stored" not in image for image in content["images"]):
         return None  # a list of an earlier version, taken over with its stage
     return [(image["name"], int(image["stored"], 16)) for image in content["images"]]
 
 
-def _health(shop: Workshop, best: Candidate) -> list[Finding]:
-    assert shop.recipe.quantize is not None
-    if shop.recipe.quantize.backend == "nncf":
+def _health(recipe: Recipe, best: Candidate) -> list[Finding]:
+    assert recipe.quantize is not None
+    if recipe.quantize.backend == "nncf":
         return Health.missing(NNCF_TELLS_NOTHING)
     health = read_health(best.path.with_name("health.json"))
     return Health.missing(UNREADABLE) if health is None else health.findings()

@@ -27,20 +27,26 @@ from care_compress.evaluate.comparison_json import comparison_as_json
 from care_compress.evaluate.decide import decide
 from care_compress.evaluate.latency import show_machine
 from care_compress.evaluate.layers import kind_table
-from care_compress.evaluate.resolve import Contender, contenders, float_recipe_of, same_images
+from care_compress.evaluate.resolve import (
+    Contender,
+    MakeRun,
+    contenders,
+    float_recipe_of,
+    same_images,
+)
 from care_compress.evaluate.tables import accuracy_table, device_table, latency_table
 from care_compress.files import digest_of, json_text, write_text
-from care_compress.pipeline import run_recipe
 from care_compress.recipe.sections import DataSection
-from care_compress.report.write import write_report
 from care_compress.runtime.probe import probe
 
 WIDTH = 150  # of the tables
 
 
-def run_compare(names: list[str], runs: Path, options: CompareOptions, console: Console) -> int:
-    """Compare, print, write; 0 only if every budget holds."""
-    models = [_settled(one, names, runs, console) for one in contenders(names, runs)]
+def run_compare(
+    names: list[str], runs: Path, options: CompareOptions, make_run: MakeRun, console: Console
+) -> Comparison:
+    """Compare, print, write ``compare.json``; `make_run` makes a float baseline that is missing."""
+    models = [_settled(one, names, runs, make_run, console) for one in contenders(names, runs)]
     if len({one.name for one in models}) < len(models):
         raise RunError("two of the names mean the same model.", "name different runs")
     data = _common_data(models, options)
@@ -68,13 +74,12 @@ def run_compare(names: list[str], runs: Path, options: CompareOptions, console: 
     profile_files(found, data, samples, options, console)
     decide(found, options)
     _report(found, samples, data, options, console)
-    last = found.models[-1].run
-    if options.report and last is not None:
-        write_report(last, console)
-    return 0 if all(budget.ok for budget in found.budgets) else 1
+    return found
 
 
-def _settled(one: Contender | str, names: list[str], runs: Path, console: Console) -> Contender:
+def _settled(
+    one: Contender | str, names: list[str], runs: Path, make_run: MakeRun, console: Console
+) -> Contender:
     """A contender; a float baseline that has no run yet is made."""
     if isinstance(one, Contender):
         return one
@@ -86,7 +91,7 @@ def _settled(one: Contender | str, names: list[str], runs: Path, console: Consol
         )
     name = f"{start.name}_fp32"
     console.print(f"no fp32 run of this model yet: making {escape(str(runs / name))}")
-    run_recipe(float_recipe_of(start), runs, name, Console(quiet=True))
+    make_run(float_recipe_of(start), runs, name, Console(quiet=True))
     (made,) = contenders([name], runs)
     assert isinstance(made, Contender)
     return made

@@ -61,7 +61,6 @@ class CompareOptions:
     min_speedup: float | None = None
     data: DataSection | None = None
     latency: LatencyPlan = LatencyPlan()
-    report: bool = True  # write report.html of the last run, too
 
 
 @dataclass(frozen=True)

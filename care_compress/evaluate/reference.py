@@ -16,10 +16,9 @@ from rich.markup import escape
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, TargetError
 from care_compress.evaluate.comparison import BF16, CompareOptions, find_entries, score
-from care_compress.evaluate.resolve import Contender, contenders
+from care_compress.evaluate.resolve import Contender, MakeRun, contenders
 from care_compress.files import read_json, size_of
 from care_compress.machine import git_revision
-from care_compress.pipeline import run_recipe
 from care_compress.recipe.reading import read_yaml
 from care_compress.recipe.recipe import RECIPES_DIR, Recipe, load_recipe, parse
 from care_compress.recipe.sections import Count, Section
@@ -82,13 +81,15 @@ class Check:
         )
 
 
-def run_reference(names: list[str], file: Path, runs: Path, console: Console) -> int:
+def run_reference(
+    names: list[str], file: Path, runs: Path, make_run: MakeRun, console: Console
+) -> int:
     """Measure and check; 0 only if every value holds."""
     chosen = read_reference(file, names)
     recipes = {name: _recipe(name, accepted) for name, accepted in chosen.items()}
     checks: list[Check] = []
     for name, accepted in chosen.items():
-        run = _run_of(recipes[name], name, runs, console)
+        run = _run_of(recipes[name], name, runs, make_run, console)
         found, missing = _measured(run, tuple(accepted.targets), console)
         for target, why in missing.items():
             told = f"skipped {name} on {target}: {why}"
@@ -132,12 +133,14 @@ def _recipe(name: str, accepted: AcceptedRecipe) -> Recipe:
     return load_recipe(name, [], fixed)
 
 
-def _run_of(recipe: Recipe, name: str, runs: Path, console: Console) -> Contender:
+def _run_of(
+    recipe: Recipe, name: str, runs: Path, make_run: MakeRun, console: Console
+) -> Contender:
     """The run that this commit made of a recipe, or a new one."""
     run = f"reference_{name}"
     if not _is_current(runs / run, recipe):
         console.print(f"making {escape(str(runs / run))}", soft_wrap=True)
-        run_recipe(recipe, runs, run, Console(quiet=True))
+        make_run(recipe, runs, run, Console(quiet=True))
     (made,) = contenders([run], runs)
     assert isinstance(made, Contender)
     return made

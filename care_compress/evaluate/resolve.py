@@ -5,9 +5,12 @@ several runs mean the newest one on the same model and images as the others.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
+
+from rich.console import Console
 
 from care_compress.errors import CareError
 from care_compress.files import read_json
@@ -18,6 +21,7 @@ from care_compress.runtime.artifact import CHECKPOINT_SUFFIXES
 
 # The target whose runtime reads a bare file.
 READERS = {".onnx": "onnxruntime-cpu", ".xml": "openvino-cpu"}
+MakeRun = Callable[[Recipe, Path, str, Console], object]  # runs a recipe; handed in
 SIMULATION = "torch"  # stands for a target where a checkpoint is compared as it is
 
 

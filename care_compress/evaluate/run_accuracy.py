@@ -1,127 +1,233 @@
-"""What the stages share: the run they write to, who is watching, and how a model is measured."""
+"""Accuracy of a run's models: while they are made, and at the end, beside the float one.
 
-from collections.abc import Sequence
+Each process counts its share of the images, so all of a run's processes must come here.
+"""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.markup import escape
 from torch import nn
 
 from care_compress.data.checks import Contents
+from care_compress.data.loader import images_at_once
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.evaluate.accuracy import (
-    NOTHING,
-    Accuracy,
-    images_at_once,
-    measure_accuracy,
-    own_share,
-)
+from care_compress.evaluate.accuracy import NOTHING, Accuracy, measure_accuracy, own_share
 from care_compress.evaluate.pairs import Paired, measure_pair
-from care_compress.files import write_text
+from care_compress.evaluate.tables import quantized_table
+from care_compress.files import digest_of, write_text
+from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
 from care_compress.model.predictor import Predictor
-from care_compress.run.context import Workshop
+from care_compress.quantize.artifact import load_quantized
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.spec import Plan
+from care_compress.quantize.stages import Judge, made_from_network
+from care_compress.recipe.recipe import Recipe
+from care_compress.run.context import RunContext
+from care_compress.run.processes import World
+from care_compress.run.stages import Json, once, recipe_parts
+from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.train.loop import Validate
 
 SEEN_FILE = "validation.digests"
 
 
-def batch_size(shop: Workshop) -> int:
-    """How many images an evaluation looks at together."""
-    return images_at_once(shop.recipe.evaluate.batch_size, shop.world.device)
+@dataclass(frozen=True)
+class Candidate:
+    """A quantized model and how it did beside the float one."""
+
+    name: str  # ptq, qat
+    path: Path
+    paired: Paired
+    plan: Plan | None  # of a backend that leaves its placement to the recipe's rules
 
 
-def measured(
-    shop: Workshop,
+@dataclass(frozen=True)
+class Scores:
+    """How the models of a run did, and which of them is kept."""
+
+    accuracy: Accuracy  # of the kept one, or of the float model where nothing was quantized
+    candidates: tuple[Candidate, ...] = ()
+    best: Candidate | None = None
+
+
+def score(
+    context: RunContext,
+    recipe: Recipe,
+    compact: CompactCare,
+    made: Mapping[str, Path],
+    validation: Samples,
+) -> Scores:
+    """The float model on the validation images, or each quantized one beside it."""
+    if not made:
+        return Scores(_float_accuracy(context, recipe, compact, validation))
+    tried = tuple(
+        _candidate(context, recipe, name, path, compact, validation) for name, path in made.items()
+    )
+    # The last one, unless it ended below an earlier one.
+    best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
+    console = context.console
+    console.print(quantized_table([(one.name, one.paired) for one in tried], best.name))
+    if best is not tried[-1]:
+        console.print(
+            f"[yellow]{tried[-1].name} ended below {best.name}[/], so the {best.name} weights "
+            "are kept; try a lower quantize.qat.learning_rate"
+        )
+    console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
+    return Scores(best.paired.candidate, tried, best)
+
+
+def _float_accuracy(
+    context: RunContext, recipe: Recipe, compact: CompactCare, validation: Samples
+) -> Accuracy:
+    """Accuracy of a recipe that quantizes nothing."""
+
+    def measure() -> Json:
+        chosen = spread_indices(len(validation), recipe.evaluate.images)
+        with context.stage("evaluate"):
+            share = own_share(chosen, _batch_size(context, recipe), context.world)
+            mine = _measured(context, recipe, compact, validation, share, context.seen)
+            _keep_seen(context, validation)
+            return asdict(sum(context.world.gathered(mine), NOTHING))
+
+    made_from = {
+        **recipe_parts(recipe)["evaluate"],
+        "float model": state_digest(compact.state_dict()),
+        "validation images": validation.content_digest(),
+    }
+    return Accuracy(**once(context, "evaluate", made_from, measure, together=True))
+
+
+def _candidate(
+    context: RunContext,
+    recipe: Recipe,
+    name: str,
+    path: Path,
+    compact: CompactCare,
+    validation: Samples,
+) -> Candidate:
+    """What was written, read again and measured beside the float model."""
+    section, device = recipe.quantize, context.world.device
+    assert section is not None
+    simulated = None if section.backend == "nncf" else load_quantized(path)
+
+    def measure() -> Json:
+        if simulated is None:
+            predict = open_predictor(str(path), device)
+        else:
+            predict = TorchPredictor(simulated, simulated.num_classes, device)
+        return _compared(context, recipe, compact, predict, validation).as_record()
+
+    made_from = {
+        **recipe_parts(recipe)["evaluate"],
+        **made_from_network(section, compact),
+        "model": digest_of(path),
+        "validation images": validation.content_digest(),
+    }
+    counted = once(context, f"evaluate {name}", made_from, measure, together=True)
+    plan = None if simulated is None else simulated.plan
+    return Candidate(name, path, Paired.of_record(counted), plan)
+
+
+def validating(context: RunContext, recipe: Recipe, validation: Samples) -> Validate:
+    """What a training calls to know how it is doing."""
+
+    def validate(candidate: nn.Module) -> tuple[int, int]:
+        chosen = spread_indices(len(validation), recipe.evaluate.images)
+        share = chosen[slice(*context.world.share(len(chosen)))]
+        accuracy = _measured(context, recipe, candidate, validation, share)
+        return accuracy.images, accuracy.correct
+
+    return validate
+
+
+def judging(
+    context: RunContext, recipe: Recipe, compact: CompactCare, validation: Samples
+) -> Judge:
+    """What the search for bits calls, in the main process alone; the others wait for it."""
+    alone = replace(context, world=World(device=context.world.device))
+
+    def judge(model: QuantizedCare, images: int) -> float:
+        predict = TorchPredictor(model, model.num_classes, alone.world.device)
+        return _compared(alone, recipe, compact, predict, validation, images).drop
+
+    return judge
+
+
+def _compared(
+    context: RunContext,
+    recipe: Recipe,
+    compact: CompactCare,
+    model: Predictor,
+    validation: Samples,
+    images: int | None = None,
+) -> Paired:
+    """A quantized model beside the float one; on `images`, or as many as the recipe evaluates."""
+    world, size = context.world, _batch_size(context, recipe)
+    chosen = spread_indices(len(validation), images or recipe.evaluate.images)
+    with context.stage("evaluate"):
+        mine = measure_pair(
+            TorchPredictor(compact, len(validation.classes), world.device),
+            model,
+            validation,
+            recipe.data,
+            batch_size=size,
+            indices=own_share(chosen, size, world),
+            bad=context.bad,
+            console=context.console,
+            device=world.device,
+            # The whole set is read at least once; what a search looks at is a part of it.
+            contents=None if images or len(context.seen) else context.seen,
+        )
+        _keep_seen(context, validation)
+        first, *others = world.gathered(mine)
+        return sum(others, first)
+
+
+def _measured(
+    context: RunContext,
+    recipe: Recipe,
     model: nn.Module,
     validation: Samples,
     indices: Sequence[int],
     contents: Contents | None = None,
 ) -> Accuracy:
     """Accuracy of a torch module on these validation images, all by this process."""
-    predict = TorchPredictor(model, len(validation.classes), shop.world.device)
     return measure_accuracy(
-        predict,
+        TorchPredictor(model, len(validation.classes), context.world.device),
         validation,
-        shop.recipe.data,
-        batch_size=batch_size(shop),
+        recipe.data,
+        batch_size=_batch_size(context, recipe),
         indices=indices,
-        bad=shop.bad,
-        console=shop.console,
-        device=shop.world.device,
+        bad=context.bad,
+        console=context.console,
+        device=context.world.device,
         contents=contents,
     )
 
 
-def scored(shop: Workshop, model: nn.Module, validation: Samples) -> Accuracy:
-    """Accuracy on the recipe's validation images; each process counts its share."""
-    evaluate, world = shop.recipe.evaluate, shop.world
-    chosen = spread_indices(len(validation), evaluate.images)
-    with shop.stage("evaluate"):
-        share = own_share(chosen, batch_size(shop), world)
-        mine = measured(shop, model, validation, share, shop.seen)
-        _keep_seen(shop, validation)
-        return sum(world.gathered(mine), NOTHING)
+def _batch_size(context: RunContext, recipe: Recipe) -> int:
+    return images_at_once(recipe.evaluate.batch_size, context.world.device)
 
 
-def _keep_seen(shop: Workshop, validation: Samples) -> None:
+def _keep_seen(context: RunContext, validation: Samples) -> None:
     """Every process knows what all have seen; the main one keeps it, as a part of the scores."""
-    shop.seen.take(shop.world.gathered(shop.seen))
-    if shop.world.is_main and len(shop.seen):
+    context.seen.take(context.world.gathered(context.seen))
+    if context.world.is_main and len(context.seen):
         # With the images' own digest: a run that takes these scores over takes this over, too.
-        text = f"{validation.content_digest()}\n{shop.seen.as_text()}\n"
-        write_text(shop.run.path / SEEN_FILE, text)
-        shop.run.record_output(shop.run.path / SEEN_FILE)
+        text = f"{validation.content_digest()}\n{context.seen.as_text()}\n"
+        write_text(context.run.path / SEEN_FILE, text)
+        context.run.record_output(context.run.path / SEEN_FILE)
 
 
-def seen_images(shop: Workshop, validation: Samples) -> Contents:
+def seen_images(context: RunContext, validation: Samples) -> Contents:
     """Digests of the validation images, from this run or the one whose scores it took over."""
-    path = shop.run.path / SEEN_FILE
-    if not len(shop.seen) and path.is_file():
+    path = context.run.path / SEEN_FILE
+    if not len(context.seen) and path.is_file():
         known, _, text = path.read_text(encoding="utf-8").strip().partition("\n")
         if known == validation.content_digest():
             return Contents.of_text(text)
-    return shop.seen
-
-
-def validating(shop: Workshop, validation: Samples) -> Validate:
-    """What a training calls to know how it is doing; each process counts its share."""
-
-    def validate(candidate: nn.Module) -> tuple[int, int]:
-        chosen = spread_indices(len(validation), shop.recipe.evaluate.images)
-        share = chosen[slice(*shop.world.share(len(chosen)))]
-        accuracy = measured(shop, candidate, validation, share)
-        return accuracy.images, accuracy.correct
-
-    return validate
-
-
-def compared(
-    shop: Workshop,
-    compact: CompactCare,
-    model: Predictor,
-    validation: Samples,
-    images: int | None = None,
-) -> Paired:
-    """A quantized model beside the float one; on `images`, or as many as the recipe evaluates.
-
-    Each process counts its share, so all of the shop's world must come here.
-    """
-    recipe, world, device = shop.recipe, shop.world, shop.world.device
-    classes = len(validation.classes)
-    chosen = spread_indices(len(validation), images or recipe.evaluate.images)
-    with shop.stage("evaluate"):
-        mine = measure_pair(
-            TorchPredictor(compact, classes, device),
-            model,
-            validation,
-            recipe.data,
-            batch_size=batch_size(shop),
-            indices=own_share(chosen, batch_size(shop), world),
-            bad=shop.bad,
-            console=shop.console,
-            device=device,
-            # The whole set is read at least once; what a search looks at is a part of it.
-            contents=None if images or len(shop.seen) else shop.seen,
-        )
-        _keep_seen(shop, validation)
-        first, *others = world.gathered(mine)
-        return sum(others, first)
+    return context.seen

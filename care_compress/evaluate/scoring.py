@@ -17,7 +17,7 @@ from rich.console import Console
 
 from care_compress import machine
 from care_compress.console import progress_bar, show_findings
-from care_compress.data.loader import BadImages, prepared_batches
+from care_compress.data.loader import BadImages, images_at_once, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import Stopped
@@ -26,7 +26,6 @@ from care_compress.evaluate.accuracy import (
     Accuracy,
     answers_finding,
     count_batch,
-    images_at_once,
     own_share,
 )
 from care_compress.files import digest_of, fingerprint, json_text, read_json, write_text

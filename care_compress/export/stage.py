@@ -35,7 +35,7 @@ from care_compress.model.compact import CompactCare
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.target import Target, all_targets, load_target
-from care_compress.run.context import Workshop
+from care_compress.run.context import RunContext
 from care_compress.run.directory import Run
 from care_compress.run.stages import EVERYTHING, once, recipe_parts, versions
 from care_compress.runtime.dot_products import check_needs, onnxruntime_is_exact, openvino_is_exact
@@ -51,31 +51,35 @@ WIDTH = 112  # of the table: names must be whole even where a terminal is narrow
 
 
 def exported(
-    shop: Workshop, model: Care, compact: CompactCare, kept: Path | None, validation: Samples
+    context: RunContext,
+    recipe: Recipe,
+    model: Care,
+    compact: CompactCare,
+    kept: Path | None,
+    validation: Samples,
 ) -> list[Exported]:
     """Export the kept model, or the float one, to every target that can execute it."""
-    recipe = shop.recipe
     done: list[Exported] = []
     targets = chosen_targets(recipe)
-    if shop.world.is_main:
-        _drop_others(shop.run, targets)
-    if shop.world.is_main and targets:
+    if context.world.is_main:
+        _drop_others(context.run, targets)
+    if context.world.is_main and targets:
         variants = Variants(
             recipe,
             model,
             compact,
             kept,
-            lambda: hold_images(validation, recipe.data, recipe.export.images, shop.bad),
+            lambda: hold_images(validation, recipe.data, recipe.export.images, context.bad),
         )
         images = validation.content_digest(), recipe.export.images
-        with step_line(shop.console) as notify:
-            export = Exporter(shop, variants, about_export(variants, validation), images, notify)
+        with step_line(context.console) as notify:
+            export = Exporter(context, variants, about_export(variants, validation), images, notify)
             for target in targets:
                 notify(f"exporting to {target.name}")
                 done.append(export.to(target))
             export.keep_samples(done)
-        _show(shop.console, done)
-    shop.world.wait()
+        _show(context.console, done)
+    context.world.wait()
     return done
 
 
@@ -141,7 +145,7 @@ def _show(console: Console, done: list[Exported]) -> None:
 
 def check_targets(
     recipe: Recipe, plan: Callable[[Target], object], console: Console
-) -> list[Target]:
+) -> tuple[Target, ...]:
     """Before any work: refuse targets named that cannot run the recipe; those that can."""
     able = []
     targets = chosen_targets(recipe)
@@ -157,7 +161,7 @@ def check_targets(
             "[yellow]No target executes what this recipe makes[/]: it will be simulated and "
             "nothing exported (care-compress plan RECIPE --target NAME says why)"
         )
-    return able
+    return tuple(able)
 
 
 def check_exports(done: list[Exported]) -> None:
@@ -187,7 +191,7 @@ def check_exports(done: list[Exported]) -> None:
 class Exporter:
     """Writes one run's model to targets."""
 
-    shop: Workshop
+    context: RunContext
     variants: Variants
     about: About
     checked_on: object  # what tells the images that files are compared on from others
@@ -198,7 +202,7 @@ class Exporter:
         """Export to one target, or take over what is there; why not, where that is impossible."""
         try:
             record = once(
-                self.shop,
+                self.context,
                 f"export {target.name}",
                 {**self._made_from, "target": target.model_dump(mode="json")},
                 lambda: self._anew(target).as_record(),
@@ -224,7 +228,7 @@ class Exporter:
 
     def _anew(self, target: Target) -> Exported:
         shutil.rmtree(self._folder(target), ignore_errors=True)
-        with self.shop.stage("export"):
+        with self.context.stage("export"):
             return self._write(target)
 
     def _write(self, target: Target) -> Exported:
@@ -244,8 +248,8 @@ class Exporter:
         path = self._folder(target) / "export.json"
         if done.files:
             about = asdict(self._about(target))
-            said = {**done.as_json(), **about, "batch": self.shop.recipe.export.batch}
-            self.shop.run.write_json(str(path.relative_to(self.shop.run.path)), said)
+            said = {**done.as_json(), **about, "batch": self.variants.recipe.export.batch}
+            self.context.run.write_json(str(path.relative_to(self.context.run.path)), said)
         return done
 
     def _check_readable(self, target: Target) -> None:
@@ -258,11 +262,11 @@ class Exporter:
     @property
     def precision(self) -> str:
         """What the exported model is called."""
-        return self.shop.recipe.precision
+        return self.variants.recipe.precision
 
     @property
     def _root(self) -> Path:
-        return self.shop.run.path / "exports"
+        return self.context.run.path / "exports"
 
     def _folder(self, target: Target) -> Path:
         return self._root / target.name
@@ -305,7 +309,7 @@ class Exporter:
                 about = build_ahead(file.path, name, self.notify)
                 done.engines[name] = in_short(about)
                 for suffix in (".engine", ".engine.json"):
-                    self.shop.run.record_output(file.path.with_suffix(suffix))
+                    self.context.run.record_output(file.path.with_suffix(suffix))
         except TargetError as error:
             done.not_built = str(error)
 
@@ -324,7 +328,7 @@ class Exporter:
 
     def _compare_openvino(self, done: Exported, path: Path, reference: Reference) -> None:
         predict = OpenVinoPredictor(path)
-        self.shop.run.record_output(path.with_suffix(".bin"))
+        self.context.run.record_output(path.with_suffix(".bin"))
         self._compare(done, self.precision, path, reference, lambda: predict)
         if done.target.device == "cpu":  # what another device runs, this one cannot tell
             done.executed_macs = integer_macs(executed_layers(predict.compiled))
@@ -338,7 +342,7 @@ class Exporter:
         read: Callable[[], Predictor],
     ) -> None:
         """Read the file back and compare it; one of the same bytes was compared already."""
-        self.shop.run.record_output(path)
+        self.context.run.record_output(path)
         key = digest_of(path)
         images = self.variants.images
         if key not in self.compared:
@@ -367,7 +371,7 @@ class Exporter:
     def keep_samples(self, done: list[Exported]) -> None:
         """Some of the images with their labels, if there is a device that should answer them."""
         if any(one.target.is_bundled and one.files for one in done):
-            once(self.shop, "export samples", self._made_from, self._save_samples)
+            once(self.context, "export samples", self._made_from, self._save_samples)
         else:
             shutil.rmtree(self._root / SAMPLES_FOLDER, ignore_errors=True)
 
@@ -379,4 +383,4 @@ class Exporter:
     def _save(self, path: Path, value: NDArray[Any]) -> None:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, value)
-        self.shop.run.record_output(path)
+        self.context.run.record_output(path)

@@ -39,7 +39,7 @@ from care_compress.files import (
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
 from care_compress.recipe.target import AS_SHIPPED, Target, load_target
-from care_compress.run.context import Workshop
+from care_compress.run.context import RunContext
 from care_compress.run.directory import Run
 from care_compress.run.finished import FinishedRun, find_run
 from care_compress.run.processes import World
@@ -105,7 +105,7 @@ def run_tune(
     with run.reopen():
         bench = _open_bench(run, finished, target, options, console)
         tried = _known(bench, options) or _measured(bench, options)
-        recipe = bench.shop.recipe
+        recipe = bench.variants.recipe
         limit = recipe.budget.max_top1_drop if options.max_drop is None else options.max_drop
         best = choose(tried, limit, bench.usual)
         wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
@@ -145,7 +145,7 @@ def tune_table(tried: list[Tried], best: Tried, target: Target, images: int) -> 
 class _Bench:
     """What the placements are tried on."""
 
-    shop: Workshop
+    context: RunContext
     target: Target
     variants: Variants
     images: HeldImages
@@ -159,9 +159,9 @@ class _Bench:
     def export(self, run: Run, name: str, notify: Callable[[str], None]) -> Exported:
         """The run's model with one placement, into a run directory."""
         about = about_export(self.variants, self.validation)
-        shop = Workshop(self.shop.recipe, run, World(), Console(quiet=True), repair=True)
+        context = RunContext(run, World(), Console(quiet=True), repair=True)
         images = self.validation.content_digest(), len(self.images.labels)
-        done = Exporter(shop, self.variants, about, images, notify).to(self.target.placed(name))
+        done = Exporter(context, self.variants, about, images, notify).to(self.target.placed(name))
         if done.skipped:
             raise ExportError(f"{self.target.name}: {done.skipped}")
         check_exports([done])
@@ -171,7 +171,7 @@ class _Bench:
     def record(self) -> Path:
         """Where this processor's results are kept."""
         cpu = re.sub(r"[^a-z0-9]+", "-", machine.read_machine().cpu.name.lower()).strip("-")
-        return self.shop.run.path / "tune" / f"{self.target.name}-{cpu}.json"
+        return self.context.run.path / "tune" / f"{self.target.name}-{cpu}.json"
 
     @property
     def key(self) -> str:
@@ -198,12 +198,12 @@ def _open_bench(
     # A placement is a target's rules: here they count, whatever the recipe said.
     export = recipe.export.model_copy(update={"target_rules": True})
     recipe = recipe.model_copy(update={"export": export})
-    shop = Workshop(recipe, run, World(), console)
+    context = RunContext(run, World(), console)
     validation = open_samples(recipe.data, "val")
     model = load_checkpoint(finished.checked_checkpoint(), recipe.model.arch)
-    images = hold_images(validation, recipe.data, options.images, shop.bad)
+    images = hold_images(validation, recipe.data, options.images, context.bad)
     variants = Variants(recipe, model, rewrite(model, recipe.rewrite), kept, lambda: images)
-    return _Bench(shop, target, variants, images, validation)
+    return _Bench(context, target, variants, images, validation)
 
 
 def _known(bench: _Bench, options: TuneOptions) -> list[Tried]:
@@ -213,7 +213,7 @@ def _known(bench: _Bench, options: TuneOptions) -> list[Tried]:
     found = read_json(bench.record)
     if found["key"] != bench.key:
         return []
-    bench.shop.console.print("measured before on this processor; --again measures again")
+    bench.context.console.print("measured before on this processor; --again measures again")
     return [Tried.of_json(one) for one in found["tried"]]
 
 
@@ -221,14 +221,14 @@ def _measured(bench: _Bench, options: TuneOptions) -> list[Tried]:
     """Export, score and time every placement."""
     names = (AS_SHIPPED, *bench.target.placements)
     precision = unasked_precision()
-    with temporary_folder(bench.record) as folder, step_line(bench.shop.console) as notify:
+    with temporary_folder(bench.record) as folder, step_line(bench.context.console) as notify:
         drops, runners = {}, {}
         example = next(bench.images.batches(1))
         for name in names:
             notify(f"exporting: {name}")
-            with Run(folder, name).open(bench.shop.recipe, {}) as run:
+            with Run(folder, name).open(bench.variants.recipe, {}) as run:
                 done = bench.export(run, name, notify)
-            path = done.files[bench.shop.recipe.precision].path
+            path = done.files[bench.variants.recipe.precision].path
             drops[name] = _drop(bench, path, precision)
             runners[name] = open_runner(path, example, 1, precision, "CPU").run
         notify("timing")
@@ -254,8 +254,8 @@ def _drop(bench: _Bench, path: Path, precision: str) -> Drop:
 
 def _keep(bench: _Bench, best: Tried, tried: list[Tried]) -> None:
     """Put the best into the run, and what was measured beside it."""
-    run = bench.shop.run
-    with step_line(bench.shop.console) as notify:
+    run = bench.context.run
+    with step_line(bench.context.console) as notify:
         done = bench.export(run, best.name, notify)
     path = run.path / "results.json"
     results = read_json(path)

@@ -15,14 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
-from care_compress.errors import BadImageError, CalibrationError
+from care_compress.data.sources import open_samples
+from care_compress.errors import BadImageError, CalibrationError, RecipeError
 from care_compress.files import read_json, write_text
+from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.compact import CompactCare
+from care_compress.model.rewrite import rewrite
 from care_compress.recipe.quantize import CalibrateSection
+from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import DataSection
 
 STREAM = 7  # keeps these draws apart from other users of the recipe's seed
@@ -231,3 +236,24 @@ def read_list(path: Path, samples: Samples) -> CalibrationSet:
     indices = tuple(places[name] for name, _ in wanted)
     digests = tuple(digest for _, digest in wanted)
     return CalibrationSet(samples, indices, digests, f"list {path.name}", tuple(stored))
+
+
+def select_calibration(recipe: Recipe, out: Path, console: Console) -> None:
+    """Write the calibration list that a recipe would use."""
+    if recipe.quantize is None or recipe.model.checkpoint is None:
+        raise RecipeError(
+            f"{recipe.name} calibrates no given checkpoint.",
+            "name a quantized recipe such as int8_ptq, and its --ckpt",
+        )
+    network = rewrite(load_checkpoint(recipe.model.checkpoint, recipe.model.arch), recipe.rewrite)
+    samples = open_samples(recipe.data, "train")
+    features = deep_features(network, samples, recipe.data)
+    skip_bad = recipe.data.skip_bad_images
+    chosen = select_images(samples, recipe.quantize.calibrate, recipe.seed, features, skip_bad)
+    write_list(out, chosen)
+    console.print(
+        f"{len(chosen.indices)} of {len(samples):,} training images ({chosen.method}): {out}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,4 +1,4 @@
-"""What the stages share: the run they write to, who is watching, and how a model is measured."""
+"""What every stage works with: the run it writes to, its processes, and who is watching."""
 
 import contextlib
 import time
@@ -16,10 +16,9 @@ from care_compress.run.processes import World
 
 
 @dataclass
-class Workshop:
-    """What every stage may use: the recipe, the run it writes to, and who is watching."""
+class RunContext:
+    """One process's view of a run. What a stage does is in its own arguments, not here."""
 
-    recipe: Recipe
     run: Run
     world: World
     console: Console
@@ -49,18 +48,19 @@ class Workshop:
         finally:
             self.seconds, self.bad.reasons = seconds, reasons
 
+    def share_bad(self) -> None:
+        """Tell every process all images that were left out; the main one reports them."""
+        for reasons in self.world.gathered(self.bad.reasons):
+            self.bad.reasons.update(reasons)
+
 
 @contextlib.contextmanager
-def opened(run: Run, recipe: Recipe, world: World, repair: bool = False) -> Iterator[Run]:
-    """Only the main process holds and writes the run directory."""
-    if not world.is_main:
-        yield run
-        return
-    with run.open(recipe, machine.describe(), repair):
-        yield run
-
-
-def share_bad(shop: Workshop) -> None:
-    """Every process knows all images that were left out; the main one reports them."""
-    for reasons in shop.world.gathered(shop.bad.reasons):
-        shop.bad.reasons.update(reasons)
+def open_run(
+    run: Run, recipe: Recipe, world: World, console: Console, repair: bool = False
+) -> Iterator[RunContext]:
+    """Hold the run directory while the block works in it; only the main process writes there."""
+    held = (
+        run.open(recipe, machine.describe(), repair) if world.is_main else contextlib.nullcontext()
+    )
+    with held:
+        yield RunContext(run, world, console, repair=repair)

@@ -5,8 +5,9 @@ from, by name, and of the files it wrote. A rerun compares them; so a killed run
 was, and a changed recipe redoes the stages that the change reaches and no other.
 """
 
+import ast
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from care_compress.files import fingerprint, sha256_file
 from care_compress.machine import LIBRARIES
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import WATCHING
-from care_compress.run.context import Workshop, share_bad
+from care_compress.run.context import RunContext
 from care_compress.run.directory import REPAIR
 
 Json = Any  # what JSON has: dicts with text keys, lists, texts, numbers, None
@@ -73,29 +74,35 @@ def _without(section: Mapping[str, Any], names: Collection[str]) -> dict[str, An
 
 
 def once(
-    shop: Workshop,
+    context: RunContext,
     stage: str,
     made_from: Mapping[str, object],
     make: Callable[[], Json],
     together: bool = False,
+    handed_in: Sequence[Callable[..., object]] = (),
 ) -> Json:
     """Do a stage, or take over what it left; the value that `make` returned then or returns now.
 
     Stages are the main process's, unless all work on them `together`: then its word counts.
+    What `make` calls without importing it is `handed_in`: a change of that code counts, too.
     """
-    digests = {name: fingerprint(value) for name, value in {**_surroundings(), **made_from}.items()}
-    record = _current(shop, stage, digests) if shop.world.is_main else None
+    surroundings = {
+        "packages": versions(COMPUTING),
+        "care-compress": code_digest(*(one.__module__ for one in (make, *handed_in))),
+    }
+    digests = {name: fingerprint(value) for name, value in {**surroundings, **made_from}.items()}
+    record = _current(context, stage, digests) if context.world.is_main else None
     if together:
-        record = shop.world.gathered(record)[0]
+        record = context.world.gathered(record)[0]
     if record is None:
-        record = _done(shop, stage, digests, make, together)
+        record = _done(context, stage, digests, make, together)
     else:
-        shop.console.print(f"{escape(stage)}: unchanged, taken over", highlight=False)
+        context.console.print(f"{escape(stage)}: unchanged, taken over", highlight=False)
     for name, seconds in record["seconds"].items():
-        shop.spend(name, seconds)
-    shop.bad.reasons.update(record["skipped_images"])
-    if shop.world.is_main:
-        shop.run.record_stage(stage, record)
+        context.spend(name, seconds)
+    context.bad.reasons.update(record["skipped_images"])
+    if context.world.is_main:
+        context.run.record_stage(stage, record)
     return record["value"]
 
 
@@ -110,28 +117,58 @@ def versions(packages: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _surroundings() -> dict[str, object]:
-    return {"packages": versions(COMPUTING), "care-compress": _own_code()}
+def code_digest(*modules: str) -> str:
+    """Digest of all our code that these modules can reach: what older code made may not pass.
 
-
-@cache
-def _own_code() -> str:
-    """Digest of the package: what older code made may not pass for what this code makes."""
-    root = Path(__file__).resolve().parent.parent
+    A change elsewhere, of the report or the command line, makes no stage again.
+    """
+    imports, reached, ahead = _imports(), set[str](), set(modules)
+    while ahead:
+        name = ahead.pop()
+        if name in imports and name not in reached:
+            reached.add(name)
+            ahead |= imports[name]
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)} {sha256_file(path)}\n".encode())
+    for name in sorted(reached):
+        digest.update(f"{name} {sha256_file(_modules()[name])}\n".encode())
     return digest.hexdigest()
 
 
-def _current(shop: Workshop, stage: str, digests: Mapping[str, str]) -> dict[str, Any] | None:
+@cache
+def _modules() -> dict[str, Path]:
+    """Every file of the package, by the name that it is imported by."""
+    package = Path(__file__).resolve().parent.parent
+    found = {}
+    for path in package.rglob("*.py"):
+        parts = (package.name, *path.relative_to(package).with_suffix("").parts)
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+@cache
+def _imports() -> dict[str, set[str]]:
+    """What each module of ours may import, wherever in it that stands: names, ours or not."""
+    found = {}
+    for name, path in _modules().items():
+        imported = set[str]()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                # Either may be the module: ``from care_compress import machine``.
+                imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[name] = imported
+    return found
+
+
+def _current(context: RunContext, stage: str, digests: Mapping[str, str]) -> dict[str, Any] | None:
     """The record of the stage if it need not be done again; says why where it must."""
-    record = shop.run.stage(stage)
+    record = context.run.stage(stage)
     if record is None:
         return None
-    why = _changed(record, digests) or _damaged(shop, stage, record)
+    why = _changed(record, digests) or _damaged(context, stage, record)
     if why:
-        shop.console.print(f"{escape(stage)}: {escape(why)}, made again", highlight=False)
+        context.console.print(f"{escape(stage)}: {escape(why)}, made again", highlight=False)
         return None
     return record
 
@@ -142,21 +179,21 @@ def _changed(record: Mapping[str, Any], digests: Mapping[str, str]) -> str:
     return f"{', '.join(sorted(names))} changed" if names else ""
 
 
-def _damaged(shop: Workshop, stage: str, record: Mapping[str, Any]) -> str:
+def _damaged(context: RunContext, stage: str, record: Mapping[str, Any]) -> str:
     """What is missing; what is there and is not what was written is an error, unless repaired."""
     damaged = []
     if record.get("seal") != _seal(record):
         damaged.append("manifest.json")
     else:
         for name, digest in record["outputs"].items():
-            path = shop.run.path / name
+            path = context.run.path / name
             if not path.is_file():
                 return f"{name} is gone"
             if sha256_file(path) != digest:
                 damaged.append(name)
-    if damaged and not shop.repair:
+    if damaged and not context.repair:
         raise DamagedRunError(
-            f"{shop.run.path / damaged[0]} is not what {stage} wrote: it was cut short, "
+            f"{context.run.path / damaged[0]} is not what {stage} wrote: it was cut short, "
             "damaged or edited.",
             REPAIR,
         )
@@ -164,25 +201,25 @@ def _damaged(shop: Workshop, stage: str, record: Mapping[str, Any]) -> str:
 
 
 def _done(
-    shop: Workshop,
+    context: RunContext,
     stage: str,
     digests: dict[str, str],
     make: Callable[[], Json],
     together: bool,
 ) -> dict[str, Any]:
     """Do the stage; its record, once everything it writes is in place."""
-    if shop.world.is_main:
-        shop.run.forget_stage(stage)
-    with shop.apart(), shop.run.noting() as notes:
+    if context.world.is_main:
+        context.run.forget_stage(stage)
+    with context.apart(), context.run.noting() as notes:
         value = make()
         if together:
-            share_bad(shop)
+            context.share_bad()
         record: dict[str, Any] = {
             "made_from": digests,
             "inputs": notes.inputs,
             "outputs": notes.outputs,
-            "seconds": shop.seconds,
-            "skipped_images": shop.bad.reasons,
+            "seconds": context.seconds,
+            "skipped_images": context.bad.reasons,
             "value": value,
         }
     return {**record, "seal": _seal(record)}

@@ -1,6 +1,7 @@
 """From a file on disk to a predictor, by its suffix."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -16,7 +17,7 @@ from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.runtime.on_tensorrt import EnginePredictor
 from care_compress.runtime.on_torch import TorchPredictor
-from care_compress.runtime.probe import MOST_SIDE
+from care_compress.runtime.probe import MOST_SIDE, probe
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
 
@@ -61,6 +62,16 @@ def open_predictor(
         return TorchPredictor(quantized, quantized.num_classes, device)
     model = load_checkpoint(path)
     return TorchPredictor(rewrite(model), model.num_classes, device)
+
+
+def teacher_opener(resolution: int, device: torch.device) -> Callable[[str], Predictor]:
+    """What opens the teacher of a training, should there be one to do."""
+
+    def open_teacher(artifact: str) -> Predictor:
+        probe(artifact_path(artifact), resolution)
+        return open_predictor(artifact, device)
+
+    return open_teacher
 
 
 Size = tuple[int, int]

@@ -1,5 +1,6 @@
-"""What the stages share: the run they write to, who is watching, and how a model is measured."""
+"""The float model of a run: its checkpoint, or trained here to ``float/model.safetensors``."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.markup import escape
@@ -7,61 +8,42 @@ from rich.markup import escape
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import DataError
-from care_compress.evaluate.run_accuracy import validating
 from care_compress.files import sha256_file
 from care_compress.model.care import Care
-from care_compress.model.checkpoint import (
-    load_checkpoint,
-    resolve_checkpoint,
-    save_checkpoint,
-)
-from care_compress.run.context import Workshop
+from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
+from care_compress.model.predictor import Predictor
+from care_compress.recipe.recipe import Recipe
+from care_compress.recipe.sections import TrainSection
+from care_compress.run.context import RunContext
 from care_compress.run.stages import once, recipe_parts
-from care_compress.runtime.artifact import artifact_path, open_predictor
-from care_compress.runtime.probe import probe
+from care_compress.train.loop import Validate
 from care_compress.train.network import Training, train_network, training_fingerprint
 from care_compress.train.state import STATE_FILE, drop_damaged
 
 
-def training_in(shop: Workshop, samples: Samples, validation: Samples, folder: str) -> Training:
-    """What a training of this run works with; its state goes to `folder` of the run."""
-    if shop.repair and shop.world.is_main:
-        drop_damaged(shop.run.path / folder / STATE_FILE)
-    shop.world.wait()
-    return Training(
-        recipe=shop.recipe,
-        samples=samples,
-        validate=validating(shop, validation),
-        folder=shop.run.path / folder,
-        world=shop.world,
-        console=shop.console,
-        bad=shop.bad,
+def loaded(context: RunContext, recipe: Recipe, model: Care, validation: Samples) -> Care:
+    """The recipe's checkpoint, which preflight read; its classes must be those of the images."""
+    assert recipe.model.checkpoint is not None
+    path = resolve_checkpoint(recipe.model.checkpoint)
+    check_classes(validation, model.num_classes)
+    if context.world.is_main:
+        context.run.record_input("checkpoint", {"path": str(path), "sha256": sha256_file(path)})
+    context.console.print(
+        f"loaded {model.arch} with {model.num_classes} classes from {escape(str(path))}",
+        soft_wrap=True,
     )
+    return model
 
 
-def float_model(shop: Workshop, validation: Samples) -> Care:
-    """Load the recipe's checkpoint, or train when it has a train section."""
-    recipe, run = shop.recipe, shop.run
-    if recipe.train is None:
-        assert recipe.model.checkpoint is not None
-        path = resolve_checkpoint(recipe.model.checkpoint)
-        with shop.stage("load"):
-            model = load_checkpoint(path, recipe.model.arch)
-        check_classes(validation, model.num_classes)
-        if shop.world.is_main:
-            run.record_input("checkpoint", {"path": str(path), "sha256": sha256_file(path)})
-        shop.console.print(
-            f"loaded {model.arch} with {model.num_classes} classes from {escape(str(path))}",
-            soft_wrap=True,
-        )
-        return model
-    return trained(shop, validation)
-
-
-def trained(shop: Workshop, validation: Samples) -> Care:
-    """Train, or resume training, and keep the weights in ``float/model.safetensors``."""
-    recipe = shop.recipe
-    assert recipe.train is not None
+def trained(
+    context: RunContext,
+    recipe: Recipe,
+    section: TrainSection,
+    validation: Samples,
+    validate: Validate,
+    open_teacher: Callable[[str], Predictor],
+) -> Care:
+    """Train, or resume training; how it does is told by `validate`, which the caller hands in."""
     samples = open_samples(recipe.data, "train")
     if samples.classes != validation.classes:
         raise DataError(
@@ -69,35 +51,49 @@ def trained(shop: Workshop, validation: Samples) -> Care:
             "they must be the same.",
             "add the missing class folders, or list all classes in data.classes",
         )
+    path = context.run.path / "float" / "model.safetensors"
+
+    def train() -> None:
+        teacher = open_teacher(section.distill.teacher) if section.distill else None
+        with context.stage("train"):
+            training = training_in(context, recipe, samples, validate, "float")
+            model, progress = train_network(training, teacher)
+        if context.world.is_main:
+            context.run.record_input("training_images", samples.fingerprint())
+            about = {
+                "made_by": f"make quantize RECIPE={recipe.name}",
+                "seed": str(recipe.seed),
+                "validation_top1": f"{progress.history[-1]['top1']:.2f}",
+            }
+            save_checkpoint(model, path, about)
+            context.run.record_output(path)
+            context.run.write_json("float/history.json", {"validations": progress.history})
+            context.console.print(f"trained {model.arch}: {escape(str(path))}", soft_wrap=True)
+
     made_from = {
         **recipe_parts(recipe)["train"],
         "images, checkpoint, teacher": training_fingerprint(recipe, samples),
     }
-    path = shop.run.path / "float" / "model.safetensors"
-    once(shop, "train", made_from, lambda: train(shop, samples, validation, path), together=True)
-    shop.world.wait()
+    handed_in = (validate, open_teacher)
+    once(context, "train", made_from, train, together=True, handed_in=handed_in)
+    context.world.wait()
     return load_checkpoint(path)
 
 
-def train(shop: Workshop, samples: Samples, validation: Samples, path: Path) -> None:
-    """Train to the end, from where an interrupted training stopped."""
-    recipe, run, world = shop.recipe, shop.run, shop.world
-    assert recipe.train is not None
-    distill = recipe.train.distill
-    teacher = None
-    if distill is not None:
-        probe(artifact_path(distill.teacher), recipe.data.resolution)
-        teacher = open_predictor(distill.teacher, world.device)
-    with shop.stage("train"):
-        training = training_in(shop, samples, validation, "float")
-        model, progress = train_network(training, teacher)
-    if world.is_main:
-        run.record_input("training_images", samples.fingerprint())
-        top1 = f"{progress.history[-1]['top1']:.2f}"
-        made_by = f"make quantize RECIPE={recipe.name}"
-        save_checkpoint(
-            model, path, {"made_by": made_by, "seed": str(recipe.seed), "validation_top1": top1}
-        )
-        run.record_output(path)
-        run.write_json("float/history.json", {"validations": progress.history})
-        shop.console.print(f"trained {model.arch}: {escape(str(path))}", soft_wrap=True)
+def training_in(
+    context: RunContext, recipe: Recipe, samples: Samples, validate: Validate, folder: str
+) -> Training:
+    """What a training of this run works with; its state goes to `folder` of the run."""
+    place: Path = context.run.path / folder
+    if context.repair and context.world.is_main:
+        drop_damaged(place / STATE_FILE)
+    context.world.wait()
+    return Training(
+        recipe=recipe,
+        samples=samples,
+        validate=validate,
+        folder=place,
+        world=context.world,
+        console=context.console,
+        bad=context.bad,
+    )

@@ -1,0 +1,100 @@
+"""``results.json``: what a run was made from, how its models did, and what it exported."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.markup import escape
+
+from care_compress.console import show_findings
+from care_compress.data.samples import Samples
+from care_compress.evaluate.checks import run_findings
+from care_compress.evaluate.run_accuracy import Scores
+from care_compress.model.rewrite import RewriteStep
+from care_compress.recipe.recipe import Recipe
+from care_compress.run.context import RunContext
+
+
+def write_results(
+    context: RunContext,
+    recipe: Recipe,
+    validation: Samples,
+    steps: Sequence[RewriteStep],
+    scores: Scores,
+    exports: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Put together, written and told in short; `exports` by target, as ``export.json`` has them."""
+    console, accuracy = context.console, scores.accuracy
+    # The other processes report nothing, and may not see the run directory.
+    main = context.world.is_main
+    findings = run_findings(context, recipe, validation, scores, exports) if main else []
+    show_findings(findings, console)
+    results = {
+        "run": context.run.name,
+        "recipe": recipe.name,
+        "precision": recipe.precision,
+        "accuracy": {"images": accuracy.images, "top1": accuracy.top1, "top5": accuracy.top5},
+        "rewrites": [{"name": step.name, **asdict(step.cost)} for step in steps],
+        "data": {
+            "source": recipe.data.source,
+            "fingerprint": validation.fingerprint(),
+            "classes": list(validation.classes),
+            "skipped_images": context.bad.reasons,
+        },
+        "checks": [finding.as_json() for finding in findings],
+        "exports": dict(exports),
+        "seconds": context.seconds,
+        **_quantized(context, recipe, scores),
+    }
+    if main:
+        path = context.run.write_json("results.json", results)
+        if len(context.bad):
+            console.print(
+                f"[yellow]{len(context.bad)} images could not be decoded and were skipped"
+            )
+        console.print(f"results: {escape(str(path))}", soft_wrap=True)
+    _tell(context, recipe, scores)
+    return results
+
+
+def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str, Any]:
+    """What only a run with a quantize section has."""
+    best, limit = scores.best, recipe.budget.max_top1_drop
+    if best is None or recipe.quantize is None:
+        return {}
+    baseline, plan = best.paired.baseline, best.plan
+    in_short = plan and {
+        "target": plan.target,
+        "macs": plan.macs_by_precision(),
+        "energy_mj": plan.energy_mj,
+    }
+    return {
+        "float": {"top1": baseline.top1, "top5": baseline.top5},
+        "backend": recipe.quantize.backend,
+        "kept": best.name,
+        "model": str(best.path.relative_to(context.run.path)),
+        "candidates": {one.name: one.paired.as_json() for one in scores.candidates},
+        **({"plan": in_short} if in_short else {}),
+        "budget": None
+        if limit is None
+        else {"max_top1_drop": limit, "met": best.paired.drop <= limit},
+    }
+
+
+def _tell(context: RunContext, recipe: Recipe, scores: Scores) -> None:
+    """The outcome in one or two lines, and what to do next."""
+    console, accuracy, best = context.console, scores.accuracy, scores.best
+    if best is None or recipe.quantize is None:
+        console.print(
+            f"[bold]top-1 {accuracy.top1:.2f} %[/]  top-5 {accuracy.top5:.2f} %  "
+            f"on {accuracy.images:,} images (float32)"
+        )
+        return
+    drop, limit = best.paired.drop, recipe.budget.max_top1_drop
+    if limit is not None and drop > limit:
+        console.print(f"[yellow]a drop of {drop:.2f} points is over the budget of {limit}[/]")
+    measured = "the file" if recipe.quantize.backend == "nncf" else "the simulation"
+    console.print(
+        f"Accuracy is that of {measured}. Next, accuracy and speed of the exported files: "
+        f"python eval/compare.py fp32 {context.run.name}"
+    )
