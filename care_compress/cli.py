@@ -427,7 +427,7 @@ def compare(
     found = run_compare(models, runs, options, run_recipe, Terminal())
     if report and found.models[-1].run is not None:
         write_report(found.models[-1].run, Terminal())
-    sys.exit(0 if all(budget.ok for budget in found.budgets) else 1)
+    sys.exit(0 if found.holds else 1)
 
 
 @app.command()

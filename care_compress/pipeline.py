@@ -25,6 +25,7 @@ from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import RewriteStep, rewrite_in_steps
 from care_compress.preflight import Ready, check_space, own_section, preflight
+from care_compress.quantize.sensitivity import Sensitivity
 from care_compress.quantize.sensitivity_stage import measure_sites
 from care_compress.quantize.stages import quantized, trained_quantized
 from care_compress.recipe.recipe import Recipe
@@ -73,7 +74,9 @@ def run_recipe(
         return results
 
 
-def run_sensitivity(recipe: Recipe, runs: Path, name: str, images: int, console: Console) -> None:
+def run_sensitivity(
+    recipe: Recipe, runs: Path, name: str, images: int, console: Console
+) -> list[Sensitivity]:
     """Measure every site of a recipe's PTQ result alone, in a run of its own."""
     section = own_section(recipe)
     ready = preflight(recipe, World(), Console(quiet=True))
@@ -81,7 +84,7 @@ def run_sensitivity(recipe: Recipe, runs: Path, name: str, images: int, console:
         validation = open_samples(recipe.data, "val")
         model = _float_model(context, recipe, ready, validation)
         compact, _ = _rewritten(context, recipe, model)
-        measure_sites(context, recipe, section, compact, validation, images)
+        return measure_sites(context, recipe, section, compact, validation, images)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from quantized import small_start
 from rich.console import Console
 
 from care_compress.pipeline import run_recipe
-from care_compress.preflight import plan_recipe, space_of
+from care_compress.preflight import preflight
 from care_compress.recipe.recipe import load_recipe
-from care_compress.recipe.target import load_target
+from care_compress.run.processes import World
 
 QUIET = Console(quiet=True)
 
@@ -25,7 +25,7 @@ def test_the_estimate_is_what_a_run_takes(tmp_path: Path) -> None:
     few = ["quantize.qat.max_steps=4", "quantize.calibrate.images=32"]
     chosen = [*small_start(tmp_path), *few, f"export.targets=[{', '.join(names)}]"]
     recipe = load_recipe("int8_qat", chosen, {"quantize.qat.batch_size": 16})
-    space = space_of(recipe, plan_recipe(recipe), [load_target(name) for name in names])
+    space = preflight(recipe, World(), QUIET).space
     run_recipe(recipe, tmp_path, "run", QUIET)
     run = tmp_path / "run"
     for name in ("ptq", "qat", "exports"):

@@ -45,6 +45,17 @@ QUICK = LatencyPlan(seconds=0.01, least_runs=6, warmup=1, turns=3)
 TARGETS = "export.targets=[onnxruntime-cpu, openvino-cpu, tensorrt-jetson-orin]"
 
 
+def compare(
+    names: list[str], runs: Path, options: CompareOptions, console: Console, report: bool = False
+) -> int:
+    """As the command line does it; its exit code."""
+    found = run_compare(names, runs, options, run_recipe, console)
+    if report:
+        assert found.models[-1].run is not None
+        write_report(found.models[-1].run, console)
+    return 0 if found.holds else 1
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("start")
@@ -64,7 +75,7 @@ def runs(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compared(runs: Path) -> Any:
     file = runs.parent / "compared.json"
     options = CompareOptions(json_file=file, max_drop=100.0, latency=QUICK)
-    assert run_compare(["fp32", "int8"], runs, options, QUIET) == 0
+    assert compare(["fp32", "int8"], runs, options, QUIET, report=True) == 0
     assert (runs / "mine" / "report.html").is_file()
     return json.loads(file.read_text())
 
@@ -153,9 +164,9 @@ def test_every_layer_is_told_with_its_kind_and_its_time(compared: Any) -> None:
 def test_a_budget_that_is_not_met_is_one_line_and_exit_code_1(
     runs: Path, compared: Any, options: dict[str, float], name: str, capsys: Any
 ) -> None:
-    few = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, report=False, **options)  # type: ignore[arg-type]
+    few = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, **options)  # type: ignore[arg-type]
     met = options.get("max_drop") is not None and compared["pairs"][0]["drop"] <= 0
-    code = run_compare(["mine_fp32", "mine"], runs, few, Console(width=200))
+    code = compare(["mine_fp32", "mine"], runs, few, Console(width=200))
     lines = [line for line in capsys.readouterr().out.splitlines() if name in line]
     assert len(lines) >= 1 and "limit" in lines[0]
     assert code == (0 if met else 1)
@@ -201,8 +212,8 @@ def test_what_a_board_measured_stands_beside_the_rest(
     take_results(tmp_path / "results.json", runs, None, QUIET)
     file = tmp_path / "out.json"
     targets = ("onnxruntime-cpu", "tensorrt-jetson-orin")
-    options = CompareOptions(targets=targets, json_file=file, latency=QUICK, report=False)
-    run_compare(["mine_fp32", "mine"], runs, options, Console(width=200))
+    options = CompareOptions(targets=targets, json_file=file, latency=QUICK)
+    compare(["mine_fp32", "mine"], runs, options, Console(width=200))
     on = json.loads(file.read_text())["targets"]["tensorrt-jetson-orin"]
     assert on["mine"]["latency_ms"]["p50"] == 1.0 and on["mine fp16"]["latency_ms"]["p50"] == 1.3
     where = on["mine"]["measured_on"]
@@ -225,8 +236,8 @@ def test_what_other_processors_measured_stands_beside_what_was_measured_here(
     stale = found | {"fingerprint": "e" * 64, "measured_at": "2027"}
     (runs / "mine" / "measured" / "onnxruntime-cpu.old.json").write_text(json.dumps(stale))
     json_file = tmp_path / "out.json"
-    few = CompareOptions(("onnxruntime-cpu",), json_file=json_file, latency=QUICK, report=False)
-    run_compare(["mine_fp32", "mine"], runs, few, Console(width=200))
+    few = CompareOptions(("onnxruntime-cpu",), json_file=json_file, latency=QUICK)
+    compare(["mine_fp32", "mine"], runs, few, Console(width=200))
     on = json.loads(json_file.read_text())["targets"]["onnxruntime-cpu"]
     places = [f"Raspberry Pi 5 Model B, {count}" for count in ("1 thread", "4 threads")]
     assert set(on) == {
@@ -261,20 +272,20 @@ def test_files_can_be_compared_without_runs(runs: Path, start: list[str], compar
     data = DataSection(source=source, resolution=32, crop_pct=1.0, workers=0)
     file = runs.parent / "files.json"
     options = CompareOptions(json_file=file, data=data, images=16, latency=QUICK)
-    assert run_compare(files, runs, options, QUIET) == 0, "no budget, so none is broken"
+    assert compare(files, runs, options, QUIET) == 0, "no budget, so none is broken"
     assert json.loads(file.read_text())["images"] == 16
     mixed = [files[0], str(runs / "mine" / "exports" / "openvino-cpu" / "int8.xml")]
     with pytest.raises(TargetError, match="no target runs both"):
-        run_compare(mixed, runs, options, QUIET)
+        compare(mixed, runs, options, QUIET)
     with pytest.raises(DataError, match="--data, --res and --crop"):
-        run_compare(files, runs, CompareOptions(report=False, latency=QUICK), QUIET)
+        compare(files, runs, CompareOptions(latency=QUICK), QUIET)
 
 
 def test_other_images_give_no_drop(runs: Path, start: list[str], compared: Any) -> None:
     other = [*start, "data.crop_pct=0.9", "export.targets=[onnxruntime-cpu]"]
     run_recipe(load_recipe("fp32", other), runs, "cropped", QUIET)
     with pytest.raises(DataError, match="a drop between them means nothing"):
-        run_compare(["cropped", "mine"], runs, CompareOptions(report=False, latency=QUICK), QUIET)
+        compare(["cropped", "mine"], runs, CompareOptions(latency=QUICK), QUIET)
 
 
 def test_every_file_is_read_back_here(compared: Any, runs: Path) -> None:
@@ -312,7 +323,7 @@ def test_a_file_that_is_not_its_model_here_is_told_and_does_not_pay(
     (copy / "mine" / "results.json").write_text(json.dumps(results))
 
     options = CompareOptions(targets=("onnxruntime-cpu", "openvino-cpu"), latency=QUICK)
-    run_compare(["mine_fp32", "mine"], copy, options, Console(width=300))
+    compare(["mine_fp32", "mine"], copy, options, Console(width=300), report=True)
     said = capsys.readouterr().out
     assert "take note: files beside their models: 2 of 4 files" in said
     assert "openvino-cpu: not measured here: the export of mine failed: no such layer." in said
@@ -332,16 +343,16 @@ def test_a_file_that_is_not_its_model_here_is_told_and_does_not_pay(
     # A file of full range where sums saturate is left out with its reason, and the rest compared.
     (folder / "export.json").write_text(json.dumps({**export, "needs": DOT_PRODUCTS}))
     monkeypatch.setattr("care_compress.evaluate.comparison.onnxruntime_is_exact", lambda: False)
-    refused = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, report=False)
-    run_compare(["mine_fp32", "mine"], copy, refused, QUIET)
+    refused = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK)
+    compare(["mine_fp32", "mine"], copy, refused, QUIET)
     value = json.loads((copy / "mine" / "compare.json").read_text())
     left_out = value["targets"]["onnxruntime-cpu"]["mine"]
     assert not left_out["available"] and "its sums would overflow" in left_out["why"]
     (folder / "export.json").write_text(json.dumps(export))
 
     (folder / "expected_int8.npy").unlink()  # an export by an earlier version
-    options = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK, report=False)
-    run_compare(["mine_fp32", "mine"], copy, options, QUIET)
+    options = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK)
+    compare(["mine_fp32", "mine"], copy, options, QUIET)
     value = json.loads((copy / "mine" / "compare.json").read_text())
     read = value["targets"]["onnxruntime-cpu"]["mine"]["read_back"]
     assert read["images"] == 48 and read["model_top1"] == results["accuracy"]["top1"]
@@ -355,9 +366,7 @@ def test_a_changed_file_is_not_compared(runs: Path, compared: Any) -> None:
     path.write_bytes(before + b"\n")
     try:
         with pytest.raises(RunError, match=r"int8.onnx is not the file that was exported"):
-            run_compare(
-                ["mine_fp32", "mine"], runs, CompareOptions(report=False, latency=QUICK), QUIET
-            )
+            compare(["mine_fp32", "mine"], runs, CompareOptions(latency=QUICK), QUIET)
     finally:
         path.write_bytes(before)
 
@@ -375,7 +384,7 @@ def test_mistakes_are_named(
     runs: Path, names: list[str], options: dict[str, Any], error: type, message: str, compared: Any
 ) -> None:
     with pytest.raises(error, match=message):
-        run_compare(names, runs, CompareOptions(report=False, latency=QUICK, **options), QUIET)
+        compare(names, runs, CompareOptions(latency=QUICK, **options), QUIET)
 
 
 def test_the_script_runs_from_any_directory(runs: Path, compared: Any, tmp_path: Path) -> None:

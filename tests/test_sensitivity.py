@@ -8,6 +8,7 @@ from quantized import SIZE, W4A4, batches, images, network, quantized, section
 from rich.console import Console
 
 from care_compress.errors import RecipeError
+from care_compress.pipeline import run_sensitivity
 from care_compress.quantize import search as mixed
 from care_compress.quantize import sensitivity as measured
 from care_compress.quantize.distance import EXACT_DB
@@ -22,7 +23,6 @@ from care_compress.quantize.sensitivity import (
     only,
     quantized_sites,
 )
-from care_compress.quantize.sensitivity_stage import run_sensitivity
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.recipe import load_recipe
 

@@ -11,11 +11,21 @@ from rich.console import Console
 
 from care_compress.cli import main
 from care_compress.errors import RunError
+from care_compress.model.rewrite import rewrite
 from care_compress.pipeline import run_recipe
-from care_compress.preflight import Space, check_space, plan_recipe, space_of
-from care_compress.quantize.spec import Plan
+from care_compress.preflight import (
+    Size,
+    Space,
+    check_space,
+    model_of,
+    needed_space,
+    own_section,
+    preflight,
+)
+from care_compress.quantize.ptq import planned
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.target import load_target
+from care_compress.run.processes import World
 
 QUIET = Console(quiet=True)
 Usage = namedtuple("Usage", "total used free")
@@ -25,12 +35,16 @@ def taken(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def space_of(name: str, chosen: list[str]) -> Space:
+    return preflight(load_recipe(name, chosen), World(), QUIET).space
+
+
 def test_the_estimate_is_what_a_run_takes(tmp_path: Path) -> None:
     """Stated tolerance: 10 % short, or 40 % too much; faults/ has all kinds of folders."""
     chosen = [*small_start(tmp_path), "quantize.calibrate.images=32"]
-    recipe = load_recipe("int8_ptq", [*chosen, "export.targets=[onnxruntime-cpu]"])
-    space = space_of(recipe, plan_recipe(recipe), [load_target("onnxruntime-cpu")])
-    run_recipe(recipe, tmp_path, "run", QUIET)
+    chosen += ["export.targets=[onnxruntime-cpu]"]
+    space = space_of("int8_ptq", chosen)
+    run_recipe(load_recipe("int8_ptq", chosen), tmp_path, "run", QUIET)
     for name in ("ptq", "exports"):
         ratio = space.folders[name] / taken(tmp_path / "run" / name)
         assert 0.9 < ratio < 1.4, (name, space.folders[name])
@@ -38,11 +52,10 @@ def test_the_estimate_is_what_a_run_takes(tmp_path: Path) -> None:
 
 
 def test_a_search_and_a_float_training_have_an_estimate_too() -> None:
-    mixed = load_recipe("mixed_auto")
-    space = space_of(mixed, None, [load_target("onnxruntime-cpu")])
+    space = space_of("mixed_auto", ["export.targets=[onnxruntime-cpu]"])
     assert space.folders["ptq"] > 1e6 and space.folders["exports"] > 4e5
-    training = space_of(load_recipe("fp32_shapes"), None, [])
-    floats = space_of(load_recipe("fp32"), None, [])
+    training = space_of("fp32_shapes", ["export.targets=[]"])
+    floats = space_of("fp32", ["export.targets=[]"])
     assert training.folders["float"] > 7 * floats.total, "two states of an Adam, and the weights"
 
 
@@ -90,7 +103,9 @@ def test_four_bits_do_not_make_a_file_smaller_than_eight(tmp_path: Path) -> None
 
     def exports(name: str) -> int:
         recipe = load_recipe(name)
-        plan: Plan = plan_recipe(recipe)
-        return space_of(recipe, plan, [load_target("onnxruntime-cpu")]).folders["exports"]
+        network = rewrite(model_of(recipe), recipe.rewrite)
+        _, plan = planned(network, own_section(recipe), recipe.data.resolution)
+        target = load_target("onnxruntime-cpu")
+        return needed_space(recipe, Size.of_plan(plan), plan, [target]).folders["exports"]
 
     assert exports("w4a8_ptq") >= 0.95 * exports("int8_ptq")

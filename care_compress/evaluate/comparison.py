@@ -120,6 +120,11 @@ class Comparison:
         return any(one.is_noisy for timed in self.latency.values() for one in timed.values())
 
     @property
+    def holds(self) -> bool:
+        """Whether every budget does."""
+        return all(budget.ok for budget in self.budgets)
+
+    @property
     def baseline(self) -> Contender:
         """The first model named."""
         return self.models[0]
