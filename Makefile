@@ -24,11 +24,15 @@ define READY
 endef
 # ARCH CKPT DATA RES CROP RUN: shorthands for the values people change most; SET="a.b=1 c.d=2" reaches every other one.
 
-.PHONY: help setup quantize compare reference report bundle engine doctor test test-slow faults check audit recipes bench bench-data bench-train bench-quantize bench-evaluate ablate clean
+# What there is to measure: bench/WHAT.py.
+WHAT ?= speed
+BENCHES := speed data train quantize evaluate ablate
 
-help: ## list the verbs
+.PHONY: help setup quantize compare report bundle engine doctor test test-slow faults check bench known-bench reference clean audit recipes
+
+help:
 	@echo "care-compress: make VERB [NAME=value]"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  %-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1@\2/p' $(MAKEFILE_LIST) | awk -F'@' '{printf "  %-11s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.user ## create .venv and install care-compress
 
@@ -39,9 +43,6 @@ quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES=
 
 compare: $(VENV)/.user ## models side by side on every target: MODELS="fp32 int8"
 	@$(BIN)/python eval/compare.py $(MODELS)
-
-reference: $(VENV)/.user ## check that recipes still give their accepted values: [MODELS="fp32 int8_ptq"]
-	@$(BIN)/care-compress reference $(if $(filter command% environment%,$(origin MODELS)),$(MODELS))
 
 report: $(VENV)/.user ## one page of a finished run: [RUN=int8_qat]
 	@$(BIN)/care-compress report '$(DEPLOYED)'
@@ -66,7 +67,7 @@ test-slow: $(VENV)/.dev ## what make test leaves out: searches, NNCF's control, 
 faults: $(VENV)/.dev ## kill it, fill its disk, damage its files, feed it rubbish (20 minutes on two cores)
 	@$(BIN)/python -m pytest -n 2 --dist loadscope faults
 
-check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipe validation
+check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipes and targets
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -74,30 +75,27 @@ check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipe valida
 	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive care_compress eval bench
 	@$(BIN)/care-compress recipes --check
 
-audit: $(VENV)/.dev ## known vulnerabilities of the pinned packages; asks the internet
+# INT8 beside every alternative (speed: 25 minutes, into docs/PERFORMANCE.md), what each method is worth (ablate: into
+# docs/RESULTS.md), and what loading, training, quantizing and evaluating cost. speed and ablate go on where they stopped.
+bench: known-bench $(VENV)/.dev ## measure: WHAT=speed|data|train|quantize|evaluate|ablate [ARCH= CKPT= DATA= RES=]
+	@$(BIN)/python bench/$(WHAT).py $(BENCH_$(WHAT))
+
+BENCH_speed = $(if $(ARCH),--arch '$(ARCH)')
+BENCH_ablate = --report $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
+
+# Before anything is installed for it.
+known-bench:
+	@: $(if $(and $(filter 1,$(words $(WHAT))),$(filter $(BENCHES),$(WHAT))),,$(error there is no bench '$(WHAT)'; WHAT is one of: $(BENCHES)))
+
+reference: $(VENV)/.user ## check that recipes still give their accepted values: [MODELS="fp32 int8_ptq"]
+	@$(BIN)/care-compress reference $(if $(filter command% environment%,$(origin MODELS)),$(MODELS))
+
+audit: $(VENV)/.dev
 	@$(INSTALL) pip-audit
 	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-recipes: $(VENV)/.user ## list the recipes that ship
+recipes: $(VENV)/.user
 	@$(BIN)/care-compress recipes
-
-bench: $(VENV)/.dev ## INT8 beside every alternative, into docs/PERFORMANCE.md (25 minutes): [ARCH=care_s0]; resumes
-	@$(BIN)/python bench/speed.py $(if $(ARCH),--arch '$(ARCH)')
-
-bench-data: $(VENV)/.dev ## images/s of the loader beside a plain PIL + DataLoader loop
-	@$(BIN)/python bench/data.py
-
-bench-train: $(VENV)/.dev ## images/s of the trainer beside bare forward + backward + step
-	@$(BIN)/python bench/train.py
-
-bench-quantize: $(VENV)/.dev ## cost of a QAT step and of calibration beside the float model
-	@$(BIN)/python bench/quantize.py
-
-bench-evaluate: $(VENV)/.dev ## cost of an evaluation beside decoding alone and inference alone
-	@$(BIN)/python bench/evaluate.py
-
-ablate: $(VENV)/.dev ## each method added and removed: [CKPT= DATA= RES=], into docs/RESULTS.md; resumes
-	@$(BIN)/python bench/ablate.py --report $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,4 +1,4 @@
-"""What each method buys: every one added and removed, on one checkpoint (`make ablate`).
+"""What each method buys: every one added and removed, on one checkpoint (`make bench WHAT=ablate`).
 
 Each row is a recipe with overrides, run through the ordinary pipeline. Finished rows are kept in
 ``runs/ablate/<model>.json`` with their revision and not run again, so the table can be

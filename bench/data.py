@@ -1,6 +1,6 @@
 """Images per second of our loader beside a plain PIL + DataLoader loop, at 224.
 
-    make bench-data
+    make bench WHAT=data
     .venv/bin/python bench/data.py --json FILE
 
 The plain loop is what one writes by hand: open, convert, resize, crop, to float, normalise, default

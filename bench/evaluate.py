@@ -1,6 +1,6 @@
 """What evaluating an image set costs beside its larger half: decoding alone, or inference alone.
 
-    make bench-evaluate
+    make bench WHAT=evaluate
     .venv/bin/python bench/evaluate.py --artifact int8.xml --data images.zip --res 96 --crop 1.0
 
 Workers and threads share the cores out, so that neither half slows the other. The repetitions of

@@ -1,4 +1,4 @@
-"""What quantization costs beside the float model (`make bench-quantize`).
+"""What quantization costs beside the float model (`make bench WHAT=quantize`).
 
 Two ratios on CARE-S0 at 96x96, in alternating groups so that noise on the machine hits both alike:
 a QAT step (teacher, fake quantization, learned scales) over a float training step, and one pass of

@@ -1,6 +1,6 @@
-"""What the trainer's own work costs over bare forward, backward and step (`make bench-train`).
+"""What the trainer's own work costs over bare forward, backward and step (`make bench WHAT=train`).
 
-Its own work is everything but reading images, which `make bench-data` measures: normalising,
+Its own work is everything but reading images, which `make bench WHAT=data` measures: normalising,
 mixing, soft targets, gradient norm, moving average, finite checks, TensorBoard.
 
 Both sides train CARE-S0 at 96x96, batch 64, in alternating groups of steps, so that noise on the

@@ -1,6 +1,5 @@
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from care_compress.quantize.ptq import planned
 from care_compress.quantize.sites import find_sites
 from care_compress.quantize.spec import Plan
 from care_compress.recipe.quantize import QuantizeSection, RuleSection
+from care_compress.recipe.recipe import RECIPES_DIR
 from care_compress.recipe.target import load_target
 
 
@@ -154,8 +154,8 @@ def test_attention_has_a_scale_per_head_where_that_can_be() -> None:
     assert plan(attention, target="openvino-cpu").of(name).input.granularity == "tensor"
 
 
-def test_the_readme_shows_rules_that_work() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_readme_of_recipes_shows_rules_that_work() -> None:
+    text = (RECIPES_DIR / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(quantize:.*?)```", text, flags=re.S)
     shown = QuantizeSection.model_validate_json(json.dumps(yaml.safe_load(block)["quantize"]))
     model = rewrite(care_compress.build_model("care_s0"))
