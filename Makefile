@@ -65,7 +65,7 @@ test-slow: $(VENV)/.dev ## what make test leaves out: searches, NNCF's control, 
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 faults: $(VENV)/.dev ## kill it, fill its disk, damage its files, feed it rubbish (20 minutes on two cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadscope faults
+	@$(BIN)/python -m pytest -n 2 --dist loadscope tests/faults
 
 check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipes and targets
 	@$(BIN)/ruff check .

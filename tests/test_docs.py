@@ -14,7 +14,7 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
 )
 ROOMS = {path.name for path in (ROOT / "care_compress").iterdir() if path.is_dir()}
-OURS = ROOMS | {"care_compress", "bench", "calibration", "docs", "eval", "examples", "faults"}
+OURS = ROOMS | {"care_compress", "bench", "calibration", "docs", "eval", "examples"}
 OURS |= {"recipes", "tests"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

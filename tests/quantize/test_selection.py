@@ -28,7 +28,7 @@ from care_compress.quantize.selection import (
 from care_compress.recipe.quantize import CalibrateSection
 from care_compress.recipe.sections import DataSection
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

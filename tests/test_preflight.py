@@ -40,7 +40,7 @@ def space_of(name: str, chosen: list[str]) -> Space:
 
 
 def test_the_estimate_is_what_a_run_takes(tmp_path: Path) -> None:
-    """Stated tolerance: 10 % short, or 40 % too much; faults/ has all kinds of folders."""
+    """Stated tolerance: 10 % short, or 40 % too much; tests/faults/ has all kinds of folders."""
     chosen = [*small_start(tmp_path), "quantize.calibrate.images=32"]
     chosen += ["export.targets=[onnxruntime-cpu]"]
     space = space_of("int8_ptq", chosen)

@@ -26,7 +26,7 @@ from care_compress.signals import full_disks_named, stops_in_order
 EVERY = {"train", "calibration", "ptq", "qat", "evaluate", "export"}
 NONE: set[str] = set()
 # A change of each key of a recipe, and the stages that are made from that key themselves. What
-# comes after them follows by the digests of what they made (faults/test_stages.py runs them all).
+# comes after them follows by the digests of what they made; tests/faults runs them all.
 KEYS: dict[str, tuple[str, set[str]]] = {
     "name": ("other", {"train", "export"}),  # both write it into their files
     "claim": ("another", NONE),

@@ -16,7 +16,7 @@ from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import BadImageError, DataError
 from care_compress.recipe.sections import DataSection
 
-CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10-imagefolder.zip"
+CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-imagefolder.zip"
 
 
 def encoded(value: int, form: str = "PNG") -> bytes:

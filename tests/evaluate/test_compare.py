@@ -39,7 +39,7 @@ from care_compress.recipe.target import DOT_PRODUCTS
 from care_compress.report.write import write_report
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
 QUICK = LatencyPlan(seconds=0.01, least_runs=6, warmup=1, turns=3)
 TARGETS = "export.targets=[onnxruntime-cpu, openvino-cpu, tensorrt-jetson-orin]"

@@ -25,7 +25,7 @@ from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.run.processes import World
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
 
 

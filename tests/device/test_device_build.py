@@ -113,7 +113,7 @@ def test_a_killed_build_leaves_no_engine(rtx: Any, tmp_path: Path) -> None:
         "deploy.build_file(library.load_library('tensorrt_rtx'), None, folder / 'm.onnx', '',\n"
         "    folder / 'm.engine', build.BuildOptions('int8'), lambda phase, done: None)\n"
     )
-    here = Path(__file__).resolve().parent.parent
+    here = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)],
         stdout=subprocess.PIPE,

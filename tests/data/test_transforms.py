@@ -19,8 +19,8 @@ from care_compress.data.transforms import (
 )
 from care_compress.recipe.sections import AugmentSection
 
-SAMPLES = Path(__file__).parents[2] / "shared" / "data" / "imagenet-samples.zip"
-STORED = Path(__file__).parent / "data" / "eval_pixels.npz"
+SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "imagenet-samples.zip"
+STORED = Path(__file__).parents[1] / "support" / "data" / "eval_pixels.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
