@@ -91,7 +91,7 @@ LISTED = 100  # items in results.json; their count is always there
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What one check found."""
 
     check: str  # saturated ranges
@@ -121,7 +121,7 @@ def listed(items: Sequence[str]) -> str:
     return ("; " if any("," in item for item in items) else ", ").join(items)
 
 
-def show_findings(findings: Sequence[Finding], console: Console) -> None:
+def show_checks(findings: Sequence[CheckResult], console: Console) -> None:
     """The warnings; what is fine stands in the results."""
     for finding in findings:
         if finding.status == "warning":

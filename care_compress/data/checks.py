@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from care_compress.console import Finding
+from care_compress.console import CheckResult
 from care_compress.data.samples import Samples
 
 CHECK = "duplicate images"
@@ -70,19 +70,21 @@ class Contents:
         return indices[order], digests[order]
 
 
-def overlap_findings(
+def overlap_checks(
     validation: Samples, seen: Contents, calibration: Sequence[tuple[str, int]] | None
-) -> list[Finding]:
+) -> list[CheckResult]:
     """What `seen` of the validation images tells, beside names and digests of calibration.
 
     There is no calibration in a float run; None where it is not known.
     """
     if not len(seen):
-        return [Finding(CHECK, "not measured", "the images were scored by an earlier run")]
+        return [CheckResult(CHECK, "not measured", "the images were scored by an earlier run")]
     indices, digests = seen.sorted()
     found = [_within(validation, indices, digests)]
     if calibration is None:
-        found.append(Finding(SHARED, "not measured", "calibration.json has no digests of files"))
+        found.append(
+            CheckResult(SHARED, "not measured", "calibration.json has no digests of files")
+        )
     elif calibration:
         found.append(_shared(validation, indices, digests, calibration))
     return found
@@ -90,11 +92,11 @@ def overlap_findings(
 
 def _within(
     validation: Samples, indices: NDArray[np.int64], digests: NDArray[np.uint64]
-) -> Finding:
+) -> CheckResult:
     again = np.flatnonzero(digests[1:] == digests[:-1]) + 1
     check, total = f"{CHECK} in validation", f"{len(indices):,} validation images"
     if not len(again):
-        return Finding(check, "fine", f"no two of {total} are the same file")
+        return CheckResult(check, "fine", f"no two of {total} are the same file")
     labels = validation.labels[indices]
     parted = again[labels[again] != labels[again - 1]]
     pairs = [*parted, *np.setdiff1d(again, parted)]  # another class for the same file is worse
@@ -104,7 +106,7 @@ def _within(
     )
     also = f", {len(parted):,} of them under another class" if len(parted) else ""
     text = f"{len(again):,} of {total} are copies of others and count again{also}"
-    return Finding(check, "warning", text, items)
+    return CheckResult(check, "warning", text, items)
 
 
 def _shared(
@@ -112,7 +114,7 @@ def _shared(
     indices: NDArray[np.int64],
     digests: NDArray[np.uint64],
     calibration: Sequence[tuple[str, int]],
-) -> Finding:
+) -> CheckResult:
     wanted = np.array([digest for _, digest in calibration], np.uint64)
     places = np.searchsorted(digests, wanted).clip(max=len(digests) - 1)
     items = tuple(
@@ -122,21 +124,21 @@ def _shared(
     )
     total = f"{len(calibration):,} calibration images"
     if not items:
-        return Finding(
+        return CheckResult(
             SHARED, "fine", f"none of {total} is among the {len(indices):,} validated on"
         )
     text = f"{len(items):,} of {total} are validation images too: the ranges were made on them"
-    return Finding(SHARED, "warning", text, items)
+    return CheckResult(SHARED, "warning", text, items)
 
 
-def coverage_finding(samples: Samples, indices: Sequence[int]) -> Finding:
+def coverage_check(samples: Samples, indices: Sequence[int]) -> CheckResult:
     """The classes that none of these images belongs to."""
     counts = np.bincount(samples.labels[list(indices)], minlength=len(samples.classes))
     empty = np.flatnonzero(counts == 0)
     check, total = "classes", f"{len(samples.classes):,} classes"
     if not len(empty):
-        return Finding(
+        return CheckResult(
             check, "fine", f"each of {total} has at least {counts.min():,} validation images"
         )
     text = f"{len(empty):,} of {total} have no validation image: the accuracy does not know them"
-    return Finding(check, "warning", text, tuple(samples.classes[label] for label in empty))
+    return CheckResult(check, "warning", text, tuple(samples.classes[label] for label in empty))

@@ -14,7 +14,7 @@ BEST_SQNR_DB = 150.0
 
 
 @dataclass(frozen=True)
-class Agreement:
+class DeviceAgreement:
     """How far a model's logits are from the expected ones, and from the labels."""
 
     images: int
@@ -33,7 +33,7 @@ def compare_logits(
     got_NK: FloatArray,
     expected_NK: np.ndarray[Any, Any],
     labels_N: np.ndarray[Any, Any],
-) -> Agreement:
+) -> DeviceAgreement:
     """Compare what an engine or a file gives here with what it gave when it was exported."""
     if got_NK.shape != expected_NK.shape:
         raise VerificationError(
@@ -50,7 +50,7 @@ def compare_logits(
     signal, noise = float((expected_NK**2).sum()), float((noise_NK**2).sum())
     sqnr = 10 * math.log10(max(signal, 1e-30) / noise) if noise > 0 else BEST_SQNR_DB
     first_N, expected_N = got_NK.argmax(axis=1), expected_NK.argmax(axis=1)
-    return Agreement(
+    return DeviceAgreement(
         images=len(got_NK),
         top1=100 * float((first_N == labels_N).mean()),
         expected_top1=100 * float((expected_N == labels_N).mean()),

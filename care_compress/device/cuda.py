@@ -42,7 +42,7 @@ _POINTER_CALLS = (
 
 
 @dataclass(frozen=True)
-class Gpu:
+class CudaGpu:
     """The GPU an engine is built for and runs on."""
 
     name: str
@@ -94,7 +94,7 @@ class Cuda:
             " no other program fills its memory",
         )
 
-    def gpu(self) -> Gpu:
+    def gpu(self) -> CudaGpu:
         """Name and compute capability of the device."""
         properties = ctypes.create_string_buffer(_PROPERTIES_BYTES)
         # CUDA 12 calls the present layout _v2, CUDA 11 and 13 have the plain name only.
@@ -104,7 +104,7 @@ class Cuda:
         )
         name = properties.raw[:_NAME_BYTES].split(b"\0", 1)[0].decode(errors="replace")
         major, minor = (self._attribute(which) for which in (_MAJOR_ATTRIBUTE, _MINOR_ATTRIBUTE))
-        return Gpu(name=name, compute_capability=f"{major}.{minor}")
+        return CudaGpu(name=name, compute_capability=f"{major}.{minor}")
 
     def _attribute(self, which: int) -> int:
         value = ctypes.c_int()

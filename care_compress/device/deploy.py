@@ -12,7 +12,7 @@ from typing import Any
 
 from care_compress.device.board import describe_board, read_conditions
 from care_compress.device.build import BuildOptions, build_engine
-from care_compress.device.cuda import Cuda, Gpu, load_cuda
+from care_compress.device.cuda import Cuda, CudaGpu, load_cuda
 from care_compress.device.enginefile import EngineOrigin, read_engine, write_engine
 from care_compress.device.layers import precision_counts
 from care_compress.device.library import Library, load_library, required_library
@@ -54,7 +54,7 @@ def bundle_library(host: Host, bundle: Bundle) -> Library:
 
 def build_file(
     library: Library,
-    gpu: Gpu | None,
+    gpu: CudaGpu | None,
     onnx: Path,
     onnx_sha256: str,
     engine: Path,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from care_compress.device.cuda import Gpu
+from care_compress.device.cuda import CudaGpu
 from care_compress.device.library import Library
 from care_compress.device.problems import EngineMismatchError
 from care_compress.device.storage import (
@@ -30,7 +30,7 @@ class EngineOrigin:
     library: str
     version: str
     # None: built ahead of time for `compute_capabilities` (TensorRT-RTX).
-    gpu: Gpu | None
+    gpu: CudaGpu | None
     compute_capabilities: tuple[str, ...]
     onnx_sha256: str
     version_compatible: bool
@@ -64,7 +64,7 @@ def write_engine(
 
 
 def read_engine(
-    path: Path, library: Library, gpu: Gpu | None, onnx_sha256: str
+    path: Path, library: Library, gpu: CudaGpu | None, onnx_sha256: str
 ) -> tuple[bytes, dict[str, Any]]:
     """The plan and its description, if this TensorRT and this GPU can run it."""
     description = read_json_object(origin_path(path))
@@ -98,7 +98,7 @@ def _check_version(path: Path, description: Mapping[str, Any], library: Library)
     )
 
 
-def _check_gpu(path: Path, description: Mapping[str, Any], gpu: Gpu | None) -> None:
+def _check_gpu(path: Path, description: Mapping[str, Any], gpu: CudaGpu | None) -> None:
     if gpu is None:
         return
     built = description.get("gpu")
@@ -120,7 +120,7 @@ def _check_gpu(path: Path, description: Mapping[str, Any], gpu: Gpu | None) -> N
         )
 
 
-def _runs_on(capability: str, gpu: Gpu) -> bool:
+def _runs_on(capability: str, gpu: CudaGpu) -> bool:
     """Code for 8.6 runs on 8.6 and 8.9, not on 8.0 or 9.0."""
     built, here = (
         tuple(int(part) for part in text.split("."))

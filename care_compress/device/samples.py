@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from care_compress.device.compare import Agreement, compare_logits
+from care_compress.device.compare import DeviceAgreement, compare_logits
 from care_compress.device.images import FloatArray, load_pixels, normalize_pixels
 from care_compress.device.manifest import Bundle
 
@@ -27,7 +27,7 @@ class Runs(Protocol):
 class Verified:
     """One model's answers."""
 
-    agreement: Agreement
+    agreement: DeviceAgreement
     passed: bool
 
     def as_record(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from care_compress.console import Finding, progress_bar
+from care_compress.console import CheckResult, progress_bar
 from care_compress.data.checks import Contents
 from care_compress.data.loader import CPU, BadImages, Batch, prepared_batches
 from care_compress.data.samples import Samples
@@ -130,12 +130,12 @@ def hits_of(logits: Tensor, labels: Tensor) -> Hits:
     return Hits(ranked[:, 0] & ~broken, ranked.any(dim=1) & ~broken, broken)
 
 
-def answers_finding(accuracies: Mapping[str, Accuracy]) -> Finding:
+def answers_check(accuracies: Mapping[str, Accuracy]) -> CheckResult:
     """Whether every answer of these models was a number."""
     bad = {name: one for name, one in accuracies.items() if one.broken}
     if not bad:
-        return Finding("answers", "fine", "every logit of every model measured is finite")
+        return CheckResult("answers", "fine", "every logit of every model measured is finite")
     items = tuple(f"{name}: {one.broken:,} of {one.images:,}" for name, one in bad.items())
-    return Finding(
+    return CheckResult(
         "answers", "warning", "some logits are NaN or infinite; those images count as wrong", items
     )

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from care_compress.console import Finding
-from care_compress.data.checks import coverage_finding, overlap_findings
+from care_compress.console import CheckResult
+from care_compress.data.checks import coverage_check, overlap_checks
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.evaluate.accuracy import answers_finding
-from care_compress.evaluate.readback import exports_finding
+from care_compress.evaluate.accuracy import answers_check
+from care_compress.evaluate.readback import exports_check
 from care_compress.evaluate.run_accuracy import Candidate, Scores, seen_images
 from care_compress.files import read_json
 from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_health
@@ -18,23 +18,23 @@ from care_compress.run.context import RunContext
 UNREADABLE = "health.json is not beside the model: make the run again under another --name"
 
 
-def run_findings(
+def run_checks(
     context: RunContext,
     recipe: Recipe,
     validation: Samples,
     scores: Scores,
     exports: Mapping[str, Any],
-) -> list[Finding]:
+) -> list[CheckResult]:
     """One for each check; worst first."""
     indices, best = spread_indices(len(validation), recipe.evaluate.images), scores.best
     answers = {"float": scores.accuracy}
     if best is not None:
         answers = {"float": best.paired.baseline, best.name: best.paired.candidate}
     found = [
-        exports_finding(exports),
-        answers_finding(answers),
-        coverage_finding(validation, indices),
-        *overlap_findings(
+        exports_check(exports),
+        answers_check(answers),
+        coverage_check(validation, indices),
+        *overlap_checks(
             validation, seen_images(context, validation), _calibration(context, recipe)
         ),
         *([] if best is None else _health(recipe, best)),
@@ -53,7 +53,7 @@ def _calibration(context: RunContext, recipe: Recipe) -> list[tuple[str, int]] |
     return [(image["name"], int(image["stored"], 16)) for image in content["images"]]
 
 
-def _health(recipe: Recipe, best: Candidate) -> list[Finding]:
+def _health(recipe: Recipe, best: Candidate) -> list[CheckResult]:
     assert recipe.quantize is not None
     if recipe.quantize.backend == "nncf":
         return Health.missing(NNCF_TELLS_NOTHING)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from care_compress.console import Terminal, show_findings
+from care_compress.console import Terminal, show_checks
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.errors import DataError, RunError, TargetError
@@ -28,10 +28,10 @@ from care_compress.evaluate.decide import decide
 from care_compress.evaluate.latency import show_machine
 from care_compress.evaluate.layers import kind_table
 from care_compress.evaluate.resolve import (
-    Contender,
     MakeRun,
-    contenders,
+    NamedModel,
     float_recipe_of,
+    named_models,
     same_images,
 )
 from care_compress.evaluate.tables import accuracy_table, device_table, latency_table
@@ -46,7 +46,7 @@ def run_compare(
     names: list[str], runs: Path, options: CompareOptions, make_run: MakeRun, console: Console
 ) -> Comparison:
     """Compare, print, write ``compare.json``; `make_run` makes a float baseline that is missing."""
-    models = [_settled(one, names, runs, make_run, console) for one in contenders(names, runs)]
+    models = [_settled(one, names, runs, make_run, console) for one in named_models(names, runs)]
     if len({one.name for one in models}) < len(models):
         raise RunError("two of the names mean the same model.", "name different runs")
     data = _common_data(models, options)
@@ -78,12 +78,14 @@ def run_compare(
 
 
 def _settled(
-    one: Contender | str, names: list[str], runs: Path, make_run: MakeRun, console: Console
-) -> Contender:
+    one: NamedModel | str, names: list[str], runs: Path, make_run: MakeRun, console: Console
+) -> NamedModel:
     """A contender; a float baseline that has no run yet is made."""
-    if isinstance(one, Contender):
+    if isinstance(one, NamedModel):
         return one
-    start = next((c for c in contenders(names, runs) if isinstance(c, Contender) and c.run), None)
+    start = next(
+        (c for c in named_models(names, runs) if isinstance(c, NamedModel) and c.run), None
+    )
     if one != "fp32" or start is None:
         raise RunError(
             f"there is no run called {one}, of a recipe {one} or of that precision in {runs}.",
@@ -92,12 +94,12 @@ def _settled(
     name = f"{start.name}_fp32"
     console.print(f"no fp32 run of this model yet: making {escape(str(runs / name))}")
     make_run(float_recipe_of(start), runs, name, Console(quiet=True))
-    (made,) = contenders([name], runs)
-    assert isinstance(made, Contender)
+    (made,) = named_models([name], runs)
+    assert isinstance(made, NamedModel)
     return made
 
 
-def _common_data(models: list[Contender], options: CompareOptions) -> DataSection:
+def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSection:
     """The images all of them are scored on; different ones give no drop."""
     named = [(one.name, one.recipe.data) for one in models if one.recipe is not None]
     if not named and options.data is None:
@@ -115,7 +117,7 @@ def _common_data(models: list[Contender], options: CompareOptions) -> DataSectio
     return wanted
 
 
-def _check_files(models: list[Contender], data: DataSection) -> None:
+def _check_files(models: list[NamedModel], data: DataSection) -> None:
     """The files are those that were exported, or can be run, and prepare images alike."""
     for one in models:
         for path in one.files.values() if one.run is None else ():
@@ -177,7 +179,7 @@ def _report(
             text = f"{target}: not measured here: {why}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     show_machine(value["machine"], console)
-    show_findings(found.findings, console)
+    show_checks(found.findings, console)
     if found.is_noisy:
         console.print("[yellow]some figures are noisy: other programs had the cores, too[/]")
     for verdict in found.verdicts:

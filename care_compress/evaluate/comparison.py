@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 
 from care_compress import machine
-from care_compress.console import Finding, progress_bar, step_line
+from care_compress.console import CheckResult, progress_bar, step_line
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import check_classes
 from care_compress.errors import TargetError
-from care_compress.evaluate.device_measurements import measured_on_boards
+from care_compress.evaluate.device_measurements import device_measurements
 from care_compress.evaluate.images import HeldImages, hold_images
 from care_compress.evaluate.latency import Latency, LatencyPlan, measure_latency
 from care_compress.evaluate.pairs import Collected, collect_answers
@@ -30,10 +30,10 @@ from care_compress.evaluate.readback import (
     answers_beside,
     counted_only,
     read_back,
-    read_back_findings,
+    read_back_checks,
     what_failed,
 )
-from care_compress.evaluate.resolve import SIMULATION, Contender
+from care_compress.evaluate.resolve import SIMULATION, NamedModel
 from care_compress.evaluate.verdicts import Budget, Drop, Verdict
 from care_compress.files import digest_of
 from care_compress.recipe.sections import DataSection
@@ -87,7 +87,7 @@ class Entry:
 class Comparison:
     """Everything that was found."""
 
-    models: list[Contender]
+    models: list[NamedModel]
     entries: list[Entry]
     missing: dict[tuple[str, str], str]  # (target, model) -> why it cannot run here
     collected: Collected
@@ -98,7 +98,7 @@ class Comparison:
     load_average: dict[str, float] = field(default_factory=dict)  # before and after the timing
     read_backs: dict[str, ReadBack] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # exports, where they were made
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[CheckResult] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 
@@ -107,7 +107,7 @@ class Comparison:
         """What devices measured, by target and model; engines only where none was run here."""
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for one in self.models:
-            for board in measured_on_boards(one.run) if one.run is not None else ():
+            for board in device_measurements(one.run) if one.run is not None else ():
                 target = board["target"]
                 here = load_target(target).is_engine and self.entry(target, one.name) is not None
                 if target in self.targets and not here:
@@ -125,7 +125,7 @@ class Comparison:
         return all(budget.ok for budget in self.budgets)
 
     @property
-    def baseline(self) -> Contender:
+    def baseline(self) -> NamedModel:
         """The first model named."""
         return self.models[0]
 
@@ -139,7 +139,7 @@ class Comparison:
         """The file of a model on a target, if it could be run."""
         return next((e for e in self.entries if (e.target, e.name) == (target, name)), None)
 
-    def model(self, name: str) -> Contender:
+    def model(self, name: str) -> NamedModel:
         """The one of this name, whatever its floats are rounded to."""
         return next(one for one in self.models if one.name == name.removesuffix(BF16))
 
@@ -161,7 +161,7 @@ class Comparison:
 
 
 def find_entries(
-    models: list[Contender], options: CompareOptions
+    models: list[NamedModel], options: CompareOptions
 ) -> tuple[list[Entry], dict[tuple[str, str], str]]:
     """Every file that can run here, and why the others cannot."""
     entries: list[Entry] = []
@@ -188,7 +188,7 @@ def find_entries(
     return entries, missing
 
 
-def _why_not(one: Contender, target: str, path: Path | None) -> str:
+def _why_not(one: NamedModel, target: str, path: Path | None) -> str:
     """Why a model cannot be run on a target here; nothing if it can."""
     if path is None:
         export = one.results.get("exports", {}).get(target, {})
@@ -216,7 +216,7 @@ def _why_not(one: Contender, target: str, path: Path | None) -> str:
 
 def score(
     entries: list[Entry],
-    models: list[Contender],
+    models: list[NamedModel],
     samples: Samples,
     data: DataSection,
     options: CompareOptions,
@@ -269,7 +269,7 @@ def profile_files(
         _engine(found, model, target)
 
 
-def _engine(found: Comparison, model: Contender, target: str) -> None:
+def _engine(found: Comparison, model: NamedModel, target: str) -> None:
     """What an engine that was built ahead says of its layers; its GPU need not be here."""
     path = model.files.get(target)
     engine = None if path is None else path.with_suffix(".engine")
@@ -310,10 +310,10 @@ def read_files_back(
                     continue
                 found.read_backs[entry.key] = _beside_answers(one, entry, expected, held[count])
     found.failed = _failed(found)
-    found.findings += read_back_findings(found.read_backs, found.failed, unread)
+    found.findings += read_back_checks(found.read_backs, found.failed, unread)
 
 
-def _answers(one: Contender, entry: Entry) -> torch.Tensor | None:
+def _answers(one: NamedModel, entry: Entry) -> torch.Tensor | None:
     """What the model of a file answers; None of an export by an earlier version."""
     assert one.recipe is not None
     path = answers_beside(entry.path, one.recipe.precision)
@@ -321,7 +321,7 @@ def _answers(one: Contender, entry: Entry) -> torch.Tensor | None:
 
 
 def _beside_answers(
-    one: Contender, entry: Entry, expected: torch.Tensor, images: HeldImages
+    one: NamedModel, entry: Entry, expected: torch.Tensor, images: HeldImages
 ) -> ReadBack:
     """On the images of the export, floats in float32 as the export had them on a CPU."""
     assert one.recipe is not None
@@ -334,7 +334,7 @@ def _beside_answers(
     return read_back(expected, images.logits(predict), images.labels, least_db)
 
 
-def _by_count(found: Comparison, one: Contender, entry: Entry) -> ReadBack:
+def _by_count(found: Comparison, one: NamedModel, entry: Entry) -> ReadBack:
     """Top-1 here beside the model's, as the run counted it."""
     answers, counted = found.collected.answers[entry.key], one.results["accuracy"]
     return counted_only(answers.top1, len(answers.right), counted["top1"], counted["images"])

@@ -11,10 +11,10 @@ import numpy as np
 from care_compress import machine
 from care_compress.data.samples import Samples
 from care_compress.evaluate.comparison import BF16, Comparison, Entry
-from care_compress.evaluate.device_measurements import board_rows
+from care_compress.evaluate.device_measurements import device_rows
 from care_compress.evaluate.latency import Latency
 from care_compress.evaluate.pairs import NO_ANSWER, calibration_error, changes, mcnemar_p
-from care_compress.evaluate.resolve import Contender
+from care_compress.evaluate.resolve import NamedModel
 from care_compress.files import digest_of, size_of
 from care_compress.recipe.sections import DataSection
 
@@ -58,7 +58,7 @@ def _first(found: Comparison, name: str) -> Entry | None:
     return next((e for target in order if (e := found.entry(target, name)) is not None), None)
 
 
-def _model(found: Comparison, one: Contender) -> dict[str, Any]:
+def _model(found: Comparison, one: NamedModel) -> dict[str, Any]:
     entry = _first(found, one.name)
     answers = None if entry is None else found.collected.answers[entry.key]
     return {
@@ -127,7 +127,7 @@ def _target(found: Comparison, target: str) -> dict[str, Any]:
     for one in found.models:
         for board in found.boards.get((target, one.name), ()):
             assert one.recipe is not None  # a run's
-            rows.update(board_rows(one.name, one.recipe.precision, board))
+            rows.update(device_rows(one.name, one.recipe.precision, board))
     return rows
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from care_compress.evaluate.comparison import BF16, CompareOptions, Comparison
-from care_compress.evaluate.device_measurements import board_verdict
-from care_compress.evaluate.resolve import Contender
+from care_compress.evaluate.device_measurements import device_verdict
+from care_compress.evaluate.resolve import NamedModel
 from care_compress.evaluate.verdicts import Budget, Verdict, judge
 from care_compress.files import size_of
 from care_compress.recipe.sections import BudgetSection
@@ -41,7 +41,7 @@ def _at_least(name: str, limit: float, value: float | None) -> Budget:
 
 
 def _verdicts(
-    found: Comparison, candidate: Contender, target: str, limit: float | None
+    found: Comparison, candidate: NamedModel, target: str, limit: float | None
 ) -> Iterator[Verdict]:
     drop, fault = found.drop(target, candidate.name), found.fault(target, candidate.name)
     if drop is not None or fault:
@@ -51,7 +51,7 @@ def _verdicts(
         yield judge(target, candidate.name, speedups, drop, limit, noisy, fault)
     for board in found.boards.get((target, candidate.name), ()):
         assert candidate.recipe is not None  # a run's
-        said = board_verdict(candidate.name, candidate.recipe.precision, board)
+        said = device_verdict(candidate.name, candidate.recipe.precision, board)
         if said is not None:
             yield said
 

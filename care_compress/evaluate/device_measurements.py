@@ -39,7 +39,7 @@ class Conditions(_Strict):
     temperatures_c: dict[str, Finite]
 
 
-class Latency(_Strict):
+class DeviceLatency(_Strict):
     """Milliseconds of one run of the engine."""
 
     p50: Positive
@@ -54,14 +54,14 @@ class Speed(_Strict):
     cuda_graph: bool
     runs: Annotated[int, Field(gt=0)]
     seconds: Positive
-    latency_ms: Latency
+    latency_ms: DeviceLatency
     throughput: Positive
     before: Conditions
     after: Conditions
     measured_at: str
 
 
-class Accuracy(_Strict):
+class DeviceAccuracy(_Strict):
     """What `verify` writes."""
 
     images: Annotated[int, Field(gt=0)]
@@ -82,7 +82,7 @@ class Engine(_Strict):
     size_bytes: Annotated[int, Field(gt=0)]
     layers_from: Literal["engine", "network"]
     precisions: dict[str, int]
-    accuracy: Accuracy | None = None
+    accuracy: DeviceAccuracy | None = None
     speed: Speed | None = None
 
     @property
@@ -96,7 +96,7 @@ class Engine(_Strict):
         return None if self.speed is None else self.speed.before.power_mode
 
 
-class Gpu(_Strict):
+class DeviceGpu(_Strict):
     """The board's GPU."""
 
     name: str
@@ -107,7 +107,7 @@ class Board(_Strict):
     """The board and its software."""
 
     name: Annotated[str, Field(min_length=1)]
-    gpu: Gpu
+    gpu: DeviceGpu
     library: str
     library_version: str
     cuda: dict[str, str]
@@ -133,7 +133,7 @@ class CpuSpeed(_Strict):
     threads: Annotated[int, Field(gt=0)]
     runs: Annotated[int, Field(gt=0)]
     seconds: Positive
-    latency_ms: Latency
+    latency_ms: DeviceLatency
     throughput: Positive
     before: CpuConditions
     after: CpuConditions
@@ -146,7 +146,7 @@ class CpuFile(_Strict):
     sha256: Sha256
     size_bytes: Annotated[int, Field(gt=0)]
     floats_in: Literal["f32", "bf16"]
-    accuracy: Accuracy | None = None
+    accuracy: DeviceAccuracy | None = None
     speed: CpuSpeed | None = None
 
     @property
@@ -279,7 +279,7 @@ def check_export(results: Results, file: Path, run_dir: Path) -> None:
             )
 
 
-def measured_on_boards(run: Path) -> list[dict[str, Any]]:
+def device_measurements(run: Path) -> list[dict[str, Any]]:
     """The newest engines of every target, and every machine's CPU files in every setting."""
     newest = {}
     every = []
@@ -297,7 +297,7 @@ def measured_on_boards(run: Path) -> list[dict[str, Any]]:
     return [results.model_dump(mode="json") for results in newest.values()]
 
 
-def board_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """A row for each model on a device, with where it was measured; nothing is computed here."""
     board = found["board"]
     for model, one in found["models"].items():
@@ -329,7 +329,7 @@ def board_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tup
         )
 
 
-def board_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict | None:
+def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict | None:
     """What a device's own figures say; it measured both models in turns."""
     target, place = found["target"], _place(found)
     baseline, model = (FLOAT, "file") if _is_of_cpu(found) else ("fp16", "engine")

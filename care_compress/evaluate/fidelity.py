@@ -21,11 +21,11 @@ from care_compress.console import Terminal, step_line
 from care_compress.data.loader import BadImages
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import RunError, TargetError
-from care_compress.evaluate.device_measurements import measured_on_boards
+from care_compress.evaluate.device_measurements import device_measurements
 from care_compress.evaluate.images import hold_images
-from care_compress.evaluate.site_distance import Absent, Rung, climb
+from care_compress.evaluate.site_distance import Absent, Version, compare_versions
 from care_compress.evaluate.site_outputs import FileTap, Taken, run_graph, run_module, tap_file
-from care_compress.evaluate.tables import rung_table, site_table
+from care_compress.evaluate.tables import site_table, version_table
 from care_compress.files import digest_of, fingerprint, json_text, sha256_file, write_text
 from care_compress.model.checkpoint import load_checkpoint, state_digest
 from care_compress.model.compact import CompactCare
@@ -52,12 +52,12 @@ ATTENTION = ("attention.kv", "attention.out")
 
 
 @dataclass
-class Ladder:
-    """The rungs of one run, in order."""
+class Versions:
+    """The versions of one run, in order."""
 
     run: FinishedRun
     wanted: tuple[str, ...] | None
-    rungs: list[Rung] = field(default_factory=list)
+    all: list[Version] = field(default_factory=list)
     gone: list[Absent] = field(default_factory=list)
     classes: int = 0
 
@@ -69,11 +69,11 @@ class Ladder:
         self.classes = model.num_classes
         sites = find_sites(compact, recipe.data.resolution)
         published = partial(_published, model.eval(), recipe.rewrite)
-        self.rungs.append(Rung(FLOAT, published, None))
+        self.all.append(Version(FLOAT, published, None))
         moved = _moved_by_rewriting(sites) if recipe.rewrite.fold_depthwise_bias else set()
         kept = [site.name for site in sites if site.name not in moved]
-        self.rungs.append(
-            Rung(REWRITTEN, partial(run_module, compact), FLOAT, tuple(kept), note=NOT_ALL)
+        self.all.append(
+            Version(REWRITTEN, partial(run_module, compact), FLOAT, tuple(kept), note=NOT_ALL)
         )
         path = self.run.kept
         if path is not None and not path.is_file():
@@ -84,7 +84,7 @@ class Ladder:
             self._quantized(load_saved(path), compact)
         else:
             name = "quantized by NNCF"
-            self.rungs.append(_file(name, path, REWRITTEN, (), NNCF_HAS_NO_SITES, ()))
+            self.all.append(_file(name, path, REWRITTEN, (), NNCF_HAS_NO_SITES, ()))
             self._files(lambda targets: (name, ()))
 
     def _quantized(self, saved: Saved, compact: CompactCare) -> None:
@@ -94,9 +94,9 @@ class Ladder:
         moved = _moved_by_rescaling(sites, compact, saved.network)
         common = tuple(name for name in names if name not in moved)
         rescaled = partial(_simulated, saved.model, False)
-        self.rungs += [
-            Rung(RESCALED, rescaled, REWRITTEN, common, note=f"{CORRECTED}; {NOT_ALL}"),
-            Rung(SIMULATED, partial(_simulated, saved.model, True), RESCALED, names),
+        self.all += [
+            Version(RESCALED, rescaled, REWRITTEN, common, note=f"{CORRECTED}; {NOT_ALL}"),
+            Version(SIMULATED, partial(_simulated, saved.model, True), RESCALED, names),
         ]
         made = {_content(saved.model): SIMULATED}
 
@@ -107,18 +107,18 @@ class Ladder:
             if content not in made:
                 made[content] = f"simulated for {_in_short(targets)}"
                 run = partial(_simulated, model, True)
-                self.rungs.append(Rung(made[content], run, SIMULATED, names, _names(targets)))
+                self.all.append(Version(made[content], run, SIMULATED, names, _names(targets)))
             return made[content], names
 
         self._files(variant)
 
     def _files(self, before: Callable[[list[Target]], tuple[str, tuple[str, ...]]]) -> None:
-        """A rung for each different file, after what it was made from; engines behind."""
+        """A version for each different file, after what it was made from; engines behind."""
         note = NNCF_HAS_NO_SITES if self.run.results.get("backend") == "nncf" else ""
         for path, targets in self._different_files():
             origin, sites = before(targets)
             name = f"{path.name} for {_in_short(targets)}"
-            self.rungs.append(_file(name, path, origin, sites, note, _names(targets)))
+            self.all.append(_file(name, path, origin, sites, note, _names(targets)))
             for target in targets:
                 if target.is_engine:
                     self._engine(target, name)
@@ -173,7 +173,7 @@ class Ladder:
             self.gone.append(Absent(name, str(error)))
             return
         run = partial(_read, predict, None)
-        self.rungs.append(Rung(name, run, file, (), (target.name,), ENGINE_HAS_NO_SITES))
+        self.all.append(Version(name, run, file, (), (target.name,), ENGINE_HAS_NO_SITES))
 
 
 def _placed(target: Target, export: dict[str, Any]) -> Target:
@@ -208,12 +208,12 @@ def _file(
     sites: tuple[str, ...],
     note: str,
     targets: tuple[str, ...],
-) -> Rung:
+) -> Version:
     """An exported file: logits as it is, sites from a copy that shows them."""
     # The target's device may be elsewhere: its file is read on the CPU, its floats in float32.
     predict = OpenVinoPredictor(path) if path.suffix == ".xml" else open_predictor(str(path), CPU)
     run = partial(_read, predict, tap_file(path, sites))
-    return Rung(name, run, before, sites, targets, note)
+    return Version(name, run, before, sites, targets, note)
 
 
 def _read(predict: Predictor, tap: FileTap | None, image: Tensor) -> Taken:
@@ -285,11 +285,11 @@ def run_fidelity(
     samples = open_samples(run.recipe.data, "val")
     with step_line(console) as notify:
         notify("loading every form of the model")
-        ladder = Ladder(run, targets)
-        ladder.build()
-        check_classes(samples, ladder.classes)
+        versions = Versions(run, targets)
+        versions.build()
+        check_classes(samples, versions.classes)
         held = hold_images(samples, run.recipe.data, images, BadImages())
-        steps = climb(ladder.rungs, held.batches(1), notify)
+        steps = compare_versions(versions.all, held.batches(1), notify)
     value = {
         "run": name,
         "results_sha256": sha256_file(run.path / "results.json"),
@@ -297,14 +297,14 @@ def run_fidelity(
         "data": {**run.recipe.data.model_dump(mode="json"), "samples": samples.fingerprint()},
         "rungs": [
             *(step.as_json() for step in steps),
-            *_boards(ladder),
-            *(absent.as_json() for absent in ladder.gone),
+            *_boards(versions),
+            *(absent.as_json() for absent in versions.gone),
         ],
     }
     wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
-    wide.print(rung_table(value))
+    wide.print(version_table(value))
     wide.print(site_table(value))
-    for absent in ladder.gone:
+    for absent in versions.gone:
         text = f"{absent.name}: {absent.why}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     for path in filter(None, (run.path / "fidelity.json", json_file)):
@@ -313,12 +313,12 @@ def run_fidelity(
     return value
 
 
-def _boards(ladder: Ladder) -> list[dict[str, Any]]:
+def _boards(versions: Versions) -> list[dict[str, Any]]:
     """What devices measured on the samples of their bundles, beside their simulation's logits."""
-    before = {target: rung.before for rung in ladder.rungs for target in rung.targets}
-    precision = ladder.run.recipe.precision
+    before = {target: version.before for version in versions.all for target in version.targets}
+    precision = versions.run.recipe.precision
     rows = []
-    for board in measured_on_boards(ladder.run.path):
+    for board in device_measurements(versions.run.path):
         target = board["target"]
         of = f"engine of {target}" if load_target(target).is_engine else f"file for {target}"
         accuracy = board["models"].get(precision, {}).get("accuracy")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from care_compress.console import Finding
+from care_compress.console import CheckResult
 from care_compress.evaluate.accuracy import hits_of
 from care_compress.evaluate.agreement import Agreement, held_to
 from care_compress.evaluate.pairs import unpaired_interval
@@ -82,9 +82,9 @@ def counted_only(top1: float, images: int, model_top1: float, model_images: int)
     return ReadBack(top1, images, model_top1, interval=interval)
 
 
-def read_back_findings(
+def read_back_checks(
     read: Mapping[str, ReadBack], failed: Mapping[str, str], unread: Mapping[str, str]
-) -> list[Finding]:
+) -> list[CheckResult]:
     """By file: how near each came, why its export failed, why it could not be read back."""
     wrong = {key: str(one) for key, one in read.items() if not one.holds}
     # An export that failed is told beside what the file does here, which may be right.
@@ -96,13 +96,13 @@ def read_back_findings(
             f"{files} of {len(read.keys() | failed.keys())} files are not the model they were made "
             "from; their accuracy and speed are not the model's"
         )
-        findings.append(Finding(CHECK, "warning", text, tuple(items)))
+        findings.append(CheckResult(CHECK, "warning", text, tuple(items)))
     elif read:
         text = f"every file, of {len(read)}, answers on this processor as its model does"
-        findings.append(Finding(CHECK, "fine", text))
+        findings.append(CheckResult(CHECK, "fine", text))
     if unread:
         reasons = tuple(f"{key}: {why}" for key, why in unread.items())
-        findings.append(Finding(CHECK, "not measured", "some could not be read back", reasons))
+        findings.append(CheckResult(CHECK, "not measured", "some could not be read back", reasons))
     return findings
 
 
@@ -131,7 +131,7 @@ def _difference(model: Mapping[str, Any]) -> str:
     return f"{said}; it parts at {where}" if where else said
 
 
-def exports_finding(exports: Mapping[str, Mapping[str, Any]]) -> Finding:
+def exports_check(exports: Mapping[str, Mapping[str, Any]]) -> CheckResult:
     """Whether every file is there and computes what its model does, by ``exports`` of results.json.
 
     A target that cannot execute the model is no failure, and counts for nothing here.
@@ -148,11 +148,11 @@ def exports_finding(exports: Mapping[str, Mapping[str, Any]]) -> Finding:
             f"{len(failed)} of {files + missing} files could not be made, or do not compute what "
             "their model does; the accuracy of the run is not theirs"
         )
-        return Finding("exports", "warning", text, tuple(failed))
+        return CheckResult("exports", "warning", text, tuple(failed))
     if not files:
-        return Finding("exports", "not measured", "this run has no exported file to read back")
+        return CheckResult("exports", "not measured", "this run has no exported file to read back")
     text = f"every file, of {files}, was read back and computes what its model does"
-    return Finding("exports", "fine", text)
+    return CheckResult("exports", "fine", text)
 
 
 def answers_beside(path: Path, name: str) -> Path:

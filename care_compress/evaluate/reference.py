@@ -16,7 +16,7 @@ from rich.markup import escape
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, TargetError
 from care_compress.evaluate.comparison import BF16, CompareOptions, find_entries, score
-from care_compress.evaluate.resolve import Contender, MakeRun, contenders
+from care_compress.evaluate.resolve import MakeRun, NamedModel, named_models
 from care_compress.files import read_json, size_of
 from care_compress.machine import git_revision
 from care_compress.recipe.reading import read_yaml
@@ -43,14 +43,14 @@ class AcceptedRecipe(Section):
     targets: dict[str, AcceptedFile] = Field(min_length=1)
 
 
-class Reference(Section):
+class AcceptedValues(Section):
     """All accepted values."""
 
     recipes: dict[str, AcceptedRecipe] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
-class Found:
+class MeasuredFile:
     """What a recipe's file on one target gives now."""
 
     top1: float
@@ -106,7 +106,7 @@ def run_reference(
 
 def read_reference(file: Path, names: list[str]) -> dict[str, AcceptedRecipe]:
     """The accepted values of these recipes; of all, if none is named."""
-    known = parse(Reference, read_yaml(file) or {}, str(file)).recipes
+    known = parse(AcceptedValues, read_yaml(file) or {}, str(file)).recipes
     for name in names:
         if name not in known:
             raise RecipeError(
@@ -115,7 +115,9 @@ def read_reference(file: Path, names: list[str]) -> dict[str, AcceptedRecipe]:
     return {name: known[name] for name in names or known}
 
 
-def checked(name: str, accepted: AcceptedRecipe, found: Mapping[str, Found]) -> Iterator[Check]:
+def checked(
+    name: str, accepted: AcceptedRecipe, found: Mapping[str, MeasuredFile]
+) -> Iterator[Check]:
     """Every value that could be measured, beside its accepted one."""
     for target, one in found.items():
         known = accepted.targets[target]
@@ -135,14 +137,14 @@ def _recipe(name: str, accepted: AcceptedRecipe) -> Recipe:
 
 def _run_of(
     recipe: Recipe, name: str, runs: Path, make_run: MakeRun, console: Console
-) -> Contender:
+) -> NamedModel:
     """The run that this commit made of a recipe, or a new one."""
     run = f"reference_{name}"
     if not _is_current(runs / run, recipe):
         console.print(f"making {escape(str(runs / run))}", soft_wrap=True)
         make_run(recipe, runs, run, Console(quiet=True))
-    (made,) = contenders([run], runs)
-    assert isinstance(made, Contender)
+    (made,) = named_models([run], runs)
+    assert isinstance(made, NamedModel)
     return made
 
 
@@ -163,8 +165,8 @@ def _is_current(run: Path, recipe: Recipe) -> bool:
 
 
 def _measured(
-    one: Contender, targets: tuple[str, ...], console: Console
-) -> tuple[dict[str, Found], dict[str, str]]:
+    one: NamedModel, targets: tuple[str, ...], console: Console
+) -> tuple[dict[str, MeasuredFile], dict[str, str]]:
     """Each file on its target, and why there is none; floats are never rounded on their own."""
     assert one.recipe is not None
     options = CompareOptions(targets=targets)
@@ -175,5 +177,5 @@ def _measured(
         return {}, reasons
     samples = open_samples(one.recipe.data, "val")
     answers = score(entries, [one], samples, one.recipe.data, options, console).answers
-    found = {e.target: Found(answers[e.key].top1, size_of(e.path)) for e in entries}
+    found = {e.target: MeasuredFile(answers[e.key].top1, size_of(e.path)) for e in entries}
     return found, reasons

@@ -26,7 +26,7 @@ SIMULATION = "torch"  # stands for a target where a checkpoint is compared as it
 
 
 @dataclass(frozen=True)
-class Contender:
+class NamedModel:
     """One model under comparison."""
 
     name: str
@@ -62,7 +62,7 @@ class Contender:
         rewrites = self.results.get("rewrites")
         return rewrites[-1]["parameters"] if rewrites else None
 
-    def same_start(self, other: "Contender") -> bool:
+    def same_start(self, other: "NamedModel") -> bool:
         """Whether both runs began with the same model and images."""
         if self.recipe is None or other.recipe is None:
             return True
@@ -77,12 +77,12 @@ def same_images(one: DataSection, other: DataSection) -> bool:
     return one.model_dump(include=keys) == other.model_dump(include=keys)
 
 
-def contenders(names: list[str], runs: Path) -> list[Contender | str]:
+def named_models(names: list[str], runs: Path) -> list[NamedModel | str]:
     """Whom the names mean; a name with no run stays a name."""
     found = {name: _options(name, runs) for name in names}
     # The last name that means one thing tells which model and images are meant.
     settled = next((found[name][0] for name in reversed(names) if found[name]), None)
-    chosen: list[Contender | str] = []
+    chosen: list[NamedModel | str] = []
     for name in names:
         fitting = [one for one in found[name] if settled is None or one.same_start(settled)]
         if fitting:
@@ -94,13 +94,13 @@ def contenders(names: list[str], runs: Path) -> list[Contender | str]:
     return chosen
 
 
-def _options(name: str, runs: Path) -> list[Contender]:
+def _options(name: str, runs: Path) -> list[NamedModel]:
     """What a name may mean, best first."""
     path = Path(name)
     if path.suffix in (*READERS, *CHECKPOINT_SUFFIXES, ".engine"):
         if not os.path.isfile(path):
             raise CareError(f"{name} is not a file.", "check the path, or name a run")
-        return [Contender(name, {_reader(path): path})]
+        return [NamedModel(name, {_reader(path): path})]
     if os.path.isfile(runs / name / "results.json"):
         return [_of_run(runs / name)]
     every = [_of_run(folder.parent) for folder in runs.glob("*/results.json")]
@@ -118,12 +118,12 @@ def _reader(path: Path) -> str:
     return READERS.get(path.suffix, SIMULATION)
 
 
-def _age(contender: Contender) -> float:
+def _age(contender: NamedModel) -> float:
     assert contender.run is not None
     return -(contender.run / "results.json").stat().st_mtime
 
 
-def _of_run(run: Path) -> Contender:
+def _of_run(run: Path) -> NamedModel:
     found = read_run(run)
     results, recipe = found.results, found.recipe
     files = {}
@@ -132,10 +132,10 @@ def _of_run(run: Path) -> Contender:
             main = export.get("models", {}).get(recipe.precision)
             if main is not None:
                 files[target] = run / "exports" / target / main["file"]
-    return Contender(run.name, files, run, recipe, results)
+    return NamedModel(run.name, files, run, recipe, results)
 
 
-def float_recipe_of(candidate: Contender) -> Recipe:
+def float_recipe_of(candidate: NamedModel) -> Recipe:
     """The float baseline of a quantized run: the same model on the same images."""
     assert candidate.recipe is not None
     start = candidate.recipe

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from care_compress.console import show_findings
+from care_compress.console import show_checks
 from care_compress.data.samples import Samples
-from care_compress.evaluate.checks import run_findings
+from care_compress.evaluate.checks import run_checks
 from care_compress.evaluate.run_accuracy import Scores
 from care_compress.model.rewrite import RewriteStep
 from care_compress.recipe.recipe import Recipe
@@ -27,8 +27,8 @@ def write_results(
     console, accuracy = context.console, scores.accuracy
     # The other processes report nothing, and may not see the run directory.
     main = context.world.is_main
-    findings = run_findings(context, recipe, validation, scores, exports) if main else []
-    show_findings(findings, console)
+    findings = run_checks(context, recipe, validation, scores, exports) if main else []
+    show_checks(findings, console)
     results = {
         "run": context.run.name,
         "recipe": recipe.name,

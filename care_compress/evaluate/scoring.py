@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from care_compress import machine
-from care_compress.console import progress_bar, show_findings
+from care_compress.console import progress_bar, show_checks
 from care_compress.data.loader import BadImages, images_at_once, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import check_classes, open_samples
@@ -24,7 +24,7 @@ from care_compress.errors import Stopped
 from care_compress.evaluate.accuracy import (
     NOTHING,
     Accuracy,
-    answers_finding,
+    answers_check,
     count_batch,
     own_share,
 )
@@ -39,7 +39,7 @@ SECONDS = 10.0  # between states; what is lost when a process is killed
 
 
 @dataclass(frozen=True)
-class Progress:
+class ScoringProgress:
     """What one process has counted so far."""
 
     done: int = 0  # of its images, in whole batches
@@ -64,23 +64,25 @@ class ProgressFile:
         process = "" if world.size == 1 else f"-{world.rank}-of-{world.size}"
         return cls(json_file.with_name(f"{json_file.name}.progress{process}"), evaluation)
 
-    def read(self) -> Progress:
+    def read(self) -> ScoringProgress:
         """Where the same evaluation was interrupted; the beginning, if it was not."""
         if self.path is None or not self.path.is_file():
-            return Progress()
+            return ScoringProgress()
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: not ours to continue
             found = read_json(self.path)
             if found["evaluation"] == self.evaluation:
-                return Progress(found["done"], Accuracy(**found["accuracy"]), found["skipped"])
+                return ScoringProgress(
+                    found["done"], Accuracy(**found["accuracy"]), found["skipped"]
+                )
         self.is_of_another = True
-        return Progress()
+        return ScoringProgress()
 
-    def keep(self, progress: Progress) -> None:
+    def keep(self, progress: ScoringProgress) -> None:
         """Write, if the last state is old."""
         if time.monotonic() - self._written >= SECONDS:
             self.write(progress)
 
-    def write(self, progress: Progress) -> None:
+    def write(self, progress: ScoringProgress) -> None:
         """Write now."""
         if self.path is not None:
             content = {"evaluation": self.evaluation, **asdict(progress)}
@@ -167,7 +169,7 @@ class _Job:
 
 def _score(
     predict: Predictor, job: _Job, state: ProgressFile, world: World, console: Console
-) -> Progress:
+) -> ScoringProgress:
     """The share of one process, from where it was interrupted."""
     so_far = state.read()
     before = sum(world.gathered(so_far.done))
@@ -196,7 +198,7 @@ def _score(
     return so_far
 
 
-def _batches(predict: Predictor, job: _Job, start: Progress) -> Iterator[Progress]:
+def _batches(predict: Predictor, job: _Job, start: ScoringProgress) -> Iterator[ScoringProgress]:
     """What is known after each batch."""
     bad = BadImages(dict(start.skipped))
     accuracy = start.accuracy
@@ -214,14 +216,14 @@ def _batches(predict: Predictor, job: _Job, start: Progress) -> Iterator[Progres
             # Bad images are no part of a batch, but its last image tells which batch it is.
             number = bisect_left(job.indices, int(batch.indices[-1])) // job.batch_size
             done = min((number + 1) * job.batch_size, len(job.indices))
-            yield Progress(done, accuracy, bad.reasons)
-    yield Progress(len(job.indices), accuracy, bad.reasons)
+            yield ScoringProgress(done, accuracy, bad.reasons)
+    yield ScoringProgress(len(job.indices), accuracy, bad.reasons)
 
 
 def _show(accuracy: Accuracy, skipped: Mapping[str, str], console: Console) -> None:
     for name, reason in skipped.items():
         console.print(f"skipped {name}: {reason}", markup=False)
-    show_findings([answers_finding({"the model": accuracy})], console)
+    show_checks([answers_check({"the model": accuracy})], console)
     console.print(
         f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  on {accuracy.images:,} images"
     )

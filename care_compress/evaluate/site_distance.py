@@ -56,12 +56,12 @@ def first_divergence(model: nn.Module, artifact: Path, sites: Iterable[str], ima
 
 
 @dataclass(frozen=True)
-class Rung:
+class Version:
     """One form of the model."""
 
     name: str
     run: Callable[[Tensor], Taken]  # one image
-    before: str | None  # the rung it was made from; none for the first
+    before: str | None  # the version it was made from; none for the first
     sites: tuple[str, ...] = ()  # that mean the same in both, in the order of the network
     targets: tuple[str, ...] = ()  # which it belongs to; none: all of them
     note: str = ""  # why it shows no sites, or not all of them
@@ -69,7 +69,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Absent:
-    """A rung that cannot be stood on here."""
+    """A version that cannot be run here."""
 
     name: str
     why: str  # and how to get it
@@ -80,12 +80,12 @@ class Absent:
 
 
 @dataclass
-class Step:
-    """One rung beside the one before it, summed over images."""
+class VersionDistance:
+    """One version beside the one before it, summed over images."""
 
-    rung: Rung
+    version: Version
     images: int = 0
-    same: int = 0  # answers, as the rung before
+    same: int = 0  # answers, as the version before
     same_as_float: int = 0
     logits: Distance = field(default_factory=Distance)
     to_float: Distance = field(default_factory=Distance)
@@ -99,7 +99,7 @@ class Step:
         answers = found.logits.argmax(dim=1)
         self.same += int((before.logits.argmax(dim=1) == answers).sum())
         self.same_as_float += int((plain.logits.argmax(dim=1) == answers).sum())
-        for site in self.rung.sites:
+        for site in self.version.sites:
             self._add_site(site, before.sites, found.sites)
 
     def _add_site(self, site: str, before: Outputs, found: Outputs) -> None:
@@ -116,11 +116,11 @@ class Step:
 
     def as_json(self) -> dict[str, Any]:
         """As ``fidelity.json`` holds it; 200 dB stand for no difference at all."""
-        first, parting = self.rung.before is None, self.parts_at
+        first, parting = self.version.before is None, self.parts_at
         return {
-            "rung": self.rung.name,
-            "before": self.rung.before,
-            "targets": list(self.rung.targets),
+            "rung": self.version.name,
+            "before": self.version.before,
+            "targets": list(self.version.targets),
             "sqnr_db": None if first else self.logits.shown_db,
             "to_float_db": None if first else self.to_float.shown_db,
             "same_percent": 100 * self.same / self.images,
@@ -133,21 +133,21 @@ class Step:
                 "before_db": parting.before_db,
             },
             "sites": {site: one.shown_db for site, one in self.sites.items()},
-            "note": self.rung.note,
+            "note": self.version.note,
         }
 
 
 @torch.inference_mode()
-def climb(
-    rungs: Sequence[Rung], images: Iterable[Tensor], notify: Callable[[str], None]
-) -> list[Step]:
-    """Run every rung on every image, one image at a time: all outputs of all rungs are held."""
-    steps = [Step(rung) for rung in rungs]
+def compare_versions(
+    versions: Sequence[Version], images: Iterable[Tensor], notify: Callable[[str], None]
+) -> list[VersionDistance]:
+    """Run every version on every image, one at a time: all outputs of all are held."""
+    steps = [VersionDistance(version) for version in versions]
     for number, image in enumerate(images, 1):
         notify(f"climbing with image {number}")
         taken: dict[str, Taken] = {}
         for step in steps:
-            rung = step.rung
-            found = taken[rung.name] = rung.run(image)
-            step.add(found, taken[rung.before or rung.name], taken[rungs[0].name])
+            version = step.version
+            found = taken[version.name] = version.run(image)
+            step.add(found, taken[version.before or version.name], taken[versions[0].name])
     return steps

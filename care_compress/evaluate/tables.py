@@ -172,10 +172,10 @@ HARDEST = 15
 ABSENT = "not here, see below"
 
 
-def rung_table(value: dict[str, Any]) -> Table:
-    """One row for each rung, beside the one before it."""
-    table = Table(title=f"Rung by rung, {value['images']:,} images", title_justify="left")
-    table.add_column("rung", no_wrap=True)
+def version_table(value: dict[str, Any]) -> Table:
+    """One row for each version, beside the one before it."""
+    table = Table(title=f"Version by version, {value['images']:,} images", title_justify="left")
+    table.add_column("version", no_wrap=True)
     table.add_column("made from", no_wrap=True)
     for column in ("logits", "to float", "same answers"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -194,12 +194,12 @@ def _figures(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def decibels(value: float | None) -> str:
-    """``31.0 dB``; nothing for the first rung, words for no difference."""
+    """``31.0 dB``; nothing for the first version, words for no difference."""
     return "" if value is None else "exact" if value >= EXACT_DB else f"{value:.1f} dB"
 
 
 def parting_text(row: dict[str, Any]) -> str:
-    """Where a rung parts from the one before it, or why that is not known."""
+    """Where a version parts from the one before it, or why that is not known."""
     parting = row["parts_at"]
     if parting is not None:
         return f"{short_name(parting['site'])}, {decibels(parting['sqnr_db'])}"
@@ -209,7 +209,7 @@ def parting_text(row: dict[str, Any]) -> str:
 
 
 def hardest_sites(value: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
-    """Rungs that show sites, and the worst sites with a distance for each of those rungs."""
+    """Versions that show sites, and the worst sites with a distance for each of those versions."""
     shown = [row for row in value["rungs"] if row.get("sites")]
     worst: dict[str, float] = {}
     for row in shown:
@@ -221,13 +221,13 @@ def hardest_sites(value: dict[str, Any]) -> tuple[list[str], list[tuple[str, lis
 
 
 def site_table(value: dict[str, Any]) -> Table:
-    """The hardest sites along the ladder, each step beside the rung it was made from."""
-    rungs, cells = hardest_sites(value)
+    """The hardest sites from version to version, each step beside the version it was made from."""
+    versions, cells = hardest_sites(value)
     title = "Hardest sites, dB of each step (left out where a site's meaning moved)"
     table = Table(title=title, title_justify="left")
     table.add_column("site", no_wrap=True)
-    for rung in rungs:
-        table.add_column(escape(rung), justify="right")
+    for version in versions:
+        table.add_column(escape(version), justify="right")
     for site, found in cells:
         table.add_row(short_name(site), *(decibels(one).removesuffix(" dB") for one in found))
     return table

@@ -77,7 +77,7 @@ except ImportError:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModulePart:
     """One module, taken apart."""
 
     name: str
@@ -100,7 +100,9 @@ def stitch(runtime: Runtime) -> str:
     return join_parts(parts, _LAST[runtime], header, guard)
 
 
-def join_parts(parts: Mapping[str, Part], last: str, header: str = "", guard: str = "") -> str:
+def join_parts(
+    parts: Mapping[str, ModulePart], last: str, header: str = "", guard: str = ""
+) -> str:
     """Join what `last` needs, `last` at the end; `guard` stands behind the imports."""
     ordered = [parts[name] for name in _in_order(parts, last)]
     _check_names(ordered)
@@ -110,13 +112,13 @@ def join_parts(parts: Mapping[str, Part], last: str, header: str = "", guard: st
     return "\n\n\n".join(sections) + "\n"
 
 
-def check_use(parts: Mapping[str, Part], last: Iterable[str]) -> None:
+def check_use(parts: Mapping[str, ModulePart], last: Iterable[str]) -> None:
     """Every module is in one of the scripts, or it is dead."""
     used = {name for end in last for name in _in_order(parts, end)}
     assert used == set(parts), f"no one imports {set(parts) - used}"
 
 
-def _import_lines(parts: Iterable[Part]) -> list[str]:
+def _import_lines(parts: Iterable[ModulePart]) -> list[str]:
     wanted: dict[str, set[str]] = {}
     for module, name in sorted(set().union(*(part.imports for part in parts))):
         wanted.setdefault(module, set()).add(name)
@@ -129,7 +131,7 @@ def _import_lines(parts: Iterable[Part]) -> list[str]:
     return plain + named
 
 
-def read_part(name: str, source: str) -> Part:
+def read_part(name: str, source: str) -> ModulePart:
     """Take one module apart: its imports, what it defines, and the rest of its text."""
     tree = ast.parse(source)
     lines = source.splitlines()
@@ -149,7 +151,7 @@ def read_part(name: str, source: str) -> Part:
             lines[line] = ""
     comment = "\n".join(f"# {line}".rstrip() for line in about.splitlines())
     body = comment + "\n\n" + "\n".join(lines).strip()
-    return Part(name, frozenset(imports), tuple(needs), frozenset(names), body)
+    return ModulePart(name, frozenset(imports), tuple(needs), frozenset(names), body)
 
 
 def _read_import(
@@ -183,7 +185,7 @@ def _defined(node: ast.stmt) -> Iterable[str]:
     return []
 
 
-def _check_names(parts: Iterable[Part]) -> None:
+def _check_names(parts: Iterable[ModulePart]) -> None:
     owner: dict[str, str] = {}
     for part in parts:
         imported = {name or module for module, name in part.imports}
@@ -196,7 +198,7 @@ def _check_names(parts: Iterable[Part]) -> None:
             assert other == kind, f"{name} is defined by {other} and by {kind}"
 
 
-def _in_order(parts: Mapping[str, Part], last: str) -> list[str]:
+def _in_order(parts: Mapping[str, ModulePart], last: str) -> list[str]:
     ordered: list[str] = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:

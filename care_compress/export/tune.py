@@ -61,7 +61,7 @@ class TuneOptions:
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedPlacement:
     """One placement: what it loses against float, and how it compares with the shipped one."""
 
     name: str
@@ -83,7 +83,7 @@ class Tried:
         }
 
     @classmethod
-    def of_json(cls, found: dict[str, Any]) -> "Tried":
+    def of_json(cls, found: dict[str, Any]) -> "TriedPlacement":
         """What `as_json` wrote."""
         speedup = (found["speedup"][0], found["speedup"][1], found["speedup"][2])
         return cls(found["name"], Drop(*found["drop"]), found["milliseconds"], speedup)
@@ -117,14 +117,18 @@ def run_tune(
     return best.name
 
 
-def choose(tried: list[Tried], limit: float | None, usual: str = AS_SHIPPED) -> Tried:
+def choose(
+    tried: list[TriedPlacement], limit: float | None, usual: str = AS_SHIPPED
+) -> TriedPlacement:
     """The fastest within the budget, if it is faster than the usual one beyond noise."""
     shipped = next(one for one in tried if one.name == usual)
     able = [one for one in tried if one.fits(limit) and one.speedup[1] > 1]
     return max(able, key=lambda one: one.speedup[0], default=shipped)
 
 
-def tune_table(tried: list[Tried], best: Tried, target: Target, images: int) -> Table:
+def tune_table(
+    tried: list[TriedPlacement], best: TriedPlacement, target: Target, images: int
+) -> Table:
     """Every placement, fastest first."""
     table = Table(title=f"Placements for {target.name}, {images:,} images, one thread")
     table.title_justify = "left"
@@ -206,7 +210,7 @@ def _open_bench(
     return _Bench(context, target, variants, images, validation)
 
 
-def _known(bench: _Bench, options: TuneOptions) -> list[Tried]:
+def _known(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
     """What was measured before on this processor with the same model and libraries."""
     if options.again or not bench.record.is_file():
         return []
@@ -214,10 +218,10 @@ def _known(bench: _Bench, options: TuneOptions) -> list[Tried]:
     if found["key"] != bench.key:
         return []
     bench.context.console.print("measured before on this processor; --again measures again")
-    return [Tried.of_json(one) for one in found["tried"]]
+    return [TriedPlacement.of_json(one) for one in found["tried"]]
 
 
-def _measured(bench: _Bench, options: TuneOptions) -> list[Tried]:
+def _measured(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
     """Export, score and time every placement."""
     names = (AS_SHIPPED, *bench.target.placements)
     precision = unasked_precision()
@@ -234,7 +238,7 @@ def _measured(bench: _Bench, options: TuneOptions) -> list[Tried]:
         notify("timing")
         timed = measure_latency(runners, 1, options.latency)
     return [
-        Tried(
+        TriedPlacement(
             name,
             drops[name],
             timed[name].percentiles()["p50"],
@@ -252,7 +256,7 @@ def _drop(bench: _Bench, path: Path, precision: str) -> Drop:
     return Drop.between(*(hits_of(logits, labels).first.numpy() for logits in (before, after)))
 
 
-def _keep(bench: _Bench, best: Tried, tried: list[Tried]) -> None:
+def _keep(bench: _Bench, best: TriedPlacement, tried: list[TriedPlacement]) -> None:
     """Put the best into the run, and what was measured beside it."""
     run = bench.context.run
     with step_line(bench.context.console) as notify:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from care_compress.console import Finding
+from care_compress.console import CheckResult
 from care_compress.files import read_json
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.observers import extremes
@@ -38,40 +38,40 @@ class Health:
     counted: int = 0  # images that values were counted on
     cut: dict[str, float] = field(default_factory=dict)  # share of the values that enter each site
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[CheckResult]:
         """What a reader should know."""
         return [self._cut(), self._dead()]
 
     @classmethod
-    def missing(cls, reason: str) -> list[Finding]:
+    def missing(cls, reason: str) -> list[CheckResult]:
         """What it could have said."""
-        return [Finding(check, "not measured", reason) for check in (RANGES, CHANNELS)]
+        return [CheckResult(check, "not measured", reason) for check in (RANGES, CHANNELS)]
 
-    def _cut(self) -> Finding:
+    def _cut(self) -> CheckResult:
         over = sorted((s for s in self.cut if self.cut[s] > MOST_CUT), key=lambda s: -self.cut[s])
         of = f"of {len(self.cut)} sites, on {self.counted} calibration images"
         if not over:
             worst = max(self.cut, key=lambda site: self.cut[site], default="")
             most = f"; {worst} most, {100 * self.cut[worst]:.2g} %" if worst else ""
             said = f"none {of} cuts off more than {100 * MOST_CUT:g} % of its values{most}"
-            return Finding(RANGES, "fine", said)
+            return CheckResult(RANGES, "fine", said)
         items = tuple(f"{site} {100 * self.cut[site]:.1f} %" for site in over)
         said = f"{len(over)} {of}, cut off more than {100 * MOST_CUT:g} % of their values"
-        return Finding(RANGES, "warning", said, items)
+        return CheckResult(RANGES, "warning", said, items)
 
-    def _dead(self) -> Finding:
+    def _dead(self) -> CheckResult:
         total, count = sum(self.channels.values()), sum(self.dead.values())
         on = f"on all {self.images} calibration images"
         if not count:
             said = f"none of {total:,} at {len(self.channels)} sites has one value {on}"
-            return Finding(CHANNELS, "fine", said)
+            return CheckResult(CHANNELS, "fine", said)
         worst = sorted(self.dead, key=lambda s: -self.dead[s] / self.channels[s])
         items = tuple(f"{site} {self.dead[site]} of {self.channels[site]}" for site in worst)
         said = (
             f"{count:,} of {total:,}, at {len(self.dead)} of {len(self.channels)} sites, have one "
             f"value {on}: they cost time and say nothing"
         )
-        return Finding(CHANNELS, "warning", said, items)
+        return CheckResult(CHANNELS, "warning", said, items)
 
 
 class _Watch:

@@ -91,7 +91,7 @@ def search_bits(
         left = len(hunt.trials) < section.search.trials and time.monotonic() < deadline
         return left and not hunt.reached(section.search.max_cost)
 
-    # low steps hold the budget; the whole ladder may, or as much of it as is asked for.
+    # low steps hold the budget; all steps down may, or as much of it as is asked for.
     low, high = 0, hunt.steps_to_reach(section.search.max_cost)
     if hunt.try_steps(range(high)):
         return hunt.found()
@@ -200,21 +200,21 @@ def _cost(plan: Plan, search: SearchSection) -> float:
 
 
 def _ordered_steps(job: PtqJob, section: QuantizeSection) -> list[Step]:
-    """Every site's way down the ladder, most saving for the least noise first."""
+    """Every site's way down the precisions, most saving for the least noise first."""
     plan = planned(job.network, section, job.resolution)[1]
-    ladder = _ladder(section)
+    precisions = _precisions(section)
     sites = [
         decision.site.name
         for decision in plan.decisions
         if decision.site.weighted and decision.input.is_integer
     ]
-    noise = {precision: _noises(job, section, sites, precision) for precision in ladder[1:]}
-    costs = {precision: _site_costs(job, section, sites, precision) for precision in ladder}
+    noise = {precision: _noises(job, section, sites, precision) for precision in precisions[1:]}
+    costs = {precision: _site_costs(job, section, sites, precision) for precision in precisions}
 
-    def price(site: str, rung: int) -> float:
-        """Noise added per cost saved by going from the rung above to this one."""
-        above, here = ladder[rung - 1], ladder[rung]
-        before = noise[above][site] if rung > 1 else 0.0
+    def price(site: str, level: int) -> float:
+        """Noise added per cost saved by going from the level above to this one."""
+        above, here = precisions[level - 1], precisions[level]
+        before = noise[above][site] if level > 1 else 0.0
         saved = max(costs[above][site] - costs[here][site], 1e-30)
         return max(noise[here][site] - before, 0.0) / saved
 
@@ -222,14 +222,14 @@ def _ordered_steps(job: PtqJob, section: QuantizeSection) -> list[Step]:
     heapq.heapify(waiting)
     steps = []
     while waiting:
-        _, site, rung = heapq.heappop(waiting)
-        steps.append(Step(site, ladder[rung]))
-        if rung + 1 < len(ladder):
-            heapq.heappush(waiting, (price(site, rung + 1), site, rung + 1))
+        _, site, level = heapq.heappop(waiting)
+        steps.append(Step(site, precisions[level]))
+        if level + 1 < len(precisions):
+            heapq.heappush(waiting, (price(site, level + 1), site, level + 1))
     return steps
 
 
-def _ladder(section: QuantizeSection) -> list[str]:
+def _precisions(section: QuantizeSection) -> list[str]:
     """The precisions that the target executes."""
     if section.target is None:
         return list(LADDER)

@@ -4,8 +4,8 @@ from care_compress.evaluate.pairs import wilson
 from care_compress.report.blocks import (
     Cell,
     Figure,
+    PageSection,
     Picture,
-    Section,
     Table,
     Text,
     interval,
@@ -17,7 +17,7 @@ from care_compress.report.sources import Json, Sources
 Model = tuple[str, str, Json]  # its name, the target where it is a file for one, its figures
 
 
-def accuracy(sources: Sources) -> Section:
+def accuracy(sources: Sources) -> PageSection:
     """Top-1 and top-5 with intervals: in simulation, and of the exported files."""
     results = sources.results
     images = results["accuracy"]["images"]
@@ -29,7 +29,7 @@ def accuracy(sources: Sources) -> Section:
         for name, candidate in results["candidates"].items():
             kept = f"{name} (kept)" if name == results["kept"] else name
             found.append((kept, "", candidate))
-    section = Section("accuracy", "Accuracy")
+    section = PageSection("accuracy", "Accuracy")
     section.blocks += [
         _accuracy_plot(sources, "In this run", {"": found}, images),
         _accuracy_table(f"On {images:,} validation images", found, images),

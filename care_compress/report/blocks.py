@@ -106,7 +106,7 @@ Block = Text | Tiles | Table | Figure | Gallery
 
 
 @dataclass
-class Section:
+class PageSection:
     """A heading and what stands under it."""
 
     anchor: str

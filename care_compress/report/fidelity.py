@@ -1,16 +1,16 @@
-"""The fidelity ladder: what each step from the float model to a file cost, and where."""
+"""Fidelity: what each step from the float model to a file cost, and where."""
 
 from care_compress.evaluate.tables import ABSENT, decibels, hardest_sites, parting_text
 from care_compress.quantize.plots import short_name
-from care_compress.report.blocks import Cell, Section, Table, Text, missing, number
+from care_compress.report.blocks import Cell, PageSection, Table, Text, missing, number
 from care_compress.report.sources import Json, Sources
 
-COLUMNS = ("rung", "logits dB", "to float dB", "same answers %", "first parts at", "made from")
+COLUMNS = ("version", "logits dB", "to float dB", "same answers %", "first parts at", "made from")
 
 
-def fidelity(sources: Sources) -> Section:
-    """Every rung beside the one before it."""
-    section = Section("fidelity", "From float to file, rung by rung")
+def fidelity(sources: Sources) -> PageSection:
+    """Every version beside the one before it."""
+    section = PageSection("fidelity", "From float to file, version by version")
     found = sources.fidelity
     if found is None:
         section.blocks.append(missing(f"Not measured: care-compress fidelity {sources.name}."))
@@ -23,15 +23,15 @@ def fidelity(sources: Sources) -> Section:
             )
         )
         return section
-    rungs = [_rung(row) for row in found["rungs"]]
+    versions = [_version(row) for row in found["rungs"]]
     section.blocks += [
         Text(
-            "Each rung is compared with the one it was made from, so that a step answers for its "
+            "Each version is compared with the one it was made from: a step answers for its "
             "own loss alone; 80 dB and more is the order of float sums. With its quantizers off "
             "a quantized model still has the biases that PTQ corrected and the weights that QAT "
-            "trained: that is the rung called rescaled."
+            "trained: that is the version called rescaled."
         ),
-        Table(f"On {found['images']:,} images", COLUMNS, rungs, COLUMNS[1:4]),
+        Table(f"On {found['images']:,} images", COLUMNS, versions, COLUMNS[1:4]),
     ]
     names, cells = hardest_sites(found)
     rows = [(Cell(short_name(site)), *map(_decibels, distances)) for site, distances in cells]
@@ -44,7 +44,7 @@ def fidelity(sources: Sources) -> Section:
     return section
 
 
-def _rung(row: Json) -> tuple[Cell, ...]:
+def _version(row: Json) -> tuple[Cell, ...]:
     if "missing" in row:
         return (Cell(row["rung"]), *[Cell("")] * 3, Cell(ABSENT), Cell(""))
     return (

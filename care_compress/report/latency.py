@@ -8,8 +8,8 @@ from care_compress.report.blocks import (
     Block,
     Cell,
     Figure,
+    PageSection,
     Picture,
-    Section,
     Table,
     interval,
     missing,
@@ -132,9 +132,9 @@ COLUMNS = (
 )
 
 
-def latency(sources: Sources) -> Section:
+def latency(sources: Sources) -> PageSection:
     """Bars from zero to p50 with ticks at p90 and p99, each target on a scale of its own."""
-    section = Section("latency", "Latency")
+    section = PageSection("latency", "Latency")
     pictures: list[Picture] = []
     rows: list[tuple[Cell, ...]] = []
     unavailable: list[tuple[Cell, ...]] = []

@@ -9,9 +9,9 @@ from care_compress.report.blocks import (
     Figure,
     Gallery,
     Legend,
+    PageSection,
     Photo,
     Picture,
-    Section,
     Table,
     Text,
     Tone,
@@ -26,9 +26,9 @@ SHOWN = 12  # of the most sensitive sites in the plot
 LISTED = 40  # changes of answers
 
 
-def layers(sources: Sources) -> Section:
+def layers(sources: Sources) -> PageSection:
     """How far each layer's output is from float, and what each costs by itself."""
-    section = Section("layers", "Layers")
+    section = PageSection("layers", "Layers")
     found = sources.evidence.get("layers")
     alone = (sources.sensitivity or {}).get("sites") or {}
     if found is None:
@@ -133,9 +133,9 @@ def _sensitivity(sources: Sources, alone: Json) -> list[Block]:
     ]
 
 
-def histograms(sources: Sources) -> Section:
+def histograms(sources: Sources) -> PageSection:
     """The inputs that lose most by their own rounding, and the ranges that were chosen."""
-    section = Section("activations", "Activations of the hardest layers")
+    section = PageSection("activations", "Activations of the hardest layers")
     found = (sources.evidence.get("layers") or {}).get("histograms")
     if found is None:
         section.blocks.append(missing(sources.evidence["missing"]["layers"]))
@@ -178,9 +178,9 @@ def _histogram(one: Json) -> Picture:
     return Picture(drawing, told, short_name(one["site"]))
 
 
-def changes(sources: Sources) -> Section:
+def changes(sources: Sources) -> PageSection:
     """Which class lost images to which, and the images."""
-    section = Section("answers", "Answers that changed")
+    section = PageSection("answers", "Answers that changed")
     found = sources.evidence.get("answers")
     if found is None:
         section.blocks.append(missing(sources.evidence["missing"]["answers"]))
@@ -230,9 +230,9 @@ def _photo(one: Json) -> Photo:
     )
 
 
-def training(sources: Sources) -> Section:
+def training(sources: Sources) -> PageSection:
     """Validations on the way: of the float model where it was trained, and of QAT."""
-    section = Section("training", "Training curves")
+    section = PageSection("training", "Training curves")
     if sources.trained:
         section.blocks += _curve("Float training", sources.trained, None)
     if sources.qat:

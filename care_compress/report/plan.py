@@ -5,7 +5,7 @@ from typing import Any
 from care_compress.report.blocks import (
     Block,
     Cell,
-    Section,
+    PageSection,
     Table,
     Text,
     megabytes,
@@ -17,9 +17,9 @@ from care_compress.report.sources import Json, Sources
 PLAN = ("site", "role", "input", "weight", "precision", "rule", "MACs (M)", "share %")
 
 
-def plan(sources: Sources) -> Section:
+def plan(sources: Sources) -> PageSection:
     """Every site with the rule that decided it."""
-    section = Section("plan", "Plan")
+    section = PageSection("plan", "Plan")
     found = sources.evidence.get("plan")
     if found is None:
         section.blocks.append(missing(sources.evidence["missing"]["plan"]))
@@ -73,9 +73,9 @@ def _tensor(spec: Json) -> str:
     return f"{'s' if spec['symmetric'] else 'u'}{spec['bits']} per {where}{clip}"
 
 
-def exports(sources: Sources) -> Section:
+def exports(sources: Sources) -> PageSection:
     """Each file beside the model it was made from, engines, and what could not be exported."""
-    section = Section("exports", "Exports")
+    section = PageSection("exports", "Exports")
     found = sources.results["exports"]
     files = [row for export in found.values() for row in _files(export)]
     if files:
@@ -170,9 +170,9 @@ def _not_exported(found: Json) -> list[Block]:
     ]
 
 
-def manifest(sources: Sources) -> Section:
+def manifest(sources: Sources) -> PageSection:
     """Everything that is needed to make the run again, and to know that it is the same."""
-    section = Section("manifest", "Manifest")
+    section = PageSection("manifest", "Manifest")
     results, found = sources.results, sources.manifest
     rows = [("run", sources.name), ("recipe", results["recipe"])]
     rows += [("claim", sources.recipe.get("claim", "")), ("seed", sources.recipe.get("seed", ""))]

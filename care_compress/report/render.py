@@ -13,14 +13,23 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from care_compress.report.blocks import Block, Cell, Figure, Gallery, Section, Table, Text, Tiles
+from care_compress.report.blocks import (
+    Block,
+    Cell,
+    Figure,
+    Gallery,
+    PageSection,
+    Table,
+    Text,
+    Tiles,
+)
 from care_compress.report.sources import Sources
 
 HERE = Path(__file__).resolve().parent
 LONG = 48  # letters, above which a cell may break its line
 
 
-def as_html(sources: Sources, sections: Sequence[Section]) -> str:
+def as_html(sources: Sources, sections: Sequence[PageSection]) -> str:
     """The whole page."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -70,7 +79,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]#|~])")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def as_markdown(sources: Sources, sections: Sequence[Section]) -> str:
+def as_markdown(sources: Sources, sections: Sequence[PageSection]) -> str:
     """The whole document."""
     lines = [f"# {plain(sources.name)}", ""]
     if claim := sources.recipe.get("claim"):

@@ -7,8 +7,8 @@ from care_compress.report.blocks import (
     Block,
     Cell,
     Figure,
+    PageSection,
     Picture,
-    Section,
     Table,
     Text,
     megabytes,
@@ -19,9 +19,9 @@ from care_compress.report.drawing import Bar, bars
 from care_compress.report.sources import Json, Sources
 
 
-def size(sources: Sources) -> Section:
+def size(sources: Sources) -> PageSection:
     """Bytes on disk, multiplications by precision, energy of them."""
-    section = Section("size", "Size and energy")
+    section = PageSection("size", "Size and energy")
     plain = float_bytes(sources.results)
     rows = [Bar("float32 weights", plain, f"{plain / 1e6:.2f} MB", 0)]
     for label, one in _files(sources):

@@ -3,7 +3,7 @@
 from care_compress.console import listed
 from care_compress.report.blocks import (
     Cell,
-    Section,
+    PageSection,
     Table,
     Text,
     Tile,
@@ -16,9 +16,9 @@ from care_compress.report.size import float_bytes, float_energy, smallest
 from care_compress.report.sources import Json, Sources
 
 
-def verdict(sources: Sources) -> Section:
+def verdict(sources: Sources) -> PageSection:
     """Whether the compressed model is worth having, in a few lines."""
-    section = Section("verdict", "Verdict")
+    section = PageSection("verdict", "Verdict")
     results = sources.results
     if sources.is_float:
         top1, images = results["accuracy"]["top1"], results["accuracy"]["images"]
@@ -146,9 +146,9 @@ LISTED = 8  # items in one sentence
 SIGNS = {"warning": "✗ take note", "not measured": "not measured", "fine": "✓ fine"}
 
 
-def checks(sources: Sources) -> Section:
+def checks(sources: Sources) -> PageSection:
     """The warnings as sentences, then all checks in a table."""
-    section = Section("checks", "What to know about these numbers")
+    section = PageSection("checks", "What to know about these numbers")
     found = sources.results.get("checks")
     if found is not None and sources.compare is not None:
         # What the files do comes first, and warnings before what is fine, as in the run's own.

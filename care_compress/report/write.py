@@ -10,33 +10,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from care_compress.files import write_text
-from care_compress.report import accuracy as scores
-from care_compress.report import fidelity as ladder
-from care_compress.report import latency as speed
-from care_compress.report import layers as inside
-from care_compress.report import plan as record
-from care_compress.report import size as cost
-from care_compress.report import summary as notes
-from care_compress.report import summary as verdict
+from care_compress.report import accuracy, fidelity, latency, layers, plan, size, summary
 from care_compress.report.evidence import gather
 from care_compress.report.render import as_html, as_markdown
 from care_compress.report.sources import read_results, read_sources
 from care_compress.run.finished import as_written
 
 SECTIONS = (
-    verdict.verdict,
-    notes.checks,
-    scores.accuracy,
-    speed.latency,
-    cost.size,
-    ladder.fidelity,
-    inside.layers,
-    inside.histograms,
-    inside.changes,
-    inside.training,
-    record.plan,
-    record.exports,
-    record.manifest,
+    summary.verdict,
+    summary.checks,
+    accuracy.accuracy,
+    latency.latency,
+    size.size,
+    fidelity.fidelity,
+    layers.layers,
+    layers.histograms,
+    layers.changes,
+    layers.training,
+    plan.plan,
+    plan.exports,
+    plan.manifest,
 )
 
 

@@ -84,7 +84,7 @@ _SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Tried:
+class RuntimeState:
     """What the installed runtimes answered when tried."""
 
     # Library -> why it does not load.
@@ -93,7 +93,7 @@ class Tried:
     openvino_devices: tuple[str, ...] = ()
 
 
-def try_runtimes(machine: Machine) -> Tried:
+def try_runtimes(machine: Machine) -> RuntimeState:
     """Load every installed runtime and ask OpenVINO for its devices."""
     children = {}
     for library in _TRIED:
@@ -117,7 +117,7 @@ def try_runtimes(machine: Machine) -> Tried:
         elif library == "openvino":
             # Whatever else the import prints comes before.
             devices = output.strip().rpartition("\n")[2]
-    return Tried(broken, tuple(devices.split()))
+    return RuntimeState(broken, tuple(devices.split()))
 
 
 def _answer(child: "subprocess.Popen[str]") -> tuple[str, str]:
@@ -177,7 +177,7 @@ class Diagnosis:
 
 
 def diagnose(
-    machine: Machine, targets: Sequence[Target], tried: Tried, environment: Mapping[str, str]
+    machine: Machine, targets: Sequence[Target], tried: RuntimeState, environment: Mapping[str, str]
 ) -> Diagnosis:
     """Decide for each target what `machine` can do; variables may hide a part of it."""
     missing = {
@@ -189,7 +189,9 @@ def diagnose(
     return Diagnosis(machine, tuple(targets), missing, int8_line(machine.cpu), remarks)
 
 
-def _missing(target: Target, stage: Stage, machine: Machine, tried: Tried) -> tuple[Missing, ...]:
+def _missing(
+    target: Target, stage: Stage, machine: Machine, tried: RuntimeState
+) -> tuple[Missing, ...]:
     own_packages = target.needs.packages
     if stage == "export":
         wanted = EXPORT_PACKAGES + (own_packages if target.runtime == "openvino" else ())
@@ -231,7 +233,7 @@ def _missing_on_jetson(target: Target, machine: Machine) -> tuple[Missing, ...]:
     return ()
 
 
-def _missing_openvino_device(target: Target, tried: Tried) -> tuple[Missing, ...]:
+def _missing_openvino_device(target: Target, tried: RuntimeState) -> tuple[Missing, ...]:
     wanted = target.device.upper()
     if wanted in {device.partition(".")[0] for device in tried.openvino_devices}:
         return ()
@@ -258,13 +260,13 @@ def _missing_gpu(target: Target, machine: Machine) -> tuple[Missing, ...]:
 
 
 def _missing_packages(
-    requirements: Sequence[str], machine: Machine, tried: Tried
+    requirements: Sequence[str], machine: Machine, tried: RuntimeState
 ) -> tuple[Missing, ...]:
     found = (_missing_package(Requirement(text), machine, tried) for text in requirements)
     return tuple(missing for missing in found if missing is not None)
 
 
-def _missing_package(wanted: Requirement, machine: Machine, tried: Tried) -> Missing | None:
+def _missing_package(wanted: Requirement, machine: Machine, tried: RuntimeState) -> Missing | None:
     name = wanted.name
     installed = machine.libraries.get(name)
     command = _INSTALL.get(name, _INSTALL_BASE)

@@ -12,7 +12,7 @@ from fakeboard import SURFACES, FakeGpu, fake_library
 from qdq import SIDE, write_classifier
 
 from care_compress.device.build import RTX_COMPUTE_CAPABILITIES, BuildOptions, build_engine
-from care_compress.device.cuda import Gpu, load_cuda
+from care_compress.device.cuda import CudaGpu, load_cuda
 from care_compress.device.deploy import build_file
 from care_compress.device.enginefile import EngineOrigin, origin_path, read_engine, write_engine
 from care_compress.device.layers import parse_inspector
@@ -61,7 +61,7 @@ def test_nvidias_compiler_takes_the_graph_without_a_gpu(
     assert stem["origin"] == ("stem",) or stem["origin"] == ["stem"]
     assert seen == sorted(seen) and seen[-1] > 0.5
     assert not (tmp_path / "cache").exists()  # with one, the compiler would ask for a GPU
-    plan, _ = read_engine(engine, rtx, Gpu("a desktop", "8.9"), digest_file(onnx))
+    plan, _ = read_engine(engine, rtx, CudaGpu("a desktop", "8.9"), digest_file(onnx))
     assert plan == engine.read_bytes()
 
 
@@ -332,7 +332,7 @@ def _origin(**changes: Any) -> EngineOrigin:
     values = {
         "library": "tensorrt",
         "version": "10.3.0.30",
-        "gpu": Gpu("Orin", "8.7"),
+        "gpu": CudaGpu("Orin", "8.7"),
         "compute_capabilities": (),
         "onnx_sha256": "a",
         "version_compatible": False,
@@ -346,8 +346,8 @@ def _origin(**changes: Any) -> EngineOrigin:
     [
         (_origin(version="10.13.3.9"), "built by tensorrt 10.13.3.9; here is tensorrt 10.3.0.30"),
         (_origin(library="tensorrt_rtx", version="1.7"), "tensorrt_rtx"),
-        (_origin(gpu=Gpu("Thor", "11.0")), "built for Thor"),
-        (_origin(gpu=Gpu("Orin", "8.6")), "8.6"),
+        (_origin(gpu=CudaGpu("Thor", "11.0")), "built for Thor"),
+        (_origin(gpu=CudaGpu("Orin", "8.6")), "8.6"),
         (_origin(onnx_sha256="b"), "another ONNX"),
         (_origin(gpu=None, compute_capabilities=("8.9", "12.0")), "8.9, 12.0; Orin has 8.7"),
         (_origin(version="9.0", version_compatible=True), "9.0"),
@@ -359,7 +359,7 @@ def test_an_engine_that_cannot_run_here_is_refused_before_it_is_loaded(
     engine = tmp_path / "int8.engine"
     write_engine(engine, b"plan", origin, {})
     with pytest.raises(EngineMismatchError, match=words) as error:
-        read_engine(engine, fake_library("10.3.0.30", FakeGpu()), Gpu("Orin", "8.7"), "a")
+        read_engine(engine, fake_library("10.3.0.30", FakeGpu()), CudaGpu("Orin", "8.7"), "a")
     assert "build" in error.value.fix
 
 
@@ -375,7 +375,7 @@ def test_an_engine_that_fits_is_read(tmp_path: Path, origin: EngineOrigin) -> No
     engine = tmp_path / "int8.engine"
     write_engine(engine, b"plan", origin, {"precision": "int8"})
     library = fake_library("10.3.0.30", FakeGpu())
-    assert read_engine(engine, library, Gpu("Orin", "8.7"), "a")[0] == b"plan"
+    assert read_engine(engine, library, CudaGpu("Orin", "8.7"), "a")[0] == b"plan"
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed", "no description", "half a description"])
@@ -391,7 +391,7 @@ def test_a_damaged_engine_is_refused(tmp_path: Path, damage: str) -> None:
     else:
         origin_path(engine).write_text(origin_path(engine).read_text()[:30])
     with pytest.raises(EngineMismatchError):
-        read_engine(engine, fake_library("10.3.0.30", FakeGpu()), Gpu("Orin", "8.7"), "a")
+        read_engine(engine, fake_library("10.3.0.30", FakeGpu()), CudaGpu("Orin", "8.7"), "a")
 
 
 @pytest.mark.gpu

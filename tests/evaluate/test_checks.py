@@ -15,7 +15,7 @@ from quantized import SIZE, care, network, section
 from rich.console import Console
 from tiny import image_folder, recipe_file
 
-from care_compress.data.checks import Contents, overlap_findings
+from care_compress.data.checks import Contents, overlap_checks
 from care_compress.data.loader import BadImages, Batch, evaluation_batches
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
@@ -27,7 +27,7 @@ from care_compress.errors import (
     ExportError,
     RunError,
 )
-from care_compress.evaluate.accuracy import answers_finding, count_batch
+from care_compress.evaluate.accuracy import answers_check, count_batch
 from care_compress.evaluate.agreement import Agreement, compare_logits
 from care_compress.evaluate.pairs import collect_answers, count_pairs
 from care_compress.export import variants
@@ -195,13 +195,13 @@ def test_an_image_counts_once_however_often_it_is_read(tmp_path: Path) -> None:
     whole = Contents()
     whole.take(parts)
     assert len(whole) == len(samples) == 8
-    assert [one.status for one in overlap_findings(samples, whole, [])] == ["fine"]
+    assert [one.status for one in overlap_checks(samples, whole, [])] == ["fine"]
     again = Contents.of_text(whole.as_text())
     assert all((a == b).all() for a, b in zip(again.sorted(), whole.sorted(), strict=True))
     assert len(Contents.of_text("no such\nthing")) == 0, "a damaged file tells nothing"
-    unknown = overlap_findings(samples, whole, None)[-1]
+    unknown = overlap_checks(samples, whole, None)[-1]
     assert unknown.status == "not measured" and "calibration" in unknown.check
-    (found,) = overlap_findings(samples, Contents(), [])
+    (found,) = overlap_checks(samples, Contents(), [])
     assert found.status == "not measured", "nothing was read: not the same as nothing found"
 
 
@@ -217,7 +217,7 @@ BATCH = Batch(torch.zeros(4, 3, 1, 1), torch.tensor([0, 1, 2, 0]), torch.arange(
 def test_what_is_no_number_is_never_a_right_answer() -> None:
     accuracy = count_batch(lambda images: MIXED, BATCH)
     assert (accuracy.images, accuracy.correct, accuracy.broken) == (4, 1, 2)
-    finding = answers_finding({"float": accuracy})
+    finding = answers_check({"float": accuracy})
     assert finding.status == "warning" and finding.items == ("float: 2 of 4",)
     broken = count_batch(lambda images: torch.full((4, 3), NAN), BATCH)
     with pytest.raises(EvaluationError, match="NaN or infinity to all 4 images"):

@@ -20,7 +20,7 @@ from care_compress.data.loader import Batch
 from care_compress.errors import CareError, DataError, RecipeError, RunError, TargetError
 from care_compress.evaluate.compare import run_compare
 from care_compress.evaluate.comparison import CompareOptions
-from care_compress.evaluate.device_measurements import board_verdict
+from care_compress.evaluate.device_measurements import device_verdict
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.pairs import (
     calibration_error,
@@ -255,12 +255,12 @@ def test_what_other_processors_measured_stands_beside_what_was_measured_here(
 def test_a_busy_machine_and_a_failed_check_decide_nothing_and_no() -> None:
     found = cpu_results("mine")
     found["models"]["int8"]["speed"]["before"]["load_average"] = 2.1  # of 4 cores
-    said = board_verdict("mine", "int8", found)
+    said = device_verdict("mine", "int8", found)
     assert said is not None and said.pays is None and "other programs were at work" in said.text
     found["models"]["int8"]["accuracy"]["passed"] = False
-    said = board_verdict("mine", "int8", found)
+    said = device_verdict("mine", "int8", found)
     assert said is not None and said.pays is False and "its file failed verify" in said.text
-    assert board_verdict("mine", "fp32", cpu_results("mine")) is None
+    assert device_verdict("mine", "fp32", cpu_results("mine")) is None
 
 
 def test_files_can_be_compared_without_runs(runs: Path, start: list[str], compared: Any) -> None:

@@ -1,4 +1,4 @@
-"""The ladder tells the step that lost something, and the layer where it began."""
+"""Fidelity tells the step that lost something, and the layer where it began."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from rich.console import Console
 from care_compress.cli import main
 from care_compress.errors import CheckpointError, DataError, RunError
 from care_compress.evaluate import fidelity
-from care_compress.evaluate import fidelity as rungs_of_run
+from care_compress.evaluate import fidelity as fidelity_module
 from care_compress.evaluate.site_distance import sharpest_fall
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
@@ -50,27 +50,27 @@ def runs(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-def climb(runs: Path, name: str, targets: tuple[str, ...] | None = None) -> dict[str, Any]:
+def versions_of(runs: Path, name: str, targets: tuple[str, ...] | None = None) -> dict[str, Any]:
     value = fidelity.run_fidelity(runs, name, targets, 4, None, QUIET)
     return {row["rung"]: row for row in value["rungs"]}
 
 
 @pytest.fixture(scope="module")
-def rungs(runs: Path) -> dict[str, Any]:
-    return climb(runs, "mine")
+def versions(runs: Path) -> dict[str, Any]:
+    return versions_of(runs, "mine")
 
 
-def test_exact_steps_are_exact_and_files_compute_their_simulation(rungs: dict[str, Any]) -> None:
-    rewritten = rungs["rewritten"]
+def test_exact_steps_are_exact_and_files_compute_their_simulation(versions: dict[str, Any]) -> None:
+    rewritten = versions["rewritten"]
     assert rewritten["sqnr_db"] > 80 and rewritten["parts_at"] is None
     assert len(rewritten["sites"]) > 40 and min(rewritten["sites"].values()) > 80
     assert "stem.0" in rewritten["sites"], "its norm was folded; what it computes can be compared"
     assert not any(re.search(r"inter\d_conv", site) for site in rewritten["sites"])
-    quantized = rungs["simulated"]
+    quantized = versions["simulated"]
     assert quantized["sqnr_db"] < 60 and quantized["parts_at"]["site"] in quantized["sites"]
     for file in ("int8.onnx for onnxruntime-cpu", "int8.xml for openvino-cpu"):
-        assert rungs[file]["sqnr_db"] > 25 and rungs[file]["before"].startswith("simulated")
-        found = set(rungs[file]["sites"]) | {"heads.fc"}  # the logits themselves, in an IR
+        assert versions[file]["sqnr_db"] > 25 and versions[file]["before"].startswith("simulated")
+        found = set(versions[file]["sites"]) | {"heads.fc"}  # the logits themselves, in an IR
         # A CPU's form joins the windows and takes attention in one product of all heads.
         formed = {site for site in quantized["sites"] if FORMED.search(site)}
         if "openvino" in file:  # gamma is part of its second 1x1s
@@ -78,15 +78,15 @@ def test_exact_steps_are_exact_and_files_compute_their_simulation(rungs: dict[st
         assert found == set(quantized["sites"]) - formed, "every other site is found by name"
 
 
-def test_a_target_with_other_limits_has_a_simulation_of_its_own(rungs: dict[str, Any]) -> None:
+def test_a_target_with_other_limits_has_a_simulation_of_its_own(versions: dict[str, Any]) -> None:
     for target in ("onnxruntime-cpu", "openvino-cpu"):
-        own = rungs[f"simulated for {target}"]
+        own = versions[f"simulated for {target}"]
         assert own["before"] == "simulated" and own["targets"] == [target]
         assert own["sqnr_db"] < EXACT_DB, "its depthwise convolutions are float"
 
 
-def test_an_engine_that_is_not_here_says_how_to_get_it(rungs: dict[str, Any]) -> None:
-    why = rungs["engine of tensorrt-jetson-orin"]["missing"]
+def test_an_engine_that_is_not_here_says_how_to_get_it(versions: dict[str, Any]) -> None:
+    why = versions["engine of tensorrt-jetson-orin"]["missing"]
     assert "make bundle TARGET=tensorrt-jetson-orin" in why
 
 
@@ -97,8 +97,10 @@ def test_an_engine_that_runs_shows_its_logits(
     (tmp_path / "mine/exports/tensorrt-jetson-orin/int8.engine").touch()
     # Stands for a GPU: the engine answers as its graph does.
     graph = lambda path, device: OnnxPredictor(Path(path).with_suffix(".onnx"))  # noqa: E731
-    monkeypatch.setattr(rungs_of_run, "open_predictor", graph)
-    found = climb(tmp_path, "mine", ("tensorrt-jetson-orin",))["engine of tensorrt-jetson-orin"]
+    monkeypatch.setattr(fidelity_module, "open_predictor", graph)
+    found = versions_of(tmp_path, "mine", ("tensorrt-jetson-orin",))[
+        "engine of tensorrt-jetson-orin"
+    ]
     assert found["before"] == "int8.onnx for tensorrt-jetson-orin"
     assert (found["sqnr_db"], found["sites"]) == (EXACT_DB, {})
     assert found["note"] == "an engine gives logits only"
@@ -113,26 +115,31 @@ def test_a_spoiled_file_is_named_at_the_layer_that_was_spoiled(runs: Path, tmp_p
     wrong = numpy_helper.to_array(scale) * np.float32(3)
     scale.CopyFrom(numpy_helper.from_array(wrong, scale.name))
     onnx.save(model, path)
-    rungs = climb(tmp_path, "mine", ("onnxruntime-cpu",))
-    assert "int8.xml for openvino-cpu" not in rungs, "it was not asked for"
-    found = rungs["int8.onnx for onnxruntime-cpu"]
+    versions = versions_of(tmp_path, "mine", ("onnxruntime-cpu",))
+    assert "int8.xml for openvino-cpu" not in versions, "it was not asked for"
+    found = versions["int8.onnx for onnxruntime-cpu"]
     assert found["parts_at"]["site"] == SPOILED
     assert found["parts_at"]["sqnr_db"] < 0 < found["parts_at"]["before_db"]
 
 
 @pytest.mark.slow
-def test_a_float_run_and_one_without_exports_have_shorter_ladders(
+def test_a_float_run_and_one_without_exports_have_fewer_versions(
     start: list[str], tmp_path: Path
 ) -> None:
     wanted = "export.targets=[onnxruntime-cpu, openvino-cpu]"
     run_recipe(load_recipe("fp32", [*start, wanted]), tmp_path, "plain", QUIET)
-    plain = climb(tmp_path, "plain")
+    plain = versions_of(tmp_path, "plain")
     assert [row["before"] for row in plain.values()] == [None, "published", *["rewritten"] * 2]
     assert all(row["sqnr_db"] > 80 for row in plain.values() if row["before"])
     assert all(row["parts_at"] is None for row in plain.values())
     narrow = ["quantize.calibrate.images=32", "quantize.reconstruct=null", "export.targets=[]"]
     run_recipe(load_recipe("w4a8_ptq", [*start, *narrow]), tmp_path, "narrow", QUIET)
-    assert list(climb(tmp_path, "narrow")) == ["published", "rewritten", "rescaled", "simulated"]
+    assert list(versions_of(tmp_path, "narrow")) == [
+        "published",
+        "rewritten",
+        "rescaled",
+        "simulated",
+    ]
 
 
 @pytest.mark.slow
@@ -140,7 +147,7 @@ def test_nncf_has_logits_only_and_says_so(start: list[str], tmp_path: Path) -> N
     pytest.importorskip("nncf", reason="needs the openvino extra")
     few = ["quantize.calibrate.images=32", "export.targets=[openvino-cpu]"]
     run_recipe(load_recipe("int8_ptq_nncf", [*start, *few]), tmp_path, "nncf", QUIET)
-    found = climb(tmp_path, "nncf")["int8.xml for openvino-cpu"]
+    found = versions_of(tmp_path, "nncf")["int8.xml for openvino-cpu"]
     assert found["before"] == "quantized by NNCF" and found["sqnr_db"] > 25
     assert found["sites"] == {} and "logits only" in found["note"]
 
@@ -160,25 +167,25 @@ def test_what_moved_away_is_named(runs: Path, tmp_path: Path) -> None:
     before = recipe.read_text()
     recipe.write_text(re.sub(r"source: .*", "source: gone/away", before))
     with pytest.raises(DataError, match="gone/away"):
-        climb(tmp_path, "mine")
+        versions_of(tmp_path, "mine")
     recipe.write_text(re.sub(r"checkpoint: .*", "checkpoint: gone.pth", before))
     with pytest.raises(CheckpointError, match=r"float model of mine, gone.pth, is gone"):
-        climb(tmp_path, "mine")
+        versions_of(tmp_path, "mine")
     save_checkpoint(care(4, seed=1), tmp_path / "other.safetensors", {})
     other = f"checkpoint: {tmp_path / 'other.safetensors'}"
     recipe.write_text(re.sub(r"checkpoint: .*", other, before))
     with pytest.raises(CheckpointError, match="is not the float model that mine was made from"):
-        climb(tmp_path, "mine")
+        versions_of(tmp_path, "mine")
     recipe.write_text(before)
     (tmp_path / "mine" / "ptq" / "model.safetensors").unlink()
     with pytest.raises(RunError, match="quantized model .* is gone"):
-        climb(tmp_path, "mine")
+        versions_of(tmp_path, "mine")
     with pytest.raises(RunError, match="no export for tensorrt-gpu"):
-        climb(runs, "mine", ("tensorrt-gpu",))
+        versions_of(runs, "mine", ("tensorrt-gpu",))
 
 
 def test_the_report_shows_it_names_and_all(
-    runs: Path, rungs: dict[str, Any], tmp_path: Path
+    runs: Path, versions: dict[str, Any], tmp_path: Path
 ) -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="needs the dev extra")
     run = tmp_path / "mine"

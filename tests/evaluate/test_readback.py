@@ -8,9 +8,9 @@ import torch
 from care_compress.evaluate.pairs import unpaired_interval
 from care_compress.evaluate.readback import (
     counted_only,
-    exports_finding,
+    exports_check,
     read_back,
-    read_back_findings,
+    read_back_checks,
     what_failed,
 )
 from care_compress.evaluate.verdicts import Drop, judge
@@ -79,16 +79,16 @@ def test_an_unpaired_interval_covers_the_true_difference_nineteen_times_in_twent
 def test_what_is_wrong_what_failed_and_what_is_unknown_are_told_apart() -> None:
     logits, labels = answers(40)
     good, bad = read_back(logits, logits, labels, 25), read_back(logits, -logits, labels, 25)
-    (fine,) = read_back_findings({"cpu/a": good}, {}, {})
+    (fine,) = read_back_checks({"cpu/a": good}, {}, {})
     assert fine.status == "fine" and "of 1" in fine.text
-    wrong, unknown = read_back_findings(
+    wrong, unknown = read_back_checks(
         {"cpu/a": good, "cpu/b": bad}, {"npu/b": "the export failed: no"}, {"cpu/c": "no run"}
     )
     assert wrong.status == "warning" and wrong.text.startswith("2 of 3 files")
     assert wrong.items[0].startswith("cpu/b: top-1 0.00 % where its model has 90.00 %")
     assert wrong.items[1] == "npu/b: the export failed: no"
     assert (unknown.status, unknown.items) == ("not measured", ("cpu/c: no run",))
-    (again,) = read_back_findings({"cpu/a": good}, {"cpu/a": "wrong where it was made"}, {})
+    (again,) = read_back_checks({"cpu/a": good}, {"cpu/a": "wrong where it was made"}, {})
     assert again.status == "warning" and again.text.startswith("1 of 1"), "one file, one processor"
 
 
@@ -112,10 +112,10 @@ def test_exports_are_one_finding() -> None:
     failed = {"target": "c", "failed": "stem.0 reaches 1e7, float16 ends at 65504."}
     off = model("int8.xml", False, parts_at="stem.0")
     differs = {"target": "d", "models": {"int8": off, "fp16": model("fp16.onnx", False)}}
-    fine = exports_finding({"a": good, "b": skipped})
+    fine = exports_check({"a": good, "b": skipped})
     assert fine.status == "fine" and "of 2" in fine.text
-    assert exports_finding({"b": skipped}).status == exports_finding({}).status == "not measured"
-    found = exports_finding({"a": good, "b": skipped, "c": failed, "d": differs})
+    assert exports_check({"b": skipped}).status == exports_check({}).status == "not measured"
+    found = exports_check({"a": good, "b": skipped, "c": failed, "d": differs})
     assert found.status == "warning" and found.text.startswith("3 of 5 files")
     assert found.items[0] == "c: the export failed: stem.0 reaches 1e7, float16 ends at 65504."
     assert found.items[1] == (
@@ -124,4 +124,4 @@ def test_exports_are_one_finding() -> None:
     assert list(what_failed(differs, "int8")) == ["int8.xml"]
     assert what_failed(good) == what_failed(skipped) == what_failed(differs, "fp32") == {}
     nothing = {"target": "e", "models": {"int8": model("int8.onnx", False, sqnr_db=None)}}
-    assert "NaN" in exports_finding({"e": nothing}).items[0]
+    assert "NaN" in exports_check({"e": nothing}).items[0]

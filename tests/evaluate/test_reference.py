@@ -15,7 +15,7 @@ from care_compress.evaluate import reference
 from care_compress.evaluate.reference import (
     REFERENCE_FILE,
     AcceptedRecipe,
-    Found,
+    MeasuredFile,
     checked,
     read_reference,
     run_reference,
@@ -55,14 +55,14 @@ def test_only_what_is_outside_its_tolerance_drifts(
     top1: float, size: int, drifting: list[str]
 ) -> None:
     known = AcceptedRecipe.model_validate(accepted())
-    checks = list(checked("tiny", known, {CPU: Found(top1, size)}))
+    checks = list(checked("tiny", known, {CPU: MeasuredFile(top1, size)}))
     assert [check.what for check in checks if not check.holds] == drifting
     assert len(checks) == 2
 
 
 def test_a_drift_says_what_where_and_by_how_much() -> None:
     known = AcceptedRecipe.model_validate(accepted())
-    first, second = checked("tiny", known, {CPU: Found(48.125, 1_002_003)})
+    first, second = checked("tiny", known, {CPU: MeasuredFile(48.125, 1_002_003)})
     assert str(first) == f"DRIFT tiny on {CPU}: top-1 48.125, accepted 50 +- 0.2"
     assert str(second) == f"DRIFT tiny on {CPU}: bytes 1,002,003, accepted 1,000 +- 10"
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from care_compress.errors import RunError, TargetError
 from care_compress.evaluate.latency import LatencyPlan
 from care_compress.evaluate.verdicts import Drop
-from care_compress.export.tune import Tried, TuneOptions, choose, run_tune
+from care_compress.export.tune import TriedPlacement, TuneOptions, choose, run_tune
 from care_compress.files import digest_of
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe
@@ -22,8 +22,8 @@ QUICK = TuneOptions(images=8, latency=LatencyPlan(0.01, least_runs=6, warmup=1, 
 TARGET = "onnxruntime-cpu"
 
 
-def tried(name: str, speedup: tuple[float, float, float], drop: float = 0.0) -> Tried:
-    return Tried(name, Drop(drop, drop, drop), 1.0, speedup)
+def tried(name: str, speedup: tuple[float, float, float], drop: float = 0.0) -> TriedPlacement:
+    return TriedPlacement(name, Drop(drop, drop, drop), 1.0, speedup)
 
 
 def test_the_fastest_within_the_budget_is_kept() -> None:

@@ -26,7 +26,7 @@ from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
 from care_compress.device.manifest import BUNDLE_KIND, open_bundle
 from care_compress.errors import CareError
-from care_compress.evaluate.resolve import contenders
+from care_compress.evaluate.resolve import named_models
 from care_compress.export.deploy import bundle_content, take_results
 from care_compress.quantize.selection import read_list
 from care_compress.recipe.sections import DataSection
@@ -534,8 +534,8 @@ def _doors(runs: Path) -> dict[str, Callable[[], object]]:
     """What reads a run directory."""
     return {
         "find": lambda: find_run(runs, "mine").checked_checkpoint(),
-        "contenders": lambda: [
-            one.export_of for one in contenders(["mine"], runs) if not isinstance(one, str)
+        "named_models": lambda: [
+            one.export_of for one in named_models(["mine"], runs) if not isinstance(one, str)
         ],
         "report": lambda: write_report(runs / "mine", QUIET),
         "bundle": lambda: bundle_content(

@@ -17,7 +17,7 @@ from care_compress.runtime import doctor as text_module
 from care_compress.runtime.doctor import (
     STAGES,
     Diagnosis,
-    Tried,
+    RuntimeState,
     diagnose,
     diagnosis_as_dict,
     render,
@@ -59,10 +59,10 @@ VNNI = x86("avx2", "avx512f", "avx512_vnni")
 ORIN = Jetson(
     "NVIDIA Jetson Orin NX Engineering Reference Developer Kit", "36.4.3", "6.2", "10.3.0"
 )
-CPU_ONLY = Tried(openvino_devices=("CPU",))
+CPU_ONLY = RuntimeState(openvino_devices=("CPU",))
 
 
-def examine(machine: Machine, tried: Tried = CPU_ONLY) -> Diagnosis:
+def examine(machine: Machine, tried: RuntimeState = CPU_ONLY) -> Diagnosis:
     return diagnose(machine, all_targets(), tried, {})
 
 
@@ -190,7 +190,7 @@ def test_a_mac_runs_the_cpu_targets_and_ships_the_rest():
 
 
 def test_openvino_devices_count_only_if_its_plugin_sees_them():
-    tried = Tried(openvino_devices=("CPU", "GPU.0", "GPU.1"))
+    tried = RuntimeState(openvino_devices=("CPU", "GPU.0", "GPU.1"))
     diagnosis = examine(VNNI, tried)
     assert able(diagnosis, "openvino-gpu") == "ebrm"
     assert able(diagnosis, "openvino-npu") == "e"
@@ -210,7 +210,7 @@ def test_missing_packages_name_the_command():
 
 def test_a_broken_library_is_a_reason_not_a_crash():
     message = "ImportError: libcudart.so.13: [Errno 2] no such file"
-    diagnosis = examine(VNNI, Tried({"torch": message}, ("CPU",)))
+    diagnosis = examine(VNNI, RuntimeState({"torch": message}, ("CPU",)))
     assert able(diagnosis, "openvino-cpu") == "brm"
     [missing] = diagnosis.missing["openvino-cpu", "export"]
     assert message in missing.reason
