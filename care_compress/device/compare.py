@@ -1,5 +1,8 @@
 """Are a model's answers those that were exported? Numbers first, then passed or failed."""
 
+# numpy 1.21 of JetPack 6 cannot evaluate our annotations.
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any

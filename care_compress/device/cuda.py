@@ -3,6 +3,9 @@
 Every call is checked; a status other than 0 becomes a `NoGpuError` with CUDA's own words.
 """
 
+# numpy 1.21 of JetPack 6 cannot evaluate our annotations.
+from __future__ import annotations
+
 import ctypes
 import ctypes.util
 import os

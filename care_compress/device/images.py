@@ -3,6 +3,9 @@
 Shape legend: N images, C channel, H height, W width.
 """
 
+# numpy 1.21 of JetPack 6 cannot evaluate our annotations.
+from __future__ import annotations
+
 import math
 import struct
 from collections.abc import Sequence

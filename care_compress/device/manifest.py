@@ -1,5 +1,8 @@
 """A bundle: one folder with graphs, samples, expected answers and the digests of all of them."""
 
+# numpy 1.21 of JetPack 6 cannot evaluate our annotations.
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +53,7 @@ class Bundle:
         """A model's graph."""
         return self.folder / str(self.manifest["models"][model]["file"])
 
-    def files(self, model: str) -> "tuple[Path, ...]":
+    def files(self, model: str) -> tuple[Path, ...]:
         """All files of a model; OpenVINO's weights lie beside its graph."""
         path = self.file(model)
         return (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
@@ -64,7 +67,7 @@ class Bundle:
         return str(self.manifest["models"][model].get("needs") or "")
 
     @property
-    def input_shape(self) -> "tuple[int | str, ...]":
+    def input_shape(self) -> tuple[int | str, ...]:
         """Of the models' images; a name stands for a free batch."""
         shape = self.manifest["input"].get("shape")
         if not isinstance(shape, list) or not all(isinstance(size, (int, str)) for size in shape):

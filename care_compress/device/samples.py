@@ -1,5 +1,8 @@
 """Images through a model, whatever runs it: the bundle's samples, and a user's own pictures."""
 
+# numpy 1.21 of JetPack 6 cannot evaluate our annotations.
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

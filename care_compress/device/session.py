@@ -1,5 +1,8 @@
 """An engine ready to run: buffers on the device, one batch at a time, as a CUDA graph if wanted."""
 
+# numpy 1.21 of JetPack 6 cannot evaluate our annotations.
+from __future__ import annotations
+
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +19,7 @@ class Session:
     """One engine with its context, stream and buffers; use it in a ``with``, which frees them."""
 
     def __init__(
-        self, library: Library, cuda: Cuda, plan: bytes, refit_from: "Path | None" = None
+        self, library: Library, cuda: Cuda, plan: bytes, refit_from: Path | None = None
     ) -> None:
         self._library, self._cuda = library, cuda
         self._addresses: dict[str, int] = {}
@@ -167,13 +170,13 @@ class Session:
             self._stream = 0
         self._context = self._engine = None
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(
         self,
-        kind: "type[BaseException] | None",
-        error: "BaseException | None",
-        trace: "TracebackType | None",
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

@@ -42,7 +42,7 @@ def run_verb(
 def shared_options() -> argparse.ArgumentParser:
     """The options of every verb."""
     shared = argparse.ArgumentParser(add_help=False)
-    here = Path(__file__).resolve().parent
+    here = Path(sys.argv[0]).resolve().parent  # the script is a zip: no file of its own lies there
     shared.add_argument(
         "--bundle", type=Path, default=here, help="the unpacked bundle (default: this file's)"
     )

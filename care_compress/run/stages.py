@@ -122,16 +122,21 @@ def code_digest(*modules: str) -> str:
 
     A change elsewhere, of the report or the command line, makes no stage again.
     """
+    digest = hashlib.sha256()
+    for name, path in reached_modules(*modules).items():
+        digest.update(f"{name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def reached_modules(*modules: str) -> dict[str, Path]:
+    """These modules of ours and all that they may import, by name."""
     imports, reached, ahead = _imports(), set[str](), set(modules)
     while ahead:
         name = ahead.pop()
         if name in imports and name not in reached:
             reached.add(name)
             ahead |= imports[name]
-    digest = hashlib.sha256()
-    for name in sorted(reached):
-        digest.update(f"{name} {sha256_file(_modules()[name])}\n".encode())
-    return digest.hexdigest()
+    return {name: _modules()[name] for name in sorted(reached)}
 
 
 @cache

@@ -485,18 +485,28 @@ def test_tables_are_aligned() -> None:
     assert format_table([["a", "bb", "c"], ["long", "b", ""]]) == "a     bb  c\nlong  b"
 
 
-def test_the_one_file_does_what_the_modules_do(bundle: Path, tmp_path: Path, gpu: FakeGpu) -> None:
-    path = bundle / "care_deploy.py"
-    spec = importlib.util.spec_from_file_location("care_deploy", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["care_deploy"] = script  # dataclasses look their module up
-    spec.loader.exec_module(script)
-    library = script.wrap_library(FakeTensorRt("10.3.0.30", gpu), "tensorrt", "10.3.0.30")
-    host = script.Host(lambda name: library, lambda: script.Cuda(gpu), tmp_path)
-    # No --bundle: the folder of the file is the bundle.
-    for verb in (["build"], ["verify"], ["bench", "--seconds", "0.01"], ["info"]):
-        assert script.main(verb, host) == 0
+def test_the_one_file_does_what_the_modules_do(
+    bundle: Path, tmp_path: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = bundle / "care_deploy.py"
+    # As Python starts it: its modules come from the zip, and its own path is the first argument.
+    with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.startswith("care_compress")]:
+            patch.delitem(sys.modules, name)
+        patch.setattr(sys, "path", [str(script), *sys.path])
+        patch.setattr(sys, "argv", [str(script)])
+        app, cuda, tensorrt = (
+            importlib.import_module(f"care_compress.device.{name}")
+            for name in ("app", "cuda", "library")
+        )
+        assert str(script) in str(app.__file__)
+        library = tensorrt.wrap_library(FakeTensorRt("10.3.0.30", gpu), "tensorrt", "10.3.0.30")
+        host = app.Host(lambda name: library, lambda: cuda.Cuda(gpu), tmp_path)
+        # No --bundle: the folder of the file is the bundle.
+        for verb in (["build"], ["verify"], ["bench", "--seconds", "0.01"], ["info"]):
+            assert app.main(verb, host) == 0
+        for name in [name for name in sys.modules if name.startswith("care_compress")]:
+            patch.delitem(sys.modules, name)
     assert results(bundle)["models"]["fp16"]["accuracy"]["passed"]
 
 

@@ -27,10 +27,14 @@ from care_compress.files import sha256_file
 # Runs a script where nothing of ours can be imported, nor what this environment has besides.
 ALONE = """
 import runpy, sys
-for name in ("care_compress", "torch", "onnx", "pydantic"):
+for name in ("torch", "onnx", "pydantic"):
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    ours = [one.__file__ for name, one in sys.modules.items() if name.startswith("care_compress")]
+    assert ours and all(path.startswith("care_deploy.py") for path in ours), ours
 """
 CPUINFO = (
     "processor : 0\nmodel name : Some Processor\ncpu MHz : 2445.4\nflags : {}\n\nprocessor : 1\n"

@@ -1,22 +1,24 @@
 import ast
 import dataclasses
+import io
 import json
 import os
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from qdq import make_content
 
+from care_compress import device
 from care_compress.device.manifest import open_bundle
 from care_compress.errors import CareError
 from care_compress.evaluate.device_measurements import DeviceResultsError, import_results
-from care_compress.export import bundle as stitch
-from care_compress.export.bundle import BundleContent, write_bundle
+from care_compress.export.bundle import BundleContent, Runtime, device_script, write_bundle
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -79,71 +81,57 @@ def test_a_bundle_holds_what_a_board_needs_and_nothing_of_this_machine(
     assert "{" not in readme
     assert len(readme.splitlines()) < 80
     for name in ("README.md", "manifest.json", "care_deploy.py"):
-        text = (folder / name).read_text()
-        assert str(Path.home()) not in text and str(tmp_path) not in text
+        content_of = (folder / name).read_bytes()
+        assert (
+            str(Path.home()).encode() not in content_of and str(tmp_path).encode() not in content_of
+        )
     assert list(tmp_path.glob(".*.tmp")) == []
 
 
-@pytest.mark.parametrize("runtime", ["tensorrt", "cpu"])
-def test_the_one_file_is_python_3_10_and_needs_no_more_than_numpy(runtime: stitch.Runtime) -> None:
-    source = stitch.stitch(runtime)
-    assert source == stitch.stitch(runtime)
+def scripts() -> dict[str, dict[str, str]]:
+    """The modules in each script, by runtime and path."""
+    found = {}
+    for runtime in get_args(Runtime):
+        with zipfile.ZipFile(io.BytesIO(device_script(runtime))) as archive:
+            found[runtime] = {name: archive.read(name).decode() for name in archive.namelist()}
+    return found
+
+
+@pytest.mark.parametrize("runtime", get_args(Runtime))
+def test_the_one_file_is_python_3_10_and_needs_no_more_than_numpy(runtime: Runtime) -> None:
+    assert device_script(runtime) == device_script(runtime)
+    modules = scripts()[runtime]
+    source = "".join(modules.values())
     assert ("cudaMalloc" in source) == (runtime == "tensorrt"), "no code that cannot be used"
-    tree = ast.parse(source, feature_version=(3, 10))
     at_top, anywhere = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            names = {(node.module or "").split(".")[0]}
-        else:
-            continue
-        anywhere |= names
-        if node.col_offset == 0:
-            at_top |= names
+    for name, text in modules.items():
+        for node in ast.walk(ast.parse(text, feature_version=(3, 10))):
+            if isinstance(node, ast.Import):
+                names = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0
+                ours = f"{(node.module or '').replace('.', '/')}.py"
+                assert not ours.startswith("care_compress") or ours in modules, (name, ours)
+                names = {(node.module or "").split(".")[0]}
+            else:
+                continue
+            anywhere |= names
+            if node.col_offset == 0:
+                at_top |= names
+        # Annotations of numpy's own cannot be evaluated by the numpy of JetPack 6.
+        assert "NDArray" not in text or "from __future__ import annotations" in text, name
     others = anywhere - set(sys.stdlib_module_names)
-    assert others == {"numpy", "PIL"}
+    assert others == {"numpy", "PIL", "care_compress"}
     assert "PIL" not in at_top
     # What came after Python 3.10 and a 3.11 interpreter would not notice.
     for newer in ("tomllib", "StrEnum", "ExceptionGroup", "datetime.UTC", "Self"):
         assert newer not in source
-    # Annotations of numpy's own cannot be evaluated by the numpy of JetPack 6.
-    assert "from __future__ import annotations" in source
 
 
-def part(name: str, source: str) -> stitch.Part:
-    return stitch.read_part(name, source)
-
-
-def test_modules_that_cannot_be_joined_fail_loudly() -> None:
-    app = part("app", "from care_compress.device.one import f\n\ng = f\n")
-    one = part("one", '"""One."""\n\nfrom pathlib import Path\n\n# why\nf = Path\n')
-    joined = stitch.join_parts({"app": app, "one": one}, "app")
-    assert joined.index("# why\nf = Path") < joined.index("g = f")
-    assert "from pathlib import Path" in joined and "care_compress.device.one" not in joined
-    both = "from care_compress.device.two import x\nfrom care_compress.device.one import f\n"
-    for text, words in (
-        ("f = 2\n", "f is defined by two and by one"),
-        ("Path = 2\n", "Path is defined by two and by an import"),
-    ):
-        parts = {"app": part("app", both), "one": one, "two": part("two", text)}
-        with pytest.raises(AssertionError, match=words):
-            stitch.join_parts(parts, "app")
-    with pytest.raises(AssertionError, match="import each other"):
-        back = part("one", "from care_compress.device.app import g\nf = g\n")
-        stitch.join_parts({"app": app, "one": back}, "app")
-    with pytest.raises(AssertionError, match="no one imports"):
-        stitch.check_use({"app": app, "one": one, "two": part("two", "x = 1\n")}, ["app"])
-    for source in (
-        "from care_compress.device import one\n",
-        "from care_compress.run import write_text\n",
-        "import care_compress.device.one\n",
-        "from pathlib import Path as P\n",
-        "for i in range(3): pass\n",
-    ):
-        with pytest.raises(AssertionError):
-            part("two", source)
+def test_every_module_for_devices_is_in_a_script() -> None:
+    here = Path(device.__file__).parent
+    packed = {Path(name).name for modules in scripts().values() for name in modules}
+    assert {path.name for path in here.glob("*.py")} <= packed, "no one imports it"
 
 
 CONDITIONS = {"power_mode": "MAXN", "gpu_mhz": 1300.5, "cpu_mhz": None, "temperatures_c": {"a": 40}}

@@ -312,7 +312,7 @@ def test_the_doctor_works_here_without_loading_anything(
 
 def test_importing_the_doctor_loads_no_heavy_library():
     code = (
-        "import sys, care_compress.doctor\n"
+        "import sys, care_compress.runtime.doctor\n"
         "print([m for m in ('torch', 'numpy', 'onnx', 'openvino') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
