@@ -59,6 +59,16 @@ class Terminal(Console):
         self.push_render_hook(_Visible())
 
 
+def say(text: str, console: Console) -> None:
+    """Print one line as it is: names in it come from files and are no markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def widened(console: Console, width: int) -> Terminal:
+    """The same console, at least so wide: names in a table must be whole in a narrow terminal."""
+    return Terminal(file=console.file, width=max(console.width, width), quiet=console.quiet)
+
+
 class _Visible(RenderHook):
     """Rich asks this about everything before it is drawn."""
 
@@ -121,13 +131,12 @@ def listed(items: Sequence[str]) -> str:
     return ("; " if any("," in item for item in items) else ", ").join(items)
 
 
-def show_checks(findings: Sequence[CheckResult], console: Console) -> None:
+def show_checks(checks: Sequence[CheckResult], console: Console) -> None:
     """The warnings; what is fine stands in the results."""
-    for finding in findings:
-        if finding.status == "warning":
+    for check in checks:
+        if check.status == "warning":
             console.print("[yellow]take note[/]: ", end="")
-            # Names in it come from files: shown, never read as markup.
-            console.print(str(finding), markup=False, highlight=False, soft_wrap=True)
+            say(str(check), console)
 
 
 PLAIN_LINE_SECONDS = 15.0  # between lines where there is no terminal
@@ -160,7 +169,7 @@ def step_line(console: Console) -> Iterator[Callable[[str], None]]:
         status.update(escape(visible(step)))  # a step names files
         if not console.is_terminal and time.monotonic() - last >= PLAIN_LINE_SECONDS:
             last = time.monotonic()
-            console.print(step, markup=False, highlight=False)
+            say(step, console)
 
     with console.status("") as status:
         yield show

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from care_compress.console import Terminal, show_checks
+from care_compress.console import say, show_checks, widened
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.errors import DataError, RunError, TargetError
@@ -153,12 +153,12 @@ def _report(
     paths = [p for p in (options.json_file, last and last / "compare.json") if p]
     for path in paths:
         write_text(path, text)
-    wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide = widened(console, WIDTH)
     wide.print(accuracy_table(value))
     for key, answers in found.collected.answers.items():
         if answers.broken:
             text = f"{key}: {answers.broken:,} answers are NaN or infinite; they count as wrong"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(text, console)
     for setting in value["latency"]:
         if setting["rows"]:
             wide.print(latency_table(setting))
@@ -177,7 +177,7 @@ def _report(
         }
         for why in sorted(reasons):
             text = f"{target}: not measured here: {why}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(text, console)
     show_machine(value["machine"], console)
     show_checks(found.findings, console)
     if found.is_noisy:
@@ -190,6 +190,6 @@ def _report(
             soft_wrap=True,
         )
     for budget in found.budgets:
-        console.print(str(budget), markup=False, highlight=False)
+        say(str(budget), console)
     for path in paths:
         console.print(f"written to {escape(str(path))}", soft_wrap=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from care_compress.console import Terminal, step_line
+from care_compress.console import say, step_line, widened
 from care_compress.data.loader import BadImages
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import RunError, TargetError
@@ -301,12 +301,12 @@ def run_fidelity(
             *(absent.as_json() for absent in versions.gone),
         ],
     }
-    wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide = widened(console, WIDTH)
     wide.print(version_table(value))
     wide.print(site_table(value))
     for absent in versions.gone:
         text = f"{absent.name}: {absent.why}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text, console)
     for path in filter(None, (run.path / "fidelity.json", json_file)):
         write_text(path, json_text(value, indent=1))
         console.print(f"written to {escape(str(path))}", soft_wrap=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from care_compress.console import Terminal
+from care_compress.console import widened
 from care_compress.errors import TargetError
 from care_compress.files import json_text, write_text
 from care_compress.runtime.layer_times import GROUPS, Profile
@@ -36,7 +36,7 @@ def show_layers(
         size = resolution or _size_of(path)
         image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         profile = profile_layers(path, image, 1, precision)
-    wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+    wide = widened(console, WIDTH)
     wide.print(_layer_table(path, profile))
     sums = {path.name: {**profile.as_json(), "available": True}}
     wide.print(kind_table(f"By kind, {path.name}", sums))

@@ -13,6 +13,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.markup import escape
 
+from care_compress.console import say
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, TargetError
 from care_compress.evaluate.comparison import BF16, CompareOptions, find_entries, score
@@ -93,10 +94,10 @@ def run_reference(
         found, missing = _measured(run, tuple(accepted.targets), console)
         for target, why in missing.items():
             told = f"skipped {name} on {target}: {why}"
-            console.print(told, markup=False, highlight=False, soft_wrap=True)
+            say(told, console)
         for check in checked(name, accepted, found):
             checks.append(check)
-            console.print(str(check), markup=False, highlight=False, soft_wrap=True)
+            say(str(check), console)
     if not checks:
         raise TargetError("no target of these recipes can be measured here.", "make doctor")
     drifts = sum(not check.holds for check in checks)

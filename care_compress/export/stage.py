@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from care_compress import machine
-from care_compress.console import Terminal, step_line
+from care_compress.console import say, step_line, widened
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.errors import ExportError, RecipeError, TargetError
 from care_compress.evaluate.agreement import compare_logits
@@ -121,7 +121,7 @@ def _show(console: Console, done: list[Exported]) -> None:
     rows = [row for one in done for row in one.rows()]
     if rows:
         images = max(file.agreement.images for one in done for file in one.files.values())
-        wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+        wide = widened(console, WIDTH)
         wide.print(export_table(rows, images))
     alike: dict[str, list[str]] = {}
     for one in done:
@@ -130,7 +130,7 @@ def _show(console: Console, done: list[Exported]) -> None:
             alike.setdefault(reason, []).append(one.target.name)
     for reason, names in alike.items():
         text = f"no export for {', '.join(names)}: {reason}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text, console)
     for one in done:
         if one.share is not None and one.share < LEAST_SHARE:
             part = f"{100 * one.share:.1f} % of the planned integer MACs"
@@ -140,7 +140,7 @@ def _show(console: Console, done: list[Exported]) -> None:
             )
         if one.not_built:
             text = f"no engine for {one.target.name}: {one.not_built}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(text, console)
 
 
 def check_targets(

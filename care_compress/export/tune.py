@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from care_compress import machine
-from care_compress.console import Terminal, step_line
+from care_compress.console import step_line, widened
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.errors import ExportError, RunError, TargetError
@@ -108,7 +108,7 @@ def run_tune(
         recipe = bench.variants.recipe
         limit = recipe.budget.max_top1_drop if options.max_drop is None else options.max_drop
         best = choose(tried, limit, bench.usual)
-        wide = Terminal(file=console.file, width=max(console.width, WIDTH), quiet=console.quiet)
+        wide = widened(console, WIDTH)
         wide.print(tune_table(tried, best, target, len(bench.images.labels)))
         _keep(bench, best, tried)
     where = run.path / "exports" / target.name

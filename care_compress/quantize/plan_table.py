@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from care_compress.console import Terminal
+from care_compress.console import say, widened
 from care_compress.quantize.spec import ENERGY_PJ, Decision, Plan
 from care_compress.recipe.quantize import RuleSection
 
@@ -16,7 +16,7 @@ WIDTH = 132
 def print_plan(plan: Plan, rules: tuple[RuleSection, ...], console: Console) -> None:
     """Every site with the rule that decided it, then the sums."""
     for number, rule in enumerate(rules, 1):
-        console.print(f"rule {number}: {rule_text(rule)}", markup=False, highlight=False)
+        say(f"rule {number}: {rule_text(rule)}", console)
     target = plan.target or "none: simulated, no runtime's limits"
     table = Table(title=f"target {target}, {plan.resolution}x{plan.resolution}")
     table.title_justify = "left"
@@ -27,7 +27,7 @@ def print_plan(plan: Plan, rules: tuple[RuleSection, ...], console: Console) -> 
     for decision in plan.decisions:
         table.add_row(*_row(decision, plan))
     # A site's name is what rules select by: it must be whole even where a terminal is narrow.
-    Terminal(file=console.file, width=max(console.width, WIDTH)).print(table)
+    widened(console, WIDTH).print(table)
     for kept in plan.kept:
         console.print(f"float by nature: {kept.what} ({kept.count}): {kept.why}", highlight=False)
     _print_sums(plan, console)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
+from care_compress.console import say
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
@@ -251,9 +252,7 @@ def select_calibration(recipe: Recipe, out: Path, console: Console) -> None:
     skip_bad = recipe.data.skip_bad_images
     chosen = select_images(samples, recipe.quantize.calibrate, recipe.seed, features, skip_bad)
     write_list(out, chosen)
-    console.print(
+    say(
         f"{len(chosen.indices)} of {len(samples):,} training images ({chosen.method}): {out}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        console,
     )
