@@ -8,16 +8,20 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from care_compress.console import CheckResult, progress_bar
 from care_compress.data.checks import Contents
-from care_compress.data.loader import CPU, BadImages, Batch, prepared_batches
-from care_compress.data.samples import Samples
+from care_compress.data.loader import CPU, BadImages, Batch, images_at_once, prepared_batches
+from care_compress.data.samples import Samples, spread_indices
 from care_compress.errors import DataError, EvaluationError
 from care_compress.model.predictor import Predictor
+from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import DataSection
+from care_compress.run.context import RunContext
 from care_compress.run.processes import World
+from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.train.loop import Validate
 
 
 @dataclass(frozen=True)
@@ -138,4 +142,38 @@ def answers_check(accuracies: Mapping[str, Accuracy]) -> CheckResult:
     items = tuple(f"{name}: {one.broken:,} of {one.images:,}" for name, one in bad.items())
     return CheckResult(
         "answers", "warning", "some logits are NaN or infinite; those images count as wrong", items
+    )
+
+
+def validating(context: RunContext, recipe: Recipe, validation: Samples) -> Validate:
+    """What a training calls to know how it is doing."""
+
+    def validate(candidate: nn.Module) -> tuple[int, int]:
+        chosen = spread_indices(len(validation), recipe.evaluate.images)
+        share = chosen[slice(*context.world.share(len(chosen)))]
+        accuracy = measure_module(context, recipe, candidate, validation, share)
+        return accuracy.images, accuracy.correct
+
+    return validate
+
+
+def measure_module(
+    context: RunContext,
+    recipe: Recipe,
+    model: nn.Module,
+    validation: Samples,
+    indices: Sequence[int],
+    contents: Contents | None = None,
+) -> Accuracy:
+    """Accuracy of a torch module on these validation images, all by this process."""
+    return measure_accuracy(
+        TorchPredictor(model, len(validation.classes), context.world.device),
+        validation,
+        recipe.data,
+        batch_size=images_at_once(recipe.evaluate.batch_size, context.world.device),
+        indices=indices,
+        bad=context.bad,
+        console=context.console,
+        device=context.world.device,
+        contents=contents,
     )

@@ -151,15 +151,8 @@ class Paired:
 
     @property
     def drop_ci95(self) -> tuple[float, float]:
-        """95 % interval of the drop for paired proportions.
-
-        Var = (lost + gained - (lost - gained)^2 / n) / n^2: only images whose answer changed sides
-        count, so it is far narrower than the intervals of the two accuracies.
-        """
-        n = self.images
-        changed, net = self.lost + self.gained, self.lost - self.gained
-        half = NORMAL_95 * math.sqrt(max(0.0, changed - net**2 / n)) / n
-        return self.drop - 100 * half, self.drop + 100 * half
+        """95 % interval of the drop, in points; far narrower than those of the two accuracies."""
+        return drop_interval(self.lost, self.gained, self.images)
 
     @property
     def agreement(self) -> float:

@@ -3,17 +3,16 @@
 Each process counts its share of the images, so all of a run's processes must come here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
-from torch import nn
 
 from care_compress.data.checks import Contents
 from care_compress.data.loader import images_at_once
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.evaluate.accuracy import NOTHING, Accuracy, measure_accuracy, own_share
+from care_compress.evaluate.accuracy import NOTHING, Accuracy, measure_module, own_share
 from care_compress.evaluate.pairs import Paired, measure_pair
 from care_compress.evaluate.tables import quantized_table
 from care_compress.files import digest_of, write_text
@@ -30,7 +29,6 @@ from care_compress.run.processes import World
 from care_compress.run.stages import Json, once, recipe_parts
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
-from care_compress.train.loop import Validate
 
 SEEN_FILE = "validation.digests"
 
@@ -89,7 +87,7 @@ def _float_accuracy(
         chosen = spread_indices(len(validation), recipe.evaluate.images)
         with context.stage("evaluate"):
             share = own_share(chosen, _batch_size(context, recipe), context.world)
-            mine = _measured(context, recipe, compact, validation, share, context.seen)
+            mine = measure_module(context, recipe, compact, validation, share, context.seen)
             _keep_seen(context, validation)
             return asdict(sum(context.world.gathered(mine), NOTHING))
 
@@ -130,18 +128,6 @@ def _candidate(
     counted = once(context, f"evaluate {name}", made_from, measure, together=True)
     plan = None if simulated is None else simulated.plan
     return Candidate(name, path, Paired.of_record(counted), plan)
-
-
-def validating(context: RunContext, recipe: Recipe, validation: Samples) -> Validate:
-    """What a training calls to know how it is doing."""
-
-    def validate(candidate: nn.Module) -> tuple[int, int]:
-        chosen = spread_indices(len(validation), recipe.evaluate.images)
-        share = chosen[slice(*context.world.share(len(chosen)))]
-        accuracy = _measured(context, recipe, candidate, validation, share)
-        return accuracy.images, accuracy.correct
-
-    return validate
 
 
 def judging(
@@ -185,28 +171,6 @@ def _compared(
         _keep_seen(context, validation)
         first, *others = world.gathered(mine)
         return sum(others, first)
-
-
-def _measured(
-    context: RunContext,
-    recipe: Recipe,
-    model: nn.Module,
-    validation: Samples,
-    indices: Sequence[int],
-    contents: Contents | None = None,
-) -> Accuracy:
-    """Accuracy of a torch module on these validation images, all by this process."""
-    return measure_accuracy(
-        TorchPredictor(model, len(validation.classes), context.world.device),
-        validation,
-        recipe.data,
-        batch_size=_batch_size(context, recipe),
-        indices=indices,
-        bad=context.bad,
-        console=context.console,
-        device=context.world.device,
-        contents=contents,
-    )
 
 
 def _batch_size(context: RunContext, recipe: Recipe) -> int:

@@ -74,7 +74,7 @@ def trained(
         **recipe_parts(recipe)["train"],
         "images, checkpoint, teacher": training_fingerprint(recipe, samples),
     }
-    handed_in = (validate, open_teacher)
+    handed_in = (validate, open_teacher) if section.distill else (validate,)
     once(context, "train", made_from, train, together=True, handed_in=handed_in)
     context.world.wait()
     return load_checkpoint(path)

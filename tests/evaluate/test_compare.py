@@ -18,11 +18,13 @@ from rich.console import Console
 
 from care_compress.data.loader import Batch
 from care_compress.errors import CareError, DataError, RecipeError, RunError, TargetError
+from care_compress.evaluate.accuracy import Accuracy
 from care_compress.evaluate.compare import run_compare
 from care_compress.evaluate.comparison import CompareOptions
 from care_compress.evaluate.device_measurements import device_verdict
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.pairs import (
+    Paired,
     calibration_error,
     collect_answers,
     drop_interval,
@@ -33,6 +35,7 @@ from care_compress.evaluate.verdicts import Drop, judge
 from care_compress.export.deploy import take_results
 from care_compress.files import digest_of
 from care_compress.pipeline import run_recipe
+from care_compress.quantize.distance import Distance
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import DOT_PRODUCTS
@@ -479,3 +482,16 @@ def test_a_verdict_says_what_was_found(
 ) -> None:
     verdict = judge("openvino-cpu", "int8", speedups, drop, limit, noisy)
     assert verdict.pays is pays and words in verdict.text
+
+
+def test_one_drop_has_one_interval_wherever_it_is_told() -> None:
+    """On the console and in results.json after a run, in compare.json, in the report."""
+    right = np.arange(500) % 10 > 1
+    wrong_now, right_now = np.flatnonzero(right)[:9], np.flatnonzero(~right)[:4]
+    after = right.copy()
+    after[wrong_now], after[right_now] = False, True
+    drop = Drop.between(right, after)
+    counts = [Accuracy(500, int(hits.sum()), 500) for hits in (right, after)]
+    pair = Paired(counts[0], counts[1], lost=9, gained=4, agreeing=480, distance=Distance())
+    assert (pair.drop, pair.drop_ci95) == (drop.value, (drop.low, drop.high))
+    assert drop.value == pytest.approx(1.0) and drop.low < 0 < drop.high

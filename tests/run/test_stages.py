@@ -20,6 +20,7 @@ from care_compress.pipeline import run_recipe
 from care_compress.quantize.qat import FollowFloat
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.recipe import Recipe, load_recipe
+from care_compress.run import stages
 from care_compress.run.stages import recipe_parts
 from care_compress.signals import full_disks_named, stops_in_order
 
@@ -284,3 +285,39 @@ def test_only_a_full_disk_is_the_users(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device", "/x")
     with pytest.raises(FileNotFoundError), full_disks_named():
         open(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("changed", "stale"),
+    [
+        ("report.render", set()),
+        ("cli", set()),
+        ("pipeline", set()),
+        ("export.ort_head", {"export"}),
+        ("evaluate.pairs", {"evaluate", "export"}),
+        ("quantize.observers", {"quantize", "evaluate", "export"}),
+        ("model.care", {"train", "quantize", "evaluate", "export"}),
+    ],
+)
+def test_code_that_a_stage_cannot_reach_makes_it_no_staler(
+    changed: str, stale: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_by = {
+        "train": ("train.stage", "evaluate.accuracy"),  # with what judges its epochs
+        "quantize": ("quantize.stages",),
+        "evaluate": ("evaluate.run_accuracy",),
+        "export": ("export.stage",),
+    }
+
+    def digests() -> dict[str, str]:
+        return {
+            stage: stages.code_digest(*(f"care_compress.{name}" for name in names))
+            for stage, names in made_by.items()
+        }
+
+    before, modules, name = digests(), stages._modules(), f"care_compress.{changed}"
+    other = tmp_path / "other.py"
+    other.write_text(modules[name].read_text() + "\n# changed\n")
+    monkeypatch.setattr(stages, "_modules", lambda: {**modules, name: other})
+    after = digests()
+    assert {stage for stage in made_by if before[stage] != after[stage]} == stale
