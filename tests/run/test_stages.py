@@ -80,8 +80,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_key_of_a_recipe_has_its_stages(trained: Path) -> None:
     assert KEYS.keys() == Recipe.model_fields.keys(), "a new key needs a place"
-    for key, (value, stages) in KEYS.items():
-        assert changed_parts(trained, f"{key}={value}") == stages, key
+    for key, (value, reached) in KEYS.items():
+        assert changed_parts(trained, f"{key}={value}") == reached, key
 
 
 def test_every_key_of_quantize_redoes_ptq_unless_said_otherwise(trained: Path) -> None:
@@ -110,9 +110,9 @@ def test_every_key_of_quantize_redoes_ptq_unless_said_otherwise(trained: Path) -
             ]
             changed = {stage for stage in EVERY if parts[0][stage] != parts[1][stage]}
             assert changed == {"ptq"}, key
-    for key, (value, stages) in IN_QUANTIZE.items():
+    for key, (value, reached) in IN_QUANTIZE.items():
         assert changed_parts(trained, f"quantize.{key}={value}") - {"calibration"} == (
-            stages - {"calibration"}
+            reached - {"calibration"}
         ), key
 
 
