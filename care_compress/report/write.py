@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from care_compress.evaluate.evidence import gather
 from care_compress.files import write_text
 from care_compress.report import accuracy, fidelity, latency, layers, plan, size, summary
-from care_compress.report.evidence import gather
 from care_compress.report.render import as_html, as_markdown
 from care_compress.report.sources import read_results, read_sources
 from care_compress.run.finished import as_written

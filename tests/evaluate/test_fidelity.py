@@ -23,14 +23,13 @@ from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.distance import EXACT_DB, Distance
 from care_compress.recipe.recipe import load_recipe
-from care_compress.report import evidence
 from care_compress.report.write import write_report
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 QUIET = Console(quiet=True)
 TARGETS = "export.targets=[onnxruntime-cpu, openvino-cpu, tensorrt-jetson-orin]"
-SCHEMA = Path(evidence.__file__).parent / "fidelity.schema.json"
+SCHEMA = Path(write_report.__code__.co_filename).parent / "fidelity.schema.json"
 FORMED = re.compile(r"token_mixer\.(dwconv[12]|core\.(kv|out))$")
 SCALED = re.compile(r"inter2_(fc2|add)$")
 SPOILED = "stages.1.blocks.0.inter_layer.inter2_fc1"

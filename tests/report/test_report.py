@@ -15,16 +15,16 @@ from rich.console import Console
 from tiny import CLASSES, image_folder
 
 from care_compress.errors import RunError
+from care_compress.evaluate import evidence
 from care_compress.evaluate.pairs import wilson
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe
-from care_compress.report import evidence
 from care_compress.report.drawing import ticks
 from care_compress.report.sources import read_results
 from care_compress.report.write import write_report
 
-SCHEMAS = Path(evidence.__file__).parent
+SCHEMAS = Path(write_report.__code__.co_filename).parent
 QUIET = Console(quiet=True)
 CHROMIUM = shutil.which("chromium")
 HOSTILE = {

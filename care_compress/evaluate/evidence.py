@@ -23,6 +23,7 @@ from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.data.transforms import normalize
 from care_compress.errors import CareError
+from care_compress.evaluate.layer_noise import measure_layers
 from care_compress.files import (
     digest_of,
     fingerprint,
@@ -38,7 +39,6 @@ from care_compress.quantize.artifact import load_saved
 from care_compress.quantize.plan_table import plan_as_json, rule_text
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import DataSection
-from care_compress.report.layer_noise import measure_layers
 from care_compress.run.finished import read_run
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
