@@ -40,7 +40,7 @@ from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import load_target
 from care_compress.run.finished import as_written
 from care_compress.runtime.artifact import open_predictor
-from care_compress.runtime.dot_products import check_needs, onnxruntime_is_exact, openvino_is_exact
+from care_compress.runtime.dot_products import check_needs
 from care_compress.runtime.layer_times import Profile
 from care_compress.runtime.memory import peak_memory
 from care_compress.runtime.on_openvino import has_bfloat16, openvino_devices
@@ -206,9 +206,8 @@ def _why_not(one: NamedModel, target: str, path: Path | None) -> str:
     if about.is_engine and path.suffix != ".engine":
         return f"needs its device: make bundle TARGET={target}, then care-compress import-results"
     if one.run is not None and about.device == "cpu":
-        exact = openvino_is_exact if about.runtime == "openvino" else onnxruntime_is_exact
         try:
-            check_needs(path, one.export_of[target].get("needs"), exact)
+            check_needs(path, one.export_of[target].get("needs"), about.runtime)
         except TargetError as error:
             return error.message.removesuffix(".")
     return ""

@@ -38,7 +38,7 @@ from care_compress.recipe.target import Target, all_targets, load_target
 from care_compress.run.context import RunContext
 from care_compress.run.directory import Run
 from care_compress.run.stages import EVERYTHING, once, recipe_parts, versions
-from care_compress.runtime.dot_products import check_needs, onnxruntime_is_exact, openvino_is_exact
+from care_compress.runtime.dot_products import check_needs
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.runtime.profile_openvino import executed_layers, integer_macs, quantized_macs
@@ -254,10 +254,8 @@ class Exporter:
 
     def _check_readable(self, target: Target) -> None:
         """Raise TargetError before writing what could not be read back on this processor."""
-        openvino = target.runtime == "openvino"
-        path = self._path(target, self.precision, ".xml" if openvino else ".onnx")
-        exact = openvino_is_exact if openvino else onnxruntime_is_exact
-        check_needs(path, target.file_needs, exact)
+        suffix = ".xml" if target.runtime == "openvino" else ".onnx"
+        check_needs(self._path(target, self.precision, suffix), target.file_needs, target.runtime)
 
     @property
     def precision(self) -> str:

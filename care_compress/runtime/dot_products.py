@@ -7,7 +7,6 @@ and whatever would run it here asks first.
 """
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,18 @@ from onnx import TensorProto, helper, numpy_helper
 
 from care_compress.errors import TargetError
 from care_compress.libraries import load_openvino, openvino_core
-from care_compress.recipe.target import DOT_PRODUCTS
+from care_compress.recipe.target import DOT_PRODUCTS, Runtime
 
 # The largest factors, as many as make every kernel use its whole registers.
 _DEPTH, _OUTPUTS, _SIDE = 64, 32, 8
 _SUM = _DEPTH * 255 * 127
 
 
-def check_needs(path: Path, needs: str | None, exact: Callable[[], bool]) -> None:
+def check_needs(path: Path, needs: str | None, runtime: Runtime) -> None:
     """Raise TargetError for a file that needs what the runtime does not have here."""
-    if needs == DOT_PRODUCTS and not exact():
+    if needs != DOT_PRODUCTS:
+        return
+    if not (openvino_is_exact() if runtime == "openvino" else onnxruntime_is_exact()):
         raise TargetError(
             f"{path} has weights of all 8 bits and needs a processor with integer dot products "
             "(VNNI, AMX, or Arm's SDOT); here its sums would overflow and its answers be wrong.",

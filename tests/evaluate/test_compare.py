@@ -345,7 +345,7 @@ def test_a_file_that_is_not_its_model_here_is_told_and_does_not_pay(
 
     # A file of full range where sums saturate is left out with its reason, and the rest compared.
     (folder / "export.json").write_text(json.dumps({**export, "needs": DOT_PRODUCTS}))
-    monkeypatch.setattr("care_compress.evaluate.comparison.onnxruntime_is_exact", lambda: False)
+    monkeypatch.setattr("care_compress.runtime.dot_products.onnxruntime_is_exact", lambda: False)
     refused = CompareOptions(targets=("onnxruntime-cpu",), latency=QUICK)
     compare(["mine_fp32", "mine"], copy, refused, QUIET)
     value = json.loads((copy / "mine" / "compare.json").read_text())

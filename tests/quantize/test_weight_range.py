@@ -22,7 +22,6 @@ from stored import stored_weights
 
 from care_compress.cli import main
 from care_compress.errors import ExportError, RecipeError, TargetError
-from care_compress.export import stage as exporting
 from care_compress.machine import read_machine
 from care_compress.model.checkpoint import QUANTIZED_HEADER
 from care_compress.pipeline import run_recipe
@@ -33,7 +32,7 @@ from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import RewriteSection
 from care_compress.recipe.target import DOT_PRODUCTS, all_targets, load_target
-from care_compress.runtime import on_onnxruntime, on_openvino
+from care_compress.runtime import dot_products
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.dot_products import onnxruntime_is_exact
 
@@ -70,10 +69,8 @@ def full(start: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pretend(patch: pytest.MonkeyPatch, exact: bool) -> None:
-    for module in (exporting, on_onnxruntime):
-        patch.setattr(module, "onnxruntime_is_exact", lambda: exact)
-    for module in (exporting, on_openvino):
-        patch.setattr(module, "openvino_is_exact", lambda: exact)
+    for probe in ("onnxruntime_is_exact", "openvino_is_exact"):
+        patch.setattr(dot_products, probe, lambda: exact)
 
 
 def file_of(run: Path, target: str, name: str = "int8") -> Path:
