@@ -10,7 +10,7 @@ pytest.importorskip("openvino", reason="needs the openvino extra")
 MODELS_THAT_GO = """
 import gc, signal, subprocess
 import numpy as np
-from care_compress.quantize.openvino_library import load_openvino, openvino_core, signal_stack_kept
+from care_compress.libraries import load_openvino, openvino_core, signal_stack_kept
 
 openvino = load_openvino()
 from openvino import opset13

@@ -98,9 +98,9 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_numbers(
 KILLED = """
 import os, signal, sys
 from care_compress.cli import main
-from care_compress.evaluate import resuming, scoring
+from care_compress.evaluate import scoring
 
-resuming.SECONDS = 0.0
+scoring.SECONDS = 0.0
 real, batches = scoring.count_batch, iter(range(4))
 def count(predict, batch):
     if next(batches, None) is None:

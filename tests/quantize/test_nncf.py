@@ -184,7 +184,7 @@ def test_a_killed_qat_ends_with_the_same_file(
 
 def test_usage_is_reported_to_nobody() -> None:
     code = (
-        "import sys; from care_compress.quantize.openvino_library import load_nncf; load_nncf();"
+        "import sys; from care_compress.libraries import load_nncf; load_nncf();"
         "assert not any('telemetry.main' in name for name in sys.modules), 'it is loaded'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -39,8 +39,8 @@ def test_the_manifest_tells_what_went_in_and_out(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_while_the_first_holds_the_run(tmp_path: Path) -> None:
     recipe = load_recipe("fp32")
     script = (
-        "import sys; from pathlib import Path; from care_compress.run import Run;"
-        "from care_compress.recipe import load_recipe\n"
+        "import sys; from pathlib import Path; from care_compress.run.directory import Run;"
+        "from care_compress.recipe.recipe import load_recipe\n"
         "with Run(Path(sys.argv[1]), 'mine').open(load_recipe('fp32'), {}): pass"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

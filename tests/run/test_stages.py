@@ -241,7 +241,7 @@ def _term_in_qat() -> None:
 STOPPED = """
 import os, signal, sys, time
 from rich.console import Console
-from care_compress.stopping import stops_in_order
+from care_compress.signals import stops_in_order
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 with stops_in_order(Console(stderr=True)):
     ready, tell = os.pipe()
