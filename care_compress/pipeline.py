@@ -19,7 +19,7 @@ from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.evaluate.accuracy import validating
 from care_compress.evaluate.results import write_results
-from care_compress.evaluate.run_accuracy import judging, score
+from care_compress.evaluate.run_accuracy import Candidate, evaluated, judging, score
 from care_compress.evaluate.tables import rewrite_table
 from care_compress.export.stage import check_exports, exported
 from care_compress.model.care import Care
@@ -50,23 +50,20 @@ def run_recipe(
         model = _float_model(context, recipe, ready, validation)
         compact, steps = _rewritten(context, recipe, model)
 
-        made: dict[str, Path] = {}
+        tried: list[Candidate] = []
         section = recipe.quantize
         if section is not None:
             judge = judging(context, recipe, compact, validation)
-            made["ptq"] = quantized(context, recipe, section, compact, validation, judge)
+            ptq = quantized(context, recipe, section, compact, validation, judge)
+            tried.append(evaluated(context, recipe, "ptq", ptq, compact, validation))
             if section.qat is not None:
-                made["qat"] = trained_quantized(
-                    context,
-                    recipe,
-                    section,
-                    section.qat,
-                    compact,
-                    made["ptq"],
-                    validating(context, recipe, validation),
+                validate = validating(context, recipe, validation)
+                qat = trained_quantized(
+                    context, recipe, section, section.qat, compact, ptq, validate
                 )
+                tried.append(evaluated(context, recipe, "qat", qat, compact, validation))
 
-        scores = score(context, recipe, compact, made, validation)
+        scores = score(context, recipe, compact, tried, validation)
         kept = scores.best.path if scores.best else None
         exports = exported(context, recipe, model, compact, kept, validation)
         as_json = {one.target.name: one.as_json() for one in exports}

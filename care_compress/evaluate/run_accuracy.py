@@ -3,7 +3,7 @@
 Each process counts its share of the images, so all of a run's processes must come here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -56,15 +56,12 @@ def score(
     context: RunContext,
     recipe: Recipe,
     compact: CompactCare,
-    made: Mapping[str, Path],
+    tried: Sequence[Candidate],
     validation: Samples,
 ) -> Scores:
-    """The float model on the validation images, or each quantized one beside it."""
-    if not made:
+    """Which quantized model is kept; without any, the float one on the validation images."""
+    if not tried:
         return Scores(_float_accuracy(context, recipe, compact, validation))
-    tried = tuple(
-        _candidate(context, recipe, name, path, compact, validation) for name, path in made.items()
-    )
     # The last one, unless it ended below an earlier one.
     best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
     console = context.console
@@ -75,7 +72,7 @@ def score(
             "are kept; try a lower quantize.qat.learning_rate"
         )
     console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
-    return Scores(best.paired.candidate, tried, best)
+    return Scores(best.paired.candidate, tuple(tried), best)
 
 
 def _float_accuracy(
@@ -99,7 +96,7 @@ def _float_accuracy(
     return Accuracy(**once(context, "evaluate", made_from, measure, together=True))
 
 
-def _candidate(
+def evaluated(
     context: RunContext,
     recipe: Recipe,
     name: str,
@@ -107,7 +104,7 @@ def _candidate(
     compact: CompactCare,
     validation: Samples,
 ) -> Candidate:
-    """What was written, read again and measured beside the float model."""
+    """A quantized model that was written: read again and measured beside the float one."""
     section, device = recipe.quantize, context.world.device
     assert section is not None
     simulated = None if section.backend == "nncf" else load_quantized(path)
