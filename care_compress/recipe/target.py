@@ -1,7 +1,7 @@
 """Targets: one YAML file says what one runtime on one kind of device executes.
 
 The plan is checked against it before anything is trained, the export writes what it asks for, and
-`care_compress.doctor` tells from it what this machine can do. Files: recipes/targets/.
+`care_compress.runtime.doctor` tells from it what this machine can do. Files: recipes/targets/.
 """
 
 import difflib
