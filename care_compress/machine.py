@@ -1,7 +1,8 @@
 """What this machine is: processor, memory, GPU and library versions, read without importing any.
 
 A run's manifest stores it beside every figure, and `care_compress.runtime.doctor` decides from it
-what can be done here. Parsers take text and return values; only `read_machine` looks at the real machine.
+what can be done here. Parsers take text and return values; only `read_machine` looks at the real
+machine.
 """
 
 import os
