@@ -77,6 +77,8 @@ def run_sensitivity(
 ) -> list[Sensitivity]:
     """Measure every site of a recipe's PTQ result alone, in a run of its own."""
     section = own_section(recipe)
+    nothing = recipe.export.model_copy(update={"targets": ()})
+    recipe = recipe.model_copy(update={"export": nothing})
     ready = preflight(recipe, World(), Console(quiet=True))
     with open_run(Run(runs, name), recipe, World(), console) as context:
         validation = open_samples(recipe.data, "val")
@@ -109,8 +111,9 @@ def _validation_images(context: RunContext, recipe: Recipe) -> Samples:
 
 def _float_model(context: RunContext, recipe: Recipe, ready: Ready, validation: Samples) -> Care:
     """What the recipe's checkpoint holds, or what is trained when it has a train section."""
-    if recipe.train is None:
-        return loaded(context, recipe, ready.model, validation)
+    if ready.start is not None:
+        return loaded(context, ready.start, validation)
+    assert recipe.train is not None
     validate = validating(context, recipe, validation)
     teacher = teacher_opener(recipe.data.resolution, context.world.device)
     return trained(context, recipe, recipe.train, validation, validate, teacher)

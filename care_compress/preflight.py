@@ -33,6 +33,7 @@ from care_compress.recipe.sections import TrainSection
 from care_compress.recipe.target import Target, load_target
 from care_compress.run.processes import World
 from care_compress.train.network import check_batch_size
+from care_compress.train.stage import LoadedModel
 
 # Bytes for each site: of a quantized model, a graph, OpenVINO's text.
 MODEL_SITE, GRAPH_SITE, TEXT_SITE = 2_900, 2_700, 6_500
@@ -183,24 +184,26 @@ def _megabytes(size: int) -> str:
 class Ready:
     """What a recipe works on and will make, found out before anything is written or trained."""
 
-    model: Care  # of the checkpoint; without one, only its shape is that of what will be trained
+    start: LoadedModel | None  # none where the model is trained first
     space: Space
 
 
 def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
     """Refuse what cannot work; the checkpoint is read and the plan made once, here."""
     _check_training(recipe, world)
-    section, model = recipe.quantize, model_of(recipe)
-    network = rewrite(model, recipe.rewrite)
-    plan, targets = None, chosen_targets(recipe)
+    section = recipe.quantize
     if section is not None and section.backend == "nncf":
         _check_nncf(section, world)
+    start = None if recipe.train else LoadedModel.of(recipe.model)
+    network = rewrite(start.model if start else model_of(recipe), recipe.rewrite)
+    plan, targets = None, chosen_targets(recipe)
+    if section is not None and section.backend == "nncf":
         targets = tuple(target for target in targets if target.runtime == "openvino")
     elif section is not None:
         network, plan = planned(network, section, recipe.data.resolution)
         targets = able_targets(recipe, network, plan, console)
     size = Size.of_network(network) if plan is None else Size.of_plan(plan)
-    return Ready(model, needed_space(recipe, size, plan, targets))
+    return Ready(start, needed_space(recipe, size, plan, targets))
 
 
 def _check_training(recipe: Recipe, world: World) -> None:

@@ -131,9 +131,10 @@ def judging(
     context: RunContext, recipe: Recipe, compact: CompactCare, validation: Samples
 ) -> Judge:
     """What the search for bits calls, in the main process alone; the others wait for it."""
-    alone = replace(context, world=World(device=context.world.device))
 
     def judge(model: QuantizedCare, images: int) -> float:
+        # Made anew each time: the context counts seconds for the stage that is under way.
+        alone = replace(context, world=World(device=context.world.device))
         predict = TorchPredictor(model, model.num_classes, alone.world.device)
         return _compared(alone, recipe, compact, predict, validation, images).drop
 

@@ -144,7 +144,7 @@ def compare_versions(
     """Run every version on every image, one at a time: all outputs of all are held."""
     steps = [VersionDistance(version) for version in versions]
     for number, image in enumerate(images, 1):
-        notify(f"climbing with image {number}")
+        notify(f"comparing on image {number}")
         taken: dict[str, Taken] = {}
         for step in steps:
             version = step.version

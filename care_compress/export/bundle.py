@@ -90,7 +90,9 @@ def device_script(runtime: Runtime) -> bytes:
     packed.seek(0, io.SEEK_END)
     with zipfile.ZipFile(packed, "w") as archive:
         for name, text in sorted(files.items()):
-            archive.writestr(zipfile.ZipInfo(name), text)
+            about = zipfile.ZipInfo(name)
+            about.create_system = 3  # Unix, wherever this runs
+            archive.writestr(about, text)
     return packed.getvalue()
 
 

@@ -6,7 +6,6 @@ was, and a changed recipe redoes the stages that the change reaches and no other
 """
 
 import ast
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from importlib import metadata
@@ -30,6 +29,8 @@ COMPUTING = ("numpy", "pillow", "torch", "torchao")
 EVERYTHING = tuple(sorted({*COMPUTING, *LIBRARIES}))
 # Decoding processes and where to cut an evaluated image change no trained weight.
 NOT_LEARNED_FROM = {"workers", "crop_pct"}
+# Every stage sees images, though some are handed them; how they are found and decoded counts.
+READS_IMAGES = "care_compress.data.sources"
 
 
 def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
@@ -88,7 +89,7 @@ def once(
     """
     surroundings = {
         "packages": versions(COMPUTING),
-        "care-compress": code_digest(*(one.__module__ for one in (make, *handed_in))),
+        "care-compress": code_digest(READS_IMAGES, *map(_module_of, (make, *handed_in))),
     }
     digests = {name: fingerprint(value) for name, value in {**surroundings, **made_from}.items()}
     record = _current(context, stage, digests) if context.world.is_main else None
@@ -122,10 +123,9 @@ def code_digest(*modules: str) -> str:
 
     A change elsewhere, of the report or the command line, makes no stage again.
     """
-    digest = hashlib.sha256()
-    for name, path in reached_modules(*modules).items():
-        digest.update(f"{name} {sha256_file(path)}\n".encode())
-    return digest.hexdigest()
+    reached, digests = reached_modules(*modules), _digests()
+    packages = {parent for name in reached for parent in _parents(name)}
+    return fingerprint({name: digests[name] for name in reached.keys() | packages})
 
 
 def reached_modules(*modules: str) -> dict[str, Path]:
@@ -137,6 +137,23 @@ def reached_modules(*modules: str) -> dict[str, Path]:
             reached.add(name)
             ahead |= imports[name]
     return {name: _modules()[name] for name in sorted(reached)}
+
+
+def _module_of(function: Callable[..., object]) -> str:
+    assert function.__module__ != "functools", "a partial does not say whose code it calls"
+    return function.__module__
+
+
+def _parents(name: str) -> list[str]:
+    """The packages whose ``__init__`` an import of this module runs."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+@cache
+def _digests() -> dict[str, str]:
+    """Of every module as it is when the first stage asks; what is edited later is not what runs."""
+    return {name: sha256_file(path) for name, path in _modules().items()}
 
 
 @cache

@@ -1,6 +1,8 @@
 """The float model of a run: its checkpoint, or trained here to ``float/model.safetensors``."""
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
@@ -13,7 +15,7 @@ from care_compress.model.care import Care
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.recipe import Recipe
-from care_compress.recipe.sections import TrainSection
+from care_compress.recipe.sections import ModelSection, TrainSection
 from care_compress.run.context import RunContext
 from care_compress.run.stages import once, recipe_parts
 from care_compress.train.loop import Validate
@@ -21,15 +23,34 @@ from care_compress.train.network import Training, train_network, training_finger
 from care_compress.train.state import STATE_FILE, drop_damaged
 
 
-def loaded(context: RunContext, recipe: Recipe, model: Care, validation: Samples) -> Care:
-    """The recipe's checkpoint, which preflight read; its classes must be those of the images."""
-    assert recipe.model.checkpoint is not None
-    path = resolve_checkpoint(recipe.model.checkpoint)
+@dataclass(frozen=True)
+class LoadedModel:
+    """A recipe's checkpoint, read once and before anything is written."""
+
+    model: Care
+    path: Path
+    sha256: str
+    seconds: float
+
+    @classmethod
+    def of(cls, section: ModelSection) -> "LoadedModel":
+        """Read it."""
+        assert section.checkpoint is not None
+        began, path = time.monotonic(), resolve_checkpoint(section.checkpoint)
+        digest, model = sha256_file(path), load_checkpoint(path, section.arch)
+        return cls(model, path, digest, time.monotonic() - began)
+
+
+def loaded(context: RunContext, start: LoadedModel, validation: Samples) -> Care:
+    """The float model of a run that trains none; its classes must be those of the images."""
+    model = start.model
     check_classes(validation, model.num_classes)
+    context.spend("load", start.seconds)
     if context.world.is_main:
-        context.run.record_input("checkpoint", {"path": str(path), "sha256": sha256_file(path)})
+        about = {"path": str(start.path), "sha256": start.sha256}
+        context.run.record_input("checkpoint", about)
     context.console.print(
-        f"loaded {model.arch} with {model.num_classes} classes from {escape(str(path))}",
+        f"loaded {model.arch} with {model.num_classes} classes from {escape(str(start.path))}",
         soft_wrap=True,
     )
     return model
