@@ -37,8 +37,8 @@ class LoadedModel:
         """Read it."""
         assert section.checkpoint is not None
         began, path = time.monotonic(), resolve_checkpoint(section.checkpoint)
-        digest, model = sha256_file(path), load_checkpoint(path, section.arch)
-        return cls(model, path, digest, time.monotonic() - began)
+        model = load_checkpoint(path, section.arch)  # first: it says what is wrong with a file
+        return cls(model, path, sha256_file(path), time.monotonic() - began)
 
 
 def loaded(context: RunContext, start: LoadedModel, validation: Samples) -> Care:
