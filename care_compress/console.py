@@ -102,7 +102,11 @@ LISTED = 100  # items in results.json; their count is always there
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check found."""
+    """What one check of a run's numbers found.
+
+    A check that found nothing is told, too, and so is one that could not be made, with its reason:
+    silence would pass for "fine".
+    """
 
     check: str  # saturated ranges
     status: Literal["fine", "warning", "not measured"]

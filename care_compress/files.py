@@ -1,7 +1,8 @@
-"""Files that somebody else wrote: read only if they are files, and only so much of them.
+"""Reading what somebody else wrote, and writing what nobody should find half written.
 
-A pipe under a file's name would be waited on for ever, ``/dev/zero`` has no end, and a sparse file
-of terabytes costs its author nothing.
+Read are only files, and only so much of them: a pipe under a file's name would be waited on for
+ever, ``/dev/zero`` has no end, and a sparse file of terabytes costs its author nothing. Written
+files appear whole or not at all (temporary name, flush, rename).
 """
 
 import contextlib
@@ -48,7 +49,11 @@ def read_json(path: Path) -> Any:
 
 
 def json_text(value: object, indent: int = 2) -> str:
-    """The text of a JSON file; `RunError` names the first figure that is none."""
+    """The text of a JSON file; `RunError` names the first figure that is none.
+
+    Python writes NaN where JSON has none, and other programs refuse the whole file or, worse, read
+    0. So a result is a number, or nothing with a reason.
+    """
     try:
         return json.dumps(value, indent=indent, allow_nan=False) + "\n"
     except ValueError as error:
@@ -97,7 +102,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except OSError as error:
-        raise _not_writable(path, error) from error
+        raise not_writable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -110,7 +115,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         ) as folder:
             yield Path(folder)
     except OSError as error:
-        raise _not_writable(path, error) from error
+        raise not_writable(path, error) from error
 
 
 def _flush(path: Path) -> None:
@@ -122,7 +127,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove what a process left that was killed while it wrote."""
     for leftover in list(folder.rglob(".*.tmp")):
         if leftover.is_dir():
@@ -131,7 +136,8 @@ def _sweep(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _not_writable(path: Path, error: OSError) -> RunError:
+def not_writable(path: Path, error: OSError) -> RunError:
+    """The error of a disk, in a user's words."""
     return RunError(
         f"cannot write {path}: {error.strerror}.",
         "make room there, or choose another place (--runs, --json)",

@@ -35,6 +35,8 @@ from care_compress.run.processes import World
 from care_compress.train.network import check_batch_size
 from care_compress.train.stage import LoadedModel
 
+# Measured (LOG.md): what a file holds beside its weights grows with the number of sites. Unasked, a
+# full disk would be found after hours, in the middle of a training.
 # Bytes for each site: of a quantized model, a graph, OpenVINO's text.
 MODEL_SITE, GRAPH_SITE, TEXT_SITE = 2_900, 2_700, 6_500
 # An engine's own code, and what it makes of each parameter.

@@ -22,7 +22,11 @@ UNIFORMS = 128  # words per image for the scene; the sensor noise takes the word
 
 
 class Draws:
-    """One uniform stream per image, handed out in a fixed order, one column at a time."""
+    """One uniform stream per image, handed out in a fixed order, one column at a time.
+
+    Each image has a Philox stream of its own, found by (seed, split, index). Only its raw words are
+    taken, and turned into uniforms here: NumPy's distributions may change between releases.
+    """
 
     def __init__(
         self, seed: int, split: Split, indices: Sequence[int], noise_bytes: int = 0

@@ -283,7 +283,11 @@ OTHER_IMAGES = "its export was checked on other images; make quantize exports it
 def read_files_back(
     found: Comparison, data: DataSection, samples: Samples, console: Console
 ) -> None:
-    """Fill `found` with what each file does here, and the findings that follow."""
+    """Fill `found` with what each file does here, and the checks that follow.
+
+    What a file's model answers lies beside the file since its export (`answers_beside`), so neither
+    the checkpoint nor the placement that a target asked for then is needed again.
+    """
     held: dict[int, HeldImages] = {}
     unread: dict[str, str] = {}
     with step_line(console) as notify:

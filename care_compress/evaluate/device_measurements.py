@@ -1,4 +1,4 @@
-"""What devices measured and `import-results` brought home, beside what was measured here."""
+"""What devices measured: checked against the run, kept in it, shown beside what ran here."""
 
 import re
 from collections.abc import Iterator

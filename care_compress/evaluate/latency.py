@@ -2,7 +2,7 @@
 
 Models take turns of a few runs each, so that whatever else the machine does hits all of them; a
 ratio is the median over turns of paired ratios, with its interval. Absolute figures are this
-machine's, now.
+machine's, now. Images are noise: how long a network takes does not depend on what it sees.
 """
 
 import time

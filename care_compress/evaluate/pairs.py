@@ -299,7 +299,11 @@ def collect_answers(
     batches: Iterable[Batch],
     progress: Callable[[int], None],
 ) -> Collected:
-    """Run every model over all prepared batches; `baseline_of` says whom each is compared with."""
+    """Run every model over all prepared batches; `baseline_of` says whom each is compared with.
+
+    Each image is decoded once for all of them. A few bytes are held for each image and model, so
+    memory is that of the batches.
+    """
     growing = {name: _Growing() for name in models}
     labels, indices = [], []
     for batch in batches:

@@ -141,7 +141,12 @@ class VersionDistance:
 def compare_versions(
     versions: Sequence[Version], images: Iterable[Tensor], notify: Callable[[str], None]
 ) -> list[VersionDistance]:
-    """Run every version on every image, one at a time: all outputs of all are held."""
+    """Run every version on every image, one at a time: all outputs of all are held.
+
+    Each is compared with the one it was made from: logits, answers, and the output of every site
+    that means the same in both. A step's own loss stands between two versions; what all of them
+    lost together stands beside the float model.
+    """
     steps = [VersionDistance(version) for version in versions]
     for number, image in enumerate(images, 1):
         notify(f"comparing on image {number}")

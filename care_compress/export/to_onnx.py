@@ -48,7 +48,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class About:
-    """What is stored with a model."""
+    """What an exported file says of itself: enough to serve it without the run that made it."""
 
     recipe: str
     fingerprint: str  # of the model's weights, the classes and the preprocessing

@@ -1,10 +1,6 @@
-"""Recipes: one YAML file says everything about one compressed model.
+"""Reading YAML that somebody else wrote: only so large, only so deep, nothing twice, no tags."""
 
-A recipe is data, typed, frozen and strict. An unknown key or a bad value ends in a `RecipeError`
-that names the file, the key and the fix, before any work starts. ``--set section.key=value``
-changes one value on the command line under the same rules.
-"""
-
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -42,6 +38,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
     """How many values a node stands for; a few lines of aliases of aliases make billions."""
     if node.value is None or isinstance(node, yaml.ScalarNode):
@@ -70,12 +71,12 @@ def read_yaml(path: Path) -> Any:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {error}.", "give a YAML file") from error
     try:
-        return _parsed(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not readable YAML: {error}.", "correct the file") from error
 
 
-def _parsed(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """YAML text as plain values; whatever is wrong with it is a `YAMLError` of one line."""
     try:
         return yaml.load(text, Loader=_Loader)  # nosec B506 # a SafeLoader

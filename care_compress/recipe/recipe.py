@@ -8,7 +8,6 @@ changes one value on the command line under the same rules.
 import difflib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -19,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from care_compress.console import shortened
 from care_compress.errors import RecipeError
 from care_compress.recipe.quantize import QuantizeSection
-from care_compress.recipe.reading import _Loader, _parsed, read_yaml
+from care_compress.recipe.reading import parse_yaml, read_yaml
 from care_compress.recipe.sections import (
     BudgetSection,
     DataSection,
@@ -74,11 +73,6 @@ class Recipe(Section):
         if search and self.budget.max_top1_drop is None:
             raise ValueError("the search for bits needs budget.max_top1_drop")
         return self
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def load_recipe(
@@ -141,7 +135,7 @@ def _split_override(override: str) -> tuple[str, Any]:
         given = shortened(repr(override))
         raise RecipeError(f"--set {given} has no value.", "write section.key=value")
     try:
-        return key.strip(), _parsed(text)
+        return key.strip(), parse_yaml(text)
     except yaml.YAMLError as error:
         given = shortened(repr(override))
         raise RecipeError(f"--set {given} is not a YAML value: {error}.") from error

@@ -1,6 +1,6 @@
 """The sections of a recipe: typed, frozen, strict. The meaning of every key stands here.
 
-Those of quantization are in `care_compress.quantization_sections`.
+Those of quantization are in `care_compress.recipe.quantize`.
 """
 
 from typing import Annotated, ClassVar, Literal

@@ -1,4 +1,8 @@
-"""The report's drawings."""
+"""The report's drawings, which fit any width: positions across in percent, the rest in pixels.
+
+A drawing scaled to a phone would have letters nobody can read. Here only the marks move; colours
+are classes of the page's style, so that light and dark are one drawing.
+"""
 
 import math
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from care_compress.errors import DamagedRunError, RunError, Stopped
-from care_compress.files import _not_writable, _sweep, json_text, read_json, sha256_file, write_text
+from care_compress.files import json_text, not_writable, read_json, sha256_file, sweep, write_text
 from care_compress.machine import git_revision
 from care_compress.recipe.recipe import Recipe
 
@@ -62,7 +62,7 @@ class Run:
         self, recipe: Recipe, machine: Mapping[str, Any], stages: dict[str, Any]
     ) -> None:
         """The recipe and the manifest of a run that begins, or goes on."""
-        _sweep(self.path)
+        sweep(self.path)
         resolved = recipe.model_dump(mode="json")
         self._manifest = {
             "run": self.name,
@@ -79,7 +79,7 @@ class Run:
             # Until this run is through there are no results: old ones would pass for its own.
             (self.path / "results.json").unlink(missing_ok=True)
         except OSError as error:
-            raise _not_writable(self.path, error) from error
+            raise not_writable(self.path, error) from error
         write_text(self.path / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
         self._write_manifest()
 

@@ -130,12 +130,12 @@ def code_digest(*modules: str) -> str:
 
 def reached_modules(*modules: str) -> dict[str, Path]:
     """These modules of ours and all that they may import, by name."""
-    imports, reached, ahead = _imports(), set[str](), set(modules)
+    reached, ahead = set[str](), set(modules)
     while ahead:
         name = ahead.pop()
-        if name in imports and name not in reached:
+        if name in _modules() and name not in reached:
             reached.add(name)
-            ahead |= imports[name]
+            ahead |= _imports(name)
     return {name: _modules()[name] for name in sorted(reached)}
 
 
@@ -168,19 +168,16 @@ def _modules() -> dict[str, Path]:
 
 
 @cache
-def _imports() -> dict[str, set[str]]:
-    """What each module of ours may import, wherever in it that stands: names, ours or not."""
-    found = {}
-    for name, path in _modules().items():
-        imported = set[str]()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                # Either may be the module: ``from care_compress import machine``.
-                imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        found[name] = imported
-    return found
+def _imports(module: str) -> frozenset[str]:
+    """What a module of ours may import, wherever in it that stands: names, ours or not."""
+    imported = set[str]()
+    for node in ast.walk(ast.parse(_modules()[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # Either may be the module: ``from care_compress import machine``.
+            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(imported)
 
 
 def _current(context: RunContext, stage: str, digests: Mapping[str, str]) -> dict[str, Any] | None:

@@ -1,4 +1,8 @@
-"""Decide, for each target and stage, whether a machine can do it and what it lacks."""
+"""``care-compress doctor``: what this machine can export, build, run and measure, what it lacks.
+
+`diagnose` decides from a description of the machine alone, so it can be asked about any machine;
+`try_runtimes` tries what is installed.
+"""
 
 import json
 import os
@@ -26,7 +30,11 @@ _RIGHT = "files of CPU targets are right here (weights of 7 bits)"
 
 
 def int8_line(cpu: Cpu) -> str:
-    """What to expect of INT8 on this processor."""
+    """What to expect of INT8 on this processor.
+
+    Factors are those of CARE-S0 at 224, one image, one thread (docs/PERFORMANCE.md); where none was
+    measured the line says so.
+    """
     has = {name for name, present in cpu.features.items() if present}
     if cpu.dot_products is None:
         return (
@@ -94,7 +102,10 @@ class RuntimeState:
 
 
 def try_runtimes(machine: Machine) -> RuntimeState:
-    """Load every installed runtime and ask OpenVINO for its devices."""
+    """Load every installed runtime and ask OpenVINO for its devices.
+
+    Each in a process of its own, where even a crash becomes a reason.
+    """
     children = {}
     for library in _TRIED:
         if library not in machine.libraries:

@@ -48,7 +48,11 @@ class ExecutedLayer:
 
 
 def executed_layers(compiled: Any) -> list[ExecutedLayer]:
-    """Every product of a compiled OpenVINO model, in order."""
+    """Every product of a compiled OpenVINO model, in order, with the precision that it runs in.
+
+    A plan says what should be multiplied as integers. Whether it is, only the compiled model tells:
+    a runtime falls back to float silently wherever it has no kernel or did not recognise a pattern.
+    """
     return [
         _layer(operation)
         for operation in compiled.get_runtime_model().get_ordered_ops()

@@ -92,7 +92,11 @@ MIXING_STREAM = 1  # keeps these draws apart from the loader's, which share the 
 def mix(
     images_BCHW: Tensor, targets_BK: Tensor, augment: AugmentSection, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Mix neighbours (0 with 1, 2 with 3, ...); an odd last image stays as it is."""
+    """Mix neighbours (0 with 1, 2 with 3, ...) by Mixup (arXiv 1710.09412) or CutMix (1905.04899).
+
+    The order is already random. There is one lambda for a step, so a global batch is mixed alike
+    however many processes share it. An odd last image stays as it is.
+    """
     if not (augment.mixup or augment.cutmix):
         return images_BCHW, targets_BK
     rng = np.random.default_rng((seed, MIXING_STREAM, step))

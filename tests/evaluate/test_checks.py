@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
-from quantized import SIZE, care, network, section
+from quantized import SIZE, care, network, section, spoil_weights
 from rich.console import Console
 from tiny import image_folder, recipe_file
 
@@ -30,14 +29,13 @@ from care_compress.errors import (
 from care_compress.evaluate.accuracy import answers_check, count_batch
 from care_compress.evaluate.agreement import Agreement, compare_logits
 from care_compress.evaluate.pairs import collect_answers, count_pairs
-from care_compress.export import variants
 from care_compress.export.result import Exported, File
 from care_compress.files import json_text
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.calibrate import calibrate
 from care_compress.quantize.health import Health, share_cut
-from care_compress.quantize.placement import QuantizedCare, simulate
+from care_compress.quantize.placement import simulate
 from care_compress.quantize.ptq import planned
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
@@ -139,16 +137,7 @@ def test_a_file_that_is_not_its_model_is_told_before_the_run_fails(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = "stages.1.blocks.0.inter_layer.inter2_fc1"
-    original = variants.put_integers
-
-    def spoiled(model: ir.Model, quantized: QuantizedCare) -> None:
-        original(model, quantized)
-        (pair,) = (node for node in model.graph if node.name == f"{site}/weight_dq")
-        scale = pair.inputs[1]
-        assert scale is not None and scale.const_value is not None
-        scale.const_value = ir.tensor(scale.const_value.numpy() * 3, name=scale.name)
-
-    monkeypatch.setattr(variants, "put_integers", spoiled)
+    spoil_weights(monkeypatch, site)
     exporting = {"export.targets": ["onnxruntime-cpu"], "export.images": 32}
     given = {**small(image_folder(tmp_path / "images"), checkpoint), **exporting}
     text = StringIO()

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
-from quantized import care
+from quantized import care, spoil_weights
 from rich.console import Console
 from tiny import image_folder
 
@@ -23,13 +22,11 @@ from care_compress.device.manifest import open_bundle
 from care_compress.errors import ExportError, RecipeError, RunError
 from care_compress.evaluate.agreement import compare_logits
 from care_compress.export import stage as exporting
-from care_compress.export import variants
 from care_compress.export.bundle import unpack_bundle
 from care_compress.export.deploy import bundle_content, make_bundle
 from care_compress.files import digest_of, sha256_file
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
-from care_compress.quantize.placement import QuantizedCare
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.target import all_targets, load_target
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
@@ -153,16 +150,7 @@ def test_a_file_that_computes_something_else_names_its_first_layer(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = "stages.1.blocks.0.inter_layer.inter2_fc1"
-    original = variants.put_integers
-
-    def spoiled(model: ir.Model, quantized: QuantizedCare) -> None:
-        original(model, quantized)
-        (pair,) = (node for node in model.graph if node.name == f"{site}/weight_dq")
-        scale = pair.inputs[1]
-        assert scale is not None and scale.const_value is not None
-        scale.const_value = ir.tensor(scale.const_value.numpy() * 3, name=scale.name)
-
-    monkeypatch.setattr(variants, "put_integers", spoiled)
+    spoil_weights(monkeypatch, site)
     for target in ("onnxruntime-cpu", "openvino-cpu"):
         wanted = [f"export.targets=[{target}]", "export.batch=2"]
         recipe = load_recipe("int8_ptq", [*start, *wanted])

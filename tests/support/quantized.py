@@ -4,6 +4,8 @@ import functools
 from collections.abc import Generator
 from pathlib import Path
 
+import onnx_ir as ir
+import pytest
 import torch
 from tiny import image_folder
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ import care_compress
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import spread_indices
 from care_compress.data.sources import open_samples
+from care_compress.export import variants
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.model.compact import CompactCare
@@ -126,3 +129,17 @@ def quantized_shipped(chosen: QuantizeSection, **switches: bool) -> QuantizedCar
 def sqnr(value: Tensor, reference: Tensor) -> float:
     noise = (value.double() - reference.double()).square().sum()
     return float(10 * torch.log10(reference.double().square().sum() / noise))
+
+
+def spoil_weights(monkeypatch: pytest.MonkeyPatch, site: str) -> None:
+    """Write files whose weights at one site are three times those of the model."""
+    original = variants.put_integers
+
+    def spoiled(model: ir.Model, quantized: QuantizedCare) -> None:
+        original(model, quantized)
+        (pair,) = (node for node in model.graph if node.name == f"{site}/weight_dq")
+        scale = pair.inputs[1]
+        assert scale is not None and scale.const_value is not None
+        scale.const_value = ir.tensor(scale.const_value.numpy() * 3, name=scale.name)
+
+    monkeypatch.setattr(variants, "put_integers", spoiled)
