@@ -40,7 +40,7 @@ def run_checks(
         *([] if best is None else _health(recipe, best)),
     ]
     order = ("warning", "not measured", "fine")
-    return sorted(found, key=lambda finding: order.index(finding.status))
+    return sorted(found, key=lambda check: order.index(check.status))
 
 
 def _calibration(context: RunContext, recipe: Recipe) -> list[tuple[str, int]] | None:
@@ -58,4 +58,4 @@ def _health(recipe: Recipe, best: Candidate) -> list[CheckResult]:
     if recipe.quantize.backend == "nncf":
         return Health.missing(NNCF_TELLS_NOTHING)
     health = read_health(best.path.with_name("health.json"))
-    return Health.missing(UNREADABLE) if health is None else health.findings()
+    return Health.missing(UNREADABLE) if health is None else health.checks()

@@ -182,7 +182,7 @@ def _report(
             text = f"{target}: not measured here: {why}"
             say(text, console)
     show_machine(value["machine"], console)
-    show_checks(found.findings, console)
+    show_checks(found.checks, console)
     if found.is_noisy:
         console.print("[yellow]some figures are noisy: other programs had the cores, too[/]")
     for verdict in found.verdicts:

@@ -98,7 +98,7 @@ class Comparison:
     load_average: dict[str, float] = field(default_factory=dict)  # before and after the timing
     read_backs: dict[str, ReadBack] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # exports, where they were made
-    findings: list[CheckResult] = field(default_factory=list)
+    checks: list[CheckResult] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
 
@@ -313,7 +313,7 @@ def read_files_back(
                     continue
                 found.read_backs[entry.key] = _beside_answers(one, entry, expected, held[count])
     found.failed = _failed(found)
-    found.findings += read_back_checks(found.read_backs, found.failed, unread)
+    found.checks += read_back_checks(found.read_backs, found.failed, unread)
 
 
 def _answers(one: NamedModel, entry: Entry) -> torch.Tensor | None:

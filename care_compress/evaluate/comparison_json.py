@@ -34,7 +34,7 @@ def comparison_as_json(found: Comparison, samples: Samples, data: DataSection) -
             if (pair := _pair(found, target, one.name, samples)) is not None
         ],
         "targets": {target: _target(found, target) for target in found.targets},
-        "checks": [finding.as_json() for finding in found.findings],
+        "checks": [check.as_json() for check in found.checks],
         "verdicts": [
             {"target": v.target, "candidate": v.candidate, "pays": v.pays, "text": v.text}
             for v in found.verdicts

@@ -89,21 +89,21 @@ def read_back_checks(
     wrong = {key: str(one) for key, one in read.items() if not one.holds}
     # An export that failed is told beside what the file does here, which may be right.
     items = [f"{key}: {why}" for key, why in (*wrong.items(), *failed.items())]
-    findings = []
+    checks = []
     if items:
         files = len(wrong.keys() | failed.keys())
         text = (
             f"{files} of {len(read.keys() | failed.keys())} files are not the model they were made "
             "from; their accuracy and speed are not the model's"
         )
-        findings.append(CheckResult(CHECK, "warning", text, tuple(items)))
+        checks.append(CheckResult(CHECK, "warning", text, tuple(items)))
     elif read:
         text = f"every file, of {len(read)}, answers on this processor as its model does"
-        findings.append(CheckResult(CHECK, "fine", text))
+        checks.append(CheckResult(CHECK, "fine", text))
     if unread:
         reasons = tuple(f"{key}: {why}" for key, why in unread.items())
-        findings.append(CheckResult(CHECK, "not measured", "some could not be read back", reasons))
-    return findings
+        checks.append(CheckResult(CHECK, "not measured", "some could not be read back", reasons))
+    return checks
 
 
 def what_failed(export: Mapping[str, Any], precision: str | None = None) -> dict[str, str]:

@@ -27,8 +27,8 @@ def write_results(
     console, accuracy = context.console, scores.accuracy
     # The other processes report nothing, and may not see the run directory.
     main = context.world.is_main
-    findings = run_checks(context, recipe, validation, scores, exports) if main else []
-    show_checks(findings, console)
+    checks = run_checks(context, recipe, validation, scores, exports) if main else []
+    show_checks(checks, console)
     results = {
         "run": context.run.name,
         "recipe": recipe.name,
@@ -41,7 +41,7 @@ def write_results(
             "classes": list(validation.classes),
             "skipped_images": context.bad.reasons,
         },
-        "checks": [finding.as_json() for finding in findings],
+        "checks": [check.as_json() for check in checks],
         "exports": dict(exports),
         "seconds": context.seconds,
         **_quantized(context, recipe, scores),

@@ -38,7 +38,7 @@ class Health:
     counted: int = 0  # images that values were counted on
     cut: dict[str, float] = field(default_factory=dict)  # share of the values that enter each site
 
-    def findings(self) -> list[CheckResult]:
+    def checks(self) -> list[CheckResult]:
         """What a reader should know."""
         return [self._cut(), self._dead()]
 

@@ -270,7 +270,7 @@ def test_what_a_range_cuts_off_is_counted_exactly() -> None:
     low, high, half = stem.bounds(4)
     expected = ((images < low - half) | (images > high + half)).float().mean()
     assert narrow == pytest.approx(float(expected)) and narrow > 0.2
-    worst, *_ = Health(20, {}, {}, 20, {"a": 0.5, "b": 0.9, "c": 0.0}).findings()
+    worst, *_ = Health(20, {}, {}, 20, {"a": 0.5, "b": 0.9, "c": 0.0}).checks()
     assert worst.items == ("b 90.0 %", "a 50.0 %")
 
 
