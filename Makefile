@@ -75,7 +75,7 @@ check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipes and t
 	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive care_compress eval bench
 	@$(BIN)/care-compress recipes --check
 
-# INT8 beside every alternative (speed: 25 minutes, into docs/PERFORMANCE.md), what each method is worth (ablate: into
+# INT8 beside every alternative (speed: 25 to 50 minutes, into docs/PERFORMANCE.md), what each method is worth (ablate: into
 # docs/RESULTS.md), and what loading, training, quantizing and evaluating cost. speed and ablate go on where they stopped.
 bench: known-bench $(VENV)/.dev ## measure: WHAT=speed|data|train|quantize|evaluate|ablate [ARCH= CKPT= DATA= RES=]
 	@$(BIN)/python bench/$(WHAT).py $(BENCH_$(WHAT))
