@@ -5,7 +5,7 @@ from, by name, and of the files it wrote. A rerun compares them; so a killed run
 was, and a changed recipe redoes the stages that the change reaches and no other.
 """
 
-import ast
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from importlib import metadata
@@ -31,6 +31,12 @@ EVERYTHING = tuple(sorted({*COMPUTING, *LIBRARIES}))
 NOT_LEARNED_FROM = {"workers", "crop_pct"}
 # Every stage sees images, though some are handed them; how they are found and decoded counts.
 READS_IMAGES = "care_compress.data.sources"
+# Found by pattern: to parse the package would take a second of every run. A test parses it.
+_IMPORT = re.compile(
+    r"^\s*(?:from (?P<package>care_compress[\w.]*) import (?P<names>\([^)]*\)|[^\n(]*)"
+    r"|import (?P<plain>care_compress[\w.]*))",
+    re.MULTILINE,
+)
 
 
 def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
@@ -167,17 +173,14 @@ def _modules() -> dict[str, Path]:
     return found
 
 
-@cache
-def _imports(module: str) -> frozenset[str]:
-    """What a module of ours may import, wherever in it that stands: names, ours or not."""
+def _imports(module: str) -> set[str]:
+    """What a module of ours may import, wherever in it that stands: modules, and names in them."""
     imported = set[str]()
-    for node in ast.walk(ast.parse(_modules()[module].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            # Either may be the module: ``from care_compress import machine``.
-            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return frozenset(imported)
+    for found in _IMPORT.finditer(_modules()[module].read_text(encoding="utf-8")):
+        package, names = found["package"] or found["plain"], found["names"] or ""
+        # Either may be the module: ``from care_compress import machine``.
+        imported |= {package, *(f"{package}.{name}" for name in re.findall(r"\w+", names))}
+    return imported
 
 
 def _current(context: RunContext, stage: str, digests: Mapping[str, str]) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """What a rerun does again and what it takes over; what a user sees of it."""
 
+import ast
 import functools
 import json
 import os
@@ -326,3 +327,17 @@ def test_code_that_a_stage_cannot_reach_makes_it_no_staler(
     monkeypatch.setattr(stages, "_digests", lambda: edited)
     after = digests()
     assert {stage for stage in made_by if before[stage] != after[stage]} == stale
+
+
+def test_no_import_of_ours_is_overlooked() -> None:
+    """Imports are found by a pattern; here every module is parsed."""
+    for name, path in stages._modules().items():
+        parsed = set[str]()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                parsed |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module, name
+                parsed |= {node.module, *(f"{node.module}.{one.name}" for one in node.names)}
+        ours = {one for one in parsed if one.split(".")[0] == "care_compress"}
+        assert ours <= stages._imports(name), name
