@@ -369,7 +369,10 @@ class Exporter:
     def keep_samples(self, done: list[Exported]) -> None:
         """Some of the images with their labels, if there is a device that should answer them."""
         if any(one.target.is_bundled and one.files for one in done):
-            once(self.context, "export samples", self._made_from, self._save_samples)
+            # Of the images alone: another model, name or processor leaves them as they are.
+            data = recipe_parts(self.variants.recipe)["export"]["data"]
+            made_from = {"data": data, "validation images": self.checked_on}
+            once(self.context, "export samples", made_from, self._save_samples)
         else:
             shutil.rmtree(self._root / SAMPLES_FOLDER, ignore_errors=True)
 

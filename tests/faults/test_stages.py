@@ -13,6 +13,7 @@ from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import Recipe, load_recipe
 
 EXPORTS = {"export onnxruntime-cpu", "export openvino-cpu"}
+SAMPLES = {"export samples"}  # for the bundles of CPU targets; images, whatever the model
 AFTER_PTQ = {"ptq", "evaluate ptq", "qat", "evaluate qat", *EXPORTS}
 ALL = {"train", "calibration", *AFTER_PTQ}
 # What is done again. The name stands in the files, not in the weights; so PTQ stays.
@@ -22,11 +23,11 @@ CHANGES: dict[str, tuple[str, set[str]]] = {
     "precision": ("mixed", EXPORTS),
     "seed": ("1", ALL),
     "model": ("{arch: care_nano, checkpoint: CHECKPOINT}", ALL),
-    "data": ("{crop_pct: 0.9}", ALL - {"train"}),  # which random crops do not ask for
+    "data": ("{crop_pct: 0.9}", ALL - {"train"} | SAMPLES),  # random crops do not ask for it
     "train": ("{learning_rate: 1.0e-3}", ALL),
     "rewrite": ("{fuse_normaliser: false}", ALL - {"train"}),
     "quantize": ("{bias_correction: false}", AFTER_PTQ),
-    "export": ("{images: 4}", EXPORTS),
+    "export": ("{images: 4}", EXPORTS | SAMPLES),
     "budget": ("{max_top1_drop: 50.0}", set()),
     "evaluate": ("{images: 20}", {"evaluate ptq", "evaluate qat"}),
 }
