@@ -244,3 +244,13 @@ def test_flip_is_a_mirror():
     pixels = TrainTransform(40, whole)(image, (0, 0, 0))
     mirrored = np.asarray(image)[:, ::-1].transpose(2, 0, 1)
     np.testing.assert_array_equal(pixels.numpy(), mirrored)
+
+
+def test_jitter_goes_both_ways_and_as_far_as_it_says() -> None:
+    """Brightness, contrast and colour of a grey image: only the first moves its mean."""
+    grey = Image.new("RGB", (8, 8), (100, 100, 100))
+    augment = AugmentSection(scale=(1.0, 1.0), flip=0.0, jitter=0.4)
+    transform = TrainTransform(8, augment)
+    means = np.array([float(transform(grey, (0, i)).float().mean()) for i in range(400)])
+    assert 58 <= means.min() < 65 and 135 < means.max() <= 142
+    assert means.mean() == pytest.approx(100, abs=3)

@@ -15,8 +15,11 @@ import care_compress
 from care_compress.errors import CareError, InputSizeError
 from care_compress.model.care import (
     ARCHITECTURES,
+    Block,
     Care,
+    Head,
     TokenMixer,
+    build_model,
     drop_path,
     linear_attention,
     positive_features,
@@ -182,3 +185,31 @@ def test_drop_path_acts_only_in_training() -> None:
     assert not torch.equal(first, second)
     model.eval()
     torch.testing.assert_close(model(images), model(images), rtol=0, atol=0)
+
+
+def test_drop_path_rises_with_depth_from_nothing_to_the_rate() -> None:
+    model = build_model("care_nano", 4, drop_path_rate=0.3)
+    rates = [module.drop_path for module in model.modules() if isinstance(module, Block)]
+    steps = [later - earlier for earlier, later in zip(rates, rates[1:], strict=False)]
+    assert rates[0] == 0.0 and rates[-1] == pytest.approx(0.3)
+    assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
+    torch.manual_seed(0)
+    out = drop_path(torch.ones(4000, 2, 3, 3), 0.25)
+    per_sample = out.flatten(1)
+    assert bool((per_sample == per_sample[:, :1]).all())
+    assert out.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert float(out.mean()) == pytest.approx(1, abs=0.05)
+
+
+def test_the_heads_norm_has_the_published_epsilon() -> None:
+    """Features that hardly differ show it: 1e-6 beside a variance of 1e-6 halves the power."""
+    head = Head(2, 2)
+    with torch.no_grad():
+        head.fc.weight.copy_(torch.eye(2))
+        head.fc.bias.zero_()
+    # GELU is the identity far from zero.
+    logits = head(torch.tensor([[10.001, 9.999]]))
+    assert logits[0].tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)], rel=2e-2)

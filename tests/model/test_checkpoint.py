@@ -13,7 +13,7 @@ from reference import published_state
 import care_compress
 from care_compress.errors import CheckpointError, UnsafeCheckpointError
 from care_compress.model.care import Care
-from care_compress.model.checkpoint import save_checkpoint
+from care_compress.model.checkpoint import save_checkpoint, state_digest
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +210,20 @@ def test_files_without_weights_are_named(content: object, tmp_path: Path) -> Non
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a file"):
         care_compress.load_checkpoint(tmp_path / "absent.pth")
+
+
+def test_a_digest_knows_names_shapes_types_and_values() -> None:
+    zeros = {"a": torch.zeros(2, 3)}
+    others = [
+        {"b": torch.zeros(2, 3)},
+        {"a": torch.zeros(3, 2)},
+        {"a": torch.zeros(2, 3, dtype=torch.int32)},  # the same bytes
+        {"a": torch.full((2, 3), -0.0)},
+        {"a": torch.zeros(2, 3), "b": torch.zeros(0)},
+    ]
+    digests = {state_digest(state) for state in (zeros, *others)}
+    assert len(digests) == 6
+    ordered = {"a": torch.zeros(1), "b": torch.ones(1)}
+    assert state_digest(ordered) == state_digest(dict(reversed(ordered.items())))
+    strided = torch.arange(6.0).reshape(2, 3).T
+    assert state_digest({"a": strided}) == state_digest({"a": strided.contiguous()})

@@ -27,6 +27,7 @@ from care_compress.model.compact import ChannelAffine, Rotation, blocks
 from care_compress.quantize.calibrate import calibrate
 from care_compress.quantize.correct import correct
 from care_compress.quantize.equalize import (
+    ALPHAS,
     Alpha,
     equalized_layers,
     norms_to_affine,
@@ -109,6 +110,38 @@ def test_alpha_one_fills_the_range_of_every_channel_equally() -> None:
     reach = (seen.high - seen.low) / 2
     assert uneven > 3 and float(reach.max() / reach.min()) == pytest.approx(1, abs=1e-3)
     assert torch.allclose(seen.high, -seen.low, rtol=1e-3), "centred on zero"
+
+
+def test_alpha_zero_makes_every_column_of_the_weight_alike() -> None:
+    model, plan = planned(network(), section(), SIZE)
+    name = "stages.1.blocks.0.inter_layer.inter1_fc1"
+    layer = model.get_submodule(name)
+    assert isinstance(layer, torch.nn.Conv2d)
+
+    def unevenness() -> float:
+        columns = layer.weight.abs().amax(dim=(0, 2, 3))
+        return float(columns.max() / columns.min())
+
+    before = unevenness()
+    rescale(model, plan, name, 0.0, observe(model, batches(), [name])[name])
+    assert before > 1.2 and unevenness() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_search_ends_with_the_least_error_of_all_it_may_take() -> None:
+    name = "stages.1.blocks.0.inter_layer.inter1_fc1"
+
+    def error_after(alpha: Alpha) -> float:
+        model, plan = planned(network(), section(), SIZE)
+        rescale(model, plan, name, alpha, observe(model, batches(), [name])[name])
+        seen = observe(model, batches(), [name])[name]
+        decision = plan.of(name)
+        assert decision.weight is not None
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        return product_error(seen.sample(), weight.flatten(1), decision.input, decision.weight)
+
+    searched = error_after("search")
+    assert searched <= 1.001 * min(error_after(alpha) for alpha in ALPHAS)
 
 
 def test_the_scale_site_gains_most_of_all() -> None:

@@ -150,3 +150,80 @@ def test_a_weight_scale_of_least_error_is_no_worse_than_the_largest_weight() -> 
         quantizer.set_qparams(weight_scale(quantizer, weight), torch.zeros(16))
         errors.append((quantizer(weight) - weight).square().sum(dim=1))
     assert bool((errors[1] <= errors[0]).all()) and float(errors[1].sum()) < float(errors[0].sum())
+
+
+def test_either_end_is_cut_alone_where_only_that_helps() -> None:
+    """A far value below and many just under the top: cutting both ends alike would lose the top."""
+    x = torch.cat([torch.rand(50_000) * 4, torch.tensor([-4.0])])
+    watcher = observer(SquaredErrorObserver, 4)
+    watcher(x)
+    low, high = watcher.choose()
+    assert high > 3.5 and -2.0 < low <= 0.0
+
+    def error(low: float, high: float) -> float:
+        centres, counts = watcher.filled()
+        ends = torch.tensor([low]), torch.tensor([high])
+        return float(((watcher.levels(centres, *ends)[1] - centres) ** 2 * counts).sum())
+
+    for share in (1.0, 0.75, 0.5, 0.3):
+        assert error(low, high) <= error(-4.0 * share, high) + 1e-9
+        assert error(low, high) <= error(low, 4.0 * share) + 1e-9
+
+
+def test_entropy_is_the_published_search_step_by_step() -> None:
+    """Bins outside go to the outermost inside; each level spreads evenly over what it holds."""
+    rng = np.random.default_rng(3)
+    x = torch.from_numpy(np.concatenate([rng.normal(size=4000), rng.normal(size=40) * 6])).float()
+    watcher = observer(EntropyObserver, 4)
+    watcher(x)
+    centres, counts = (values.tolist() for values in watcher.filled())
+    lows, highs = watcher.candidates()
+    divergences = []
+    for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
+        inside = [i for i, centre in enumerate(centres) if low <= centre <= high]
+        p = {i: counts[i] for i in inside}
+        p[inside[0]] += sum(n for c, n in zip(centres, counts, strict=True) if c < low)
+        p[inside[-1]] += sum(n for c, n in zip(centres, counts, strict=True) if c > high)
+        ends = torch.tensor([low]), torch.tensor([high])
+        steps = watcher.levels(torch.tensor(centres), *ends)[0][0].tolist()
+        held: dict[float, list[int]] = {}
+        for i in inside:
+            held.setdefault(steps[i], []).append(i)
+        q = {
+            i: sum(counts[j] for j in members) / len(members)
+            for members in held.values()
+            for i in members
+        }
+        everything, left = sum(p.values()), sum(q.values())
+        divergences.append(
+            sum(
+                share / everything * np.log((share / everything) / (q[i] / left))
+                for i, share in p.items()
+                if share
+            )
+        )
+    best = int(np.argmin(divergences))
+    assert watcher.choose() == pytest.approx((float(lows[best]), float(highs[best])))
+    assert 0 < best < len(divergences) - 1, "the case decides something"
+
+
+def test_a_weight_scale_weighs_errors_by_what_flows_in() -> None:
+    """One large weight sees nothing; the others are worth every step."""
+    torch.manual_seed(0)
+    weight = torch.rand(4, 16) * 0.1
+    weight[:, 0] = 0.35
+    covariance = torch.eye(16)
+    covariance[0, 0] = 1e-6
+    spec = TensorSpec(4, granularity="channel", range="mse")
+    quantizer = IntQuantizer(spec, "s", "weight", 4)
+    scale = weight_scale(quantizer, weight, covariance)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        steps = (weight / scale[:, None]).round().clamp(quantizer.quant_min, quantizer.quant_max)
+        rest = weight - steps * scale[:, None]
+        return torch.einsum("ri,ij,rj->r", rest, covariance, rest)
+
+    full = weight.amax(dim=1) / quantizer.quant_max
+    for share in torch.linspace(1.0, 0.3, 64):
+        assert bool((error(scale) <= error(full * share) * (1 + 1e-5)).all())
+    assert bool((error(scale) < 0.5 * error(weight_scale(quantizer, weight))).all())

@@ -169,3 +169,18 @@ def test_the_script_writes_a_list_from_any_directory(folder: Path, tmp_path: Pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "mine.json").read_text())["images"]) == 8
+
+
+def test_diverse_leaves_outliers_out(samples: Samples) -> None:
+    """Every 25th image has features of another size than all others."""
+    far = set(range(0, len(samples), 25))
+    torch.manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(len(samples), 8), dim=1)
+    features[sorted(far)] *= 50
+
+    def compute(indices: list[int]) -> tuple[np.ndarray, torch.Tensor]:
+        return np.array(indices), features[indices]
+
+    section = CalibrateSection(images=24, method="diverse")
+    chosen = select_images(samples, section, 0, compute)
+    assert len(far) >= 3 and not far & set(chosen.indices)

@@ -1,0 +1,179 @@
+"""Which planted bugs the tests notice: ``make mutants``.
+
+``mutants.yaml`` lists plausible bugs as data. Each is planted alone in a copy of the repository, and
+the tests meant to catch it run there; a bug that they do not notice survived, and is named. One bug
+takes as long as its tests: some seconds.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated
+
+import typer
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+LIST = Path(__file__).with_suffix(".yaml")
+TIMEOUT = 900  # seconds; a test that a bug hangs has noticed it
+
+
+class Mutant(BaseModel):
+    """One plausible bug: `old` stands in `file` once, and `new` takes its place."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # arguments of pytest
+
+    def plant(self, root: Path) -> None:
+        """Put the bug into a copy of the repository."""
+        path = root / "care_compress" / self.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(self.old) != 1:
+            raise SystemExit(
+                f"{self.name}: its text stands {text.count(self.old)} times in {self.file}, not "
+                f"once. Fix: write it in {LIST.name} as the code is now"
+            )
+        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one bug."""
+
+    mutant: Mutant
+    killed: bool
+    seconds: float
+    said: str  # the last line of pytest
+
+
+def main(
+    only: Annotated[
+        list[str] | None, typer.Argument(help="names of mutants; all by default")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="processes beside each other")] = 2,
+) -> None:
+    """Plant every bug in turn and name those that no test noticed."""
+    console = Console()
+    mutants = read_mutants()
+    if only:
+        unknown = set(only) - {mutant.name for mutant in mutants}
+        if unknown:
+            raise SystemExit(f"no mutant is called {', '.join(sorted(unknown))}; see {LIST.name}")
+        mutants = [mutant for mutant in mutants if mutant.name in only]
+    with copies(workers) as free:
+        every = sorted(
+            {part for mutant in mutants for part in shlex.split(mutant.tests.split(" -k ")[0])}
+        )
+        root = free.get()
+        sound = tests_pass(root, every)
+        free.put(root)
+        if sound is not None:
+            raise SystemExit(f"tests fail without any bug: {sound}")
+
+        def tried(mutant: Mutant) -> Outcome:
+            root = free.get()
+            began = time.monotonic()
+            kept = (root / "care_compress" / mutant.file).read_bytes()
+            try:
+                mutant.plant(root)
+                said = tests_pass(root, shlex.split(mutant.tests))
+            finally:
+                (root / "care_compress" / mutant.file).write_bytes(kept)
+                free.put(root)
+            return Outcome(mutant, said is not None, time.monotonic() - began, said or "passed")
+
+        with ThreadPoolExecutor(workers) as pool:
+            outcomes = list(
+                track(pool.map(tried, mutants), "planting", len(mutants), console=console)
+            )
+    show(outcomes, console)
+    raise SystemExit(any(not outcome.killed for outcome in outcomes))
+
+
+def read_mutants() -> list[Mutant]:
+    """The list, each name once."""
+    mutants = TypeAdapter(list[Mutant]).validate_python(yaml.safe_load(LIST.read_text()))
+    names = [mutant.name for mutant in mutants]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise SystemExit(f"{LIST.name} has two mutants called {', '.join(sorted(twice))}")
+    return mutants
+
+
+@contextmanager
+def copies(count: int) -> Iterator[SimpleQueue[Path]]:
+    """As many copies of what git tracks, in a queue of those that are free."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    names = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+    with tempfile.TemporaryDirectory() as folder:
+        free: SimpleQueue[Path] = SimpleQueue()
+        for number in range(count):
+            root = Path(folder) / str(number)
+            for name in names:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, root / name)
+            free.put(root)
+        yield free
+
+
+def tests_pass(root: Path, tests: Sequence[str]) -> str | None:
+    """None if they pass; what pytest said last if not."""
+    # The copy comes before the package that is installed, in child processes, too.
+    env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=root, env=env, capture_output=True, text=True, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return "took too long"
+    if done.returncode == 5:
+        raise SystemExit(f"no test is chosen by {shlex.join(tests)}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return None if done.returncode == 0 else (failed or [done.stdout[-200:]])[0]
+
+
+def show(outcomes: Sequence[Outcome], console: Console) -> None:
+    """By file, and every survivor by name."""
+    table = Table(title="Planted bugs", title_justify="left")
+    for column in ("file", "planted", "killed", "seconds"):
+        table.add_column(column, justify="left" if column == "file" else "right")
+    for file in sorted({outcome.mutant.file for outcome in outcomes}):
+        own = [outcome for outcome in outcomes if outcome.mutant.file == file]
+        killed = sum(outcome.killed for outcome in own)
+        seconds = sum(outcome.seconds for outcome in own)
+        table.add_row(file, str(len(own)), str(killed), f"{seconds:.0f}")
+    console.print(table)
+    survivors = [outcome for outcome in outcomes if not outcome.killed]
+    for outcome in survivors:
+        console.print(f"survived: {outcome.mutant.name} ({outcome.mutant.tests})", soft_wrap=True)
+    console.print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} planted bugs were noticed")
+
+
+if __name__ == "__main__":
+    typer.run(main)
