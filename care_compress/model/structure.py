@@ -5,7 +5,7 @@ network serves every other one like it.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -16,15 +16,13 @@ Made = TypeVar("Made")
 
 def structure_of(network: nn.Module) -> Structure:
     """Everything that tracing sees but the numbers in the tensors."""
-    return tuple(_parts(network))
-
-
-def _parts(network: nn.Module) -> Iterator[Hashable]:
+    parts: list[Hashable] = []
     for name, module in network.named_modules():
         plain = {key: value for key, value in vars(module).items() if key[0] != "_"}
-        yield name, type(module), repr(sorted(plain.items()))
+        parts.append((name, type(module), repr(sorted(plain.items()))))
     for name, value in (*network.named_parameters(), *network.named_buffers()):
-        yield name, value.shape, value.dtype, value.requires_grad
+        parts.append((name, value.shape, value.dtype, value.requires_grad))
+    return tuple(parts)
 
 
 class Latest(Generic[Made]):
