@@ -98,7 +98,6 @@ class EncodedSamples(ABC):
         """The stored bytes of one image; `OSError` if they cannot be read."""
 
     def __len__(self) -> int:
-        """How many images."""
         return len(self.listing.names)
 
     def name(self, index: int) -> str:

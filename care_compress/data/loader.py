@@ -165,9 +165,9 @@ def batches(
     contents: Contents | None = None,
 ) -> Generator[Batch]:
     """One batch for each list of (seed, epoch, index); closing the iterator ends the workers."""
-    workers, folder = worker_count(samples, data), tempfile.gettempdir()
+    workers = worker_count(samples, data)
     # A worker that cannot open its socket there says so to nobody, and is waited for for ever.
-    if workers and len(os.fsencode(folder)) > LONGEST_FOLDER:
+    if workers and len(os.fsencode(folder := tempfile.gettempdir())) > LONGEST_FOLDER:
         raise DataError(
             f"decoding processes cannot talk through {folder}: the path is too long.",
             f"set TMPDIR to a folder of at most {LONGEST_FOLDER} letters, or data.workers to 0",

@@ -37,7 +37,7 @@ from care_compress.errors import DataError
 from care_compress.files import replacing
 
 Pixels = NDArray[np.uint8]
-Render = Callable[[range], Pixels]
+Draw = Callable[[range], Pixels]
 
 # Part of every file name and image name: raise it with any change of the drawn bits.
 VERSION = "v1"
@@ -106,19 +106,19 @@ class Shapes:
 
 
 def cache_folder() -> Path:
-    """Where rendered images are kept; as XDG asks, a relative $XDG_CACHE_HOME is ignored."""
+    """Where drawn images are kept; as XDG asks, a relative $XDG_CACHE_HOME is ignored."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):
         return Path(base) / "care-compress"
     return Path(os.path.expanduser("~")) / ".cache" / "care-compress"
 
 
-def cached(path: Path, shape: tuple[int, ...], render: Render) -> Pixels:
-    """The images (N, H, W, 3) at ``path``, read-only; rendered first where absent or damaged."""
+def cached(path: Path, shape: tuple[int, ...], draw: Draw) -> Pixels:
+    """The images (N, H, W, 3) at ``path``, read-only; drawn first where absent or damaged."""
     try:
         pixels = _open(path, shape)
         if pixels is None:
-            _write(path, shape, render)
+            _write(path, shape, draw)
             pixels = _open(path, shape)
     except OSError as error:
         raise DataError(
@@ -159,8 +159,8 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def _write(path: Path, shape: tuple[int, ...], render: Render) -> None:
-    """Render into a temporary file and rename it: another process sees all of it or nothing.
+def _write(path: Path, shape: tuple[int, ...], draw: Draw) -> None:
+    """Draw into a temporary file and rename it: another process sees all of it or nothing.
 
     Two processes may do so at once; they write the same bytes, so the later rename is harmless.
     Plain writes, not a writable map: on a full disk a map kills the process with SIGBUS.
@@ -174,7 +174,7 @@ def _write(path: Path, shape: tuple[int, ...], render: Render) -> None:
         file.write(_header(shape))
         pool = ThreadPoolExecutor(THREADS)
         try:
-            for pixels in pool.map(render, chunks):
+            for pixels in pool.map(draw, chunks):
                 digest.update(pixels.data)
                 file.write(pixels.data)
         finally:

@@ -1,4 +1,4 @@
-"""What a network is but for the numbers in its tensors, and what was made of that lately.
+"""The structure of a network, which is all but the numbers in its tensors, as a key to a cache.
 
 Tracing and counting take seconds and see nothing but the structure, so what was made of one
 network serves every other one like it.
@@ -26,14 +26,14 @@ def structure_of(network: nn.Module) -> Structure:
 
 
 class Latest(Generic[Made]):
-    """What was made of the latest structures, of so many."""
+    """What was made of the latest `held` structures."""
 
     def __init__(self, held: int) -> None:
         self.held = held
         self._made: OrderedDict[Structure, Made] = OrderedDict()
 
     def of(self, structure: Structure, make: Callable[[], Made]) -> Made:
-        """What was made of this structure, or is made now; not to be changed."""
+        """Return what was made of this structure, or make it; callers must not change it."""
         if structure not in self._made:
             made = make()
             while len(self._made) >= self.held:

@@ -157,13 +157,8 @@ def set_up(
     model = synchronise_norms(model, world)
     model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
     optimized: list[dict[str, Any]] = [
-        {
-            "params": group.parameters,
-            "weight_decay": group.weight_decay,
-            "rate": group.rate,
-            "until": group.until,
-        }
-        for group in groups(model, plan)
+        {"params": g.parameters, "weight_decay": g.weight_decay, "rate": g.rate, "until": g.until}
+        for g in groups(model, plan)
     ]
     return Trainee(
         model=model,
@@ -283,9 +278,8 @@ def _check_loss(progress: Progress, loss: float, course: Course) -> None:
 
 def _remedy(plan: TrainSection) -> str:
     return (
-        f"lower {plan.place}.learning_rate (now {plan.learning_rate}) or set "
-        f"{plan.place}.clip_grad_norm, "
-        "under another --name if the kept state matters"
+        f"lower {plan.place}.learning_rate (now {plan.learning_rate}) or set {plan.place}."
+        "clip_grad_norm, under another --name if the kept state matters"
     )
 
 

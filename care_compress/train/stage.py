@@ -41,7 +41,7 @@ class LoadedModel:
 
     @classmethod
     def of(cls, section: ModelSection) -> "LoadedModel":
-        """Read it."""
+        """Read the checkpoint that the section names."""
         assert section.checkpoint is not None
         began, path = time.monotonic(), resolve_checkpoint(section.checkpoint)
         model = load_checkpoint(path, section.arch)  # first: it says what is wrong with a file
@@ -71,7 +71,7 @@ def trained(
     validate: Validate,
     open_teacher: Callable[[str], Predictor],
 ) -> Care:
-    """Train, or resume training; how it does is told by `validate`, which the caller hands in."""
+    """Train, or resume training; `validate`, which the caller hands in, judges it on the way."""
     samples = open_samples(recipe.data, "train")
     if samples.classes != validation.classes:
         raise DataError(
@@ -169,15 +169,8 @@ def training_in(
     if context.repair and context.world.is_main:
         drop_damaged(place / STATE_FILE)
     context.world.wait()
-    return Training(
-        recipe=recipe,
-        samples=samples,
-        validate=validate,
-        folder=place,
-        world=context.world,
-        console=context.console,
-        bad=context.bad,
-    )
+    world, console, bad = context.world, context.console, context.bad
+    return Training(recipe, samples, validate, place, world, console, bad)
 
 
 def starting_point(recipe: Recipe, num_classes: int) -> Care:
