@@ -32,8 +32,7 @@ from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import TrainSection
 from care_compress.recipe.target import Target, load_target
 from care_compress.run.processes import World
-from care_compress.train.network import check_batch_size
-from care_compress.train.stage import LoadedModel
+from care_compress.train.stage import LoadedModel, check_batch_size
 
 # Measured (LOG.md): what a file holds beside its weights grows with the number of sites. Unasked, a
 # full disk would be found after hours, in the middle of a training.

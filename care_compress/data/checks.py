@@ -21,7 +21,7 @@ SHARED = f"{CHECK} in calibration and validation"
 
 
 def digest_of(stored: bytes) -> int:
-    """Of the bytes an image is stored as; two of a million images share one by chance at 3e-8."""
+    """Digest of stored bytes; two of a million images share one by chance at 3e-8."""
     return int.from_bytes(hashlib.blake2b(stored, digest_size=8).digest(), "little")
 
 
@@ -33,7 +33,6 @@ class Contents:
         self._digests = array("Q")
 
     def __len__(self) -> int:
-        """How many images."""
         return len(self._indices)
 
     def add(self, indices: Sequence[int], digests: Sequence[int]) -> None:
@@ -47,7 +46,7 @@ class Contents:
         self._indices, self._digests = array("q", found.keys()), array("Q", found.values())
 
     def as_text(self) -> str:
-        """For a file: what a later run would have to read all images again for."""
+        """Text for a file, so that a later run need not read all images again."""
         both = (self._indices.tobytes(), self._digests.tobytes())
         return "\n".join(base64.b64encode(part).decode() for part in both)
 
@@ -73,9 +72,9 @@ class Contents:
 def overlap_checks(
     validation: Samples, seen: Contents, calibration: Sequence[tuple[str, int]] | None
 ) -> list[CheckResult]:
-    """What `seen` of the validation images tells, beside names and digests of calibration.
+    """Look for validation images that are there twice, or in the calibration set too.
 
-    There is no calibration in a float run; None where it is not known.
+    `calibration` holds names and digests; it is empty in a float run, and None where not known.
     """
     if not len(seen):
         return [CheckResult(CHECK, "not measured", "the images were scored by an earlier run")]
@@ -132,7 +131,7 @@ def _shared(
 
 
 def coverage_check(samples: Samples, indices: Sequence[int]) -> CheckResult:
-    """The classes that none of these images belongs to."""
+    """Look for classes that none of these images belongs to."""
     counts = np.bincount(samples.labels[list(indices)], minlength=len(samples.classes))
     empty = np.flatnonzero(counts == 0)
     check, total = "classes", f"{len(samples.classes):,} classes"

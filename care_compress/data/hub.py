@@ -41,13 +41,11 @@ class HubSamples(EncodedSamples):
     def encoded(self, index: int) -> bytes:
         """The bytes in the table, or of the file it points to."""
         (image,) = self._images[int(self._rows[index])].values()
-        if image is None:
-            raise OSError("the row holds no image")
-        if image["bytes"] is not None:
+        if image is not None and image["bytes"] is not None:
             return bytes(image["bytes"])
-        if image["path"] is None:
-            raise OSError("the row holds no image")
-        return read_whole(image["path"], MOST_BYTES)
+        if image is not None and image["path"] is not None:
+            return read_whole(image["path"], MOST_BYTES)
+        raise OSError("the row holds no image")
 
 
 def open_hub(reference: str, data: DataSection, split: Split) -> HubSamples:
@@ -55,7 +53,25 @@ def open_hub(reference: str, data: DataSection, split: Split) -> HubSamples:
     import datasets  # imports for a second, so only where needed
 
     source = f"hf:{reference}"
-    tables = _load(reference, source)
+    tables: datasets.DatasetDict
+    try:
+        # A set is data: `datasets` runs no code of one since version 4, whatever its revision.
+        if os.path.isdir(reference):
+            tables = datasets.load_dataset(reference)  # nosec B615 # local
+        elif reference.endswith(".parquet"):
+            tables = datasets.load_dataset("parquet", data_files=reference)  # nosec B615 # local
+        else:
+            name, _, config = reference.partition(":")
+            tables = datasets.load_dataset(name, config or None)  # nosec B615 # the user's choice
+    # It looks for files before it looks at what it was given: an empty name is an IndexError.
+    except (
+        OSError, ValueError, RuntimeError, LookupError, datasets.exceptions.DatasetsError,
+    ) as error:  # fmt: skip
+        reason = shortened(one_line(str(error)) or type(error).__name__)
+        raise DataError(
+            f"{source} cannot be loaded ({reason}).",
+            "check the name; without a network, use a local directory or .parquet files",
+        ) from error
     part = choose_part(tables.keys(), split, data, source)
     if part.name is None:
         raise DataError(
@@ -78,29 +94,6 @@ def open_hub(reference: str, data: DataSection, split: Split) -> HubSamples:
     images = table.select_columns(image).cast_column(image, datasets.Image(decode=False))
     rows = part.rows(whole)
     return HubSamples(source, whole.take(rows), images, rows)
-
-
-def _load(reference: str, source: str) -> "datasets.DatasetDict":
-    """All parts, from the hub or from local files."""
-    import datasets
-
-    try:
-        # A set is data: `datasets` runs no code of one since version 4, whatever its revision.
-        if os.path.isdir(reference):
-            return datasets.load_dataset(reference)  # nosec B615 # local
-        if reference.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=reference)  # nosec B615 # local
-        name, _, config = reference.partition(":")
-        return datasets.load_dataset(name, config or None)  # nosec B615 # the user's own choice
-    # It looks for files before it looks at what it was given: an empty name is an IndexError.
-    except (
-        OSError, ValueError, RuntimeError, LookupError, datasets.exceptions.DatasetsError,
-    ) as error:  # fmt: skip
-        reason = shortened(one_line(str(error)) or type(error).__name__)
-        raise DataError(
-            f"{source} cannot be loaded ({reason}).",
-            "check the name; without a network, use a local directory or .parquet files",
-        ) from error
 
 
 def _column(table: "datasets.Dataset", kind: str, source: str) -> str:

@@ -1,15 +1,17 @@
-"""The list behind a labelled image set: packed names, labels, classes, and how it is divided.
+"""A labelled image set as a list: packed names, labels, classes, how it is divided, how read.
 
 A million names are one bytes blob and one array here, not a million Python objects.
 """
 
 import hashlib
+import io
 import json
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,10 +19,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from care_compress.data.checks import digest_of
-from care_compress.data.decode import FIX, decode
 from care_compress.errors import BadImageError, DataError
 from care_compress.files import read_text
 from care_compress.recipe.sections import DataSection
@@ -32,29 +33,29 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "val": ("val", "validation", "test"),
 }
-MOST_LIST_BYTES = 1 << 24  # of a list of class names
 PART_NAMES = frozenset(name for names in SPLIT_NAMES.values() for name in names)
+MOST_LIST_BYTES = 1 << 24  # of a list of class names
+# No image that Pillow would decode takes more; what claims to would fill the memory.
+MOST_BYTES = 1 << 29
+# Nothing else is tried: Pillow would hand PostScript under a .jpg name to an interpreter.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
+BAD_IMAGE_FIX = "replace or remove it, or set data.skip_bad_images=true"
 
 
 class PackedNames(Sequence[bytes]):
     """Many names end to end in one blob."""
 
     def __init__(self, names: Sequence[bytes]) -> None:
-        self._blob = b"".join(names)
+        self.blob = b"".join(names)
         ends = accumulate(map(len, names), initial=0)
-        self._bounds = np.fromiter(ends, np.int64, len(names) + 1)
+        self.bounds = np.fromiter(ends, np.int64, len(names) + 1)
 
     def __len__(self) -> int:
-        return len(self._bounds) - 1
+        return len(self.bounds) - 1
 
     def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # no slices needed
         at = range(len(self))[index]
-        return self._blob[self._bounds[at] : self._bounds[at + 1]]
-
-    def digest_into(self, digest: "hashlib._Hash") -> None:
-        """Feed the names and their bounds to a hash."""
-        digest.update(self._bounds.astype("<i8").tobytes())
-        digest.update(self._blob)
+        return self.blob[self.bounds[at] : self.bounds[at + 1]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Listing:
         """Hex digest of names, labels and classes."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         digest.update(self.labels.astype("<i8").tobytes())
-        self.names.digest_into(digest)
+        digest.update(self.names.bounds.astype("<i8").tobytes())
+        digest.update(self.names.blob)
         return digest.hexdigest()
 
 
@@ -96,7 +98,6 @@ class EncodedSamples(ABC):
         """The stored bytes of one image; `OSError` if they cannot be read."""
 
     def __len__(self) -> int:
-        """How many images."""
         return len(self.listing.names)
 
     def name(self, index: int) -> str:
@@ -105,22 +106,21 @@ class EncodedSamples(ABC):
 
     def image(self, index: int) -> Image.Image:
         """The image as stored, in any mode; `BadImageError` if it cannot be decoded."""
-        return decode(self._read(index), self._full_name(index))
+        return decode(*self._stored(index))
 
     def hashed(self, index: int) -> tuple[Image.Image, int]:
         """`image`, and a digest of the bytes it is stored as: equal bytes, equal digest."""
-        stored = self._read(index)
-        return decode(stored, self._full_name(index)), digest_of(stored)
+        stored, name = self._stored(index)
+        return decode(stored, name), digest_of(stored)
 
-    def _full_name(self, index: int) -> str:
-        return f"{self.source}: {self.name(index)}"
-
-    def _read(self, index: int) -> bytes:
+    def _stored(self, index: int) -> tuple[bytes, str]:
+        """The stored bytes, and the full name for errors."""
+        name = f"{self.source}: {self.name(index)}"
         try:
-            return self.encoded(index)
+            return self.encoded(index), name
         except OSError as error:
             raise BadImageError(
-                f"{self._full_name(index)} cannot be read ({error.strerror or error}).", FIX
+                f"{name} cannot be read ({error.strerror or error}).", BAD_IMAGE_FIX
             ) from error
 
     def content(self) -> NDArray[np.uint64]:
@@ -137,6 +137,46 @@ class EncodedSamples(ABC):
         return hashlib.sha256(self.fingerprint().encode() + content).hexdigest()
 
 
+def decode(encoded: bytes, name: str) -> Image.Image:
+    """The first frame, fully decoded, in the mode it is stored in, or a `BadImageError`."""
+    if not encoded:
+        raise BadImageError(f"{name} is empty (0 bytes).", BAD_IMAGE_FIX)
+    try:
+        # Pillow's warnings (odd EXIF, large image) name no file, so they help nobody.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Between Pillow's limit and twice that it only warns, and takes a gigabyte.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+            with _libtiff_silent() if image.format == "TIFF" else nullcontext():
+                image.load()
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        reason = f"no {', '.join(FORMATS)} image"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = f"refused as a decompression bomb ({error})"
+    except Exception as error:  # broken bytes make Pillow's readers raise nearly anything
+        reason = f"not decodable ({error})"
+    else:
+        return image
+    raise BadImageError(f"{name} is {reason}.", BAD_IMAGE_FIX)
+
+
+@contextmanager
+def _libtiff_silent() -> Iterator[None]:
+    """Keep libtiff, which writes a line for each bad row of pixels, from the terminal."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 @dataclass(frozen=True)
 class Part:
     """Where the images of one split are."""
@@ -146,10 +186,23 @@ class Part:
     val_fraction: float | None  # divide that part by this; None: take all of it
 
     def rows(self, listing: Listing) -> NDArray[np.int64]:
-        """Which rows of `listing`, the images of the part, belong to the split."""
+        """Which rows of `listing`, the images of the part, belong to the split.
+
+        In a part to divide, an image's place follows from a hash of its name: the same on every
+        machine and for every seed (else runs compared with each other would have trained on each
+        other's validation images), and hardly moved by images that come or go. Every class with
+        two images or more is in both splits.
+        """
         if self.val_fraction is None:
             return np.arange(len(listing.names))
-        return split_rows(listing, self.split, self.val_fraction)
+        draws = b"".join(hashlib.blake2b(n, digest_size=8).digest() for n in listing.names)
+        by_class = np.lexsort((np.frombuffer(draws, "<u8"), listing.labels))
+        labels = listing.labels[by_class]
+        counts = np.bincount(labels, minlength=len(listing.classes))
+        rank = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels]
+        wanted = np.minimum(np.maximum(np.rint(counts * self.val_fraction), 1), counts - 1)
+        validates = rank < wanted[labels]
+        return np.sort(by_class[validates if self.split == "val" else ~validates])
 
 
 def choose_part(found: Iterable[str], split: Split, data: DataSection, source: str) -> Part:
@@ -172,23 +225,6 @@ def choose_part(found: Iterable[str], split: Split, data: DataSection, source: s
             "leave out data.val_fraction",
         )
     return Part(split, parts["train"], data.val_fraction)
-
-
-def split_rows(listing: Listing, split: Split, fraction: float) -> NDArray[np.int64]:
-    """The rows of `split` when `fraction` of every class validates.
-
-    An image's place follows from a hash of its name: the same on every machine and for every seed
-    (else runs compared with each other would have trained on each other's validation images), and
-    hardly moved by images that come or go. Every class with two images or more is in both splits.
-    """
-    draws = b"".join(hashlib.blake2b(n, digest_size=8).digest() for n in listing.names)
-    by_class = np.lexsort((np.frombuffer(draws, "<u8"), listing.labels))
-    labels = listing.labels[by_class]
-    counts = np.bincount(labels, minlength=len(listing.classes))
-    rank = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels]
-    wanted = np.minimum(np.maximum(np.rint(counts * fraction), 1), counts - 1)
-    validates = rank < wanted[labels]
-    return np.sort(by_class[validates if split == "val" else ~validates])
 
 
 def class_order(found: Iterable[str], data: DataSection, source: str) -> tuple[str, ...]:
@@ -229,10 +265,6 @@ def summary(names: Iterable[str], most: int = 5) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
-
-
-# No image that Pillow would decode takes more; what claims to would fill the memory.
-MOST_BYTES = 1 << 29
 
 
 @contextmanager

@@ -12,13 +12,11 @@ import tempfile
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
@@ -138,9 +136,17 @@ def training_batches(
     """
     per_epoch = steps_per_epoch(samples, batch_size)
     share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-    keys = _training_keys(len(samples), batch_size, per_epoch, seed, start_step, total_steps)
-    shares = (global_batch[share] for global_batch in keys)
-    with contextlib.closing(batches(samples, transform, shares, data, bad)) as loaded:
+
+    def shares() -> Iterator[list[Key]]:
+        order: NDArray[np.int64] | None = None
+        for step in range(start_step, total_steps):
+            epoch, position = divmod(step, per_epoch)
+            if order is None or position == 0:
+                order = np.random.default_rng((seed, epoch)).permutation(len(samples))
+            global_batch = order[position * batch_size : (position + 1) * batch_size]
+            yield [(seed, epoch, index) for index in global_batch[share].tolist()]
+
+    with contextlib.closing(batches(samples, transform, shares(), data, bad)) as loaded:
         for batch in loaded:
             if not len(batch.labels):
                 raise DataError(
@@ -148,18 +154,6 @@ def training_batches(
                     "check data.source, or turn data.skip_bad_images off to see the first of them",
                 )
             yield batch
-
-
-def _training_keys(
-    count: int, batch_size: int, per_epoch: int, seed: int, start_step: int, total_steps: int
-) -> Iterator[list[Key]]:
-    order: NDArray[np.int64] | None = None
-    for step in range(start_step, total_steps):
-        epoch, position = divmod(step, per_epoch)
-        if order is None or position == 0:
-            order = np.random.default_rng((seed, epoch)).permutation(count)
-        chosen = order[position * batch_size : (position + 1) * batch_size]
-        yield [(seed, epoch, index) for index in chosen.tolist()]
 
 
 def batches(
@@ -172,8 +166,12 @@ def batches(
 ) -> Generator[Batch]:
     """One batch for each list of (seed, epoch, index); closing the iterator ends the workers."""
     workers = worker_count(samples, data)
-    if workers:
-        _check_sockets(Path(tempfile.gettempdir()))
+    # A worker that cannot open its socket there says so to nobody, and is waited for for ever.
+    if workers and len(os.fsencode(folder := tempfile.gettempdir())) > LONGEST_FOLDER:
+        raise DataError(
+            f"decoding processes cannot talk through {folder}: the path is too long.",
+            f"set TMPDIR to a folder of at most {LONGEST_FOLDER} letters, or data.workers to 0",
+        )
     loader = DataLoader(
         _Decoding(samples, transform, data.skip_bad_images, contents is not None),
         batch_sampler=keys,
@@ -183,27 +181,23 @@ def batches(
         generator=torch.Generator(),
     )
     iterator = iter(loader)
-    try:
-        with _death_is_reported_here(iterator):
-            yield from _receive(iterator, bad, contents)
-    finally:
+    with contextlib.ExitStack() as afterwards:
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             # Not left to garbage collection: a traceback could keep the workers for long.
-            iterator._shutdown_workers()
-
-
-def _check_sockets(folder: Path) -> None:
-    """A worker that cannot open its socket there says so to nobody, and is waited for for ever."""
-    if len(os.fsencode(folder)) > LONGEST_FOLDER:
-        raise DataError(
-            f"decoding processes cannot talk through {folder}: the path is too long.",
-            f"set TMPDIR to a folder of at most {LONGEST_FOLDER} letters, or data.workers to 0",
-        )
+            afterwards.callback(iterator._shutdown_workers)
+            if threading.current_thread() is threading.main_thread():
+                # For a dead worker torch's handler of SIGCHLD raises wherever the main thread
+                # happens to be, in the middle of saving a checkpoint for example. Without it the
+                # same death is found at the next batch.
+                torch_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                afterwards.callback(signal.signal, signal.SIGCHLD, torch_handler)
+        yield from _receive(iterator, bad, contents)
 
 
 def _receive(
     iterator: _BaseDataLoaderIter, bad: BadImages, contents: Contents | None
 ) -> Iterator[Batch]:
+    """What the workers decoded, or why they could not."""
     while True:
         try:
             decoded: _Decoded | CareError = next(iterator)
@@ -223,24 +217,6 @@ def _receive(
         if contents is not None:
             contents.add(decoded.batch.indices.tolist(), decoded.digests)
         yield decoded.batch
-
-
-@contextlib.contextmanager
-def _death_is_reported_here(iterator: _BaseDataLoaderIter) -> Iterator[None]:
-    """Keep torch from raising for a dead worker in the middle of somebody else's code.
-
-    Its SIGCHLD handler raises wherever the main thread happens to be, in the middle of saving a
-    checkpoint for example. Without it the same death is found at the next batch.
-    """
-    has_workers = isinstance(iterator, _MultiProcessingDataLoaderIter)
-    if not has_workers or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    torch_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, torch_handler)
 
 
 class _Decoded(NamedTuple):
@@ -264,15 +240,18 @@ class _Decoding(Dataset["_Decoded | CareError"]):
 
     def __getitems__(self, keys: list[Key]) -> "_Decoded | CareError":
         """The batch, or the error as a value: raised here, it would reach the user mangled."""
-        pixels: list[Tensor] = []
+        rows: list[Tensor] = []
         indices: list[int] = []
-        bad: dict[str, str] = {}
         digests: list[int] = []
+        bad: dict[str, str] = {}
         for key in keys:
             index = key[2]
             try:
-                image, digest = self._read(index)
-                pixels.append(self.transform(image, key))
+                if self.hashing:
+                    image, digest = self.samples.hashed(index)
+                else:
+                    image, digest = self.samples.image(index), 0
+                rows.append(self.transform(image, key).permute(1, 2, 0))
             except BadImageError as error:
                 if not self.skip_bad:
                     return error
@@ -282,21 +261,12 @@ class _Decoding(Dataset["_Decoded | CareError"]):
                 return error
             indices.append(index)
             digests.append(digest)
+        images = torch.empty((0, 3, 0, 0), dtype=torch.uint8)
+        if rows:  # stacked as rows of pixels, in shared memory, so that nothing is transposed
+            images = default_collate(rows).permute(0, 3, 1, 2)
         labels = torch.from_numpy(self.samples.labels[indices])
-        batch = Batch(_stack(pixels), labels, torch.tensor(indices, dtype=torch.int64))
+        batch = Batch(images, labels, torch.tensor(indices, dtype=torch.int64))
         return _Decoded(batch, bad, digests)
-
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        """The image and its digest; 0 where none is wanted."""
-        return self.samples.hashed(index) if self.hashing else (self.samples.image(index), 0)
-
-
-def _stack(pixels: list[Tensor]) -> Tensor:
-    """CHW views of rows of pixels to one channels_last BCHW, without transposing anything."""
-    if not pixels:
-        return torch.empty((0, 3, 0, 0), dtype=torch.uint8)
-    rows: Tensor = default_collate([chw.permute(1, 2, 0) for chw in pixels])  # in shared memory
-    return rows.permute(0, 3, 1, 2)
 
 
 def _as_is(decoded: Any) -> Any:
@@ -309,9 +279,7 @@ def pixel_batches(
 ) -> Generator[Batch]:
     """Pixels of these images, cut as the recipe says, in the order given."""
     transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
-    loaded = evaluation_batches(samples, transform, size, data, bad=bad, indices=indices)
-    with contextlib.closing(loaded):
-        yield from loaded
+    return evaluation_batches(samples, transform, size, data, bad=bad, indices=indices)
 
 
 def images_at_once(wanted: int | None, device: torch.device) -> int:

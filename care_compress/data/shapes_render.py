@@ -9,85 +9,17 @@ per image is (B, 1), a field over the image (B, P), a colour (B, 3, 1), an image
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Split = Literal["train", "val"]
+from care_compress.data.listing import Split
+
 Floats = NDArray[np.float32]
 
 SPLIT_KEYS: dict[Split, int] = {"train": 1, "val": 2}
 UNIFORMS = 128  # words per image for the scene; the sensor noise takes the words after them
-
-
-class Draws:
-    """One uniform stream per image, handed out in a fixed order, one column at a time.
-
-    Each image has a Philox stream of its own, found by (seed, split, index). Only its raw words are
-    taken, and turned into uniforms here: NumPy's distributions may change between releases.
-    """
-
-    def __init__(
-        self, seed: int, split: Split, indices: Sequence[int], noise_bytes: int = 0
-    ) -> None:
-        count = UNIFORMS + noise_bytes // 8
-        words = np.stack([_words(seed, split, index, count) for index in indices])
-        # 24 bits fill a float32 exactly, so the conversion cannot round.
-        top = words[:, :UNIFORMS] >> np.uint64(40)
-        self._uniforms: Floats = top.astype(np.float32) / np.float32(1 << 24)
-        self._noise = words[:, UNIFORMS:].astype("<u8").view(np.uint8).reshape(len(words), 2, -1)
-        self._next = 0
-        self.hardness = self.uniform()
-
-    def uniform(self, low: Floats | float = 0.0, high: Floats | float = 1.0) -> Floats:
-        """The next number of every image (B, 1), between two bounds."""
-        assert self._next < UNIFORMS, "a scene takes more numbers than were drawn for it"
-        column = self._uniforms[:, self._next : self._next + 1]
-        self._next += 1
-        span: Floats = np.subtract(high, low, dtype=np.float32)
-        drawn: Floats = np.add(low, span * column, dtype=np.float32)
-        return drawn
-
-    def graded(self, easy: float, hard: float) -> Floats:
-        """Give every image its place between an easy and a hard setting (B, 1)."""
-        return np.float32(easy) + np.float32(hard - easy) * self.hardness
-
-    def choice(self, count: int) -> NDArray[np.int64]:
-        """The next number of every image as one of ``range(count)`` (B,)."""
-        return np.floor(self.uniform(0.0, count)[:, 0]).astype(np.int64)
-
-    def graded_by(self, ends_B2: Floats) -> Floats:
-        """Draw between the easy end and where the hardness allows to go (B, 1)."""
-        easy, hard = ends_B2[:, :1], ends_B2[:, 1:]
-        return easy + (hard - easy) * (self.hardness * self.uniform())
-
-    def colour(self, low: Floats | float, high: Floats | float) -> Floats:
-        """Three numbers per image as a colour (B, 3, 1)."""
-        return np.stack([self.uniform(low, high) for _ in range(3)], axis=1)
-
-    def rotation(self, limit: Floats | float = 1.0) -> tuple[Floats, Floats]:
-        """Cosine and sine of an angle within +-2 atan(limit), each (B, 1)."""
-        return _angle(self.uniform(-limit, limit))
-
-    def noise(self) -> Floats:
-        """Sums of two noise bytes, centred on 0, in -1..1 (B, noise_bytes / 2)."""
-        total = self._noise[:, 0].astype(np.float32) + self._noise[:, 1].astype(np.float32)
-        return total / np.float32(255) - np.float32(1)
-
-
-def _words(seed: int, split: Split, index: int, count: int) -> NDArray[np.uint64]:
-    key = np.array([seed, SPLIT_KEYS[split]], dtype=np.uint64)
-    counter = np.array([0, index, 0, 0], dtype=np.uint64)
-    words: NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(count)
-    return words
-
-
-def _angle(t: Floats) -> tuple[Floats, Floats]:
-    """Cosine and sine of 2 atan(t), without calling either."""
-    square = t * t
-    return (1 - square) / (1 + square), 2 * t / (1 + square)
-
 
 SIZE = 64
 FORMS = ("triangle", "square", "star", "disc")
@@ -142,6 +74,68 @@ TINT_RANGES: Floats = np.array(
 )
 
 
+class Draws:
+    """One uniform stream per image, handed out in a fixed order, one column at a time.
+
+    Each image has a Philox stream of its own, found by (seed, split, index). Only its raw words are
+    taken, and turned into uniforms here: NumPy's distributions may change between releases.
+    """
+
+    def __init__(
+        self, seed: int, split: Split, indices: Sequence[int], noise_bytes: int = 0
+    ) -> None:
+        count = UNIFORMS + noise_bytes // 8
+        key = np.array([seed, SPLIT_KEYS[split]], dtype=np.uint64)
+        counters = [np.array([0, index, 0, 0], dtype=np.uint64) for index in indices]
+        words: NDArray[np.uint64] = np.stack(
+            [np.random.Philox(key=key, counter=counter).random_raw(count) for counter in counters]
+        )
+        # 24 bits fill a float32 exactly, so the conversion cannot round.
+        top = words[:, :UNIFORMS] >> np.uint64(40)
+        self._uniforms: Floats = top.astype(np.float32) / np.float32(1 << 24)
+        self._noise = words[:, UNIFORMS:].astype("<u8").view(np.uint8).reshape(len(words), 2, -1)
+        self._next = 0
+        self.hardness = self.uniform()
+
+    def uniform(self, low: Floats | float = 0.0, high: Floats | float = 1.0) -> Floats:
+        """The next number of every image (B, 1), between two bounds."""
+        assert self._next < UNIFORMS, "a scene takes more numbers than were drawn for it"
+        column = self._uniforms[:, self._next : self._next + 1]
+        self._next += 1
+        span: Floats = np.subtract(high, low, dtype=np.float32)
+        drawn: Floats = np.add(low, span * column, dtype=np.float32)
+        return drawn
+
+    def graded(self, easy: float, hard: float) -> Floats:
+        """Give every image its place between an easy and a hard setting (B, 1)."""
+        return np.float32(easy) + np.float32(hard - easy) * self.hardness
+
+    def choice(self, count: int) -> NDArray[np.int64]:
+        """The next number of every image as one of ``range(count)`` (B,)."""
+        return np.floor(self.uniform(0.0, count)[:, 0]).astype(np.int64)
+
+    def graded_by(self, ends_B2: Floats) -> Floats:
+        """Draw between the easy end and where the hardness allows to go (B, 1)."""
+        easy, hard = ends_B2[:, :1], ends_B2[:, 1:]
+        return easy + (hard - easy) * (self.hardness * self.uniform())
+
+    def colour(self, low: Floats | float, high: Floats | float) -> Floats:
+        """Three numbers per image as a colour (B, 3, 1)."""
+        return np.stack([self.uniform(low, high) for _ in range(3)], axis=1)
+
+    def rotation(self, limit: Floats | float = 1.0) -> tuple[Floats, Floats]:
+        """Cosine and sine of an angle within +-2 atan(limit), each (B, 1)."""
+        t = self.uniform(-limit, limit)
+        square = t * t
+        # Of 2 atan(t), without calling a sine.
+        return (1 - square) / (1 + square), 2 * t / (1 + square)
+
+    def noise(self) -> Floats:
+        """Sums of two noise bytes, centred on 0, in -1..1 (B, noise_bytes / 2)."""
+        total = self._noise[:, 0].astype(np.float32) + self._noise[:, 1].astype(np.float32)
+        return total / np.float32(255) - np.float32(1)
+
+
 class Kinds(NamedTuple):
     """What to draw: indices (B,) into FORMS, TEXTURES and TINTS."""
 
@@ -180,7 +174,11 @@ def render(seed: int, split: Split, indices: Sequence[int]) -> NDArray[np.uint8]
     radius = draws.uniform(draws.graded(20.0, 16.5), 24.0)
     _patterned(draws, canvas, x, y, radius, kinds)
     _distractor(draws, canvas, x, y)
-    _occluder(draws, canvas, x, y)
+    # A plain bar of any colour lies across part of the target.
+    slant = _along(draws.rotation(), X_P - x, Y_P - y)
+    offset, width = draws.uniform(-12.0, 12.0), draws.graded(-1.0, 2.0)
+    cover = np.clip(width - np.abs(slant - offset) + 0.5, 0, 1)[:, None]
+    canvas += (draws.colour(0.1, 0.9) - canvas) * cover
     image = _photograph(draws, canvas)
     return np.ascontiguousarray(image.transpose(0, 2, 1)).reshape(-1, SIZE, SIZE, 3)
 
@@ -227,19 +225,14 @@ def _patterned(
     cover = np.clip(0.5 - edge, 0, 1)[:, None]
     pattern = _pattern(draws, u, v, kinds.texture)[:, None]
     ends_B2 = TINT_RANGES[kinds.tint]
-    colour = _hue(draws.uniform(ends_B2[:, :1], ends_B2[:, 1:]))
+    position = draws.uniform(ends_B2[:, :1], ends_B2[:, 1:])[:, 0] * np.float32(len(HUES) - 1)
+    left = np.minimum(np.floor(position).astype(np.int64), len(HUES) - 2)
+    share = (position - left.astype(np.float32))[:, None]
+    hue = _mix(HUES[left], HUES[left + 1], share)[:, :, None]
     grey = draws.uniform(0.3, 0.7)[:, None]
-    colour = _mix(grey, colour, draws.uniform(draws.graded(0.8, 0.45), 1.0)[:, None])
+    colour = _mix(grey, hue, draws.uniform(draws.graded(0.8, 0.45), 1.0)[:, None])
     shade = 1 + pattern * draws.graded(0.35, 0.13)[:, None]
     canvas += (colour * shade - canvas) * cover
-
-
-def _stretched(draws: Draws, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Squeeze along a random direction, and widen across it by as much; the area stays."""
-    cosine, sine = axis = draws.rotation()
-    squeeze = 1 + draws.uniform(-0.1, 0.1) * draws.hardness
-    u, v = _along(axis, x, y) * squeeze, _across(axis, x, y) / squeeze
-    return cosine * u - sine * v, sine * u + cosine * v
 
 
 def _extent(draws: Draws, u: Floats, v: Floats, form: NDArray[np.int64]) -> Floats:
@@ -248,7 +241,11 @@ def _extent(draws: Draws, u: Floats, v: Floats, form: NDArray[np.int64]) -> Floa
     Among the projections on the side normals the largest one describes the convex polygon, the
     second largest the star that its extended sides make.
     """
-    u, v = _stretched(draws, u, v)
+    # Squeezed along a random direction, and widened across it by as much; the area stays.
+    cosine, sine = axis = draws.rotation()
+    squeeze = 1 + draws.uniform(-0.1, 0.1) * draws.hardness
+    u, v = _along(axis, u, v) * squeeze, _across(axis, u, v) / squeeze
+    u, v = cosine * u - sine * v, sine * u + cosine * v
     cosine, sine = draws.rotation(0.2)
     normals = NORMALS_FSxy[form]
     first = np.full_like(u, -np.inf)
@@ -275,41 +272,20 @@ def _pattern(draws: Draws, u: Floats, v: Floats, texture: NDArray[np.int64]) -> 
     return sharpened
 
 
-def _hue(position: Floats) -> Floats:
-    """The colour (B, 3, 1) at a position 0..1 of the path of hues."""
-    scaled = position[:, 0] * np.float32(len(HUES) - 1)
-    left = np.minimum(np.floor(scaled).astype(np.int64), len(HUES) - 2)
-    share = (scaled - left.astype(np.float32))[:, None]
-    return _mix(HUES[left], HUES[left + 1], share)[:, :, None]
-
-
-def _occluder(draws: Draws, canvas: Floats, x: Floats, y: Floats) -> None:
-    """A plain bar of any colour across part of the target."""
-    slant = _along(draws.rotation(), X_P - x, Y_P - y)
-    offset, width = draws.uniform(-12.0, 12.0), draws.graded(-1.0, 2.0)
-    distance = np.abs(slant - offset)
-    cover = np.clip(width - distance + 0.5, 0, 1)[:, None]
-    canvas += (draws.colour(0.1, 0.9) - canvas) * cover
-
-
 def _photograph(draws: Draws, canvas: Floats) -> NDArray[np.uint8]:
     """Light the scene from one side, tint the light, blur, add sensor noise, round to bytes."""
     falloff = 1 + draws.uniform(0.0, 0.012) * _along(draws.rotation(), X_P, Y_P)
     light = draws.uniform(draws.graded(0.7, 0.3), 1.25) * falloff
     cast = 1 + draws.colour(-1.0, 1.0) * draws.graded(0.05, 0.22)[:, None]
     lit = canvas * light[:, None] * cast
-    lit = _mix(lit, _blurred(lit), draws.uniform()[:, None])
+    # A 3x3 box blur; the border is left as it is.
+    grid = lit.reshape(*lit.shape[:2], SIZE, SIZE)
+    rows = grid[:, :, :-2] + grid[:, :, 1:-1] + grid[:, :, 2:]
+    blurred = grid.copy()
+    blurred[:, :, 1:-1, 1:-1] = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / np.float32(9)
+    lit = _mix(lit, blurred.reshape(lit.shape), draws.uniform()[:, None])
     noise = draws.noise().reshape(lit.shape)
     lit = lit + noise * draws.graded(0.01, 0.05)[:, None]
     levels: Floats = np.clip(lit, 0, 1) * np.float32(255)
     image: NDArray[np.uint8] = np.floor(levels + np.float32(0.5)).astype(np.uint8)
     return image
-
-
-def _blurred(image: Floats) -> Floats:
-    """A 3x3 box blur; the border is left as it is."""
-    grid = image.reshape(*image.shape[:2], SIZE, SIZE)
-    rows = grid[:, :, :-2] + grid[:, :, 1:-1] + grid[:, :, 2:]
-    out = grid.copy()
-    out[:, :, 1:-1, 1:-1] = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / np.float32(9)
-    return out.reshape(image.shape)

@@ -4,6 +4,7 @@ webdataset itself reads shards in sequence only; a shuffle that resumes bit for 
 image at any time. Its naming rules (what a shard pattern and a sample is) are taken from it.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -11,7 +12,8 @@ import re
 import tarfile
 from collections.abc import Iterator
 from glob import glob
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,17 +70,33 @@ def open_shards(pattern: str, data: DataSection, split: Split) -> ShardSamples:
     source = f"wds:{pattern}"
     by_part: dict[str, list[Path]] = {}
     for shard in find_shards(pattern):
-        by_part.setdefault(_part_of(shard), []).append(shard)
+        # train of train-000.tar, set-train-000.tar or train/000.tar; '' where nothing says.
+        words = [shard.parent.name.lower(), *re.split(r"[^a-z]+", shard.name.lower())]
+        named = next((word for word in reversed(words) if word in PART_NAMES), "")
+        by_part.setdefault(named, []).append(shard)
     part = choose_part(by_part.keys() - {""}, split, data, source)
     shards = by_part[part.name or ""]
     samples = [
         (number, sample) for number, shard in enumerate(shards) for sample in _samples(shard)
     ]
     labels = np.array([sample.label for _, sample in samples], np.int64)
+    highest = int(labels.max(initial=-1))
+    if highest >= MOST_CLASSES:
+        raise DataError(f"{source} has a label of {highest:,}.", "number the classes from 0")
+    # Names for the numbers: data.classes, classes.txt beside the shards, or the numbers.
+    beside = shards[0].parent / "classes.txt"
+    names = Path(data.classes) if data.classes else beside if beside.is_file() else None
+    classes = read_classes(names) if names else tuple(map(str, range(highest + 1)))
+    if labels.min(initial=0) < 0 or highest >= len(classes):
+        raise DataError(
+            f"{source} has labels from {labels.min()} to {highest}, "
+            f"{names or 'the data'} names {len(classes)} classes.",
+            "number the classes from 0, and name every one of them in data.classes",
+        )
     whole = Listing(
         PackedNames([s.name.encode("utf-8", "surrogateescape") for _, s in samples]),
         labels,
-        _classes(data, shards[0].parent, labels, source),
+        classes,
     )
     entries = np.array([(number, s.at, s.size) for number, s in samples], ENTRY)
     rows = part.rows(whole)
@@ -107,11 +125,8 @@ def find_shards(pattern: str) -> list[Path]:
                 if next(islice(braceexpand(each), MOST_SHARDS, None), None) is not None:
                     raise ValueError(f"it means more than {MOST_SHARDS:,} shards")
             expanded = expand_urls(pattern)
-        except (
-            ValueError,
-            AssertionError,
-            RecursionError,
-        ) as error:  # unbalanced braces, an unset variable
+        # Unbalanced braces, or a variable that is not set.
+        except (ValueError, AssertionError, RecursionError) as error:
             raise DataError(
                 f"wds:{pattern} is no shard pattern ({error}).", "write, say, train-{000..099}.tar"
             ) from error
@@ -122,12 +137,6 @@ def find_shards(pattern: str) -> list[Path]:
     if not found:
         raise DataError(f"wds:{pattern} has no .tar files.", "correct data.source")
     return found
-
-
-def _part_of(shard: Path) -> str:
-    """``train`` of train-000.tar, set-train-000.tar or train/000.tar; '' where nothing says."""
-    words = [shard.parent.name.lower(), *re.split(r"[^a-z]+", shard.name.lower())]
-    return next((word for word in reversed(words) if word in PART_NAMES), "")
 
 
 class _Sample(NamedTuple):
@@ -143,20 +152,24 @@ def _samples(shard: Path) -> Iterator[_Sample]:
     """The samples of a shard: neighbouring files whose names differ in the extension alone."""
     from webdataset.tariterators import base_plus_ext
 
-    group: dict[str, tarfile.TarInfo] = {}
-    key = None
+    def files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # else every entry stays in memory
+            base, extension = base_plus_ext(member.name)
+            if base is not None and member.isreg():
+                yield base, extension.lower(), member
+
     try:
         with tarfile.open(shard, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # else every entry stays in memory
-                base, extension = base_plus_ext(member.name)
-                if base is None or not member.isreg():
-                    continue
-                if base != key:
-                    yield from _sample(tar, shard, group)
-                    key, group = base, {}
-                group.setdefault(extension.lower(), member)
-            yield from _sample(tar, shard, group)
+            for _, neighbours in groupby(files(tar), key=itemgetter(0)):
+                group: dict[str, tarfile.TarInfo] = {}
+                for _, extension, member in neighbours:
+                    group.setdefault(extension, member)
+                image = next((group[each] for each in group if each in IMAGE_EXTENSIONS), None)
+                if image is not None:
+                    label = _label(tar, group, f"{shard}: {image.name}")
+                    name = f"{shard.name}/{image.name}"
+                    yield _Sample(name, label, image.offset_data, image.size)
     # The headers of a damaged tar hold numbers that are none, and sizes that lead anywhere.
     except (OSError, tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise DataError(
@@ -165,52 +178,20 @@ def _samples(shard: Path) -> Iterator[_Sample]:
         ) from error
 
 
-def _sample(
-    tar: tarfile.TarFile, shard: Path, group: dict[str, tarfile.TarInfo]
-) -> Iterator[_Sample]:
-    """The sample that files of one key make, if there is an image among them."""
-    image = next((file for ext, file in group.items() if ext in IMAGE_EXTENSIONS), None)
-    if image is None:
-        return
-    label_file = group.get("cls") or group.get("json")
-    label = _label(tar, label_file) if label_file else None
-    if label is None:
-        raise DataError(
-            f"{shard}: {image.name} has no label.",
-            "put a .cls file with the class number, or a .json with cls or label, beside it",
-        )
-    yield _Sample(f"{shard.name}/{image.name}", label, image.offset_data, image.size)
-
-
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
-    """The class number in a .cls or .json, None if it holds none."""
-    file = tar.extractfile(member)
-    assert file is not None, "only regular files are grouped"
-    try:
+def _label(tar: tarfile.TarFile, group: dict[str, tarfile.TarInfo], image: str) -> int:
+    """The class number in the .cls or .json beside an image."""
+    content = None
+    if label_file := group.get("cls") or group.get("json"):
+        file = tar.extractfile(label_file)
+        assert file is not None, "only regular files are grouped"
         # The text of a .cls, a number, is JSON too.
-        content = json.loads(file.read(MOST_LABEL_BYTES))
-    except (ValueError, RecursionError):
-        return None
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(file.read(MOST_LABEL_BYTES))
     if isinstance(content, dict):
         content = next((content[key] for key in LABEL_KEYS if key in content), None)
-    fits = isinstance(content, int) and not isinstance(content, bool) and abs(content) < 2**31
-    return content if fits else None
-
-
-def _classes(
-    data: DataSection, folder: Path, labels: NDArray[np.int64], source: str
-) -> tuple[str, ...]:
-    """Names for the class numbers: data.classes, classes.txt beside the shards, or the numbers."""
-    beside = folder / "classes.txt"
-    named = Path(data.classes) if data.classes else beside if beside.is_file() else None
-    highest = int(labels.max(initial=-1))
-    if highest >= MOST_CLASSES:
-        raise DataError(f"{source} has a label of {highest:,}.", "number the classes from 0")
-    classes = read_classes(named) if named else tuple(map(str, range(highest + 1)))
-    if labels.min(initial=0) < 0 or highest >= len(classes):
-        raise DataError(
-            f"{source} has labels from {labels.min()} to {highest}, "
-            f"{named or 'the data'} names {len(classes)} classes.",
-            "number the classes from 0, and name every one of them in data.classes",
-        )
-    return classes
+    if isinstance(content, int) and not isinstance(content, bool) and abs(content) < 2**31:
+        return content
+    raise DataError(
+        f"{image} has no label.",
+        "put a .cls file with the class number, or a .json with cls or label, beside it",
+    )

@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from care_compress.data.archive import open_zip
-from care_compress.data.folder import open_folder
+from care_compress.data.folder import open_folder, open_zip
 from care_compress.data.hub import open_hub
 from care_compress.data.listing import Split, summary
 from care_compress.data.samples import Samples

@@ -22,6 +22,7 @@ from torch import Tensor
 from care_compress.recipe.sections import AugmentSection
 
 Key = tuple[int, int, int]  # seed, epoch, index of the image: what random draws may depend on
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 CROP_TRIES = 10  # as torchvision, before the central crop is taken instead
 ERASE_SCALE = (0.02, 0.33)
@@ -111,10 +112,18 @@ class TrainTransform:
         if rng.random() < self.augment.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augment.jitter > 0:
-            image = _jitter(image, self.augment.jitter, rng)
+            changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+            spread = self.augment.jitter
+            factors = rng.uniform(1 - spread, 1 + spread, size=len(changes))
+            for which in rng.permutation(len(changes)):
+                image = changes[which](image).enhance(float(factors[which]))
         pixels = to_chw(image)
         if rng.random() < self.augment.erase:
-            _erase(pixels, rng)
+            erased = _random_box(size, ERASE_SCALE, ERASE_RATIO, rng, spared=1)
+            if erased is not None:
+                left, top, right, bottom = erased
+                noise = rng.integers(256, size=(3, bottom - top, right - left), dtype=np.uint8)
+                pixels[:, top:bottom, left:right] = torch.from_numpy(noise)
         return pixels
 
 
@@ -123,16 +132,12 @@ def random_crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
-) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random part: area and aspect ratio as torchvision draws."""
-    width, height = size
-    for _ in range(CROP_TRIES):
-        w, h = _random_rectangle(width * height, scale, ratio, rng)
-        if 0 < w <= width and 0 < h <= height:
-            top = int(rng.integers(height - h + 1))
-            left = int(rng.integers(width - w + 1))
-            return left, top, left + w, top + h
-    w, h = width, height
+) -> Box:
+    """A random part, or the largest central one of a fitting aspect ratio where none was found."""
+    box = _random_box(size, scale, ratio, rng)
+    if box is not None:
+        return box
+    width, height = w, h = size
     if width / height < ratio[0]:
         h = round(width / ratio[0])
     elif width / height > ratio[1]:
@@ -141,36 +146,27 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def _random_rectangle(
-    area: int,
+def _random_box(
+    size: tuple[int, int],
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
-) -> tuple[int, int]:
-    target = area * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-    return round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+    spared: int = 0,
+) -> Box | None:
+    """A random part, area and aspect ratio as torchvision draws; None after `CROP_TRIES` misses.
 
-
-def _jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    factors = rng.uniform(1 - strength, 1 + strength, size=len(changes))
-    for which in rng.permutation(len(changes)):
-        image = changes[which](image).enhance(float(factors[which]))
-    return image
-
-
-def _erase(pixels_CHW: Tensor, rng: np.random.Generator) -> None:
-    """Overwrite a random rectangle with noise, in place."""
-    _, height, width = pixels_CHW.shape
+    At least `spared` rows and columns of pixels stay outside.
+    """
+    width, height = size
     for _ in range(CROP_TRIES):
-        w, h = _random_rectangle(height * width, ERASE_SCALE, ERASE_RATIO, rng)
-        if 0 < w < width and 0 < h < height:
+        target = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width - spared and 0 < h <= height - spared:
             top = int(rng.integers(height - h + 1))
             left = int(rng.integers(width - w + 1))
-            noise = rng.integers(256, size=(3, h, w), dtype=np.uint8)
-            pixels_CHW[:, top : top + h, left : left + w] = torch.from_numpy(noise)
-            return
+            return left, top, left + w, top + h
+    return None
 
 
 def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

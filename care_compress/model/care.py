@@ -249,7 +249,23 @@ class Care(nn.Module):
             nn.Conv2d(3, spec.widths[0], STEM_STRIDE, stride=STEM_STRIDE),
             nn.BatchNorm2d(spec.widths[0]),
         )
-        self.stages = nn.ModuleList(_stages(spec, drop_path_rate))
+        self.stages = nn.ModuleList()
+        total, index = sum(spec.depths), 0
+        for i, (group, (inter1, inter2)) in enumerate(zip(spec.memory, spec.ratios, strict=True)):
+            linear = i in LINEAR_ATTENTION_STAGES
+            head_dim = spec.head_dims[i - LINEAR_ATTENTION_STAGES[0]] if linear else None
+            blocks = []
+            for _ in range(spec.depths[i]):
+                drop = drop_path_rate * index / max(1, total - 1)  # grows linearly with depth
+                index += 1
+                blocks.append(Block(group, (inter1, inter2), head_dim, drop, index == total))
+            downsample = None
+            if i > 0:
+                before, after = spec.widths[i - 1 : i + 1]
+                downsample = nn.Sequential(
+                    nn.BatchNorm2d(before), nn.Conv2d(before, after, 2, stride=2)
+                )
+            self.stages.append(Stage(blocks, downsample))
         features = spec.ratios[-1][1] * spec.widths[-1]
         self.head = Head(features, num_classes)
         self.dist_head = Head(features, num_classes)
@@ -272,31 +288,6 @@ class Care(nn.Module):
         if self.training:
             return logits, distilled
         return (logits + distilled) / 2
-
-
-def _stages(spec: Architecture, drop_path_rate: float) -> list[Stage]:
-    """Build the stages; drop-path grows linearly with depth."""
-    total = sum(spec.depths)
-    stages, index = [], 0
-    for i, (depth, group, ratios) in enumerate(
-        zip(spec.depths, spec.memory, spec.ratios, strict=True)
-    ):
-        linear = i in LINEAR_ATTENTION_STAGES
-        head_dim = spec.head_dims[i - LINEAR_ATTENTION_STAGES[0]] if linear else None
-        blocks = []
-        for _ in range(depth):
-            drop = drop_path_rate * index / max(1, total - 1)
-            index += 1
-            blocks.append(Block(group, (ratios[0], ratios[1]), head_dim, drop, index == total))
-        stages.append(Stage(blocks, _downsample(spec.widths, i)))
-    return stages
-
-
-def _downsample(widths: tuple[int, ...], stage: int) -> nn.Sequential | None:
-    if stage == 0:
-        return None
-    before, after = widths[stage - 1], widths[stage]
-    return nn.Sequential(nn.BatchNorm2d(before), nn.Conv2d(before, after, 2, stride=2))
 
 
 def check_input_size(x_BCHW: Tensor) -> None:

@@ -5,6 +5,7 @@ published training checkpoints are allowed by name, everything else is refused u
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -25,10 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from care_compress.errors import (
-    CheckpointError,
-    UnsafeCheckpointError,
-)
+from care_compress.errors import CheckpointError, UnsafeCheckpointError
 from care_compress.files import atomic_file
 from care_compress.model.care import ARCHITECTURES, Care, architecture
 
@@ -39,6 +37,7 @@ WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
 # training checkpoint's published accuracy belongs to.
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 PICKLE_MAGIC = b"\x80"  # how every pickle since protocol 2 begins
+# What DistributedDataParallel and torch.compile put in front of every name.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 # Plain data that argparse, pathlib and numpy leave in training checkpoints. None of these runs
@@ -68,8 +67,14 @@ def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
     if arch is not None:
         architecture(arch)
     found = infer_arch(state, where, wanted=arch)
-    model = Care(found, _class_count(state, where))
-    model.load_state_dict(_with_counters(state, model), strict=True)
+    classes = int(state["head.fc.weight"].shape[0])
+    if classes < 1:
+        raise CheckpointError(f"{where} has a head with no classes.")
+    model = Care(found, classes)
+    # Some exporters drop the step counters of BatchNorm, which do not affect inference.
+    own = model.state_dict()
+    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
+    model.load_state_dict({**counters, **state}, strict=True)
     return model.eval()
 
 
@@ -102,7 +107,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise CheckpointError(f"{path} is not a file.", "check the path")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    state = _strip_wrappers(_find_weights(content, path))
+    state = _find_weights(content, path)
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if claimed > 2 * path.stat().st_size:
         # One stored number can be said to be a billion, which take gigabytes when looked at.
@@ -150,59 +155,42 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
-    _refuse_bomb(path)
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS_TYPES):
-            warnings.simplefilter("ignore")  # about pickle versions; what matters raises
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _refused(path, error) from None
-    # A damaged archive surfaces as almost any of these, depending on where it is cut.
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        OverflowError,
-        MemoryError,
-        struct.error,
-    ) as error:
-        raise _unreadable(path, error) from error
-
-
-def _refuse_bomb(path: Path) -> None:
-    """Torch stores what it saves unpacked; a file that unpacks to more was made by hand."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            promised = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, struct.error):
-        return  # a pickle without a zip, or a damaged one, which torch will say
-    held = path.stat().st_size
+    """What torch saved, as far as rebuilding it runs no code."""
+    # Torch stores what it saves unpacked; a file that unpacks to more was made by hand. A pickle
+    # without a zip passes, and so does a damaged one, which torch will say.
+    held, promised = path.stat().st_size, 0
+    no_zip = (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, struct.error)
+    with contextlib.suppress(*no_zip), zipfile.ZipFile(path) as archive:
+        promised = sum(entry.file_size for entry in archive.infolist())
     if promised > 2 * held:
         raise CheckpointError(
             f"{path} has {held:,} bytes and unpacks to {promised:,}.",
             "save it again with torch.save, which does not pack",
         )
-
-
-def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    asked = re.search(r"GLOBAL (\S+)|(?:class|function) (\S+)", str(error))
-    if asked is not None:
-        what = (asked[1] or asked[2]).rstrip(".,")
-    elif path.read_bytes()[:1] == PICKLE_MAGIC:
-        what = "an instruction that no saved tensor needs"
-    else:
-        # torch's own text recommends switching the safety off, so none of it is shown.
-        return _unreadable(path, ValueError("it is no pickle that holds tensors"))
-    return UnsafeCheckpointError(
-        f"{path} is a pickle that asks for {what}, which could run code; nothing was executed.",
-        "save only the state dict: torch.save(model.state_dict(), ...), or use .safetensors",
-    )
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS_TYPES):
+            warnings.simplefilter("ignore")  # about pickle versions; what matters raises
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)|(?:class|function) (\S+)", str(error))
+        if asked is not None:
+            what = (asked[1] or asked[2]).rstrip(".,")
+        elif path.read_bytes()[:1] == PICKLE_MAGIC:
+            what = "an instruction that no saved tensor needs"
+        else:
+            # torch's own text recommends switching the safety off, so none of it is shown.
+            reason = ValueError("it is no pickle that holds tensors")
+            raise _unreadable(path, reason) from None
+        raise UnsafeCheckpointError(
+            f"{path} is a pickle that asks for {what}, which could run code; nothing was executed.",
+            "save only the state dict: torch.save(model.state_dict(), ...), or use .safetensors",
+        ) from None
+    # A damaged archive surfaces as almost any of these, depending on where it is cut.
+    except (
+        RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+        AttributeError, AssertionError, OverflowError, MemoryError, struct.error,
+    ) as error:  # fmt: skip
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -214,6 +202,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _find_weights(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a file's content, under the names that the bare network has."""
     if isinstance(content, Mapping):
         for key in WEIGHT_KEYS:
             if isinstance(content.get(key), Mapping):
@@ -230,11 +219,7 @@ def _find_weights(content: Any, path: Path) -> dict[str, Tensor]:
             f"{path} holds no state dict: {odd[0]!r} is a {type(content[odd[0]]).__name__}.",
             f"save the weights bare or under one of {', '.join(WEIGHT_KEYS)}",
         )
-    return {str(name): value for name, value in content.items()}
-
-
-def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the prefixes that DistributedDataParallel and torch.compile put on every name."""
+    state = {str(name): value for name, value in content.items()}
     while True:
         prefix = next((p for p in WRAPPER_PREFIXES if all(n.startswith(p) for n in state)), None)
         if prefix is None:

@@ -213,6 +213,11 @@ class CompactCare(nn.Module):
 
     def __init__(self, model: Care) -> None:
         super().__init__()
+        if not isinstance(model, Care):
+            raise CareError(
+                f"cannot rewrite a {type(model).__name__}.",
+                "give the float model from build_model or load_checkpoint",
+            )
         source = copy.deepcopy(model).eval()
         self.arch = source.arch
         self.num_classes = source.num_classes

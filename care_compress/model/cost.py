@@ -48,18 +48,18 @@ _costs: Latest[Cost] = Latest(64)
 def measure_cost(model: nn.Module, resolution: int | tuple[int, int]) -> Cost:
     """Count one eval-mode forward pass of one RGB image, once for every structure."""
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
-    return _costs.of((size, *structure_of(model)), lambda: _count(model, *size))
 
+    def count() -> Cost:
+        shadow = copy.deepcopy(model).to("meta").eval()
+        image = torch.zeros(1, 3, *size, device="meta")
+        operations = _CountOperations()
+        with torch.no_grad(), FlopCounterMode(display=False) as flops, operations:
+            shadow(image)
+        return Cost(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            macs=int(flops.get_total_flops()) // 2,
+            operations=operations.counts.total(),
+            by_operation=dict(operations.counts.most_common()),
+        )
 
-def _count(model: nn.Module, height: int, width: int) -> Cost:
-    shadow = copy.deepcopy(model).to("meta").eval()
-    image = torch.zeros(1, 3, height, width, device="meta")
-    operations = _CountOperations()
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, operations:
-        shadow(image)
-    return Cost(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=int(flops.get_total_flops()) // 2,
-        operations=operations.counts.total(),
-        by_operation=dict(operations.counts.most_common()),
-    )
+    return _costs.of((size, *structure_of(model)), count)

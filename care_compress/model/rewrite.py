@@ -5,13 +5,12 @@ Each is an identity over the reals; in floating point they agree to rounding (te
 float64). All folding arithmetic is done in float64.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from care_compress.errors import CareError
 from care_compress.model.attention import FusedCore
 from care_compress.model.care import Care
 from care_compress.model.compact import (
@@ -30,9 +29,10 @@ from care_compress.recipe.sections import RewriteSection
 
 def rewrite(model: Care, switches: RewriteSection | None = None) -> CompactCare:
     """An equivalent inference model; `model` itself stays as it is."""
-    compact = _compact(model)
-    for _, apply in _chosen(switches):
-        apply(compact)
+    compact, switches = CompactCare(model), switches or RewriteSection()
+    for name, apply in REWRITES.items():
+        if getattr(switches, name):
+            apply(compact)
     return compact
 
 
@@ -49,25 +49,12 @@ def rewrite_in_steps(
 ) -> tuple[CompactCare, list[RewriteStep]]:
     """Like `rewrite`, and the cost of one image as published and after every step."""
     steps = [RewriteStep("published", measure_cost(model, resolution))]
-    compact = _compact(model)
-    for name, apply in _chosen(switches):
-        apply(compact)
-        steps.append(RewriteStep(name, measure_cost(compact, resolution)))
+    compact = CompactCare(model)
+    for name, apply in REWRITES.items():
+        if getattr(switches, name):
+            apply(compact)
+            steps.append(RewriteStep(name, measure_cost(compact, resolution)))
     return compact, steps
-
-
-def _compact(model: Care) -> CompactCare:
-    if not isinstance(model, Care):
-        raise CareError(
-            f"cannot rewrite a {type(model).__name__}.",
-            "give the float model from build_model or load_checkpoint",
-        )
-    return CompactCare(model)
-
-
-def _chosen(switches: RewriteSection | None) -> Iterator[tuple[str, Callable[[CompactCare], None]]]:
-    switches = switches or RewriteSection()
-    return ((name, apply) for name, apply in REWRITES.items() if getattr(switches, name))
 
 
 @torch.no_grad()

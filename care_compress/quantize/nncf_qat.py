@@ -26,7 +26,7 @@ from care_compress.quantize.qat import FollowFloat, qat_fingerprint
 from care_compress.recipe.quantize import NncfSection, QatSection
 from care_compress.recipe.sections import TrainSection
 from care_compress.train.loop import ParameterGroup
-from care_compress.train.network import Training
+from care_compress.train.stage import Training
 from care_compress.train.state import Progress
 
 HOOKS = "__nncf_hooks"  # where NNCF keeps its quantizers in a model

@@ -19,8 +19,8 @@ from care_compress.quantize.placement import QuantizedCare
 from care_compress.recipe.quantize import QatSection
 from care_compress.recipe.sections import WATCHING, TrainSection
 from care_compress.train.loop import HALF_PRECISION, ParameterGroup
-from care_compress.train.network import Training
 from care_compress.train.objective import Outcome
+from care_compress.train.stage import Training
 from care_compress.train.state import Progress
 
 

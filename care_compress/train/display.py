@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -16,16 +15,10 @@ class Silent:
     """Watches a training and shows nothing: for every process but the first."""
 
     def __enter__(self) -> Self:
-        """Start showing."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop showing."""
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
         """After one step: loss, accuracy in percent, learning rate, images of all processes."""
@@ -57,19 +50,11 @@ class TrainingDisplay(Silent):
         )
 
     def __enter__(self) -> Self:
-        """Start the clock and the bar."""
         self.bar.start()
         self.task = self.bar.add_task("", total=self.total, completed=self.start, note="")
-        self.began = self.last_line = time.monotonic()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop the bar and close the curves."""
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
         self.writer.close()
 

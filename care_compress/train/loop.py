@@ -6,7 +6,7 @@ got there. So a run killed at any moment and started again ends, on a CPU, with 
 
 import contextlib
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from care_compress.data.loader import BadImages, Batch
 from care_compress.errors import DataError, TrainingError
@@ -22,12 +23,12 @@ from care_compress.recipe.sections import TrainSection
 from care_compress.run.processes import World, distribute, synchronise_norms
 from care_compress.train.display import Silent, TrainingDisplay
 from care_compress.train.objective import Objective, mix, soft_targets
-from care_compress.train.schedule import averaged, learning_rate
 from care_compress.train.state import STATE_FILE, Progress, Trainee, forget, step_back
 
 STEP_STREAM = 2  # keeps the per-step seeds apart from the other users of the recipe's seed
 DIVERGED = 3.0  # times the first loss, or that of a uniform guess
 GUARD_STEPS = 50  # steps before the divergence guard speaks
+ONE_CYCLE_START = 1 / 25  # where one-cycle begins, as a fraction of its peak
 # A model in, (images, correct) of this process's share of the validation images out.
 Validate = Callable[[nn.Module], tuple[int, int]]
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,7 +100,11 @@ def fit(
             console.print("recipe or data changed since the last training here: training anew")
         forget(checkpoint)
     try:
-        with _display(world, console, folder, trainee.progress.step, course.total_steps) as display:
+        display = Silent()
+        if world.is_main:
+            curves, done = folder / "tensorboard", trainee.progress.step
+            display = TrainingDisplay(console, curves, done, course.total_steps)
+        with display:
             _train(trainee, objective, course, checkpoint, world, display)
     except TrainingError as error:
         if not world.is_main:
@@ -152,13 +157,8 @@ def set_up(
     model = synchronise_norms(model, world)
     model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
     optimized: list[dict[str, Any]] = [
-        {
-            "params": group.parameters,
-            "weight_decay": group.weight_decay,
-            "rate": group.rate,
-            "until": group.until,
-        }
-        for group in groups(model, plan)
+        {"params": g.parameters, "weight_decay": g.weight_decay, "rate": g.rate, "until": g.until}
+        for g in groups(model, plan)
     ]
     return Trainee(
         model=model,
@@ -169,10 +169,22 @@ def set_up(
     )
 
 
-def _display(world: World, console: Console, folder: Path, start: int, total: int) -> Silent:
-    if not world.is_main:
-        return Silent()
-    return TrainingDisplay(console, folder / "tensorboard", start, total)
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """An `AveragedModel` whose decay grows as min(decay, (1 + n) / (10 + n)) with its updates n.
+
+    Without the warm-up a short training would end with an average of its own initialisation.
+    """
+
+    @torch.no_grad()
+    def update(means: Sequence[Tensor], values: Sequence[Tensor], updates: Tensor | int) -> None:
+        n = int(updates)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        if means[0].is_floating_point():
+            torch._foreach_lerp_(list(means), list(values), weight)
+        else:
+            torch._foreach_copy_(list(means), list(values))
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def train_step(
@@ -187,7 +199,8 @@ def train_step(
     """One step: pixels to floats, mix, forward, check, backward, update, average."""
     plan, step = course.plan, trainee.progress.step
     # Drop-path draws from torch's generator; reseeding makes its draws a function of the step.
-    torch.manual_seed(_step_seed(course.seed, step, world.rank))
+    seeds = np.random.SeedSequence((course.seed, STEP_STREAM, step, world.rank))
+    torch.manual_seed(int(seeds.generate_state(1)[0]))
     labels = batch.labels.to(world.device)
     images = course.prepare(batch.images.to(world.device))
     targets = soft_targets(labels, course.num_classes, plan.label_smoothing)
@@ -224,8 +237,24 @@ def train_step(
     display.step(step + 1, loss, accuracy, rate, len(labels) * world.size)
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence((seed, STEP_STREAM, step, rank)).generate_state(1)[0])
+def learning_rate(step: int, steps_per_epoch: int, plan: TrainSection) -> float:
+    """The rate of one step: warm-up, then a cosine down to ``final_lr_fraction`` of the peak.
+
+    `cosine` warms up on a line from zero; `one_cycle` on a cosine from 1/25 of the peak. It is a
+    function of the step alone, so that a resumed run needs no scheduler state.
+    """
+    peak, final = plan.learning_rate, plan.learning_rate * plan.final_lr_fraction
+    warmup = round(plan.warmup_epochs * steps_per_epoch)
+    total = plan.total_steps(steps_per_epoch)
+    if step < warmup:
+        if plan.schedule == "one_cycle":
+            return _cosine(peak * ONE_CYCLE_START, peak, step / warmup)
+        return peak * (step + 1) / warmup
+    return _cosine(peak, final, (step - warmup) / max(1, total - 1 - warmup))
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def _check_loss(progress: Progress, loss: float, course: Course) -> None:
@@ -249,13 +278,13 @@ def _check_loss(progress: Progress, loss: float, course: Course) -> None:
 
 def _remedy(plan: TrainSection) -> str:
     return (
-        f"lower {plan.place}.learning_rate (now {plan.learning_rate}) or set "
-        f"{plan.place}.clip_grad_norm, "
-        "under another --name if the kept state matters"
+        f"lower {plan.place}.learning_rate (now {plan.learning_rate}) or set {plan.place}."
+        "clip_grad_norm, under another --name if the kept state matters"
     )
 
 
 def _validate(trainee: Trainee, course: Course, world: World, display: Silent) -> None:
+    """Judge the weights to keep on the validation images of all processes."""
     images, correct = course.validate(trainee.result)
     counts = torch.tensor([images, correct], dtype=torch.float64, device=world.device)
     images, correct = (int(count) for count in world.total(counts))

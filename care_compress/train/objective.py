@@ -15,6 +15,8 @@ from care_compress.errors import TrainingError
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.sections import AugmentSection, DistillSection
 
+MIXING_STREAM = 1  # keeps the draws of `mix` apart from the loader's, which share the seed
+
 
 class Outcome(NamedTuple):
     """Loss of one batch, and the logits accuracy is counted on."""
@@ -86,9 +88,6 @@ def check_teacher(teacher: Predictor, num_classes: int) -> None:
         )
 
 
-MIXING_STREAM = 1  # keeps these draws apart from the loader's, which share the seed
-
-
 def mix(
     images_BCHW: Tensor, targets_BK: Tensor, augment: AugmentSection, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
@@ -105,9 +104,16 @@ def mix(
     share = float(rng.beta(shape, shape))
     partner = neighbours(len(images_BCHW), images_BCHW.device)
     if cut:
-        rows, columns, share = _box(images_BCHW.shape[2], images_BCHW.shape[3], share, rng)
+        # A random box of area 1 - share, clipped to the image; what is left is the real share.
+        height, width = images_BCHW.shape[2:]
+        side = float(np.sqrt(1 - share))
+        cut_h, cut_w = int(height * side), int(width * side)
+        y, x = int(rng.integers(height)), int(rng.integers(width))
+        top, bottom = max(0, y - cut_h // 2), min(height, y + cut_h - cut_h // 2)
+        left, right = max(0, x - cut_w // 2), min(width, x + cut_w - cut_w // 2)
+        share = 1 - (bottom - top) * (right - left) / (height * width)
         mixed = images_BCHW.clone()
-        mixed[:, :, rows, columns] = images_BCHW[partner][:, :, rows, columns]
+        mixed[:, :, top:bottom, left:right] = images_BCHW[partner][:, :, top:bottom, left:right]
     else:
         mixed = images_BCHW * share + images_BCHW[partner] * (1 - share)
     return mixed, targets_BK * share + targets_BK[partner] * (1 - share)
@@ -117,16 +123,3 @@ def neighbours(count: int, device: torch.device) -> Tensor:
     """Index of each image's partner."""
     partner = torch.arange(count, device=device) ^ 1
     return partner.clamp_(max=count - 1)
-
-
-def _box(
-    height: int, width: int, kept: float, rng: np.random.Generator
-) -> tuple[slice, slice, float]:
-    """A random box of area 1 - kept, clipped to the image, and the share really kept."""
-    side = float(np.sqrt(1 - kept))
-    cut_h, cut_w = int(height * side), int(width * side)
-    y, x = int(rng.integers(height)), int(rng.integers(width))
-    top, bottom = max(0, y - cut_h // 2), min(height, y + cut_h - cut_h // 2)
-    left, right = max(0, x - cut_w // 2), min(width, x + cut_w - cut_w // 2)
-    kept = 1 - (bottom - top) * (right - left) / (height * width)
-    return slice(top, bottom), slice(left, right), kept

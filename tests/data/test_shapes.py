@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from care_compress.data import shapes, shapes_cache
+from care_compress.data import shapes
 from care_compress.data.shapes import Shapes
 from care_compress.data.shapes_render import (
     CLASSES,
@@ -211,7 +211,7 @@ def test_two_at_once_both_end_well(small_cache: Path) -> None:
         return render(0, "val", indices)
 
     path, shape = small_cache / "shapes-v1-seed0-val.npy", (40, SIZE, SIZE, 3)
-    outer = shapes_cache.cached(path, shape, render_beside)
+    outer = shapes.cached(path, shape, render_beside)
     np.testing.assert_array_equal(outer, inner[0])
     np.testing.assert_array_equal(first.pixels, inner[0])
     assert len(list(small_cache.iterdir())) == 1
@@ -245,11 +245,11 @@ def test_a_readable_cache_needs_no_writing(small_cache: Path) -> None:
 
 
 def test_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert shapes_cache.cache_folder() == tmp_path / "care-compress"
+    assert shapes.cache_folder() == tmp_path / "care-compress"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for ignored in ("", "relative/folder"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
-        assert shapes_cache.cache_folder() == tmp_path / "home" / ".cache" / "care-compress"
+        assert shapes.cache_folder() == tmp_path / "home" / ".cache" / "care-compress"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

@@ -298,7 +298,7 @@ def test_only_a_full_disk_is_the_users(tmp_path: Path) -> None:
         ("evaluate.pairs", {"evaluate", "export"}),
         ("quantize.observers", {"quantize", "evaluate", "export"}),
         ("quantize.__init__", {"quantize", "evaluate", "export"}),
-        ("data.decode", {"train", "quantize", "evaluate", "export"}),
+        ("data.listing", {"train", "quantize", "evaluate", "export"}),
         ("model.care", {"train", "quantize", "evaluate", "export"}),
     ],
 )

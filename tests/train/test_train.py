@@ -24,7 +24,15 @@ from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import AugmentSection, DistillSection, TrainSection
 from care_compress.run.processes import World
 from care_compress.train.display import Silent
-from care_compress.train.loop import GUARD_STEPS, Course, _check_loss, set_up, train_step
+from care_compress.train.loop import (
+    GUARD_STEPS,
+    Course,
+    _check_loss,
+    averaged,
+    learning_rate,
+    set_up,
+    train_step,
+)
 from care_compress.train.objective import (
     Classification,
     Outcome,
@@ -33,7 +41,6 @@ from care_compress.train.objective import (
     neighbours,
     soft_targets,
 )
-from care_compress.train.schedule import averaged, learning_rate
 from care_compress.train.state import Progress
 
 # Everything a training can hold, so that resuming is tested on all of it.
