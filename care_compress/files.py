@@ -88,7 +88,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         # mkstemp makes files private; a result is as readable as the umask allows.
-        temporary.chmod(0o666 & ~_umask())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
         _flush(path.parent)  # the new name, too, has to outlive a power cut
     finally:
@@ -142,12 +144,6 @@ def not_writable(path: Path, error: OSError) -> RunError:
         f"cannot write {path}: {error.strerror}.",
         "make room there, or choose another place (--runs, --json)",
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:

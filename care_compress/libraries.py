@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import importlib
 import io
 import logging
 import sys
@@ -15,6 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from care_compress.errors import TargetError
+
+FIX = "pip install -e '.[openvino]'"
+REPORTER = "openvino_telemetry"
 
 
 @contextlib.contextmanager
@@ -37,18 +41,9 @@ def silent() -> Iterator[None]:
         yield
 
 
-FIX = "pip install -e '.[openvino]'"
-REPORTER = "openvino_telemetry"
-
-
 def load_openvino() -> Any:
     """The `openvino` module."""
-    try:
-        with silent(), _unreported():
-            import openvino
-    except ImportError as error:
-        raise TargetError("openvino is not installed here.", FIX) from error
-    return openvino
+    return _load("openvino")
 
 
 @functools.cache
@@ -87,22 +82,22 @@ def signal_stack_kept() -> Iterator[None]:
 def load_nncf() -> Any:
     """The `nncf` module."""
     load_openvino()
+    return _load("nncf")
+
+
+def _load(name: str) -> Any:
+    """Import an optional module, without the reports of its use.
+
+    Both send usage to a statistics server from their import on, unasked; without it they run.
+    """
+    reports = REPORTER in sys.modules
+    if not reports:
+        sys.modules[REPORTER] = None  # type: ignore[assignment]  # importing it now fails
     try:
-        with silent(), _unreported():
-            import nncf
+        with silent():
+            return importlib.import_module(name)
     except ImportError as error:
-        raise TargetError("nncf is not installed here.", FIX) from error
-    return nncf
-
-
-@contextlib.contextmanager
-def _unreported() -> Iterator[None]:
-    """Both send usage to a statistics server from their import on, unasked; without it they run."""
-    if REPORTER in sys.modules:
-        yield
-        return
-    sys.modules[REPORTER] = None  # type: ignore[assignment]  # importing it now fails
-    try:
-        yield
+        raise TargetError(f"{name} is not installed here.", FIX) from error
     finally:
-        del sys.modules[REPORTER]
+        if not reports:
+            del sys.modules[REPORTER]

@@ -46,7 +46,9 @@ def run_recipe(
     changed (`care_compress.run.stages`); `repair` makes those again whose files were damaged.
     """
     with _begun(recipe, runs, name, console, repair) as (context, ready):
-        validation = _validation_images(context, recipe)
+        validation = open_samples(recipe.data, "val")  # everything is measured on these images
+        if context.world.is_main:
+            context.run.record_input("validation_images", validation.fingerprint())
         model = _float_model(context, recipe, ready, validation)
         compact, steps = _rewritten(context, recipe, model)
 
@@ -99,14 +101,6 @@ def _begun(
         with open_run(Run(runs, name), recipe, world, console, repair) as context:
             console.print(f"[bold]{escape(recipe.name)}[/]: {escape(recipe.claim)}")
             yield context, ready
-
-
-def _validation_images(context: RunContext, recipe: Recipe) -> Samples:
-    """The images that everything is measured on."""
-    validation = open_samples(recipe.data, "val")
-    if context.world.is_main:
-        context.run.record_input("validation_images", validation.fingerprint())
-    return validation
 
 
 def _float_model(context: RunContext, recipe: Recipe, ready: Ready, validation: Samples) -> Care:
