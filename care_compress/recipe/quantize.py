@@ -111,8 +111,7 @@ class SearchSection(Section):
 
     cost: Literal["bit_operations", "energy"] = "bit_operations"
     max_cost: Positive | None = Field(
-        None,
-        description="of one image (energy: mJ); reached, it is enough",
+        None, description="of one image (energy: mJ); reached, it is enough"
     )
     trials: Count = 40
     minutes: Positive = Field(20.0, description="of trials; every site is measured before them")
@@ -162,10 +161,6 @@ OURS = (
 )
 
 
-def _default(name: str) -> Any:
-    return QuantizeSection.model_fields[name].default
-
-
 class QuantizeSection(Section):
     """How the float model becomes a quantized one."""
 
@@ -205,7 +200,8 @@ class QuantizeSection(Section):
     @model_validator(mode="after")
     def _backend_fits(self) -> "QuantizeSection":
         if self.backend == "nncf":
-            foreign = [name for name in OURS if getattr(self, name) != _default(name)]
+            fields = type(self).model_fields
+            foreign = [name for name in OURS if getattr(self, name) != fields[name].default]
             if foreign:
                 raise ValueError(
                     f"backend nncf has its own placement and tuning: no {', '.join(foreign)}"
