@@ -109,7 +109,7 @@ class CheckResult:
         return f"{self.check}: {self.text}" + (f" ({listed(shown)})" if shown else "")
 
     def as_json(self) -> dict[str, Any]:
-        """As ``results.json`` holds it."""
+        """Return the result as ``results.json`` holds it."""
         items = list(self.items[:LISTED])
         return {**asdict(self), "items": items, "count": len(self.items)}
 
@@ -120,7 +120,7 @@ def listed(items: Sequence[str]) -> str:
 
 
 def show_checks(checks: Sequence[CheckResult], console: Console) -> None:
-    """The warnings; what is fine stands in the results."""
+    """Print the warnings; what is fine stands in the results."""
     for check in checks:
         if check.status == "warning":
             console.print("[yellow]take note[/]: ", end="")
@@ -129,7 +129,7 @@ def show_checks(checks: Sequence[CheckResult], console: Console) -> None:
 
 @contextlib.contextmanager
 def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal, nothing elsewhere; yields what advances it."""
+    """Show a bar in a terminal and nothing elsewhere; yield what advances it."""
     bar = Progress(
         TextColumn(what),
         BarColumn(),
@@ -146,7 +146,7 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[
 
 @contextlib.contextmanager
 def step_line(console: Console) -> Iterator[Callable[[str], None]]:
-    """Names the step under way: beside a spinner in a terminal, now and then a line elsewhere."""
+    """Yield what names the step under way: beside a spinner, or now and then in a plain line."""
     last = time.monotonic()
 
     def show(step: str) -> None:

@@ -23,7 +23,7 @@ REPORTER = "openvino_telemetry"
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Exporting and copying graphs warns about internals that no user can change."""
+    """Hide the warnings of exporting and copying graphs: no user can change those internals."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """`quiet`, for libraries that also draw progress bars of their own on standard output."""
+    """Be `quiet` about libraries that also draw progress bars of their own on standard output."""
     with quiet(), contextlib.redirect_stdout(io.StringIO()):
         yield
 
@@ -65,7 +65,7 @@ class _SignalStack(ctypes.Structure):
 
 @contextlib.contextmanager
 def signal_stack_kept() -> Iterator[None]:
-    """Around code that makes Cores of its own, as NNCF does; see `openvino_core`."""
+    """Keep the stack over code that makes Cores of its own, as NNCF does; see `openvino_core`."""
     openvino_core()
     if sys.platform != "linux":
         yield

@@ -323,7 +323,7 @@ def _text(path: Path) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a system tool prints; nothing where it is missing or hangs."""
+    """Return what a system tool prints, and nothing where it is missing or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -93,7 +93,7 @@ def run_sensitivity(
 def _begun(
     recipe: Recipe, runs: Path, name: str, console: Console, repair: bool
 ) -> Iterator[tuple[RunContext, Ready]]:
-    """The run, opened; only after all checks, for a typo should leave old results alone."""
+    """Open the run, but only after all checks: a typo should leave old results alone."""
     with join_world() as world:
         console = console if world.is_main else Console(quiet=True)
         ready = preflight(recipe, world, console)
@@ -104,7 +104,7 @@ def _begun(
 
 
 def _float_model(context: RunContext, recipe: Recipe, ready: Ready, validation: Samples) -> Care:
-    """What the recipe's checkpoint holds, or what is trained when it has a train section."""
+    """Load the recipe's checkpoint, or train a model where there is a train section."""
     if ready.start is not None:
         return loaded(context, ready.start, validation)
     assert recipe.train is not None

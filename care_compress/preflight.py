@@ -88,7 +88,7 @@ class Size:
 
 
 def needed_space(recipe: Recipe, size: Size, plan: Plan | None, targets: Sequence[Target]) -> Space:
-    """The space for a run of `recipe`, whose network is so large, with exports to these targets."""
+    """Estimate the space for a run of a recipe with exports to these targets."""
     parameters, sites, classes = size.parameters, size.sites, size.classes
     section, floats = recipe.quantize, WEIGHT * parameters
     model = floats + (MODEL_SITE * sites if section else 0)
@@ -217,7 +217,7 @@ def model_of(recipe: Recipe) -> Care:
 def able_targets(
     recipe: Recipe, network: CompactCare, plan: Plan, console: Console
 ) -> tuple[Target, ...]:
-    """Those that can run the recipe; one that it names and that cannot is an error."""
+    """Return the targets that can run the recipe; a named one that cannot is an error."""
     assert recipe.quantize is not None
     if recipe.quantize.search is not None:
         return chosen_targets(recipe)  # what a search finds is known only afterwards
@@ -225,7 +225,7 @@ def able_targets(
 
 
 def plan_for(recipe: Recipe, network: CompactCare, made_by: Plan, target: Target) -> Plan:
-    """The plan of an export to a target, of the network in the form that is quantized by a plan."""
+    """Plan an export to a target, of the network in the form that `made_by` quantizes."""
     assert recipe.quantize is not None
     rules = export_rules(recipe, recipe.quantize, target)
     return make_plan(network, rules, target, recipe.data.resolution, made_by)

@@ -46,7 +46,7 @@ _Loader.add_implicit_resolver(
 
 
 def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """How many values a node stands for; a few lines of aliases of aliases make billions."""
+    """Count the values a node stands for; a few lines of aliases of aliases make billions."""
     if node.value is None or isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in known:

@@ -132,17 +132,17 @@ class Target(Section):
 
     @property
     def is_engine(self) -> bool:
-        """What runs is an engine, built from the exported graph."""
+        """Whether what runs is an engine, built from the exported graph."""
         return self.runtime in ("tensorrt", "tensorrt_rtx")
 
     @property
     def is_bundled(self) -> bool:
-        """`make bundle` packs what proves it on another machine."""
+        """Whether `make bundle` packs what proves it on another machine."""
         return self.is_engine or self.device == "cpu"
 
     @property
     def is_typed(self) -> bool:
-        """Every operation runs in the type the graph gives it, so the graph has to say float16."""
+        """Whether operations run in the type the graph gives them, so that it must say float16."""
         return self.is_engine and self.float_type == "fp16"
 
     def at_full_range(self) -> "Target":

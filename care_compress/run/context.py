@@ -40,7 +40,7 @@ class RunContext:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """Within the block, times and images left out are counted from nothing."""
+        """Count times and images left out from nothing within the block."""
         seconds, reasons = self.seconds, self.bad.reasons
         self.seconds, self.bad.reasons = {}, {}
         try:

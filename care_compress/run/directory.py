@@ -132,7 +132,7 @@ class Run:
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[Notes]:
-        """What goes in and comes out while the block runs."""
+        """Collect what goes in and comes out while the block runs."""
         notes = Notes()
         self._notes.append(notes)
         try:
@@ -141,12 +141,12 @@ class Run:
             self._notes.pop()
 
     def stage(self, name: str) -> dict[str, Any] | None:
-        """What an earlier process recorded of a stage that came to its end."""
+        """Return what an earlier process recorded of a stage that came to its end."""
         found: dict[str, Any] | None = self._manifest.setdefault("stages", {}).get(name)
         return found
 
     def forget_stage(self, name: str) -> None:
-        """Before a stage writes its files anew: a record of the old ones would be wrong."""
+        """Drop the record of a stage that writes its files anew: it would be wrong of them."""
         if self.stage(name) is not None:
             del self._manifest["stages"][name]
             self._write_manifest()

@@ -17,7 +17,7 @@ from care_compress.recipe.recipe import Recipe, parse
 
 @contextlib.contextmanager
 def as_written(what: Path) -> Iterator[None]:
-    """Around code that takes apart what a run wrote to `what`; anything else there is named."""
+    """Raise `RunError` where the block finds that `what` holds something a run does not write."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:

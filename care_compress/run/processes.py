@@ -47,7 +47,7 @@ class World:
         return values
 
     def gathered(self, value: Value) -> list[Value]:
-        """What every process has, in their order."""
+        """Return what every process has, in their order."""
         if self.size == 1:
             return [value]
         every: list[Any] = [None] * self.size
@@ -55,7 +55,7 @@ class World:
         return every
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
 

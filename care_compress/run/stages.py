@@ -39,7 +39,7 @@ _IMPORT = re.compile(
 
 
 def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
-    """What of a recipe decides each stage; the stages after it follow by its files' digests.
+    """Return what of a recipe decides each stage; later stages follow by its files' digests.
 
     Sections are taken whole but for what is named here, so a new key is never overlooked.
     """
@@ -155,7 +155,7 @@ def reached_modules(*modules: str) -> dict[str, Path]:
 
 @cache
 def _digests() -> dict[str, str]:
-    """Of every module as it is when the first stage asks; what is edited later is not what runs."""
+    """Digest every module when the first stage asks; what is edited later is not what runs."""
     return {name: sha256_file(path) for name, path in _modules().items()}
 
 
@@ -171,7 +171,7 @@ def _modules() -> dict[str, Path]:
 
 
 def _imports(module: str) -> set[str]:
-    """What a module of ours may import, wherever in it that stands: modules, and names in them."""
+    """Name all that a module of ours may import, wherever in it: modules, and names in them."""
     imported = set[str]()
     for found in _IMPORT.finditer(_modules()[module].read_text(encoding="utf-8")):
         package, names = found["package"] or found["plain"], found["names"] or ""
@@ -195,7 +195,7 @@ def _current(context: RunContext, stage: str, digests: Mapping[str, str]) -> dic
 
 
 def _damaged(context: RunContext, stage: str, record: Mapping[str, Any]) -> str:
-    """What is missing; what is there and is not what was written is an error, unless repaired."""
+    """Say what is missing; a file that is not what was written is an error, unless repaired."""
     damaged = []
     if record.get("seal") != _seal(record):
         damaged.append("manifest.json")
