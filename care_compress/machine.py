@@ -242,31 +242,25 @@ def cgroup_limits(root: Path, own: str) -> tuple[float | None, int | None]:
     `own` is /proc/self/cgroup: ``0::/a/b`` (version 2) or a line for each controller (version 1).
     A limit may be set on any group from `root` down to ours, so the smallest counts.
     """
-    cores, memory = [], []
+    folders: list[Path] = []
     for line in own.splitlines():
         _, controllers, group = line.split(":", 2)
-        for tree in controllers.split(","):
-            parts = Path(group).parts[1:]
-            for depth in range(len(parts) + 1):
-                folder = root.joinpath(tree, *parts[:depth])
-                cores.append(_quota(folder))
-                for name in ("memory.max", "memory.limit_in_bytes"):
-                    limit = _text(folder / name).strip()
-                    memory.append(int(limit) if limit.isdigit() else None)
-    return (
-        min((value for value in cores if value is not None), default=None),
-        min((value for value in memory if value is not None), default=None),
-    )
-
-
-def _quota(folder: Path) -> float | None:
-    """Cores allowed by one control group: quota over period, in either version's files."""
-    quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
-    if not quota:
-        quota = _text(folder / "cpu.cfs_quota_us").strip()
-        period = _text(folder / "cpu.cfs_period_us").strip()
-    # No limit reads "max" in version 2, -1 in version 1.
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+        parts = Path(group).parts[1:]
+        above = [parts[:depth] for depth in range(len(parts) + 1)]
+        folders += [root.joinpath(tree, *at) for tree in controllers.split(",") for at in above]
+    cores: list[float] = []
+    memory: list[int] = []
+    for folder in folders:
+        quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+        if not quota:  # version 1
+            quota = _text(folder / "cpu.cfs_quota_us").strip()
+            period = _text(folder / "cpu.cfs_period_us").strip()
+        # No limit reads "max" in version 2, -1 in version 1.
+        if quota.isdigit() and period.isdigit():
+            cores.append(int(quota) / int(period))
+        limits = (_text(folder / name) for name in ("memory.max", "memory.limit_in_bytes"))
+        memory += [int(limit) for limit in limits if limit.strip().isdigit()]
+    return min(cores, default=None), min(memory, default=None)
 
 
 def usable_cores() -> set[int]:

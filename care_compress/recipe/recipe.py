@@ -83,7 +83,14 @@ def load_recipe(
 
     `overrides` are ``section.key=value`` texts, `values` are dotted keys with ready values.
     """
-    path = find_recipe(name_or_path)
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = RECIPES_DIR / f"{name_or_path}.yaml"
+        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+            known = [file.stem for file in recipe_files()]
+            fix = f"{did_you_mean(name_or_path, known)} Shipped recipes: {', '.join(known)}"
+            name = shortened(repr(name_or_path))
+            raise RecipeError(f"there is no recipe {name}.", fix.lstrip())
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds no sections.", "see recipes/fp32.yaml for the form")
@@ -103,19 +110,6 @@ def parse_section(
     for override in overrides:
         _assign(raw, *_split_override(override))
     return parse(kind, raw, where)
-
-
-def find_recipe(name_or_path: str) -> Path:
-    """The file of a shipped recipe, or the path given."""
-    given = Path(name_or_path)
-    if given.suffix in {".yaml", ".yml"}:
-        return given
-    shipped = RECIPES_DIR / f"{name_or_path}.yaml"
-    if os.path.isfile(shipped):  # Path.is_file raises for a name that is too long
-        return shipped
-    known = [path.stem for path in recipe_files()]
-    fix = f"{did_you_mean(name_or_path, known)} Shipped recipes: {', '.join(known)}".lstrip()
-    raise RecipeError(f"there is no recipe {shortened(repr(name_or_path))}.", fix)
 
 
 def recipe_files() -> list[Path]:

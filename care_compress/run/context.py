@@ -48,11 +48,6 @@ class RunContext:
         finally:
             self.seconds, self.bad.reasons = seconds, reasons
 
-    def share_bad(self) -> None:
-        """Tell every process all images that were left out; the main one reports them."""
-        for reasons in self.world.gathered(self.bad.reasons):
-            self.bad.reasons.update(reasons)
-
 
 @contextlib.contextmanager
 def open_run(

@@ -110,8 +110,9 @@ def once(
             context.run.forget_stage(stage)
         with context.apart(), context.run.noting() as notes:
             value = make()
-            if together:
-                context.share_bad()
+            # The main process reports what any of them left out.
+            for reasons in context.world.gathered(context.bad.reasons) if together else ():
+                context.bad.reasons.update(reasons)
             record = {
                 "made_from": digests,
                 "inputs": notes.inputs,
