@@ -97,9 +97,7 @@ def load_recipe(
     raw.setdefault("name", path.stem)
     for key, value in (values or {}).items():
         _assign(raw, key, value)
-    for override in overrides:
-        _assign(raw, *_split_override(override))
-    return parse(Recipe, raw, str(path))
+    return parse_section(Recipe, raw, overrides, str(path))
 
 
 def parse_section(
@@ -108,25 +106,21 @@ def parse_section(
     """One section from ready values and ``key=value`` texts."""
     raw = dict(values)
     for override in overrides:
-        _assign(raw, *_split_override(override))
+        given = shortened(repr(override))
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {given} has no value.", "write section.key=value")
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {given} is not a YAML value: {error}.") from error
+        _assign(raw, key.strip(), value)
     return parse(kind, raw, where)
 
 
 def recipe_files() -> list[Path]:
     """Every shipped recipe."""
     return [p for p in sorted(RECIPES_DIR.rglob("*.yaml")) if "targets" not in p.parts]
-
-
-def _split_override(override: str) -> tuple[str, Any]:
-    """``section.key=value`` as key and YAML value."""
-    given = shortened(repr(override))
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"--set {given} has no value.", "write section.key=value")
-    try:
-        return key.strip(), parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {given} is not a YAML value: {error}.") from error
 
 
 def _assign(raw: dict[str, Any], key: str, value: object) -> None:
