@@ -3,12 +3,14 @@
 Heavy imports stand inside the verbs, so that ``--help`` and ``doctor`` answer at once.
 """
 
+import functools
+import inspect
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -26,22 +28,78 @@ from care_compress.recipe.recipe import (
 from care_compress.recipe.sections import DataSection
 from care_compress.signals import full_disks_named, stops_in_order
 
-RecipeName = Annotated[str, typer.Argument(help="name of a shipped recipe, or a .yaml file")]
-Checkpoint = Annotated[str | None, typer.Option(help="model.checkpoint: file or builtin:NAME")]
-ArchName = Annotated[str | None, typer.Option(help="model.arch; inferred if left out")]
-Source = Annotated[str | None, typer.Option(help="data.source: folder, zip, hf:, wds:")]
-Resolution = Annotated[int | None, typer.Option(help="data.resolution")]
-Crop = Annotated[float | None, typer.Option(help="data.crop_pct")]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad-images", help="data.skip_bad_images: count them and go on")
-]
-ValFraction = Annotated[float | None, typer.Option(help="data.val_fraction")]
-Override = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable")]
+LONGEST_NAME = 128  # bytes; files beside a run are named after it
+LONGEST_LINE = 2000  # letters of an error; a path can be longer
+# What typer raises for a verb or an option that does not exist. It brings click along or uses the
+# one installed, depending on its version, and names the class in neither case.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+# The options that change a recipe: the key each sets, its type, and what its help says of the key.
+RECIPE_OPTIONS: dict[str, tuple[str, type, str]] = {
+    "method": ("quantize.calibrate.method", str, ": random, stratified, diverse"),
+    "images": ("quantize.calibrate.images", int, ""),
+    "ckpt": ("model.checkpoint", str, ": file or builtin:NAME"),
+    "arch": ("model.arch", str, "; inferred if left out"),
+    "data": ("data.source", str, ": folder, zip, hf:, wds:"),
+    "res": ("data.resolution", int, ""),
+    "crop": ("data.crop_pct", float, ""),
+    "skip_bad_images": ("data.skip_bad_images", bool, ": count them and go on"),
+    "val_fraction": ("data.val_fraction", float, ""),
+}
+
+# What several verbs ask for.
 # Not --run: torchrun would take that for an abbreviation of its own --run-path.
 RunName = Annotated[str | None, typer.Option(help="run name; the recipe's if left out")]
-LONGEST_NAME = 128  # bytes; files beside a run are named after it
-Precision = Literal["f32", "bf16", "f16"]
 Runs = Annotated[Path, typer.Option(help="where run directories live")]
+RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken")]
+GivenRun = Annotated[str, typer.Argument(help="a run's name")]
+Targets = Annotated[str | None, typer.Option(help="names, separated by commas")]
+ImagesOnly = Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")]
+MaxDrop = Annotated[float | None, typer.Option(min=0, help="points of top-1")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+JsonFile = Annotated[Path | None, typer.Option(help="also write the numbers here")]
+
+app = typer.Typer(
+    help="Make a float CARE Transformer small and fast on edge devices. "
+    "--debug, anywhere, shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def on_a_recipe(*options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Hand a verb the `Recipe` that its user names and changes by these options and ``--set``."""
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(verb)
+        def run(recipe: str, set_: list[str] | None, **given: Any) -> None:
+            values = {RECIPE_OPTIONS[name][0]: given.pop(name) for name in options}
+            chosen = {key: value for key, value in values.items() if value is not None}
+            verb(load_recipe(recipe, set_ or [], chosen), **given)
+
+        # typer reads the command line off the signature: a name and options in the recipe's place.
+        asked: list[tuple[str, object, object]] = [
+            ("recipe", str, typer.Argument(help="name of a shipped recipe, or a .yaml file"))
+        ]
+        for name in options:
+            key, kind, more = RECIPE_OPTIONS[name]
+            flag = f"--{name.replace('_', '-')}"
+            asked.append((name, kind | None, typer.Option(None, flag, help=key + more)))
+        override = typer.Option(None, "--set", help="section.key=value, repeatable")
+        asked.append(("set_", list[str] | None, override))
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [
+            inspect.Parameter(name, keyword, default=how, annotation=kind)
+            for name, kind, how in asked
+        ]
+        _, *own = inspect.signature(verb).parameters.values()
+        parameters += [one.replace(kind=keyword) for one in own]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
 
 
 def plain_name(run: str) -> str:
@@ -55,55 +113,10 @@ def plain_name(run: str) -> str:
     return run
 
 
-app = typer.Typer(
-    help="Make a float CARE Transformer small and fast on edge devices. "
-    "--debug, anywhere, shows the traceback of an error.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-# What the short options of the verbs set in a recipe.
-KEYS = {
-    "ckpt": "model.checkpoint",
-    "arch": "model.arch",
-    "data": "data.source",
-    "res": "data.resolution",
-    "crop": "data.crop_pct",
-    "skip_bad_images": "data.skip_bad_images",
-    "val_fraction": "data.val_fraction",
-    "method": "quantize.calibrate.method",
-    "images": "quantize.calibrate.images",
-}
-
-
-LONGEST_LINE = 2000  # letters of an error; a path can be longer
-# What typer raises for a verb or an option that does not exist. It brings click along or uses the
-# one installed, depending on its version, and names the class in neither case.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-
-def _chosen(recipe: str, overrides: list[str] | None, **given: object) -> Recipe:
-    """The recipe with the values given on the command line."""
-    values = {KEYS[option]: value for option, value in given.items() if value is not None}
-    return load_recipe(recipe, overrides or [], values)
-
-
-def _run_name(name: str | None, recipe: Recipe) -> str:
-    return plain_name(name or recipe.name)
-
-
 @app.command()
+@on_a_recipe("ckpt", "arch", "data", "res", "crop", "skip_bad_images", "val_fraction")
 def quantize(
-    recipe: RecipeName,
-    ckpt: Checkpoint = None,
-    arch: ArchName = None,
-    data: Source = None,
-    res: Resolution = None,
-    crop: Crop = None,
-    skip_bad_images: SkipBad = False,
-    val_fraction: ValFraction = None,
-    set_: Override = None,
+    recipe: Recipe,
     name: RunName = None,
     runs: Runs = Path("runs"),
     repair: Annotated[
@@ -111,97 +124,54 @@ def quantize(
     ] = False,
 ) -> None:
     """Run a recipe from its float model to results; what is there and still holds is kept."""
-    chosen = _chosen(
-        recipe,
-        set_,
-        ckpt=ckpt,
-        arch=arch,
-        data=data,
-        res=res,
-        crop=crop,
-        skip_bad_images=skip_bad_images or None,
-        val_fraction=val_fraction,
-    )
-    run = _run_name(name, chosen)
+    run = plain_name(name or recipe.name)
 
     from care_compress.pipeline import run_recipe
 
-    run_recipe(chosen, runs, run, Terminal(), repair)
+    run_recipe(recipe, runs, run, Terminal(), repair)
 
 
 @app.command()
+@on_a_recipe("ckpt", "arch", "res")
 def plan(
-    recipe: RecipeName,
-    ckpt: Checkpoint = None,
-    arch: ArchName = None,
-    res: Resolution = None,
-    set_: Override = None,
+    recipe: Recipe,
     target: Annotated[
         str | None, typer.Option(help="as exported to this one, by its own rules too")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    json: AsJson = False,
 ) -> None:
     """Show what a recipe makes of every layer, and which rule decided; needs no data."""
-    chosen = _chosen(recipe, set_, ckpt=ckpt, arch=arch, res=res)
-
     from care_compress.preflight import show_plan
 
-    show_plan(chosen, target, json, Terminal())
+    show_plan(recipe, target, json, Terminal())
 
 
 @app.command()
+@on_a_recipe("ckpt", "arch", "data", "res", "crop")
 def sensitivity(
-    recipe: RecipeName,
-    ckpt: Checkpoint = None,
-    arch: ArchName = None,
-    data: Source = None,
-    res: Resolution = None,
-    crop: Crop = None,
-    set_: Override = None,
+    recipe: Recipe,
     images: Annotated[int, typer.Option(min=1, help="validation images per measurement")] = 256,
     name: RunName = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Measure which site costs accuracy: each quantized alone, and each left alone out."""
-    chosen = _chosen(recipe, set_, ckpt=ckpt, arch=arch, data=data, res=res, crop=crop)
-    run = _run_name(name or f"{chosen.name}_sensitivity", chosen)
+    run = plain_name(name or f"{recipe.name}_sensitivity")
 
     from care_compress.pipeline import run_sensitivity
 
-    run_sensitivity(chosen, runs, run, images, Terminal())
+    run_sensitivity(recipe, runs, run, images, Terminal())
 
 
 @app.command()
+@on_a_recipe("method", "images", "ckpt", "arch", "data", "res", "crop")
 def select(
-    recipe: RecipeName,
+    recipe: Recipe,
     out: Annotated[Path, typer.Argument(help="the list to write, for quantize.calibrate.list")],
-    method: Annotated[
-        str | None, typer.Option(help="quantize.calibrate.method: random, stratified, diverse")
-    ] = None,
-    images: Annotated[int | None, typer.Option(help="quantize.calibrate.images")] = None,
-    ckpt: Checkpoint = None,
-    arch: ArchName = None,
-    data: Source = None,
-    res: Resolution = None,
-    crop: Crop = None,
-    set_: Override = None,
 ) -> None:
     """Choose calibration images of the training split and write them down."""
-    chosen = _chosen(
-        recipe,
-        set_,
-        ckpt=ckpt,
-        arch=arch,
-        data=data,
-        res=res,
-        crop=crop,
-        method=method,
-        images=images,
-    )
-
     from care_compress.quantize.selection import select_calibration
 
-    select_calibration(chosen, out, Terminal())
+    select_calibration(recipe, out, Terminal())
 
 
 @app.command()
@@ -209,7 +179,7 @@ def tune(
     target: Annotated[str, typer.Argument(help="openvino-cpu, onnxruntime-cpu")],
     run: Annotated[str, typer.Option(help="the run whose export is tuned")] = "int8_qat",
     images: Annotated[int, typer.Option(min=1, help="validation images for the drop")] = 512,
-    max_drop: Annotated[float | None, typer.Option(min=0, help="points of top-1")] = None,
+    max_drop: MaxDrop = None,
     again: Annotated[bool, typer.Option("--again", help="measure, whatever is known")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -218,9 +188,6 @@ def tune(
 
     options = TuneOptions(images, max_drop, again)
     run_tune(runs, plain_name(run), target, options, Terminal())
-
-
-RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken")]
 
 
 @app.command()
@@ -260,9 +227,7 @@ def import_results(
 
 
 @app.command()
-def doctor(
-    json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
-) -> None:
+def doctor(json: AsJson = False) -> None:
     """Show what this machine can export, build, run and measure."""
     from care_compress.runtime.doctor import run_doctor
 
@@ -295,46 +260,13 @@ def recipes(
     console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: a user's error is one clear line and exit code 2."""
-    # Read when torch loads, so before any verb runs. By default OpenMP threads wait by spinning for
-    # milliseconds and hold the cores that decoding workers need (measured in LOG.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    wanted = [argument for argument in given if argument != "--debug"]
-    debug = wanted != given
-    errors = Terminal(stderr=True, soft_wrap=True)
-    try:
-        with stops_in_order(errors), full_disks_named():
-            # Alone on the line it prints its help, with --debug its own traceback is no use.
-            code = app(wanted, standalone_mode=not wanted)
-    except (CareError, DeployError, UsageError) as error:
-        if debug and not isinstance(error, UsageError):
-            raise
-        errors.print(f"[bold red]{type(error).__name__}:[/] ", end="")
-        # Names in the message come from files; they are shown, never read as markup.
-        errors.print(shortened(one_line(_told(error)), LONGEST_LINE), markup=False, highlight=False)
-        sys.exit(2)
-    sys.exit(code or 0)  # typer's own is 130, after Ctrl-C
-
-
-def _told(error: Exception) -> str:
-    """The message of an error; typer's say where to look it up."""
-    if not isinstance(error, UsageError):
-        return str(error)
-    context = getattr(error, "ctx", None)
-    verb = context.command_path if context is not None else "care-compress"
-    message: str = error.format_message()  # type: ignore[attr-defined]
-    return f"{message} Fix: see {verb} --help"
-
-
 @app.command()
 def accuracy(
     artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME, .onnx, .xml, .engine")],
     data: Annotated[str, typer.Option(help="folder, zip, hf:, wds: or builtin: source")],
     res: Annotated[int, typer.Option(help="input resolution")],
     crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
-    images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
+    images: ImagesOnly = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="images at once; 16 on a CPU, 256 on a GPU")
     ] = None,
@@ -370,12 +302,13 @@ def latency(
         str | None, typer.Option(help="separated by commas; one and all if left out")
     ] = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="what OpenVINO may round floats to; its own choice")
+        Literal["f32", "bf16", "f16"] | None,
+        typer.Option(help="what OpenVINO may round floats to; its own choice"),
     ] = None,
     res: Annotated[
         int | None, typer.Option(min=32, max=4096, help="where the file leaves it open")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    json: JsonFile = None,
 ) -> None:
     """Time one artifact: latency, throughput, load time, peak memory, size; and the machine."""
     batches = _counts("--batch", batch)
@@ -400,10 +333,10 @@ def compare(
         list[str],
         typer.Argument(help="baseline, then others: runs, recipes, precisions (fp32 int8), files"),
     ],
-    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")] = None,
-    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
-    max_drop: Annotated[float | None, typer.Option(min=0, help="points of top-1")] = None,
+    targets: Targets = None,
+    images: ImagesOnly = None,
+    json: JsonFile = None,
+    max_drop: MaxDrop = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="over the first model")] = None,
     data: Annotated[str | None, typer.Option(help="for bare files: their images")] = None,
     res: Annotated[int, typer.Option(help="for bare files: their resolution")] = 224,
@@ -432,10 +365,10 @@ def compare(
 
 @app.command()
 def fidelity(
-    run: Annotated[str, typer.Argument(help="a run's name")],
-    targets: Annotated[str | None, typer.Option(help="names, separated by commas")] = None,
+    run: GivenRun,
+    targets: Targets = None,
     images: Annotated[int, typer.Option(min=1, help="N evenly spaced validation images")] = 16,
-    json: Annotated[Path | None, typer.Option(help="also write the numbers here")] = None,
+    json: JsonFile = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Follow a run from the float model to each file: what every step loses, and where."""
@@ -481,11 +414,36 @@ def reference(
 
 
 @app.command()
-def report(
-    run: Annotated[str, typer.Argument(help="a run's name")] = "int8_qat",
-    runs: Runs = Path("runs"),
-) -> None:
+def report(run: GivenRun = "int8_qat", runs: Runs = Path("runs")) -> None:
     """Write report.html and report.md of a finished run."""
     from care_compress.report.write import write_report
 
     write_report(runs / plain_name(run), Terminal())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a user's error is one clear line and exit code 2."""
+    # Read when torch loads, so before any verb runs. By default OpenMP threads wait by spinning for
+    # milliseconds and hold the cores that decoding workers need (measured in LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    wanted = [argument for argument in given if argument != "--debug"]
+    debug = wanted != given
+    errors = Terminal(stderr=True, soft_wrap=True)
+    try:
+        with stops_in_order(errors), full_disks_named():
+            # Alone on the line it prints its help, with --debug its own traceback is no use.
+            code = app(wanted, standalone_mode=not wanted)
+    except (CareError, DeployError, UsageError) as error:
+        told = str(error)
+        if isinstance(error, UsageError):  # typer's messages do not say where to look it up
+            context = getattr(error, "ctx", None)
+            verb = context.command_path if context is not None else "care-compress"
+            told = f"{error.format_message()} Fix: see {verb} --help"  # type: ignore[attr-defined]
+        elif debug:
+            raise
+        errors.print(f"[bold red]{type(error).__name__}:[/] ", end="")
+        # Names in the message come from files; they are shown, never read as markup.
+        errors.print(shortened(one_line(told), LONGEST_LINE), markup=False, highlight=False)
+        sys.exit(2)
+    sys.exit(code or 0)  # typer's own is 130, after Ctrl-C

@@ -8,7 +8,7 @@ import contextlib
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -18,6 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 
 LONGEST = 200  # letters of something foreign inside a message
+SHOWN = 3  # items on the console
+LISTED = 100  # items in results.json; their count is always there
+PLAIN_LINE_SECONDS = 15.0  # between lines where there is no terminal
 _CONTROLS = frozenset({"Cc", "Cs", "Zl", "Zp"})  # with halves of characters and line separators
 # What turns the direction of writing: a name could end in .png and show another ending.
 _TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
@@ -27,7 +30,13 @@ def visible(text: str) -> str:
     """The text with an escape for everything that a terminal would obey; lines stay lines."""
     if text.isprintable():
         return text
-    return "".join(letter if _is_shown(letter) else _escape(letter) for letter in text)
+    shown = []
+    for letter in text:
+        turning = unicodedata.bidirectional(letter) in _TURNING
+        if letter != "\n" and (turning or unicodedata.category(letter) in _CONTROLS):
+            letter = letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+        shown.append(letter)
+    return "".join(shown)
 
 
 def one_line(text: str) -> str:
@@ -38,17 +47,6 @@ def one_line(text: str) -> str:
 def shortened(text: str, most: int = LONGEST) -> str:
     """The beginning of a text that may be a whole file."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} letters)"
-
-
-def _is_shown(letter: str) -> bool:
-    if letter == "\n":
-        return True
-    controls = unicodedata.category(letter) in _CONTROLS
-    return not controls and unicodedata.bidirectional(letter) not in _TURNING
-
-
-def _escape(letter: str) -> str:
-    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class Terminal(Console):
@@ -83,21 +81,12 @@ class _Shown:
         self.inner = inner
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self._segments(console, options)
+        for segment in console.render(self.inner, options):
+            # A control is rich's own: moving the cursor of a progress bar.
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement.get(console, options, self.inner)
-
-    def _segments(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
-        for segment in console.render(self.inner, options):
-            if segment.control:  # rich's own: moving the cursor of a progress bar
-                yield segment
-            else:
-                yield Segment(visible(segment.text), segment.style)
-
-
-SHOWN = 3  # items on the console
-LISTED = 100  # items in results.json; their count is always there
 
 
 @dataclass(frozen=True)
@@ -120,14 +109,9 @@ class CheckResult:
         return f"{self.check}: {self.text}" + (f" ({listed(shown)})" if shown else "")
 
     def as_json(self) -> dict[str, Any]:
-        """As ``results.json`` holds it."""
-        return {
-            "check": self.check,
-            "status": self.status,
-            "text": self.text,
-            "items": list(self.items[:LISTED]),
-            "count": len(self.items),
-        }
+        """Return the result as ``results.json`` holds it."""
+        items = list(self.items[:LISTED])
+        return {**asdict(self), "items": items, "count": len(self.items)}
 
 
 def listed(items: Sequence[str]) -> str:
@@ -136,19 +120,16 @@ def listed(items: Sequence[str]) -> str:
 
 
 def show_checks(checks: Sequence[CheckResult], console: Console) -> None:
-    """The warnings; what is fine stands in the results."""
+    """Print the warnings; what is fine stands in the results."""
     for check in checks:
         if check.status == "warning":
             console.print("[yellow]take note[/]: ", end="")
             say(str(check), console)
 
 
-PLAIN_LINE_SECONDS = 15.0  # between lines where there is no terminal
-
-
 @contextlib.contextmanager
 def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar in a terminal, nothing elsewhere; yields what advances it."""
+    """Show a bar in a terminal and nothing elsewhere; yield what advances it."""
     bar = Progress(
         TextColumn(what),
         BarColumn(),
@@ -165,7 +146,7 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[
 
 @contextlib.contextmanager
 def step_line(console: Console) -> Iterator[Callable[[str], None]]:
-    """Names the step under way: beside a spinner in a terminal, now and then a line elsewhere."""
+    """Yield what names the step under way: beside a spinner, or now and then in a plain line."""
     last = time.monotonic()
 
     def show(step: str) -> None:

@@ -67,7 +67,7 @@ def json_text(value: object, indent: int = 2) -> str:
 
 
 def not_finite(value: Any, at: str = "") -> Iterator[str]:
-    """Where in nested plain data a NaN or an infinity stands: ``candidates.ptq.drop``."""
+    """Yield where a NaN or an infinity stands in nested plain data: ``candidates.ptq.drop``."""
     if isinstance(value, float) and not math.isfinite(value):
         yield at
     inner: dict[Any, Any] = value if isinstance(value, dict) else {}
@@ -88,7 +88,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         # mkstemp makes files private; a result is as readable as the umask allows.
-        temporary.chmod(0o666 & ~_umask())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
         _flush(path.parent)  # the new name, too, has to outlive a power cut
     finally:
@@ -97,7 +99,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """`replacing`, for the files of a run: what fails is said in a user's words."""
+    """Replace a file of a run as `replacing` does, and say in a user's words what fails."""
     try:
         with replacing(path) as temporary:
             yield temporary
@@ -119,7 +121,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -142,12 +144,6 @@ def not_writable(path: Path, error: OSError) -> RunError:
         f"cannot write {path}: {error.strerror}.",
         "make room there, or choose another place (--runs, --json)",
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import importlib
 import io
 import logging
 import sys
@@ -16,10 +17,13 @@ from typing import Any
 
 from care_compress.errors import TargetError
 
+FIX = "pip install -e '.[openvino]'"
+REPORTER = "openvino_telemetry"
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Exporting and copying graphs warns about internals that no user can change."""
+    """Hide the warnings of exporting and copying graphs: no user can change those internals."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -32,23 +36,14 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """`quiet`, for libraries that also draw progress bars of their own on standard output."""
+    """Be `quiet` about libraries that also draw progress bars of their own on standard output."""
     with quiet(), contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
-FIX = "pip install -e '.[openvino]'"
-REPORTER = "openvino_telemetry"
-
-
 def load_openvino() -> Any:
     """The `openvino` module."""
-    try:
-        with silent(), _unreported():
-            import openvino
-    except ImportError as error:
-        raise TargetError("openvino is not installed here.", FIX) from error
-    return openvino
+    return _load("openvino")
 
 
 @functools.cache
@@ -70,7 +65,7 @@ class _SignalStack(ctypes.Structure):
 
 @contextlib.contextmanager
 def signal_stack_kept() -> Iterator[None]:
-    """Around code that makes Cores of its own, as NNCF does; see `openvino_core`."""
+    """Keep the stack over code that makes Cores of its own, as NNCF does; see `openvino_core`."""
     openvino_core()
     if sys.platform != "linux":
         yield
@@ -87,22 +82,22 @@ def signal_stack_kept() -> Iterator[None]:
 def load_nncf() -> Any:
     """The `nncf` module."""
     load_openvino()
+    return _load("nncf")
+
+
+def _load(name: str) -> Any:
+    """Import an optional module, without the reports of its use.
+
+    Both send usage to a statistics server from their import on, unasked; without it they run.
+    """
+    reports = REPORTER in sys.modules
+    if not reports:
+        sys.modules[REPORTER] = None  # type: ignore[assignment]  # importing it now fails
     try:
-        with silent(), _unreported():
-            import nncf
+        with silent():
+            return importlib.import_module(name)
     except ImportError as error:
-        raise TargetError("nncf is not installed here.", FIX) from error
-    return nncf
-
-
-@contextlib.contextmanager
-def _unreported() -> Iterator[None]:
-    """Both send usage to a statistics server from their import on, unasked; without it they run."""
-    if REPORTER in sys.modules:
-        yield
-        return
-    sys.modules[REPORTER] = None  # type: ignore[assignment]  # importing it now fails
-    try:
-        yield
+        raise TargetError(f"{name} is not installed here.", FIX) from error
     finally:
-        del sys.modules[REPORTER]
+        if not reports:
+            del sys.modules[REPORTER]

@@ -5,6 +5,7 @@ what can be done here. Parsers take text and return values; only `read_machine` 
 machine.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -24,15 +25,7 @@ from care_compress.device.processor import (
     LIMITS_WITHOUT_DOT_PRODUCTS,
 )
 
-X86_FEATURES = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-)
+X86_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 # Linux's names; asimddp is the NEON dot product.
 ARM_FEATURES = ("asimddp", "i8mm", "bf16")
 _MACOS_FEATURES = {"asimddp": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "bf16": "FEAT_BF16"}
@@ -149,17 +142,15 @@ def describe() -> dict[str, Any]:
     return asdict(read_machine())
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of the libraries that matter here, from their metadata; nothing is imported."""
+def installed_versions(names: Collection[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of the installed ones of these libraries, from metadata; nothing is imported."""
     found = {}
-    for name in LIBRARIES:
-        try:
-            version: str | None = metadata.version(name)
-        except (metadata.PackageNotFoundError, KeyError):
-            continue
+    for name in names:
         # A damaged installation has a metadata folder and no version in it.
-        if version:
-            found[name] = version
+        with contextlib.suppress(metadata.PackageNotFoundError, KeyError):
+            version: str | None = metadata.version(name)
+            if version:
+                found[name] = version
     return found
 
 
@@ -175,22 +166,18 @@ def parse_cpuinfo(text: str, usable: Collection[int]) -> Cpu:
     # ARM numbers no physical cores, having one thread in each.
     physical = {(core.get("physical id"), core.get("core id", core["processor"])) for core in cores}
     part = first.get("CPU part", "")
+    named = {"flags": X86_FEATURES, "Features": ARM_FEATURES}
     return Cpu(
         name=first.get("model name") or ARM_PARTS.get(part) or f"unknown processor {part}".strip(),
         physical_cores=len(physical) or len(usable),
         logical_cores=len(usable),
-        features=_features(first),
+        features={
+            name: name in first[key].split()
+            for key, names in named.items()
+            for name in names
+            if key in first
+        },
     )
-
-
-def _features(core: Mapping[str, str]) -> dict[str, bool]:
-    if "flags" in core:
-        present = core["flags"].split()
-        return {name: name in present for name in X86_FEATURES}
-    if "Features" in core:
-        present = core["Features"].split()
-        return {name: name in present for name in ARM_FEATURES}
-    return {}
 
 
 def parse_sysctl(text: str, logical_cores: int) -> Cpu:
@@ -255,31 +242,25 @@ def cgroup_limits(root: Path, own: str) -> tuple[float | None, int | None]:
     `own` is /proc/self/cgroup: ``0::/a/b`` (version 2) or a line for each controller (version 1).
     A limit may be set on any group from `root` down to ours, so the smallest counts.
     """
-    cores, memory = [], []
+    folders: list[Path] = []
     for line in own.splitlines():
         _, controllers, group = line.split(":", 2)
-        for tree in controllers.split(","):
-            parts = Path(group).parts[1:]
-            for depth in range(len(parts) + 1):
-                folder = root.joinpath(tree, *parts[:depth])
-                cores.append(_quota(folder))
-                for name in ("memory.max", "memory.limit_in_bytes"):
-                    limit = _text(folder / name).strip()
-                    memory.append(int(limit) if limit.isdigit() else None)
-    return (
-        min((value for value in cores if value is not None), default=None),
-        min((value for value in memory if value is not None), default=None),
-    )
-
-
-def _quota(folder: Path) -> float | None:
-    """Cores allowed by one control group: quota over period, in either version's files."""
-    quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
-    if not quota:
-        quota = _text(folder / "cpu.cfs_quota_us").strip()
-        period = _text(folder / "cpu.cfs_period_us").strip()
-    # No limit reads "max" in version 2, -1 in version 1.
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+        parts = Path(group).parts[1:]
+        above = [parts[:depth] for depth in range(len(parts) + 1)]
+        folders += [root.joinpath(tree, *at) for tree in controllers.split(",") for at in above]
+    cores: list[float] = []
+    memory: list[int] = []
+    for folder in folders:
+        quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+        if not quota:  # version 1
+            quota = _text(folder / "cpu.cfs_quota_us").strip()
+            period = _text(folder / "cpu.cfs_period_us").strip()
+        # No limit reads "max" in version 2, -1 in version 1.
+        if quota.isdigit() and period.isdigit():
+            cores.append(int(quota) / int(period))
+        limits = (_text(folder / name) for name in ("memory.max", "memory.limit_in_bytes"))
+        memory += [int(limit) for limit in limits if limit.strip().isdigit()]
+    return min(cores, default=None), min(memory, default=None)
 
 
 def usable_cores() -> set[int]:
@@ -336,7 +317,7 @@ def _text(path: Path) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a system tool prints; nothing where it is missing or hangs."""
+    """Return what a system tool prints, and nothing where it is missing or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -346,15 +327,12 @@ def _output(*command: str) -> str:
 
 def git_revision() -> str | None:
     """The checkout's commit, with ``+changes`` if the tree differs from it; None outside git."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here)]
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout
+        head, changes = (
+            subprocess.run([*git, *what], capture_output=True, text=True, check=True).stdout.strip()
+            for what in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+changes" if status.strip() else "")
+    return head + ("+changes" if changes else "")

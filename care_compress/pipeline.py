@@ -46,7 +46,9 @@ def run_recipe(
     changed (`care_compress.run.stages`); `repair` makes those again whose files were damaged.
     """
     with _begun(recipe, runs, name, console, repair) as (context, ready):
-        validation = _validation_images(context, recipe)
+        validation = open_samples(recipe.data, "val")  # everything is measured on these images
+        if context.world.is_main:
+            context.run.record_input("validation_images", validation.fingerprint())
         model = _float_model(context, recipe, ready, validation)
         compact, steps = _rewritten(context, recipe, model)
 
@@ -91,7 +93,7 @@ def run_sensitivity(
 def _begun(
     recipe: Recipe, runs: Path, name: str, console: Console, repair: bool
 ) -> Iterator[tuple[RunContext, Ready]]:
-    """The run, opened; only after all checks, for a typo should leave old results alone."""
+    """Open the run, but only after all checks: a typo should leave old results alone."""
     with join_world() as world:
         console = console if world.is_main else Console(quiet=True)
         ready = preflight(recipe, world, console)
@@ -101,16 +103,8 @@ def _begun(
             yield context, ready
 
 
-def _validation_images(context: RunContext, recipe: Recipe) -> Samples:
-    """The images that everything is measured on."""
-    validation = open_samples(recipe.data, "val")
-    if context.world.is_main:
-        context.run.record_input("validation_images", validation.fingerprint())
-    return validation
-
-
 def _float_model(context: RunContext, recipe: Recipe, ready: Ready, validation: Samples) -> Care:
-    """What the recipe's checkpoint holds, or what is trained when it has a train section."""
+    """Load the recipe's checkpoint, or train a model where there is a train section."""
     if ready.start is not None:
         return loaded(context, ready.start, validation)
     assert recipe.train is not None

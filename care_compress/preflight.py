@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -69,10 +69,6 @@ class Space:
             f"{_megabytes(self.temporary)} in {tempfile.gettempdir()} for a while"
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """In bytes."""
-        return {**self.folders, "total": self.total, "temporary": self.temporary}
-
 
 @dataclass(frozen=True)
 class Size:
@@ -84,31 +80,32 @@ class Size:
 
     @classmethod
     def of_plan(cls, plan: Plan) -> "Size":
-        """Of a network that is quantized; what has no site, its norms, hardly counts."""
+        """Return the size of a quantized network; what has no site, its norms, hardly counts."""
         sites = [decision.site for decision in plan.decisions]
         heads = [s.parameters // (s.channels + 1) for s in sites if s.role == "head"]
         return cls(sum(site.parameters for site in sites), len(sites), max(heads))
 
-    @classmethod
-    def of_network(cls, network: CompactCare) -> "Size":
-        """Of any other."""
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        leaves = sum(not any(module.children()) for module in network.modules())
-        return cls(parameters, leaves, network.num_classes)
-
 
 def needed_space(recipe: Recipe, size: Size, plan: Plan | None, targets: Sequence[Target]) -> Space:
-    """The space for a run of `recipe`, whose network is so large, with exports to these targets."""
+    """Estimate the space for a run of a recipe with exports to these targets."""
     parameters, sites, classes = size.parameters, size.sites, size.classes
     section, floats = recipe.quantize, WEIGHT * parameters
     model = floats + (MODEL_SITE * sites if section else 0)
-    weights = floats if section is None else _integer_bytes(parameters, plan)
+    weights = floats if section is None else parameters  # a search takes eight bits at most
+    if plan is not None:
+        # Runtimes keep four bits in bytes of eight, unless their file packs them.
+        stored = [
+            (decision.site.parameters, max(8, decision.weight.width))
+            for decision in plan.decisions
+            if decision.weight is not None
+        ]
+        weights = sum(count * bits // 8 for count, bits in stored)
+        weights += WEIGHT * max(0, parameters - sum(count for count, _ in stored))
     folders = {"float": 0, "ptq": 0, "qat": 0, "exports": 0, "records": RECORDS}
     if recipe.train is not None:
         folders["float"] = floats + _states(recipe.train, floats)
     if section is not None:
-        ours = section.backend == "torchao"
-        kept = model if ours else weights + TEXT_SITE * sites
+        kept = model if section.backend == "torchao" else weights + TEXT_SITE * sites
         folders["ptq"] = kept
         folders["records"] += IMAGE_RECORD * section.calibrate.images
         if section.qat is not None:
@@ -128,17 +125,6 @@ def needed_space(recipe: Recipe, size: Size, plan: Plan | None, targets: Sequenc
     return Space(folders, graph + text if targets or section else 0)
 
 
-def _integer_bytes(parameters: int, plan: Plan | None) -> int:
-    """Weights of an exported file; what a search will choose takes no more than eight bits."""
-    if plan is None:
-        return parameters
-    weighted = [decision for decision in plan.decisions if decision.weight is not None]
-    known = sum(decision.site.parameters for decision in weighted)
-    # Runtimes keep four bits in bytes of eight, unless their file packs them.
-    sizes = (d.site.parameters * max(8, d.weight.width if d.weight else 8) // 8 for d in weighted)
-    return sum(sizes) + WEIGHT * max(0, parameters - known)
-
-
 def _states(section: TrainSection, model: int) -> int:
     """The states of a training, and its curves where their length is known."""
     copies = 1 + ADAM + (section.ema_decay is not None)
@@ -147,10 +133,16 @@ def _states(section: TrainSection, model: int) -> int:
 
 def check_space(space: Space, run: Path) -> None:
     """Refuse to begin what cannot end; what an earlier run left there is written over."""
-    held = sum(_size(path) for name in space.folders for path in (run / name).rglob("*"))
-    wanted: dict[int, tuple[Path, int]] = {}
+    held = 0
+    for path in chain.from_iterable((run / name).rglob("*") for name in space.folders):
+        # Another process may be at work there, and what is gone takes nothing.
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            held += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    wanted: dict[int, tuple[Path, int]] = {}  # by file system
     for path, size in ((run, space.total - held), (Path(tempfile.gettempdir()), space.temporary)):
-        there = _existing(path)
+        whole = path.absolute()
+        there = next(place for place in (whole, *whole.parents) if place.exists())
         device = os.stat(there).st_dev
         wanted[device] = (there, wanted.get(device, (there, 0))[1] + size)
     for there, size in wanted.values():
@@ -161,20 +153,6 @@ def check_space(space: Space, run: Path) -> None:
                 "make room there, choose another place (--runs, TMPDIR), or name fewer "
                 "export.targets",
             )
-
-
-def _size(path: Path) -> int:
-    """Of a file; another process may be at work there, and what is gone takes nothing."""
-    with contextlib.suppress(OSError):
-        found = path.lstat()
-        return found.st_size if stat.S_ISREG(found.st_mode) else 0
-    return 0
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    whole = path.absolute()
-    return next(place for place in (whole, *whole.parents) if place.exists())
 
 
 def _megabytes(size: int) -> str:
@@ -191,46 +169,40 @@ class Ready:
 
 def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
     """Refuse what cannot work; the checkpoint is read and the plan made once, here."""
-    _check_training(recipe, world)
-    section = recipe.quantize
-    if section is not None and section.backend == "nncf":
-        _check_nncf(section, world)
-    start = None if recipe.train else LoadedModel.of(recipe.model)
-    network = rewrite(start.model if start else model_of(recipe), recipe.rewrite)
-    plan, targets = None, chosen_targets(recipe)
-    if section is not None and section.backend == "nncf":
-        targets = tuple(target for target in targets if target.runtime == "openvino")
-    elif section is not None:
-        network, plan = planned(network, section, recipe.data.resolution)
-        targets = able_targets(recipe, network, plan, console)
-    size = Size.of_network(network) if plan is None else Size.of_plan(plan)
-    return Ready(start, needed_space(recipe, size, plan, targets))
-
-
-def _check_training(recipe: Recipe, world: World) -> None:
-    """Refuse batches that the training images cannot fill, and a list of others."""
     section = recipe.quantize
     listed = None if section is None else section.calibrate.list
     qat = None if section is None else section.qat
-    trainings = [plan for plan in (recipe.train, qat) if plan is not None]
+    trainings = [training for training in (recipe.train, qat) if training is not None]
     if trainings or listed:
         samples = open_samples(recipe.data, "train")
-        for plan in trainings:
-            check_batch_size(plan, len(samples), world)
+        for training in trainings:
+            check_batch_size(training, len(samples), world)
         if listed:
             read_list(Path(listed), samples)
 
+    if section is not None and section.backend == "nncf":  # it has no rules that could be checked
+        load_nncf()
+        if section.qat is not None and world.size > 1:
+            raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
+        if section.target is not None and load_target(section.target).runtime != "openvino":
+            raise RecipeError(
+                f"backend nncf makes a file for OpenVINO, quantize.target is {section.target}.",
+                "use backend: torchao for it",
+            )
 
-def _check_nncf(section: QuantizeSection, world: World) -> None:
-    """Refuse what NNCF cannot do; there are no rules to check."""
-    load_nncf()
-    if section.qat is not None and world.size > 1:
-        raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
-    if section.target is not None and load_target(section.target).runtime != "openvino":
-        raise RecipeError(
-            f"backend nncf makes a file for OpenVINO, quantize.target is {section.target}.",
-            "use backend: torchao for it",
-        )
+    start = None if recipe.train else LoadedModel.of(recipe.model)
+    network = rewrite(start.model if start else model_of(recipe), recipe.rewrite)
+    targets = chosen_targets(recipe)
+    if section is not None and section.backend == "torchao":
+        network, plan = planned(network, section, recipe.data.resolution)
+        targets = able_targets(recipe, network, plan, console)
+        return Ready(start, needed_space(recipe, Size.of_plan(plan), plan, targets))
+    if section is not None:
+        targets = tuple(target for target in targets if target.runtime == "openvino")
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    leaves = sum(not any(module.children()) for module in network.modules())
+    size = Size(parameters, leaves, network.num_classes)
+    return Ready(start, needed_space(recipe, size, None, targets))
 
 
 def model_of(recipe: Recipe) -> Care:
@@ -244,7 +216,7 @@ def model_of(recipe: Recipe) -> Care:
 def able_targets(
     recipe: Recipe, network: CompactCare, plan: Plan, console: Console
 ) -> tuple[Target, ...]:
-    """Those that can run the recipe; one that it names and that cannot is an error."""
+    """Return the targets that can run the recipe; a named one that cannot is an error."""
     assert recipe.quantize is not None
     if recipe.quantize.search is not None:
         return chosen_targets(recipe)  # what a search finds is known only afterwards
@@ -252,7 +224,7 @@ def able_targets(
 
 
 def plan_for(recipe: Recipe, network: CompactCare, made_by: Plan, target: Target) -> Plan:
-    """The plan of an export to a target, of the network in the form that is quantized by a plan."""
+    """Plan an export to a target, of the network in the form that `made_by` quantizes."""
     assert recipe.quantize is not None
     rules = export_rules(recipe, recipe.quantize, target)
     return make_plan(network, rules, target, recipe.data.resolution, made_by)
@@ -273,7 +245,8 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
         plan = plan_for(recipe, network, plan, target)
     space = needed_space(recipe, Size.of_plan(plan), plan, targets)
     if as_json:
-        console.print_json(data={**plan_as_json(plan), "disk_bytes": space.as_json()})
+        disk = {**space.folders, "total": space.total, "temporary": space.temporary}
+        console.print_json(data={**plan_as_json(plan), "disk_bytes": disk})
         return
     print_plan(plan, rules, console)
     if target is not None and target.placements:

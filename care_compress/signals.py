@@ -23,7 +23,7 @@ NO_MORE_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 @contextlib.contextmanager
 def stops_in_order(console: Console) -> Iterator[None]:
-    """Within the block the signals raise `Stopped`, which ends in one line and 128 + signal."""
+    """Make signals raise `Stopped` within the block; the verb ends in one line and 128 + signal."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return

@@ -37,7 +37,7 @@ from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.target import Target, all_targets, load_target
 from care_compress.run.context import RunContext
 from care_compress.run.directory import Run
-from care_compress.run.stages import EVERYTHING, once, recipe_parts, versions
+from care_compress.run.stages import EVERYTHING, once, recipe_parts
 from care_compress.runtime.dot_products import check_needs
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
@@ -220,7 +220,7 @@ class Exporter:
             "float model": state_digest(variants.model.state_dict()),
             "model": variants.kept and digest_of(variants.kept),
             "validation images": self.checked_on,
-            "packages": versions(EVERYTHING),
+            "packages": machine.installed_versions(EVERYTHING),
             # Which decides what runs in integers, and how exactly. A name alone does not say it:
             # "AMD EPYC" is one with dot products, or one without.
             "processor": [cpu.name, dict(cpu.features)],

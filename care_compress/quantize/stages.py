@@ -15,6 +15,7 @@ from care_compress.data.loader import images_at_once, pixel_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.files import digest_of, model_files, sha256_file
+from care_compress.machine import installed_versions
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
 from care_compress.quantize.artifact import load_quantized, quantized_section, save_quantized
@@ -36,7 +37,7 @@ from care_compress.quantize.selection import CalibrationSet, deep_features, read
 from care_compress.recipe.quantize import NncfSection, QatSection, QuantizeSection
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
-from care_compress.run.stages import EVERYTHING, once, recipe_parts, versions
+from care_compress.run.stages import EVERYTHING, once, recipe_parts
 from care_compress.train.loop import Validate
 from care_compress.train.stage import training_in
 
@@ -132,7 +133,7 @@ def made_from_network(section: QuantizeSection, compact: CompactCare) -> dict[st
     """What every stage of a quantized network is made from beside its part of the recipe."""
     given: dict[str, object] = {"float model": state_digest(compact.state_dict())}
     if section.backend == "nncf":
-        given["packages"] = versions(EVERYTHING)
+        given["packages"] = installed_versions(EVERYTHING)
     return given
 
 

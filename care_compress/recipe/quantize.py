@@ -8,6 +8,7 @@ from care_compress.recipe.sections import (
     AugmentSection,
     Count,
     Fraction,
+    NonNegative,
     Positive,
     Section,
     TrainSection,
@@ -86,15 +87,15 @@ class QatSection(TrainSection):
     batch_size: Count = 64
     learning_rate: Positive = 5e-5
     scale_rate: Positive = Field(20.0, description="times learning_rate, for scales and offsets")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegative = 0.0
     label_smoothing: Fraction = 0.0
     labels: Unit = Field(0.0, description="weight of the labels beside the float model's logits")
     temperature: Positive = 2.0
     augment: AugmentSection = AugmentSection(scale=(0.5, 1.0))
-    features: Annotated[float, Field(ge=0)] = Field(
+    features: NonNegative = Field(
         1.0, description="weight of the distance between the stage outputs"
     )
-    dampening: Annotated[float, Field(ge=0)] = Field(
+    dampening: NonNegative = Field(
         0.0, description="weight at the end of the pull towards the grid; rises as a cosine"
     )
     freeze_scales: Unit = Field(0.8, description="part of the training after which scales stay")
@@ -111,8 +112,7 @@ class SearchSection(Section):
 
     cost: Literal["bit_operations", "energy"] = "bit_operations"
     max_cost: Positive | None = Field(
-        None,
-        description="of one image (energy: mJ); reached, it is enough",
+        None, description="of one image (energy: mJ); reached, it is enough"
     )
     trials: Count = 40
     minutes: Positive = Field(20.0, description="of trials; every site is measured before them")
@@ -162,10 +162,6 @@ OURS = (
 )
 
 
-def _default(name: str) -> Any:
-    return QuantizeSection.model_fields[name].default
-
-
 class QuantizeSection(Section):
     """How the float model becomes a quantized one."""
 
@@ -205,7 +201,8 @@ class QuantizeSection(Section):
     @model_validator(mode="after")
     def _backend_fits(self) -> "QuantizeSection":
         if self.backend == "nncf":
-            foreign = [name for name in OURS if getattr(self, name) != _default(name)]
+            fields = type(self).model_fields
+            foreign = [name for name in OURS if getattr(self, name) != fields[name].default]
             if foreign:
                 raise ValueError(
                     f"backend nncf has its own placement and tuning: no {', '.join(foreign)}"

@@ -1,7 +1,9 @@
 """Reading YAML that somebody else wrote: only so large, only so deep, nothing twice, no tags."""
 
+import difflib
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +46,19 @@ _Loader.add_implicit_resolver(
 
 
 def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """How many values a node stands for; a few lines of aliases of aliases make billions."""
+    """Count the values a node stands for; a few lines of aliases of aliases make billions."""
     if node.value is None or isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in known:
         known[id(node)] = None  # until its children are counted
-        children = (part for item in node.value for part in _parts(item))
+        # A list has items, a mapping pairs of key and value.
+        groups = (item if isinstance(item, tuple) else (item,) for item in node.value)
+        children = chain.from_iterable(groups)
         known[id(node)] = 1 + sum(_written_out(child, known) for child in children)
     count = known[id(node)]
     if count is None:
         raise yaml.YAMLError("an alias stands inside the value that it names")
     return count
-
-
-def _parts(item: yaml.Node | tuple[yaml.Node, yaml.Node]) -> tuple[yaml.Node, ...]:
-    """An item of a list, or key and value of a mapping."""
-    return item if isinstance(item, tuple) else (item,)
 
 
 def read_yaml(path: Path) -> Any:
@@ -89,3 +88,9 @@ def parse_yaml(text: str) -> Any:
         if not isinstance(error, yaml.YAMLError):
             why = f"a value is not what its tag says ({why})"
         raise yaml.YAMLError(shortened(why)) from error
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Ask for the known name that is nearest to one that does not exist, if any is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else ""

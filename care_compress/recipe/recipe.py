@@ -5,7 +5,6 @@ that names the file, the key and the fix, before any work starts. ``--set sectio
 changes one value on the command line under the same rules.
 """
 
-import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from care_compress.console import shortened
 from care_compress.errors import RecipeError
 from care_compress.recipe.quantize import QuantizeSection
-from care_compress.recipe.reading import parse_yaml, read_yaml
+from care_compress.recipe.reading import did_you_mean, parse_yaml, read_yaml
 from care_compress.recipe.sections import (
     BudgetSection,
     DataSection,
@@ -84,16 +83,21 @@ def load_recipe(
 
     `overrides` are ``section.key=value`` texts, `values` are dotted keys with ready values.
     """
-    path = find_recipe(name_or_path)
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = RECIPES_DIR / f"{name_or_path}.yaml"
+        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+            known = [file.stem for file in recipe_files()]
+            fix = f"{did_you_mean(name_or_path, known)} Shipped recipes: {', '.join(known)}"
+            name = shortened(repr(name_or_path))
+            raise RecipeError(f"there is no recipe {name}.", fix.lstrip())
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds no sections.", "see recipes/fp32.yaml for the form")
     raw.setdefault("name", path.stem)
     for key, value in (values or {}).items():
         _assign(raw, key, value)
-    for override in overrides:
-        _assign(raw, *_split_override(override))
-    return parse(Recipe, raw, str(path))
+    return parse_section(Recipe, raw, overrides, str(path))
 
 
 def parse_section(
@@ -102,43 +106,21 @@ def parse_section(
     """One section from ready values and ``key=value`` texts."""
     raw = dict(values)
     for override in overrides:
-        _assign(raw, *_split_override(override))
+        given = shortened(repr(override))
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {given} has no value.", "write section.key=value")
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {given} is not a YAML value: {error}.") from error
+        _assign(raw, key.strip(), value)
     return parse(kind, raw, where)
-
-
-def find_recipe(name_or_path: str) -> Path:
-    """The file of a shipped recipe, or the path given."""
-    given = Path(name_or_path)
-    if given.suffix in {".yaml", ".yml"}:
-        return given
-    shipped = RECIPES_DIR / f"{name_or_path}.yaml"
-    if os.path.isfile(shipped):  # Path.is_file raises for a name that is too long
-        return shipped
-    known = [path.stem for path in recipe_files()]
-    near = difflib.get_close_matches(name_or_path, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise RecipeError(
-        f"there is no recipe {shortened(repr(name_or_path))}.",
-        f"{hint}Shipped recipes: {', '.join(known)}",
-    )
 
 
 def recipe_files() -> list[Path]:
     """Every shipped recipe."""
     return [p for p in sorted(RECIPES_DIR.rglob("*.yaml")) if "targets" not in p.parts]
-
-
-def _split_override(override: str) -> tuple[str, Any]:
-    """``section.key=value`` as key and YAML value."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        given = shortened(repr(override))
-        raise RecipeError(f"--set {given} has no value.", "write section.key=value")
-    try:
-        return key.strip(), parse_yaml(text)
-    except yaml.YAMLError as error:
-        given = shortened(repr(override))
-        raise RecipeError(f"--set {given} is not a YAML value: {error}.") from error
 
 
 def _assign(raw: dict[str, Any], key: str, value: object) -> None:
@@ -160,30 +142,23 @@ def parse(kind: type[AnySection], raw: Mapping[str, Any], where: str) -> AnySect
     try:
         # Through JSON, because there strict mode still takes a list for a tuple.
         return kind.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        # A mistyped required key is also a missing one; the typo is the helpful half.
+        problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        keys = [str(part) for part in problem["loc"]]
+        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(kind, keys[:-1])
+            fix = did_you_mean(keys[-1], known) or f"known keys: {', '.join(known)}"
+            key = shortened(".".join(keys))
+            raise RecipeError(f"{where}: unknown key {key}{more}.", fix) from None
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] not in {"missing", "value_error"}:
+            message += f", got {shortened(repr(problem['input']))}"
+        at = f" {'.'.join(keys)}:" if keys else ""
+        raise RecipeError(f"{where}:{at} {message}{more}.", "correct the value") from None
     except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, ValidationError):
-            raise RecipeError(*_explain(kind, error, where)) from None
         raise RecipeError(f"{where}: {error}.", "use plain YAML values") from None
-
-
-def _explain(kind: type[Section], error: ValidationError, where: str) -> tuple[str, str]:
-    # A mistyped required key is also a missing one; the typo is the helpful half.
-    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    keys = [str(part) for part in problem["loc"]]
-    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(kind, keys[:-1])
-        near = difflib.get_close_matches(keys[-1], known, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key {shortened('.'.join(keys))}{more}.", fix
-    message = problem["msg"].removeprefix("Value error, ")
-    got = (
-        ""
-        if problem["type"] in {"missing", "value_error"}
-        else f", got {shortened(repr(problem['input']))}"
-    )
-    at = f" {'.'.join(keys)}:" if keys else ""
-    return f"{where}:{at} {message}{got}{more}.", "correct the value"
 
 
 def _fields_at(kind: type[Section], keys: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Arch = Literal["care_nano", "care_s0", "care_s1", "care_s2"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]  # what every library takes for a number of things
 
@@ -66,8 +67,8 @@ class AugmentSection(Section):
     flip: Fraction = 0.5
     jitter: Fraction = Field(0.0, description="strength of brightness, contrast and saturation")
     erase: Fraction = Field(0.0, description="probability of erasing a random rectangle")
-    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="beta parameter, 0 = off")
-    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="beta parameter, 0 = off")
+    mixup: NonNegative = Field(0.0, description="beta parameter, 0 = off")
+    cutmix: NonNegative = Field(0.0, description="beta parameter, 0 = off")
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "AugmentSection":
@@ -97,9 +98,9 @@ class TrainSection(Section):
     batch_size: Count = Field(description="over all processes together")
     learning_rate: Positive
     schedule: Literal["cosine", "one_cycle"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: NonNegative = 0.0
     final_lr_fraction: Fraction = 0.01
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay: NonNegative = 0.05
     label_smoothing: Fraction = 0.1
     drop_path: Fraction = 0.0
     clip_grad_norm: Positive | None = None
@@ -153,7 +154,7 @@ class EvaluateSection(Section):
 class BudgetSection(Section):
     """What the compressed model may cost at most."""
 
-    max_top1_drop: Annotated[float, Field(ge=0)] | None = Field(None, description="in points")
+    max_top1_drop: NonNegative | None = Field(None, description="in points")
     min_speedup: dict[str, Positive] | None = Field(
         None, description="over the baseline at batch 1, one thread, by target: openvino-cpu: 1.5"
     )

@@ -4,7 +4,6 @@ The plan is checked against it before anything is trained, the export writes wha
 `care_compress.runtime.doctor` tells from it what this machine can do. Files: recipes/targets/.
 """
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +13,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from care_compress.device import processor
 from care_compress.errors import RecipeError
 from care_compress.recipe.quantize import RuleSection
-from care_compress.recipe.reading import read_yaml
+from care_compress.recipe.reading import did_you_mean, read_yaml
 from care_compress.recipe.recipe import RECIPES_DIR, parse
 from care_compress.recipe.sections import Section
 
@@ -133,17 +132,17 @@ class Target(Section):
 
     @property
     def is_engine(self) -> bool:
-        """What runs is an engine, built from the exported graph."""
+        """Whether what runs is an engine, built from the exported graph."""
         return self.runtime in ("tensorrt", "tensorrt_rtx")
 
     @property
     def is_bundled(self) -> bool:
-        """`make bundle` packs what proves it on another machine."""
+        """Whether `make bundle` packs what proves it on another machine."""
         return self.is_engine or self.device == "cpu"
 
     @property
     def is_typed(self) -> bool:
-        """Every operation runs in the type the graph gives it, so the graph has to say float16."""
+        """Whether operations run in the type the graph gives them, so that it must say float16."""
         return self.is_engine and self.float_type == "fp16"
 
     def at_full_range(self) -> "Target":
@@ -195,9 +194,8 @@ def load_target(name: str, full_range: bool = False) -> Target:
         target = read_target(path)
         return target.at_full_range() if full_range else target
     known = [file.stem for file in target_files(TARGETS_DIR)]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise RecipeError(f"there is no target {name!r}.", f"{hint}Targets: {', '.join(known)}")
+    fix = f"{did_you_mean(name, known)} Targets: {', '.join(known)}".lstrip()
+    raise RecipeError(f"there is no target {name!r}.", fix)
 
 
 def all_targets() -> tuple[Target, ...]:

@@ -40,18 +40,13 @@ class RunContext:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """Within the block, times and images left out are counted from nothing."""
+        """Count times and images left out from nothing within the block."""
         seconds, reasons = self.seconds, self.bad.reasons
         self.seconds, self.bad.reasons = {}, {}
         try:
             yield
         finally:
             self.seconds, self.bad.reasons = seconds, reasons
-
-    def share_bad(self) -> None:
-        """Tell every process all images that were left out; the main one reports them."""
-        for reasons in self.world.gathered(self.bad.reasons):
-            self.bad.reasons.update(reasons)
 
 
 @contextlib.contextmanager

@@ -48,8 +48,35 @@ class Run:
         What earlier stages left stays known. `repair` begins anew where that cannot be read.
         """
         with self._locked():
-            stages = self._earlier_stages(repair)
-            self._write_anew(recipe, machine, stages)
+            path = self.path / "manifest.json"
+            stages: dict[str, Any] = {}
+            try:
+                stages = dict(read_json(path).get("stages", {}))
+            except FileNotFoundError:
+                pass  # a new run
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                if not repair:
+                    raise DamagedRunError(f"{path} cannot be read: {error}.", REPAIR) from error
+            sweep(self.path)
+            resolved = recipe.model_dump(mode="json")
+            self._manifest = {
+                "run": self.name,
+                "started": _now(),
+                "recipe": resolved,
+                "seed": recipe.seed,
+                "git_revision": git_revision(),
+                "machine": dict(machine),
+                "inputs": {},
+                "outputs": {},
+                "stages": stages,
+            }
+            try:
+                # Until this run is through there are no results: old ones would pass for its own.
+                (self.path / "results.json").unlink(missing_ok=True)
+            except OSError as error:
+                raise not_writable(self.path, error) from error
+            write_text(self.path / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
+            self._write_manifest()
             try:
                 yield self
             except Stopped as stopped:
@@ -57,31 +84,6 @@ class Run:
                 raise
             self._manifest["finished"] = _now()
             self._write_manifest()
-
-    def _write_anew(
-        self, recipe: Recipe, machine: Mapping[str, Any], stages: dict[str, Any]
-    ) -> None:
-        """The recipe and the manifest of a run that begins, or goes on."""
-        sweep(self.path)
-        resolved = recipe.model_dump(mode="json")
-        self._manifest = {
-            "run": self.name,
-            "started": _now(),
-            "recipe": resolved,
-            "seed": recipe.seed,
-            "git_revision": git_revision(),
-            "machine": dict(machine),
-            "inputs": {},
-            "outputs": {},
-            "stages": stages,
-        }
-        try:
-            # Until this run is through there are no results: old ones would pass for its own.
-            (self.path / "results.json").unlink(missing_ok=True)
-        except OSError as error:
-            raise not_writable(self.path, error) from error
-        write_text(self.path / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
-        self._write_manifest()
 
     @contextlib.contextmanager
     def reopen(self) -> Iterator["Run"]:
@@ -93,18 +95,6 @@ class Run:
             except (OSError, ValueError) as error:
                 raise RunError(f"{path} cannot be read: {error}.", "make the run again") from error
             yield self
-
-    def _earlier_stages(self, repair: bool) -> dict[str, Any]:
-        """What the manifest that lies here says of stages; nothing of a new run."""
-        path = self.path / "manifest.json"
-        try:
-            return dict(read_json(path).get("stages", {}))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            if repair:
-                return {}
-            raise DamagedRunError(f"{path} cannot be read: {error}.", REPAIR) from error
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -142,7 +132,7 @@ class Run:
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[Notes]:
-        """What goes in and comes out while the block runs."""
+        """Collect what goes in and comes out while the block runs."""
         notes = Notes()
         self._notes.append(notes)
         try:
@@ -151,12 +141,12 @@ class Run:
             self._notes.pop()
 
     def stage(self, name: str) -> dict[str, Any] | None:
-        """What an earlier process recorded of a stage that came to its end."""
+        """Return what an earlier process recorded of a stage that came to its end."""
         found: dict[str, Any] | None = self._manifest.setdefault("stages", {}).get(name)
         return found
 
     def forget_stage(self, name: str) -> None:
-        """Before a stage writes its files anew: a record of the old ones would be wrong."""
+        """Drop the record of a stage that writes its files anew: it would be wrong of them."""
         if self.stage(name) is not None:
             del self._manifest["stages"][name]
             self._write_manifest()

@@ -17,7 +17,7 @@ from care_compress.recipe.recipe import Recipe, parse
 
 @contextlib.contextmanager
 def as_written(what: Path) -> Iterator[None]:
-    """Around code that takes apart what a run wrote to `what`; anything else there is named."""
+    """Raise `RunError` where the block finds that `what` holds something a run does not write."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
@@ -57,26 +57,20 @@ class FinishedRun:
                 f"the float model of {self.path.name}, {path}, is gone.",
                 "put it back, or make the run again",
             )
-        known = self._recorded_digest()
-        if known is not None and sha256_file(path) != known:
+        manifest, known = self.path / "manifest.json", None
+        if manifest.is_file():  # it may be gone, and then nobody knows
+            with as_written(manifest):
+                recorded = read_json(manifest)
+                if self.recipe.train is not None:
+                    known = recorded["outputs"].get("float/model.safetensors")
+                else:
+                    known = recorded["inputs"].get("checkpoint", {}).get("sha256")
+        if known is not None and sha256_file(path) != str(known):
             raise CheckpointError(
                 f"{path} is not the float model that {self.path.name} was made from.",
                 "put that one back, or make the run again",
             )
         return path
-
-    def _recorded_digest(self) -> str | None:
-        """What the manifest says of the weights; it may be gone, and then nobody knows."""
-        path = self.path / "manifest.json"
-        if not path.is_file():
-            return None
-        with as_written(path):
-            manifest = read_json(path)
-            if self.recipe.train is not None:
-                digest = manifest["outputs"].get("float/model.safetensors")
-            else:
-                digest = manifest["inputs"].get("checkpoint", {}).get("sha256")
-        return None if digest is None else str(digest)
 
 
 def read_run(path: Path) -> FinishedRun:

@@ -47,7 +47,7 @@ class World:
         return values
 
     def gathered(self, value: Value) -> list[Value]:
-        """What every process has, in their order."""
+        """Return what every process has, in their order."""
         if self.size == 1:
             return [value]
         every: list[Any] = [None] * self.size
@@ -55,7 +55,7 @@ class World:
         return every
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
 
@@ -154,15 +154,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         centred = x - mean.view(-1, 1, 1)
         squares = sum_over_processes(centred.square().sum(dim=(0, 2, 3)))
         variance = squares / count
-        self._follow(mean.detach(), variance.detach() * count / (count - 1))
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        out: Tensor = centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-        return out
-
-    @torch.no_grad()
-    def _follow(self, mean: Tensor, unbiased_variance: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(unbiased_variance, self.momentum)
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        out: Tensor = centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return out

@@ -8,7 +8,6 @@ was, and a changed recipe redoes the stages that the change reaches and no other
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.markup import escape
 
 from care_compress.errors import DamagedRunError
 from care_compress.files import fingerprint, sha256_file
-from care_compress.machine import LIBRARIES
+from care_compress.machine import LIBRARIES, installed_versions
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import WATCHING
 from care_compress.run.context import RunContext
@@ -40,7 +39,7 @@ _IMPORT = re.compile(
 
 
 def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
-    """What of a recipe decides each stage; the stages after it follow by its files' digests.
+    """Return what of a recipe decides each stage; later stages follow by its files' digests.
 
     Sections are taken whole but for what is named here, so a new key is never overlooked.
     """
@@ -93,18 +92,36 @@ def once(
     Stages are the main process's, unless all work on them `together`: then its word counts.
     What `make` calls without importing it is `handed_in`: a change of that code counts, too.
     """
-    surroundings = {
-        "packages": versions(COMPUTING),
-        "care-compress": code_digest(READS_IMAGES, *map(_module_of, (make, *handed_in))),
+    modules = [function.__module__ for function in (make, *handed_in)]
+    assert "functools" not in modules, "a partial does not say whose code it calls"
+    everything = {
+        "packages": installed_versions(COMPUTING),
+        "care-compress": code_digest(READS_IMAGES, *modules),
+        **made_from,
     }
-    digests = {name: fingerprint(value) for name, value in {**surroundings, **made_from}.items()}
+    digests = {name: fingerprint(value) for name, value in everything.items()}
     record = _current(context, stage, digests) if context.world.is_main else None
     if together:
         record = context.world.gathered(record)[0]
-    if record is None:
-        record = _done(context, stage, digests, make, together)
-    else:
+    if record is not None:
         context.console.print(f"{escape(stage)}: unchanged, taken over", highlight=False)
+    else:
+        if context.world.is_main:
+            context.run.forget_stage(stage)
+        with context.apart(), context.run.noting() as notes:
+            value = make()
+            # The main process reports what any of them left out.
+            for reasons in context.world.gathered(context.bad.reasons) if together else ():
+                context.bad.reasons.update(reasons)
+            record = {
+                "made_from": digests,
+                "inputs": notes.inputs,
+                "outputs": notes.outputs,
+                "seconds": context.seconds,
+                "skipped_images": context.bad.reasons,
+                "value": value,
+            }
+        record["seal"] = _seal(record)
     for name, seconds in record["seconds"].items():
         context.spend(name, seconds)
     context.bad.reasons.update(record["skipped_images"])
@@ -113,25 +130,17 @@ def once(
     return record["value"]
 
 
-def versions(packages: Collection[str]) -> dict[str, str]:
-    """The versions of these packages, of those that are installed."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def code_digest(*modules: str) -> str:
     """Digest of all our code that these modules can reach: what older code made may not pass.
 
     A change elsewhere, of the report or the command line, makes no stage again.
     """
     reached, digests = reached_modules(*modules), _digests()
-    packages = {parent for name in reached for parent in _parents(name)}
-    return fingerprint({name: digests[name] for name in reached.keys() | packages})
+    counted = set(reached)
+    for name in reached:  # and the packages whose ``__init__`` an import of it runs
+        parts = name.split(".")
+        counted |= {".".join(parts[:depth]) for depth in range(1, len(parts))}
+    return fingerprint({name: digests[name] for name in counted})
 
 
 def reached_modules(*modules: str) -> dict[str, Path]:
@@ -145,20 +154,9 @@ def reached_modules(*modules: str) -> dict[str, Path]:
     return {name: _modules()[name] for name in sorted(reached)}
 
 
-def _module_of(function: Callable[..., object]) -> str:
-    assert function.__module__ != "functools", "a partial does not say whose code it calls"
-    return function.__module__
-
-
-def _parents(name: str) -> list[str]:
-    """The packages whose ``__init__`` an import of this module runs."""
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
-
-
 @cache
 def _digests() -> dict[str, str]:
-    """Of every module as it is when the first stage asks; what is edited later is not what runs."""
+    """Digest every module when the first stage asks; what is edited later is not what runs."""
     return {name: sha256_file(path) for name, path in _modules().items()}
 
 
@@ -174,7 +172,7 @@ def _modules() -> dict[str, Path]:
 
 
 def _imports(module: str) -> set[str]:
-    """What a module of ours may import, wherever in it that stands: modules, and names in them."""
+    """Name all that a module of ours may import, wherever in it: modules, and names in them."""
     imported = set[str]()
     for found in _IMPORT.finditer(_modules()[module].read_text(encoding="utf-8")):
         package, names = found["package"] or found["plain"], found["names"] or ""
@@ -188,21 +186,17 @@ def _current(context: RunContext, stage: str, digests: Mapping[str, str]) -> dic
     record = context.run.stage(stage)
     if record is None:
         return None
-    why = _changed(record, digests) or _damaged(context, stage, record)
+    known = record.get("made_from", {})
+    names = [name for name in {**known, **digests} if known.get(name) != digests.get(name)]
+    why = f"{', '.join(sorted(names))} changed" if names else _damaged(context, stage, record)
     if why:
         context.console.print(f"{escape(stage)}: {escape(why)}, made again", highlight=False)
         return None
     return record
 
 
-def _changed(record: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    known = record.get("made_from", {})
-    names = [name for name in {**known, **digests} if known.get(name) != digests.get(name)]
-    return f"{', '.join(sorted(names))} changed" if names else ""
-
-
 def _damaged(context: RunContext, stage: str, record: Mapping[str, Any]) -> str:
-    """What is missing; what is there and is not what was written is an error, unless repaired."""
+    """Say what is missing; a file that is not what was written is an error, unless repaired."""
     damaged = []
     if record.get("seal") != _seal(record):
         damaged.append("manifest.json")
@@ -220,31 +214,6 @@ def _damaged(context: RunContext, stage: str, record: Mapping[str, Any]) -> str:
             REPAIR,
         )
     return f"{', '.join(damaged)} was damaged" if damaged else ""
-
-
-def _done(
-    context: RunContext,
-    stage: str,
-    digests: dict[str, str],
-    make: Callable[[], Json],
-    together: bool,
-) -> dict[str, Any]:
-    """Do the stage; its record, once everything it writes is in place."""
-    if context.world.is_main:
-        context.run.forget_stage(stage)
-    with context.apart(), context.run.noting() as notes:
-        value = make()
-        if together:
-            context.share_bad()
-        record: dict[str, Any] = {
-            "made_from": digests,
-            "inputs": notes.inputs,
-            "outputs": notes.outputs,
-            "seconds": context.seconds,
-            "skipped_images": context.bad.reasons,
-            "value": value,
-        }
-    return {**record, "seal": _seal(record)}
 
 
 def _seal(record: Mapping[str, Any]) -> str:
