@@ -45,11 +45,11 @@ Alpha = float | Literal["trained", "off", "search"]
 
 @dataclass(frozen=True)
 class Rescaling:
-    """x'_c = (x_c - shift_c) / scale_c, and the alpha that made it (None: as it was)."""
+    """x'_c = (x_c - shift_c) / scale_c, and the alpha that made it."""
 
     scale: Tensor  # (C,)
     shift: Tensor  # (C,)
-    alpha: float | None
+    alpha: float
 
 
 def norms_to_affine(model: CompactCare) -> None:

@@ -68,7 +68,7 @@ class Health:
 
     @classmethod
     def missing(cls, reason: str) -> list[CheckResult]:
-        """What it could have said."""
+        """The same checks where there is no health to read, with the reason."""
         return [CheckResult(check, "not measured", reason) for check in (RANGES, CHANNELS)]
 
 
@@ -120,7 +120,7 @@ def share_cut(model: QuantizedCare, images_BCHW: Tensor) -> dict[str, float]:
 
 
 def read_health(path: Path) -> Health | None:
-    """What was kept; None where nothing was."""
+    """The health that was written beside a model; None where there is none."""
     try:
         return Health(**read_json(path))
     except (OSError, ValueError, TypeError):

@@ -64,7 +64,7 @@ def rule_text(rule: RuleSection) -> str:
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The same for programs."""
+    """A plan as programs read it."""
     return {
         "target": plan.target,
         "resolution": plan.resolution,

@@ -133,7 +133,7 @@ def dampening(model: QuantizedCare) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, plan: TrainSection) -> list[ParameterGroup]:
-    """Those of a simulated model."""
+    """Parameters of a simulated model; `grouped` says how they are trained."""
     assert isinstance(model, QuantizedCare) and isinstance(plan, QatSection)
     learned = [p for q in model.integers() for p in q.parameters() if p.requires_grad]
     apart = {id(parameter) for parameter in learned}

@@ -75,7 +75,7 @@ class CalibrationSet:
 
 
 def digests_of(samples: Samples, index: int) -> tuple[str, int]:
-    """Of the pixels, the same for a folder, a zip and a parquet file; and of the stored bytes."""
+    """Digests of the pixels, alike in a folder, a zip and a parquet file, and of stored bytes."""
     read, stored = samples.hashed(index)
     image = read.convert("RGB")
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())

@@ -39,7 +39,7 @@ class TensorSpec:
 
     @property
     def is_integer(self) -> bool:
-        """Multiplied as integers, not as some float."""
+        """Whether it is multiplied as integers, not as some float."""
         return isinstance(self.bits, int)
 
     @property
@@ -175,12 +175,12 @@ class Plan:
 
     @property
     def macs(self) -> int:
-        """Of all sites, and of what is float by nature."""
+        """MACs of all sites, and of what is float by nature."""
         return sum(decision.site.macs for decision in self.decisions) + self.kept_macs
 
     @property
     def kept_macs(self) -> int:
-        """Of what is float by nature."""
+        """MACs of what is float by nature."""
         return sum(kept.macs for kept in self.kept)
 
     @property

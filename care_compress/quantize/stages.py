@@ -148,7 +148,7 @@ def made_from_network(section: QuantizeSection, compact: CompactCare) -> dict[st
 def calibration_images(
     context: RunContext, recipe: Recipe, section: QuantizeSection, compact: CompactCare
 ) -> CalibrationSet:
-    """Choose them, and write the list into the run; read from there, whoever wrote it."""
+    """Choose images and write the list into the run; it is read from there, whoever wrote it."""
     samples = open_samples(recipe.data, "train")
 
     def choose() -> None:

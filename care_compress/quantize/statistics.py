@@ -67,7 +67,7 @@ class InputStatistics(ChannelRange):
         return torch.cat(self.rows)
 
     def rescaled(self, scale_C: Tensor, shift_C: Tensor) -> "InputStatistics":
-        """What they are after x' = (x - shift) / scale."""
+        """These statistics after x' = (x - shift) / scale."""
         assert self.low is not None and self.high is not None
         rows = self.sample()
         positions = rows.shape[1] // len(scale_C)
@@ -76,7 +76,7 @@ class InputStatistics(ChannelRange):
         return InputStatistics(low, high, [(rows - shift) / scale])
 
     def covariance(self) -> Tensor:
-        """Of the sampled rows (C, C)."""
+        """Covariance of the sampled rows (C, C)."""
         rows = self.sample()
         centred = rows - rows.mean(dim=0)
         return centred.T @ centred / len(rows)
