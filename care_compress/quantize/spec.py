@@ -193,6 +193,8 @@ class Plan:
         """MACs for each precision, most first."""
         totals = Counter[str]()
         for decision in self.decisions:
-            totals[decision.precision] += decision.site.macs
-        totals["float"] += self.kept_macs
-        return {precision: macs for precision, macs in totals.most_common() if macs}
+            if decision.site.macs:
+                totals[decision.precision] += decision.site.macs
+        if self.kept_macs:
+            totals["float"] += self.kept_macs
+        return dict(totals.most_common())
