@@ -32,7 +32,8 @@ def make_plan(
     in -64..63 there, they stay as they are for a target that takes all 8 bits. Rounded anew in
     finer steps they would no longer fit their corrections (LOG.md).
     """
-    reduce = made_by is not None and made_by.reduces_range
+    made = () if made_by is None else made_by.decisions
+    reduce = any(decision.weight is not None and decision.weight.reduced for decision in made)
     reduce = reduce or (target is not None and target.weights.reduce_range)
     sites = find_sites(model, resolution)
     for number, rule in enumerate(rules, 1):

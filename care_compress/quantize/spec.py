@@ -168,12 +168,6 @@ class Plan:
         return next(decision for decision in self.decisions if decision.site.name == name)
 
     @property
-    def reduces_range(self) -> bool:
-        """Whether 8-bit weights stay in -64..63."""
-        weights = (decision.weight for decision in self.decisions)
-        return any(weight is not None and weight.reduced for weight in weights)
-
-    @property
     def macs(self) -> int:
         """MACs of all sites, and of what is float by nature."""
         return sum(decision.site.macs for decision in self.decisions) + self.kept_macs
