@@ -27,8 +27,7 @@ from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import RewriteStep, rewrite_in_steps
 from care_compress.preflight import Ready, check_space, own_section, preflight
 from care_compress.quantize.sensitivity import Sensitivity
-from care_compress.quantize.sensitivity_stage import measure_sites
-from care_compress.quantize.stages import quantized, trained_quantized
+from care_compress.quantize.stages import measure_sites, quantized, trained_quantized
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext, open_run
 from care_compress.run.directory import Run

@@ -24,6 +24,16 @@ from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.sections import Arch, Count, RewriteSection, Section
 
 
+class _Header(Section):
+    """What is needed to build the network again, beside its numbers."""
+
+    arch: Arch
+    num_classes: Count
+    resolution: Annotated[int, Field(ge=32, le=2048)]
+    rewrite: RewriteSection
+    quantize: QuantizeSection
+
+
 def save_quantized(
     model: QuantizedCare, section: QuantizeSection, rewrites: RewriteSection, path: Path
 ) -> None:
@@ -41,7 +51,7 @@ def save_quantized(
         temporary.write_bytes(content)
 
 
-def quantized_header(path: Path) -> "_Header | None":
+def quantized_header(path: Path) -> _Header | None:
     """What a quantized model says about itself; None for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -62,30 +72,6 @@ def quantized_header(path: Path) -> "_Header | None":
     return about.model_copy(update={"quantize": section})
 
 
-class _Header(Section):
-    """What is needed to build the network again, beside its numbers."""
-
-    arch: Arch
-    num_classes: Count
-    resolution: Annotated[int, Field(ge=32, le=2048)]
-    rewrite: RewriteSection
-    quantize: QuantizeSection
-
-
-def quantized_section(path: Path) -> QuantizeSection:
-    """How the model was quantized, with the rules that a search found."""
-    return _about(path).quantize
-
-
-def _about(path: Path) -> _Header:
-    about = quantized_header(path)
-    if about is None:
-        raise CheckpointError(
-            f"{path} is no quantized model.", "give one from runs/<name>/ptq or qat"
-        )
-    return about
-
-
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is no quantized model that can be read: {reason}.", "quantize again"
@@ -98,12 +84,16 @@ class Saved:
 
     model: QuantizedCare
     network: CompactCare  # the float network inside, as PTQ rescaled and QAT trained it
-    section: QuantizeSection
+    section: QuantizeSection  # with the rules that a search found
 
 
 def load_saved(path: Path) -> Saved:
     """The quantized model in simulation, ready to run, and what it was made from."""
-    about = _about(path)
+    about = quantized_header(path)
+    if about is None:
+        raise CheckpointError(
+            f"{path} is no quantized model.", "give one from runs/<name>/ptq or qat"
+        )
     if 4 * about.num_classes > path.stat().st_size:  # a number for each, in the head's bias
         raise _damaged(path, f"it is too small for {about.num_classes:,} classes")
     with torch.random.fork_rng():

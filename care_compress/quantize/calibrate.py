@@ -5,11 +5,9 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
-from torchao.quantization.pt2e import ObserverBase
 
 from care_compress.errors import CalibrationError
-from care_compress.quantize.fakequant import IntQuantizer
-from care_compress.quantize.health import ChannelWatch, Health
+from care_compress.quantize.health import Health, channel_health, watching_channels
 from care_compress.quantize.observers import make_observer, weight_scale
 from care_compress.quantize.placement import QuantizedCare, site_of
 
@@ -33,8 +31,8 @@ def calibrate(
     watched = [q for q in quantized.integers() if q.operand != "weight"]
     for quantizer in watched:
         quantizer.observer = make_observer(quantizer, percentile).to(quantizer.scale.device)
-    seen, channels = 0, ChannelWatch()
-    with channels.on(quantized):
+    seen = 0
+    with watching_channels(quantized) as channels:
         for images in batches:
             if not bool(torch.isfinite(quantized(images)).all()):
                 raise not_finite(quantized, images)
@@ -44,24 +42,21 @@ def calibrate(
             "there is no calibration image.", "check quantize.calibrate and the training split"
         )
     for quantizer in watched:
-        assert quantizer.observer is not None
-        _check_finite(quantizer, quantizer.observer)
+        observer = quantizer.observer
+        assert observer is not None
+        # The logits may hide an infinite value (1 / inf is 0).
+        if not all(bool(torch.isfinite(end).all()) for end in (observer.min_val, observer.max_val)):
+            raise CalibrationError(
+                f"{quantizer.operand} of {quantizer.site} is NaN or infinite on some calibration "
+                "images, though the logits are numbers.",
+                "keep that site in float by a rule, and check the checkpoint",
+            )
         # Searches for a range run on the CPU, where the histograms are.
-        quantizer.set_qparams(*quantizer.observer.cpu().calculate_qparams())
+        quantizer.set_qparams(*observer.cpu().calculate_qparams())
         quantizer.observer = None
     set_weight_scales(quantized, covariances or {})
     quantized.enable(True)
-    return channels.health(seen)
-
-
-def _check_finite(quantizer: IntQuantizer, observer: ObserverBase) -> None:
-    """Refuse a range of infinite values; the logits may hide them (1 / inf is 0)."""
-    if not all(bool(torch.isfinite(end).all()) for end in (observer.min_val, observer.max_val)):
-        raise CalibrationError(
-            f"{quantizer.operand} of {quantizer.site} is NaN or infinite on some calibration "
-            "images, though the logits are numbers.",
-            "keep that site in float by a rule, and check the checkpoint",
-        )
+    return channel_health(channels, seen)
 
 
 def set_weight_scales(quantized: QuantizedCare, covariances: Mapping[str, Tensor]) -> None:

@@ -33,7 +33,7 @@ class Distance:
         self.noise += float((wanted - found.double()).square().sum())
 
     def __add__(self, other: "Distance") -> "Distance":
-        """Over both sets."""
+        """Signal and noise over the batches of both."""
         return Distance(self.signal + other.signal, self.noise + other.noise)
 
     @property

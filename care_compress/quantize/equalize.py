@@ -24,7 +24,6 @@ from care_compress.model.care import Interaction
 from care_compress.model.compact import (
     ChannelAffine,
     CompactCare,
-    CompactInteraction,
     Rotation,
     assign,
     blocks,
@@ -46,11 +45,11 @@ Alpha = float | Literal["trained", "off", "search"]
 
 @dataclass(frozen=True)
 class Rescaling:
-    """x'_c = (x_c - shift_c) / scale_c, and the alpha that made it (None: as it was)."""
+    """x'_c = (x_c - shift_c) / scale_c, and the alpha that made it."""
 
     scale: Tensor  # (C,)
     shift: Tensor  # (C,)
-    alpha: float | None
+    alpha: float
 
 
 def norms_to_affine(model: CompactCare) -> None:
@@ -66,60 +65,36 @@ def norms_to_affine(model: CompactCare) -> None:
     model.requires_grad_(False)
 
 
+@torch.no_grad()
 def rotate(model: CompactCare, plan: Plan) -> None:
     """Hadamard-rotate the inputs of 1x1 convs that will have fewer than 8 bits.
 
     Hadamard-then-smooth (QuantVGGT): x' = H x spreads outliers within a block of channels, then
-    the rescaling above evens out what is left. W' = W H^T, exactly.
+    the rescaling above evens out what is left. W' = W H^T, exactly, block by block.
     """
-    for block_index, block in _interactions(model):
-        for half in ("inter1", "inter2"):
-            for layer_name, place in ((f"{half}_fc1", "norm"), (f"{half}_fc2", "rotation")):
-                layer = getattr(block, layer_name)
-                name = f"{block_index}.inter_layer.{layer_name}"
-                if layer is None or not _narrow(plan.of(name).input):
-                    continue
-                channels = layer.in_channels
-                size = min(LARGEST_ROTATION, channels & -channels)
-                rotation = Rotation(channels, size).to(layer.weight.device)
-                _turn_weight(layer, rotation)
-                before = getattr(block, f"{half}_{place}")
-                if isinstance(before, ChannelAffine):
-                    _absorb(rotation, before)
-                setattr(block, f"{half}_{place}", rotation)
-
-
-def _interactions(model: CompactCare) -> list[tuple[str, CompactInteraction]]:
-    return [
-        (name.removesuffix(".inter_layer"), module)
-        for name, module in model.named_modules()
-        if isinstance(module, CompactInteraction)
-    ]
-
-
-def _narrow(spec: TensorSpec) -> bool:
-    return isinstance(spec.bits, int) and spec.bits < 8
-
-
-@torch.no_grad()
-def _turn_weight(layer: nn.Conv2d, rotation: Rotation) -> None:
-    """W' = W H^T, block by block."""
-    weight = layer.weight.flatten(1)
-    blocked = weight.reshape(len(weight), -1, rotation.block)
-    matrix = rotation.weight[: rotation.block, :, 0, 0]
-    turned = (blocked.double() @ matrix.double().T).reshape(layer.weight.shape)
-    layer.weight.copy_(turned)
-
-
-@torch.no_grad()
-def _absorb(rotation: Rotation, affine: ChannelAffine) -> None:
-    """H (a x + b) = (H a) x + H b, so the scale site costs nothing beside a rotation."""
-    scale, shift = affine.scale.flatten(), affine.shift.flatten()
-    within = scale.reshape(-1, rotation.block)
-    rows = within.repeat_interleave(rotation.block, dim=0)
-    offsets = shift.reshape(-1, rotation.block).repeat_interleave(rotation.block, dim=0)
-    rotation.bias.copy_((rotation.weight[:, :, 0, 0] * offsets).sum(dim=1))
-    rotation.weight.mul_(rows[:, :, None, None])
+    for decision in plan.decisions:
+        if decision.site.role != "pointwise" or decision.input.width >= 8:
+            continue
+        parent, leaf = decision.site.name.rsplit(".", 1)
+        interaction, layer = model.get_submodule(parent), model.get_submodule(decision.site.name)
+        assert isinstance(layer, nn.Conv2d)
+        size = min(LARGEST_ROTATION, layer.in_channels & -layer.in_channels)
+        rotation = Rotation(layer.in_channels, size).to(layer.weight.device)
+        matrix = rotation.weight[:size, :, 0, 0]
+        blocked = layer.weight.flatten(1).reshape(layer.out_channels, -1, size)
+        turned = blocked.double() @ matrix.double().T
+        layer.weight.copy_(turned.reshape(layer.weight.shape))
+        place = leaf.replace("fc1", "norm").replace("fc2", "rotation")
+        affine = getattr(interaction, place)
+        if isinstance(affine, ChannelAffine):
+            # H (a x + b) = (H a) x + H b, so the scale site costs nothing beside a rotation.
+            scales, shifts = (
+                values.reshape(-1, size).repeat_interleave(size, dim=0)
+                for values in (affine.scale, affine.shift)
+            )
+            rotation.bias.copy_((rotation.weight[:, :, 0, 0] * shifts).sum(dim=1))
+            rotation.weight.mul_(scales[:, :, None, None])
+        setattr(interaction, place, rotation)
 
 
 def equalized_layers(plan: Plan, prescale: Alpha, equalize: Alpha) -> dict[str, Alpha]:
@@ -160,16 +135,27 @@ def rescale(
     assert isinstance(layer, nn.Conv2d)
     if producer is None:
         return None
-    decision = plan.of(name)
-    assert decision.weight is not None
+    chosen: Rescaling | None = None
     if alpha == "search":
-        chosen = _search(layer, seen, decision.input, decision.weight)
+        decision = plan.of(name)
+        assert decision.weight is not None
+        rows, matrix = seen.sample(), layer.weight.flatten(1)
+        positions = matrix.shape[1] // layer.in_channels
+        least = product_error(rows, matrix, decision.input, decision.weight)
+        for tried, centred in itertools.product(ALPHAS, (False, True)):
+            candidate = _rescaling(layer, seen, tried, centred)
+            scale, shift = (
+                v.repeat_interleave(positions) for v in (candidate.scale, candidate.shift)
+            )
+            scaled_rows, scaled_matrix = (rows - shift) / scale, matrix * scale
+            error = product_error(scaled_rows, scaled_matrix, decision.input, decision.weight)
+            if error < least:
+                chosen, least = candidate, error
     else:
         assert isinstance(alpha, float)
         chosen = _rescaling(layer, seen, alpha, centred=True)
-    if chosen is None:
-        return None
-    apply(producer, layer, chosen)
+    if chosen is not None:
+        apply(producer, layer, chosen)
     return chosen
 
 
@@ -219,29 +205,19 @@ def _rescaling(layer: nn.Conv2d, seen: InputStatistics, alpha: float, centred: b
     return Rescaling(scale.clamp(1 / LARGEST_SCALING, LARGEST_SCALING), shift, alpha)
 
 
-def _search(
-    layer: nn.Conv2d, seen: InputStatistics, input_: TensorSpec, weight: TensorSpec
-) -> Rescaling | None:
-    rows, matrix = seen.sample(), layer.weight.flatten(1)
-    positions = matrix.shape[1] // layer.in_channels
-    best: Rescaling | None = None
-    least = product_error(rows, matrix, input_, weight)
-    for alpha, centred in itertools.product(ALPHAS, (False, True)):
-        candidate = _rescaling(layer, seen, alpha, centred)
-        scale = candidate.scale.repeat_interleave(positions)
-        shift = candidate.shift.repeat_interleave(positions)
-        error = product_error((rows - shift) / scale, matrix * scale, input_, weight)
-        if error < least:
-            best, least = candidate, error
-    return best
-
-
 def product_error(rows: Tensor, matrix: Tensor, input_: TensorSpec, weight: TensorSpec) -> float:
     """Variance of the quantized product's error, at the best of a few input ranges.
 
     Its mean does not count: bias correction takes that away.
     """
-    wanted, rounded = rows @ matrix.T, _quantize_weight(matrix, weight)
+    rounded = matrix
+    if weight.is_integer:
+        groups = matrix if weight.group is None else matrix.reshape(-1, weight.group)
+        scale = groups.abs().amax(dim=1).clamp(min=TINY) / weight.quant_max
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        limits = weight.quant_min, weight.quant_max
+        rounded = round_to_integers(groups, scale, zero, limits, axis=0).reshape(matrix.shape)
+    wanted = rows @ matrix.T
     low, high = float(rows.min().clamp(max=0)), float(rows.max().clamp(min=0))
     errors = []
     for clip in CLIPS if input_.range == "mse" else CLIPS[:1]:
@@ -258,17 +234,6 @@ def _quantize_rows(rows: Tensor, low: float, high: float, spec: TensorSpec) -> T
     else:
         scale = max((high - low) / levels, TINY)
         zero_point = min(max(spec.quant_min - round(low / scale), spec.quant_min), spec.quant_max)
-    limits = spec.quant_min, spec.quant_max
     step = torch.tensor([scale], device=rows.device)
     zero = torch.tensor([zero_point], dtype=torch.int32, device=rows.device)
-    return round_to_integers(rows, step, zero, limits)
-
-
-def _quantize_weight(matrix: Tensor, spec: TensorSpec) -> Tensor:
-    if not spec.is_integer:
-        return matrix
-    rows = matrix if spec.group is None else matrix.reshape(-1, spec.group)
-    scale = rows.abs().amax(dim=1).clamp(min=TINY) / spec.quant_max
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    quantized = round_to_integers(rows, scale, zero, (spec.quant_min, spec.quant_max), axis=0)
-    return quantized.reshape(matrix.shape)
+    return round_to_integers(rows, step, zero, (spec.quant_min, spec.quant_max))

@@ -13,6 +13,9 @@ from torchao.quantization.pt2e import FakeQuantizeBase, ObserverBase
 
 from care_compress.quantize.spec import TensorSpec
 
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+SMALLEST_GAIN = 1e-2  # a learned scale shrinks at most this far, and never through zero
+
 
 def round_to_integers(
     x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], axis: int | None = None
@@ -28,25 +31,15 @@ def round_to_integers(
     """
     differentiated = torch.is_grad_enabled() and x.requires_grad
     if differentiated or x.device.type != "cpu" or x.dtype != torch.float32:
-        return _by_torch(x, scale, zero_point, limits, axis)
+        if axis is None:
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)
     if axis is not None:
         shape = [1] * x.dim()
         shape[axis] = -1
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     steps = (x * scale.reciprocal()).round_().add_(zero_point).clamp_(*limits)
     return steps.sub_(zero_point).mul_(scale)
-
-
-def _by_torch(
-    x: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[int, int], axis: int | None
-) -> Tensor:
-    if axis is None:
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
-    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)
-
-
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-SMALLEST_GAIN = 1e-2  # a learned scale shrinks at most this far, and never through zero
 
 
 class TensorQuantizer(FakeQuantizeBase):
@@ -162,8 +155,7 @@ class IntQuantizer(TensorQuantizer):
             return x
         if self.learning and torch.is_grad_enabled():
             return self._learnable(x.float())
-        scale, zero_point = self.calculate_qparams()
-        return self._simulate(x, scale, zero_point)
+        return self._simulate(x, *self.calculate_qparams())
 
     def _simulate(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         limits = self.quant_min, self.quant_max

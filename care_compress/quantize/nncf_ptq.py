@@ -51,19 +51,10 @@ class Calibration:
     batches: Batches
     count: int
 
-    def arrays(self) -> "Calibration.Arrays":
-        """Passes as NumPy arrays, for OpenVINO models."""
-        return Calibration.Arrays(self.batches)
-
-    @dataclass(frozen=True)
-    class Arrays:
-        """Starts a new pass whenever it is iterated."""
-
-        batches: Batches
-
-        def __iter__(self) -> Iterator[NDArray[np.float32]]:
-            for images in self.batches():
-                yield images.cpu().numpy()
+    def __iter__(self) -> Iterator[Tensor]:
+        """A new pass, on the CPU."""
+        for images in self.batches():
+            yield images.cpu()
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,7 @@ def quantize_openvino(
     """Quantize a float network on calibration images and write it to `path` (and a ``.bin``)."""
     nncf = load_nncf()
     model = to_openvino(prepared(network), resolution)
-    dataset = nncf.Dataset(calibration.arrays())
+    dataset = nncf.Dataset(calibration, Tensor.numpy)
     settings = nncf_settings(section, full_range, section.ignored_types)
     settings["fast_bias_correction"] = section.fast_bias_correction
     settings["subset_size"] = calibration.count
@@ -113,7 +104,23 @@ def quantize_openvino(
         if control is None:
             quantized = nncf.quantize(model, dataset, **settings)
         else:
-            quantized = _controlled(model, dataset, settings, control)
+            # Quantize, then return the layers that hurt most to float until the drop is small.
+            advanced = settings.pop("advanced_parameters")
+            quantized = nncf.quantize_with_accuracy_control(
+                model,
+                dataset,
+                nncf.Dataset(control.items, control.prepare),
+                control.validate,
+                max_drop=control.max_drop,
+                drop_type=nncf.DropType.ABSOLUTE,
+                advanced_quantization_parameters=advanced,
+                advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
+                    max_num_iterations=MOST_LAYERS,
+                    ranking_subset_size=RANKING_BATCHES,
+                    num_ranking_workers=1,  # several would each use every core
+                ),
+                **settings,
+            )
     mark_range(quantized, full_range)
     save_openvino(quantized, path)
 
@@ -189,26 +196,3 @@ def save_openvino(model: Any, path: Path, half: bool = False) -> None:
         for suffix in (".bin", ".xml"):
             with atomic_file(path.with_suffix(suffix)) as temporary:
                 made.with_suffix(suffix).replace(temporary)
-
-
-def _controlled(
-    model: Any, dataset: Any, settings: dict[str, Any], control: AccuracyControl
-) -> Any:
-    """Quantize, then return the layers that hurt most to float until the drop is small enough."""
-    nncf = load_nncf()
-    advanced = settings.pop("advanced_parameters")
-    return nncf.quantize_with_accuracy_control(
-        model,
-        dataset,
-        nncf.Dataset(control.items, control.prepare),
-        control.validate,
-        max_drop=control.max_drop,
-        drop_type=nncf.DropType.ABSOLUTE,
-        advanced_quantization_parameters=advanced,
-        advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
-            max_num_iterations=MOST_LAYERS,
-            ranking_subset_size=RANKING_BATCHES,
-            num_ranking_workers=1,  # several would each use every core
-        ),
-        **settings,
-    )

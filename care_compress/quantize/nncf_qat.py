@@ -5,7 +5,6 @@ Weights, ranges and offsets follow the float model's logits and stage outputs, a
 """
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from care_compress.quantize.nncf_ptq import (
     save_openvino,
     to_openvino,
 )
-from care_compress.quantize.qat import FollowFloat, qat_fingerprint
+from care_compress.quantize.qat import FollowFloat, grouped, qat_fingerprint
 from care_compress.recipe.quantize import NncfSection, QatSection
 from care_compress.recipe.sections import TrainSection
 from care_compress.train.loop import ParameterGroup
@@ -85,16 +84,10 @@ def simulated(
     nncf = load_nncf()
     _without_compiler()
     ignored = [name for kind in section.ignored_types for name in TORCH_NAMES[kind]]
-
-    class Passes:
-        def __iter__(self) -> Iterator[Tensor]:
-            for images in calibration.batches():
-                yield images.cpu()
-
     with silent():
         model: nn.Module = nncf.quantize(
             Student(prepared(network)).eval(),
-            nncf.Dataset(Passes()),
+            nncf.Dataset(calibration),
             subset_size=calibration.count,
             **nncf_settings(section, full_range, ignored),
         )
@@ -203,13 +196,8 @@ def _exportable(model: nn.Module, resolution: int) -> nn.Module:
 
 
 def _groups(model: nn.Module, plan: TrainSection) -> list[ParameterGroup]:
-    """Weights decay, the rest does not; ranges move at a rate of their own and stop earlier."""
     assert isinstance(plan, QatSection)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     ranges = [p for name, p in trained if name.startswith(HOOKS)]
     rest = [p for name, p in trained if not name.startswith(HOOKS)]
-    return [
-        ParameterGroup([p for p in rest if p.dim() > 1 and p.shape[1] > 1], plan.weight_decay),
-        ParameterGroup([p for p in rest if not (p.dim() > 1 and p.shape[1] > 1)]),
-        ParameterGroup(ranges, rate=plan.scale_rate, until=plan.freeze_scales),
-    ]
+    return grouped(rest, ranges, plan)

@@ -83,11 +83,16 @@ class HistogramObserver(_MinMax):
     def forward(self, x_orig: Tensor) -> Tensor:
         """Count one tensor."""
         super().forward(x_orig)
-        needed = _exponent(max(abs(float(self.min_val)), abs(float(self.max_val))))
+        magnitude = max(abs(float(self.min_val)), abs(float(self.max_val)))
+        # The smallest k with magnitude < 2^k.
+        needed = math.frexp(magnitude)[1] if magnitude > 0 else -20
         if self.exponent is None:
             self.exponent = needed
         while self.exponent < needed:
-            self._widen()
+            merged = self.counts.view(-1, 2).sum(dim=1)
+            self.counts = torch.zeros_like(self.counts)
+            self.counts[BINS // 4 : 3 * BINS // 4] = merged
+            self.exponent += 1
         half = 2.0**self.exponent
         values = in_memory_order(x_orig.detach())[0].reshape(-1)
         stride = max(1, len(values) // VALUES)
@@ -95,13 +100,6 @@ class HistogramObserver(_MinMax):
             stride += 1
         self.counts += torch.histc(values[::stride].float(), BINS, -half, half).double().cpu()
         return x_orig
-
-    def _widen(self) -> None:
-        assert self.exponent is not None
-        merged = self.counts.view(-1, 2).sum(dim=1)
-        self.counts = torch.zeros_like(self.counts)
-        self.counts[BINS // 4 : 3 * BINS // 4] = merged
-        self.exponent += 1
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """Centres and counts of the bins that hold anything, in rising order."""
@@ -192,12 +190,12 @@ class EntropyObserver(HistogramObserver):
         inside = (centres >= lows[:, None]) & (centres <= highs[:, None])
         kept = counts * inside
         rank = inside.cumsum(dim=1)
-        outermost = inside & ((rank == 1) | (rank == inside.sum(dim=1, keepdim=True)))
+        first = inside & (rank == 1)
+        last = inside & (rank == inside.sum(dim=1, keepdim=True)) & ~first
         # What is outside below goes to the first bin inside, what is above to the last.
         below = (counts * (centres < lows[:, None])).sum(dim=1, keepdim=True)
         above = (counts * (centres > highs[:, None])).sum(dim=1, keepdim=True)
-        first = outermost & (rank == 1)
-        clipped = kept + below * first + above * (outermost & ~first)
+        clipped = kept + below * first + above * last
         steps, _ = self.levels(centres, lows, highs)
         level = (steps - self.quant_min).long()
         share = _per_level(kept, level) / _per_level(inside.double(), level).clamp(min=1)
@@ -242,11 +240,6 @@ def make_observer(quantizer: IntQuantizer, percentile: float) -> ObserverBase:
         "entropy": EntropyObserver,
     }
     return kinds[spec.range](**qparams)
-
-
-def _exponent(magnitude: float) -> int:
-    """The smallest k with magnitude < 2^k."""
-    return math.frexp(magnitude)[1] if magnitude > 0 else -20
 
 
 def weight_scale(

@@ -39,6 +39,8 @@ PRODUCTS = (
 )
 _VIEWS = (torch.ops.aten.transpose.int,)
 _ATTENTION = re.compile(r"\.token_mixer\.(qk|core)\b")
+# Tracing takes seconds, so a late graph serves every network of the same structure.
+_traces: Latest[GraphModule] = Latest(16)
 
 
 class QuantizedCare(nn.Module):
@@ -72,11 +74,9 @@ class QuantizedCare(nn.Module):
         self.training = mode
         return self
 
-    def quantizers(self, site: str | None = None) -> Iterator[TensorQuantizer]:
-        """All quantizers, or those of one site, in the order of the graph."""
-        for module in self.graph.children():
-            if isinstance(module, TensorQuantizer) and site in (None, module.site):
-                yield module
+    def quantizers(self) -> Iterator[TensorQuantizer]:
+        """All quantizers, in the order of the graph."""
+        return (module for module in self.graph.children() if isinstance(module, TensorQuantizer))
 
     def integers(self, operand: str | None = None) -> Iterator[IntQuantizer]:
         """The integer quantizers; of weights only with ``operand="weight"``."""
@@ -107,8 +107,7 @@ class QuantizedCare(nn.Module):
 
     def weight(self, site: str) -> nn.Parameter:
         """The float weight of a site."""
-        found = self.graph.get_parameter(f"{ROOT}.{site}.weight")
-        return found
+        return self.graph.get_parameter(f"{ROOT}.{site}.weight")
 
 
 def in_float32(operation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,35 +193,23 @@ class PlanQuantizer(Quantizer):
 
 def simulate(network: CompactCare, plan: Plan) -> QuantizedCare:
     """The network with the plan's quantizers in place, not calibrated yet; on the same device."""
-    device = next(network.parameters()).device
-    graph = _traced(network, plan.resolution)
-    placed = _with_quantizers(graph, plan)
-    return QuantizedCare(placed, plan, network.arch, network.num_classes).eval().to(device)
+    size = plan.resolution
 
-
-_traces: Latest[GraphModule] = Latest(16)
-
-
-def _traced(network: CompactCare, size: int) -> GraphModule:
-    """The network as a graph. Tracing takes seconds, so a late graph serves its like too."""
-    traced = _traces.of((size, *structure_of(network)), lambda: _trace(network, size))
-    with quiet():
-        graph = copy.deepcopy(traced)
-    weights = {f"{ROOT}.{name}": value for name, value in network.state_dict().items()}
-    graph.load_state_dict(weights, strict=True)
-    return graph
-
-
-def _trace(network: CompactCare, size: int) -> GraphModule:
-    # On the CPU, so that no device is written into the graph.
-    exported = _WithFeatures(copy.deepcopy(network).cpu())
-    example = torch.zeros(2, 3, size, size)
-    batch = torch.export.Dim("batch", min=1)
-    with quiet():
+    def trace() -> GraphModule:
+        # On the CPU, so that no device is written into the graph.
+        exported = _WithFeatures(copy.deepcopy(network).cpu())
+        example = torch.zeros(2, 3, size, size)
+        batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(exported, (example,), dynamic_shapes=({0: batch},))
         assert not program.constants, "a tensor that is no parameter would not change with them"
         graph: GraphModule = program.module(check_guards=False)
-    return graph
+        return graph
+
+    with quiet():
+        graph = copy.deepcopy(_traces.of((size, *structure_of(network)), trace))
+    graph.get_submodule(ROOT).load_state_dict(network.state_dict(), strict=True)
+    device = next(network.parameters()).device
+    return _with_quantizers(graph, plan, network).to(device)
 
 
 def replanned(model: QuantizedCare, plan: Plan) -> QuantizedCare:
@@ -236,14 +223,15 @@ def replanned(model: QuantizedCare, plan: Plan) -> QuantizedCare:
             graph.graph.erase_node(node)
     graph.delete_all_unused_submodules()
     graph.recompile()
-    placed = _with_quantizers(graph, plan)
-    return QuantizedCare(placed, plan, model.arch, model.num_classes).eval()
+    return _with_quantizers(graph, plan, model)
 
 
-def _with_quantizers(graph: GraphModule, plan: Plan) -> GraphModule:
+def _with_quantizers(
+    graph: GraphModule, plan: Plan, made_from: CompactCare | QuantizedCare
+) -> QuantizedCare:
     with quiet():
-        placed: GraphModule = prepare_qat_pt2e(graph, PlanQuantizer(plan))
-    return placed
+        placed = prepare_qat_pt2e(graph, PlanQuantizer(plan))
+    return QuantizedCare(placed, plan, made_from.arch, made_from.num_classes).eval()
 
 
 def site_of(node: Node) -> str:

@@ -32,14 +32,29 @@ def make_plan(
     in -64..63 there, they stay as they are for a target that takes all 8 bits. Rounded anew in
     finer steps they would no longer fit their corrections (LOG.md).
     """
-    reduce = made_by is not None and made_by.reduces_range
+    made = () if made_by is None else made_by.decisions
+    reduce = any(decision.weight is not None and decision.weight.reduced for decision in made)
     reduce = reduce or (target is not None and target.weights.reduce_range)
     sites = find_sites(model, resolution)
     for number, rule in enumerate(rules, 1):
         if not any(matches(rule, site) for site in sites):
             raise _matches_nothing(number, rule, sites)
+    decisions = []
+    for site in sites:
+        input_, weight = FLOAT, FLOAT if site.weighted else None
+        input_rule = weight_rule = 0
+        for number, rule in enumerate(rules, 1):
+            if matches(rule, site):
+                input_rule = number if rule.input is not None else input_rule
+                weight_rule = number if rule.weight is not None and site.weighted else weight_rule
+        # Only the rules that decide must be possible.
+        if input_rule and (wanted := rules[input_rule - 1].input):
+            input_ = _input_spec(site, wanted, input_rule, target)
+        if weight_rule and (wanted := rules[weight_rule - 1].weight):
+            weight = _weight_spec(site, wanted, weight_rule, target, reduce)
+        decisions.append(Decision(site, input_, weight, input_rule, weight_rule))
     return Plan(
-        decisions=tuple(_decide(site, rules, target, reduce) for site in sites),
+        decisions=tuple(decisions),
         kept=kept_in_float(model, resolution),
         target=target.name if target else None,
         resolution=resolution,
@@ -55,41 +70,22 @@ def matches(rule: RuleSection, site: Site) -> bool:
     return not any(wanted is not None and wanted != is_ for wanted, is_ in numbered)
 
 
-def _decide(
-    site: Site, rules: Sequence[RuleSection], target: Target | None, reduce: bool
-) -> Decision:
-    input_, weight = FLOAT, FLOAT if site.weighted else None
-    input_rule = weight_rule = 0
-    for number, rule in enumerate(rules, 1):
-        if matches(rule, site):
-            input_rule = number if rule.input is not None else input_rule
-            weight_rule = number if rule.weight is not None and site.weighted else weight_rule
-    # Only the rules that decide must be possible.
-    if input_rule and (wanted := rules[input_rule - 1].input):
-        input_ = _input_spec(site, wanted, input_rule, target)
-    if weight_rule and (wanted := rules[weight_rule - 1].weight):
-        weight = _weight_spec(site, wanted, weight_rule, target, reduce)
-    return Decision(site, input_, weight, input_rule, weight_rule)
-
-
 def _input_spec(
     site: Site, wanted: TensorSection, number: int, target: Target | None
 ) -> TensorSpec:
     if not isinstance(wanted.bits, int):
         return _float_spec(site, wanted, number, target)
     where = f"rule {number} for {site.name}:"
-    limits = target.activations if target else None
     if target and wanted.bits != 8:
         raise RecipeError(
             f"{where} {target.name} has no {wanted.bits}-bit activations.",
             "use 8, or quantize.target: null to simulate what no runtime executes",
         )
-    symmetric = (
-        wanted.symmetric if wanted.symmetric is not None else bool(limits and limits.symmetric)
-    )
-    if limits and limits.symmetric and not symmetric:
+    unasked = target is not None and target.activations.symmetric
+    symmetric = unasked if wanted.symmetric is None else wanted.symmetric
+    if target and target.activations.symmetric and not symmetric:
         raise RecipeError(
-            f"{where} {target.name if target else ''} takes no zero point other than 0.",
+            f"{where} {target.name} takes no zero point other than 0.",
             "set symmetric: true, or leave it out",
         )
     if symmetric and target and target.weights.reduce_range and site.role in ATTENTION_PRODUCTS:
@@ -132,9 +128,9 @@ def _input_granularity(
             f"{where} a product over channels needs one input scale.",
             "granularity: channel is for depthwise convs, pre-normed 1x1 convs and attention heads",
         )
-    if wanted.granularity == "channel" and not allowed and not site.prescaled:
+    if wanted.granularity == "channel" and target and not allowed and not site.prescaled:
         raise RecipeError(
-            f"{where} {target.name if target else ''} takes one scale per activation tensor.",
+            f"{where} {target.name} takes one scale per activation tensor.",
             "leave granularity out, and it is per channel only where the target allows it",
         )
     return wanted.granularity

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from care_compress.console import say, widened
-from care_compress.quantize.spec import ENERGY_PJ, Decision, Plan
+from care_compress.quantize.spec import ENERGY_PJ, Plan
 from care_compress.recipe.quantize import RuleSection
 
 WIDTH = 132
@@ -25,15 +25,21 @@ def print_plan(plan: Plan, rules: tuple[RuleSection, ...], console: Console) -> 
     for column in ("MACs (M)", "share"):
         table.add_column(column, justify="right", no_wrap=True)
     for decision in plan.decisions:
-        table.add_row(*_row(decision, plan))
+        site = decision.site
+        numbers = {decision.input_rule, *([decision.weight_rule] if site.weighted else [])}
+        table.add_row(
+            site.name,
+            site.role,
+            str(decision.input),
+            "" if decision.weight is None else str(decision.weight),
+            ", ".join(sorted(str(number) if number else "-" for number in numbers)),
+            f"{site.macs / 1e6:.3f}" if site.macs else "",
+            f"{100 * site.macs / plan.macs:.2f} %" if site.macs else "",
+        )
     # A site's name is what rules select by: it must be whole even where a terminal is narrow.
     widened(console, WIDTH).print(table)
     for kept in plan.kept:
         console.print(f"float by nature: {kept.what} ({kept.count}): {kept.why}", highlight=False)
-    _print_sums(plan, console)
-
-
-def _print_sums(plan: Plan, console: Console) -> None:
     total = plan.macs
     parts = [
         f"{name} {macs / 1e6:.2f} M ({100 * macs / total:.1f} %)"
@@ -48,36 +54,17 @@ def _print_sums(plan: Plan, console: Console) -> None:
     )
 
 
-def _row(decision: Decision, plan: Plan) -> tuple[str, ...]:
-    site = decision.site
-    rules = {str(rule) if rule else "-" for rule in (decision.input_rule, decision.weight_rule)}
-    if not site.weighted:
-        rules = {str(decision.input_rule) if decision.input_rule else "-"}
-    return (
-        site.name,
-        site.role,
-        str(decision.input),
-        "" if decision.weight is None else str(decision.weight),
-        ", ".join(sorted(rules)),
-        f"{site.macs / 1e6:.3f}" if site.macs else "",
-        f"{100 * site.macs / plan.macs:.2f} %" if site.macs else "",
-    )
-
-
 def rule_text(rule: RuleSection) -> str:
     """A rule as it stands in the recipe, without what it leaves out."""
     said = rule.model_dump(exclude_none=True, exclude_defaults=True)
-    return ", ".join(f"{key}: {_bits(value)}" for key, value in said.items())
-
-
-def _bits(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    return str(value["bits"]) if len(value) == 1 else str(value).replace("'", "")
+    for key, value in said.items():
+        if isinstance(value, dict):
+            said[key] = value["bits"] if len(value) == 1 else str(value).replace("'", "")
+    return ", ".join(f"{key}: {value}" for key, value in said.items())
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The same for programs."""
+    """A plan as programs read it."""
     return {
         "target": plan.target,
         "resolution": plan.resolution,

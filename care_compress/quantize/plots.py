@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from care_compress.files import write_text
@@ -23,8 +24,8 @@ matplotlib.rcParams["svg.fonttype"] = "none"
 def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
     """Bars of the hardest sites: logit SQNR of each alone, and the float network without it."""
     shown = [one for one in found if one.alone.sqnr_db < EXACT_DB][:SHOWN]
-    figure = Figure(figsize=(9, 1.2 + 0.24 * len(shown)), layout="constrained")
-    axes = figure.add_subplot()
+    title = f"The {len(shown)} hardest of {len(found)} sites"
+    figure, axes = _drawing(9, 1.2 + 0.24 * len(shown), title)
     names = [short_name(one.site) for one in shown]
     axes.barh(names, [one.alone.sqnr_db for one in shown], color="#3b6ea5", height=0.7)
     if shown:
@@ -32,30 +33,32 @@ def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel("logit SQNR with only this site quantized (dB); shorter is harder")
-    axes.set_title(f"The {len(shown)} hardest of {len(found)} sites", loc="left")
     axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 
 
 def plot_trials(trials: Sequence[Trial], max_drop: float, unit: str, path: Path) -> None:
     """Drop over cost of every trial; the staircase is the Pareto front."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    inside = [trial for trial in trials if trial.within]
-    outside = [trial for trial in trials if not trial.within]
-    axes.scatter([t.cost for t in outside], [t.drop for t in outside], c="#c0392b", label="over")
-    axes.scatter([t.cost for t in inside], [t.drop for t in inside], c="#2a7f4f", label="within")
+    figure, axes = _drawing(7, 4.5, f"{len(trials)} trials")
+    for within, colour, label in ((False, "#c0392b", "over"), (True, "#2a7f4f", "within")):
+        dots = [trial for trial in trials if trial.within == within]
+        axes.scatter([t.cost for t in dots], [t.drop for t in dots], c=colour, label=label)
     front = pareto(trials)
     axes.step([t.cost for t in front], [t.drop for t in front], where="post", c="#555", lw=1)
     axes.axhline(max_drop, color="#999", ls="--", lw=1)
     axes.text(axes.get_xlim()[0], max_drop, " budget", va="bottom", color="#666")
     axes.set_xlabel(unit)
     axes.set_ylabel("top-1 drop (points)")
-    axes.set_title(f"{len(trials)} trials", loc="left")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
+
+
+def _drawing(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def pareto(trials: Sequence[Trial]) -> list[Trial]:

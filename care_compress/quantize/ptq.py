@@ -6,9 +6,9 @@ Each step is switched by one key of the recipe's ``quantize`` section.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from care_compress.errors import CalibrationError
 from care_compress.libraries import quiet
 from care_compress.model.attention import CovarianceCore
 from care_compress.model.compact import CompactCare, SlicedMixer
-from care_compress.quantize.activation import use_hard_swish
 from care_compress.quantize.calibrate import Batches, calibrate, not_finite
-from care_compress.quantize.correct import correct, images_to_hold
+from care_compress.quantize.correct import correct
 from care_compress.quantize.equalize import (
     equalized_layers,
     give_biases,
@@ -27,6 +26,7 @@ from care_compress.quantize.equalize import (
     rescale,
     rotate,
 )
+from care_compress.quantize.gelu import use_hard_swish
 from care_compress.quantize.health import Health
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.plan import ATTENTION_PRODUCTS, make_plan
@@ -35,6 +35,10 @@ from care_compress.quantize.spec import Plan
 from care_compress.quantize.statistics import observe
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.target import load_target
+
+# What corrections hold at once: 256 images at 96, 50 at 224.
+PIXELS = 2_500_000  # images times pixels
+LEAST_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,12 @@ def planned(
         use_hard_swish(network)
     target = load_target(section.target, section.full_range) if section.target else None
     plan = make_plan(network, section.rules, target, resolution)
-    if section.covariance:
-        _use_covariance(network, plan)
+    if section.covariance:  # wherever an attention product will be an integer one
+        for decision in plan.decisions:
+            if decision.site.role in ATTENTION_PRODUCTS and decision.input.is_integer:
+                mixer = network.get_submodule(decision.site.name.rsplit(".", 2)[0])
+                assert isinstance(mixer, SlicedMixer)
+                mixer.core = CovarianceCore()
     if section.hadamard:
         rotate(network, plan)
     give_biases(network, equalized_layers(plan, section.prescale, section.equalize))
@@ -102,7 +110,7 @@ def quantize_network(job: PtqJob, section: QuantizeSection) -> Quantized:
     reference = float_reference(model)
     biases, norms = section.bias_correction, section.norm_reestimation
     job.notify("correcting biases and norms")
-    images = first_images(job.batches, images_to_hold(job.resolution))
+    images = first_images(job.batches, max(LEAST_IMAGES, PIXELS // job.resolution**2))
     correct(model, reference, images, biases=biases, norms=norms)
     rounded = {}
     if section.reconstruct:
@@ -124,16 +132,14 @@ def float_reference(model: QuantizedCare) -> QuantizedCare:
 
 def first_images(batches: Batches, count: int) -> Tensor:
     """The first `count` calibration images, or all if there are fewer."""
-
-    def enough() -> Iterator[Tensor]:
-        missing = count
-        for images in batches():
-            yield images[:missing]
+    found, missing = [], count
+    with closing(batches()) as stream:
+        for images in stream:
+            found.append(images[:missing])
             missing -= len(images)
             if missing <= 0:
-                return
-
-    return torch.cat(list(islice(enough(), count)))
+                break
+    return torch.cat(found)
 
 
 def _rescaled(
@@ -160,12 +166,3 @@ def _rescaled(
         alphas[name] = None if chosen is None else chosen.alpha
         covariances[name] = seen[name].covariance()
     return alphas, covariances
-
-
-def _use_covariance(network: CompactCare, plan: Plan) -> None:
-    """Put the covariance form wherever an attention product will be an integer one."""
-    for decision in plan.decisions:
-        if decision.site.role in ATTENTION_PRODUCTS and decision.input.is_integer:
-            mixer = network.get_submodule(decision.site.name.rsplit(".", 2)[0])
-            assert isinstance(mixer, SlicedMixer)
-            mixer.core = CovarianceCore()

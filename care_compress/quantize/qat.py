@@ -14,7 +14,6 @@ from care_compress.files import fingerprint
 from care_compress.libraries import quiet
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
-from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.recipe.quantize import QatSection
 from care_compress.recipe.sections import WATCHING, TrainSection
@@ -99,30 +98,26 @@ class FollowFloat:
             taught = self.teacher.stage_outputs(images_BCHW)
             taught_BK = self.teacher.classify(taught[-1])
         logits_BK, features = model(images_BCHW)
-        loss = (1 - section.labels) * _divergence(logits_BK, taught_BK, section.temperature)
+        student, teacher = (
+            F.log_softmax(one.float() / section.temperature, dim=1)
+            for one in (logits_BK, taught_BK)
+        )
+        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        loss = (1 - section.labels) * (divergence * section.temperature**2)
         if section.labels:
             loss = loss + section.labels * F.cross_entropy(logits_BK, targets_BK)
         if section.features:
-            distances = [_distance(f, t) for f, t in zip(features, taught, strict=True)]
+            distances = [
+                (f.float() - t.float()).square().mean() / t.float().square().mean().clamp(min=1e-12)
+                for f, t in zip(features, taught, strict=True)
+            ]
             loss = loss + section.features * torch.stack(distances).mean()
         weight = section.dampening * (1 - math.cos(math.pi * progress)) / 2
         if weight:
-            student = model if isinstance(model, QuantizedCare) else model.module  # of DDP
-            assert isinstance(student, QuantizedCare)
-            loss = loss + weight * dampening(student)
+            simulated = model if isinstance(model, QuantizedCare) else model.module  # of DDP
+            assert isinstance(simulated, QuantizedCare)
+            loss = loss + weight * dampening(simulated)
         return Outcome(loss, logits_BK.detach())
-
-
-def _divergence(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
-    student = F.log_softmax(student_BK.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_BK.float() / temperature, dim=1)
-    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
-
-
-def _distance(student: Tensor, teacher: Tensor) -> Tensor:
-    squared = (student.float() - teacher.float()).square().mean()
-    return squared / teacher.float().square().mean().clamp(min=1e-12)
 
 
 def dampening(model: QuantizedCare) -> Tensor:
@@ -138,19 +133,20 @@ def dampening(model: QuantizedCare) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, plan: TrainSection) -> list[ParameterGroup]:
-    """Weights decay, the rest does not; what quantizers learn moves faster and stops earlier."""
+    """Parameters of a simulated model; `grouped` says how they are trained."""
     assert isinstance(model, QuantizedCare) and isinstance(plan, QatSection)
-    learned = [
-        parameter
-        for quantizer in model.quantizers()
-        if isinstance(quantizer, IntQuantizer)
-        for parameter in quantizer.parameters()
-        if parameter.requires_grad
-    ]
+    learned = [p for q in model.integers() for p in q.parameters() if p.requires_grad]
     apart = {id(parameter) for parameter in learned}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    return grouped(rest, learned, plan)
+
+
+def grouped(
+    network: list[nn.Parameter], quantizers: list[nn.Parameter], plan: QatSection
+) -> list[ParameterGroup]:
+    """Weights decay, the rest does not; what quantizers learn moves faster and stops earlier."""
     return [
-        ParameterGroup([p for p in rest if p.dim() > 1 and p.shape[1] > 1], plan.weight_decay),
-        ParameterGroup([p for p in rest if not (p.dim() > 1 and p.shape[1] > 1)]),
-        ParameterGroup(learned, rate=plan.scale_rate, until=plan.freeze_scales),
+        ParameterGroup([p for p in network if p.dim() > 1 and p.shape[1] > 1], plan.weight_decay),
+        ParameterGroup([p for p in network if not (p.dim() > 1 and p.shape[1] > 1)]),
+        ParameterGroup(quantizers, rate=plan.scale_rate, until=plan.freeze_scales),
     ]

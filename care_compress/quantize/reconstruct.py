@@ -48,19 +48,39 @@ def reconstruct(
     halves kept it.
     """
     learned, held_back = _divided(batches, section.images)
-    judge = _Judge(quantized, reference, held_back)
+    with torch.no_grad():
+        wanted_logits = reference(held_back)
+
+    @torch.no_grad()
+    def distance() -> float:
+        error = quantized(held_back) - wanted_logits
+        return float((error - error.mean(dim=0)).square().sum())  # the mean is mended later
+
     kept: dict[str, bool] = {}
-    halves = _halves(quantized)
+    least = distance()
+    names = dict.fromkeys(
+        decision.site.name.rsplit("_", 1)[0]
+        for decision in quantized.plan.decisions
+        if decision.site.branch in ("inter1", "inter2")
+        and decision.weight is not None
+        and decision.weight.is_integer
+        and decision.weight.width < 8
+    )
+    halves = {name: Half(quantized, name) for name in names}
     for number, (name, half) in enumerate(halves.items()):
         notify(f"learning to round, {number + 1} of {len(halves)}")
-        before = half.state()
+        before = [tensor.detach().clone() for tensor in half.tensors()]
         inputs = _collect(quantized, half.start.name, batches, learned)
         wanted = _collect(reference, half.end.name, batches, learned)
         generator = torch.Generator().manual_seed(seed * 1000 + STREAM + number)
         _learn(half, inputs, wanted, section, generator)
-        kept[name] = judge.is_better()
+        error = distance()
+        kept[name] = error < least
+        least = min(error, least)
         if not kept[name]:
-            half.restore(before)
+            with torch.no_grad():
+                for tensor, value in zip(half.tensors(), before, strict=True):
+                    tensor.copy_(value)
     return kept
 
 
@@ -75,105 +95,40 @@ def _divided(batches: Batches, wanted: int) -> tuple[int, Tensor]:
     return min(wanted, max(1, count - judged)), last[-judged:]
 
 
-class _Judge:
-    """Distance of the logits from float, on images that were held back."""
-
-    def __init__(
-        self, quantized: QuantizedCare, reference: QuantizedCare, images_BCHW: Tensor
-    ) -> None:
-        self.images = images_BCHW
-        self.quantized = quantized
-        with torch.no_grad():
-            self.wanted = reference(self.images)
-        self.least = self._error()
-
-    @torch.no_grad()
-    def _error(self) -> float:
-        error = self.quantized(self.images) - self.wanted
-        return float((error - error.mean(dim=0)).square().sum())  # the mean is mended later
-
-    def is_better(self) -> bool:
-        """Whether the network is nearer to float than it ever was."""
-        error = self._error()
-        better = error < self.least
-        self.least = min(error, self.least)
-        return better
-
-
 class Half:
     """One half of an interaction: the nodes from its input to its output, and what rounds in it."""
 
-    def __init__(self, quantized: QuantizedCare, start: Node, nodes: Sequence[Node]) -> None:
+    def __init__(self, quantized: QuantizedCare, name: str) -> None:
+        nodes = list(quantized.graph.graph.nodes)
+        own = [node for node in nodes if site_of(node).startswith(f"{name}_")]
+        start = next(a for a in own[0].all_input_nodes if a.op != "get_attr")
+        while start.op == "call_module":  # the quantizer of the first layer belongs to the half
+            start = start.all_input_nodes[0]
+        needed, waiting = {own[-1]}, [own[-1]]
+        while waiting:
+            for source in waiting.pop().all_input_nodes:
+                if source is not start and source not in needed:
+                    needed.add(source)
+                    waiting.append(source)
         self.quantized = quantized
         self.start = start
-        self.nodes = list(nodes)
+        self.nodes = [node for node in nodes if node in needed]
         self.end = self.nodes[-1]
         self.quantizers = {
             str(node.target): module
-            for node in nodes
+            for node in self.nodes
             if node.op == "call_module"
             and isinstance(module := quantized.graph.get_submodule(str(node.target)), IntQuantizer)
         }
 
-    def state(self) -> list[Tensor]:
-        """Copies of its weights, scales and zero points."""
-        return [tensor.detach().clone() for tensor in self._tensors()]
-
-    def restore(self, state: list[Tensor]) -> None:
-        """Put such copies back."""
-        with torch.no_grad():
-            for tensor, value in zip(self._tensors(), state, strict=True):
-                tensor.copy_(value)
-
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """Its weights, scales and zero points, and what is learned on top of these."""
         quantizers = list(self.quantizers.values())
         weights = [self.quantized.weight(q.site) for q in quantizers if q.operand == "weight"]
         return [
             *weights,
             *(t for q in quantizers for t in (q.scale, q.zero_point, q.gain, q.shift)),
         ]
-
-    @property
-    def rounding(self) -> dict[str, IntQuantizer]:
-        """The weights below 8 bits."""
-        return {
-            name: quantizer
-            for name, quantizer in self.quantizers.items()
-            if quantizer.operand == "weight" and quantizer.spec.width < 8
-        }
-
-    def module(self) -> GraphModule:
-        """The half as a network of its own; parameters and quantizers are shared."""
-        return _subgraph(self.quantized.graph, self.nodes, [self.start], self.end)
-
-
-def _halves(quantized: QuantizedCare) -> dict[str, Half]:
-    """Every half with low-bit weights, in order."""
-    nodes = list(quantized.graph.graph.nodes)
-    names = dict.fromkeys(
-        decision.site.name.rsplit("_", 1)[0]
-        for decision in quantized.plan.decisions
-        if decision.site.branch in ("inter1", "inter2")
-        and decision.weight is not None
-        and decision.weight.is_integer
-        and decision.weight.width < 8
-    )
-    return {name: _half(quantized, nodes, name) for name in names}
-
-
-def _half(quantized: QuantizedCare, nodes: list[Node], name: str) -> Half:
-    own = [node for node in nodes if site_of(node).startswith(f"{name}_")]
-    first = own[0]
-    start = next(a for a in first.all_input_nodes if a.op != "get_attr")
-    while start.op == "call_module":  # the quantizer of the first layer belongs to the half
-        start = start.all_input_nodes[0]
-    needed, waiting = {own[-1]}, [own[-1]]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source is not start and source not in needed:
-                needed.add(source)
-                waiting.append(source)
-    return Half(quantized, start, [node for node in nodes if node in needed])
 
 
 def _subgraph(
@@ -266,8 +221,15 @@ def _learn(
     section: ReconstructSection,
     generator: torch.Generator,
 ) -> None:
-    network = half.module()
-    roundings = _soften(network, half, section.drop, generator)
+    # A network of its own; parameters and quantizers are shared.
+    network = _subgraph(half.quantized.graph, half.nodes, [half.start], half.end)
+    roundings: dict[str, _SoftRounding] = {}
+    for name, quantizer in half.quantizers.items():
+        if quantizer.operand != "weight":
+            network.set_submodule(name, _Dropped(quantizer, section.drop, generator))
+        elif quantizer.spec.width < 8:
+            roundings[name] = _SoftRounding(quantizer, half.quantized.weight(quantizer.site))
+            network.set_submodule(name, roundings[name])
     gains = [q.gain for q in half.quantizers.values() if q.operand != "weight"]
     for quantizer in half.quantizers.values():
         quantizer.learn(quantizer.operand != "weight")
@@ -298,17 +260,3 @@ def _learn(
     for quantizer in half.quantizers.values():
         quantizer.learn(False)
         quantizer.settle()
-
-
-def _soften(
-    network: GraphModule, half: Half, drop: float, generator: torch.Generator
-) -> dict[str, _SoftRounding]:
-    """Put learnable roundings and dropped activations in the half's own copy of the graph."""
-    roundings: dict[str, _SoftRounding] = {}
-    for name, quantizer in half.quantizers.items():
-        if name in half.rounding:
-            roundings[name] = _SoftRounding(quantizer, half.quantized.weight(quantizer.site))
-            network.set_submodule(name, roundings[name])
-        elif quantizer.operand != "weight":
-            network.set_submodule(name, _Dropped(quantizer, drop, generator))
-    return roundings

@@ -18,7 +18,7 @@ from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.gelu import use_gelu
 from care_compress.quantize.placement import ROOT, QuantizedCare, replanned
 from care_compress.quantize.plan import ATTENTION_PRODUCTS, make_plan
-from care_compress.quantize.spec import Plan, TensorSpec
+from care_compress.quantize.spec import TensorSpec
 from care_compress.recipe.quantize import QuantizeSection, RuleSection
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.target import Target
@@ -33,15 +33,7 @@ SIGNED = 128
 def float_network(model: QuantizedCare, skeleton: CompactCare) -> CompactCare:
     """The network inside a quantized model: `skeleton` with its weights, rescaled and trained."""
     network = copy.deepcopy(skeleton)
-    prefix = f"{ROOT}."
-    network.load_state_dict(
-        {
-            name.removeprefix(prefix): value
-            for name, value in model.graph.state_dict().items()
-            if name.startswith(prefix)
-        },
-        strict=True,
-    )
+    network.load_state_dict(model.graph.get_submodule(ROOT).state_dict(), strict=True)
     return network
 
 
@@ -58,7 +50,9 @@ def retarget(
     for quantizer in moved.integers():
         source = found[quantizer.site, quantizer.operand]
         scale, zero_point = _range_in(source, quantizer.spec, len(quantizer.scale))
-        if _is_second_factor(quantizer, plan) and target.weights.reduce_range:
+        # Of an attention product, this activation stands in the place of a weight.
+        in_product = plan.of(quantizer.site).site.role in ATTENTION_PRODUCTS
+        if in_product and quantizer.operand == "right" and target.weights.reduce_range:
             zero_point = torch.where(zero_point == SIGNED, SIGNED - 1, zero_point)
         quantizer.set_qparams(scale, zero_point)
         if target.is_typed:
@@ -67,12 +61,6 @@ def retarget(
     if target.runtime == "onnxruntime":
         _round_biases(moved)
     return moved
-
-
-def _is_second_factor(quantizer: IntQuantizer, plan: Plan) -> bool:
-    """Whether it is the activation that a product has in place of a weight."""
-    role = plan.of(quantizer.site).site.role
-    return quantizer.operand == "right" and role in ATTENTION_PRODUCTS
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ real drop, bounded in number and minutes, and the best so far is what it ends wi
 import bisect
 import heapq
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Trial:
     within: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
     """What a search ends with."""
 
@@ -59,10 +59,6 @@ class Found:
     cost: float
     section: QuantizeSection  # with a rule for every searched site, so that it can be run again
     trials: list[Trial]
-
-    def trail(self) -> list[dict[str, float | int | bool]]:
-        """Every trial, in order, as plain data."""
-        return [asdict(trial) for trial in self.trials]
 
 
 @dataclass(frozen=True)
@@ -81,18 +77,23 @@ def search_bits(
     report: Callable[[Trial], None],
 ) -> Found:
     """Search as ``quantize.search`` says."""
-    assert section.search is not None
-    steps = _ordered_steps(job, section)
-    deadline = time.monotonic() + 60 * section.search.minutes
-    hunt = _Hunt(job, section, steps, max_drop, judge, report)
+    search = section.search
+    assert search is not None
+    steps = _ordered_steps(job, section, search)
+    deadline = time.monotonic() + 60 * search.minutes
+    hunt = _Hunt(job, section, search, steps, max_drop, judge, report)
 
     def may_go_on() -> bool:
-        assert section.search is not None
-        left = len(hunt.trials) < section.search.trials and time.monotonic() < deadline
-        return left and not hunt.reached(section.search.max_cost)
+        left = len(hunt.trials) < search.trials and time.monotonic() < deadline
+        reached = (
+            search.max_cost is not None
+            and hunt.best is not None
+            and hunt.best.cost <= search.max_cost
+        )
+        return left and not reached
 
     # low steps hold the budget; all steps down may, or as much of it as is asked for.
-    low, high = 0, hunt.steps_to_reach(section.search.max_cost)
+    low, high = 0, hunt.steps_to_reach()
     if hunt.try_steps(range(high)):
         return hunt.found()
     while high - low > 1 and may_go_on():
@@ -107,85 +108,73 @@ def search_bits(
     return hunt.found()
 
 
+@dataclass
 class _Hunt:
     """Tries networks and remembers the best."""
 
-    def __init__(
-        self,
-        job: PtqJob,
-        section: QuantizeSection,
-        steps: Sequence[Step],
-        max_drop: float,
-        judge: Judge,
-        report: Callable[[Trial], None],
-    ) -> None:
-        self.job = job
-        self.section = section
-        self.steps = steps
-        self.max_drop = max_drop
-        self.judge = judge
-        self.report = report
-        self.trials: list[Trial] = []
-        self._best: tuple[float, Quantized, QuantizeSection] | None = None
+    job: PtqJob
+    section: QuantizeSection
+    search: SearchSection
+    steps: Sequence[Step]
+    max_drop: float
+    judge: Judge
+    report: Callable[[Trial], None]
+    trials: list[Trial] = field(default_factory=list)
+    best: Found | None = None
 
-    def steps_to_reach(self, max_cost: float | None) -> int:
-        """The fewest steps, in order, that cost no more than this; all of them if none do."""
+    def after(self, numbers: Iterable[int]) -> QuantizeSection:
+        """The section after these steps."""
+        reached = {step.site: "float" for step in self.steps}
+        for number in numbers:
+            step = self.steps[number]
+            if LADDER.index(step.precision) > LADDER.index(reached[step.site]):
+                reached[step.site] = step.precision
+        return _with_precisions(self.section, reached)
+
+    def steps_to_reach(self) -> int:
+        """The fewest steps, in order, that cost no more than asked for; all if none do."""
+        max_cost = self.search.max_cost
         if max_cost is None:
             return len(self.steps)
-        counts = range(len(self.steps))
-        return bisect.bisect_left(counts, True, key=lambda n: self._cost_of(n) <= max_cost)
 
-    def reached(self, max_cost: float | None) -> bool:
-        """Whether the best so far costs no more than this."""
-        return max_cost is not None and self._best is not None and self._best[0] <= max_cost
+        def cheap_enough(count: int) -> bool:
+            plan = planned(self.job.network, self.after(range(count)), self.job.resolution)[1]
+            return _cost(plan, self.search) <= max_cost
 
-    def _cost_of(self, count: int) -> float:
-        section = _with_steps(self.section, self.steps, range(count))
-        assert self.section.search is not None
-        plan = planned(self.job.network, section, self.job.resolution)[1]
-        return _cost(plan, self.section.search)
+        return bisect.bisect_left(range(len(self.steps)), True, key=cheap_enough)
 
     def try_steps(self, numbers: Sequence[int]) -> bool:
         """Quantize with these steps taken; whether the drop is within the budget."""
-        section = _with_steps(self.section, self.steps, numbers)
+        section = self.after(numbers)
         made = quantize_network(self.job, section)
-        assert self.section.search is not None
-        cost = _cost(made.model.plan, self.section.search)
+        cost = _cost(made.model.plan, self.search)
         drop = self.judge(made.model)
         trial = Trial(len(numbers), cost, drop, drop <= self.max_drop)
         self.trials.append(trial)
         self.report(trial)
-        if trial.within and (self._best is None or cost < self._best[0]):
-            self._best = (cost, made, section)
+        if trial.within and (self.best is None or cost < self.best.cost):
+            self.best = Found(made, cost, section, self.trials)
         return trial.within
 
     def found(self) -> Found:
         """The cheapest network within the budget; if there is none, 8 bits, and then float."""
         first = [n for n, step in enumerate(self.steps) if step.precision == LADDER[1]]
         for steps in (first, []):
-            if self._best is None:
+            if self.best is None:
                 self.try_steps(steps)
-        if self._best is None:
+        if self.best is None:
             raise RecipeError(
                 f"what the search may not change already loses {self.trials[-1].drop:.2f} points, "
                 f"more than budget.max_top1_drop {self.max_drop}.",
                 "leave attention, residual_add and fp16 sites in float, or raise the budget",
             )
-        cost, made, section = self._best
-        return Found(made, cost, section, self.trials)
+        return self.best
 
 
-def _with_steps(
-    section: QuantizeSection, steps: Sequence[Step], numbers: Sequence[int]
-) -> QuantizeSection:
-    """The section with a rule for every searched site, after these steps."""
-    reached = {step.site: "float" for step in steps}
-    for number in numbers:
-        step = steps[number]
-        if LADDER.index(step.precision) > LADDER.index(reached[step.site]):
-            reached[step.site] = step.precision
+def _with_precisions(section: QuantizeSection, precisions: Mapping[str, str]) -> QuantizeSection:
+    """The section with a rule for every searched site."""
     rules = []
-    for site, precision in reached.items():
+    for site, precision in precisions.items():
         weight, input_ = TENSORS[precision]
         if precision == "w4a4" and site.endswith(DEPTHWISE):
             input_ = TensorSection(bits=4)  # per channel, where clipping only loses
@@ -199,17 +188,27 @@ def _cost(plan: Plan, search: SearchSection) -> float:
     return float(sum(decision.bit_operations for decision in plan.decisions))
 
 
-def _ordered_steps(job: PtqJob, section: QuantizeSection) -> list[Step]:
+def _ordered_steps(job: PtqJob, section: QuantizeSection, search: SearchSection) -> list[Step]:
     """Every site's way down the precisions, most saving for the least noise first."""
-    plan = planned(job.network, section, job.resolution)[1]
-    precisions = _precisions(section)
-    sites = [
-        decision.site.name
-        for decision in plan.decisions
-        if decision.site.weighted and decision.input.is_integer
-    ]
+    # The precisions that the target executes.
+    precisions = list(LADDER)
+    if section.target is not None:
+        able = load_target(section.target).weights.bits
+        precisions = [
+            name
+            for name, (weight, input_) in TENSORS.items()
+            if input_.bits in ("float", 8) and weight.bits in ("float", *able)
+        ]
+    decisions = planned(job.network, section, job.resolution)[1].decisions
+    sites = [d.site.name for d in decisions if d.site.weighted and d.input.is_integer]
     noise = {precision: _noises(job, section, sites, precision) for precision in precisions[1:]}
-    costs = {precision: _site_costs(job, section, sites, precision) for precision in precisions}
+    costs: dict[str, dict[str, float]] = {}
+    for precision in precisions:
+        alike = _with_precisions(section, dict.fromkeys(sites, precision))
+        costs[precision] = {
+            d.site.name: d.energy_pj if search.cost == "energy" else float(d.bit_operations)
+            for d in planned(job.network, alike, job.resolution)[1].decisions
+        }
 
     def price(site: str, level: int) -> float:
         """Noise added per cost saved by going from the level above to this one."""
@@ -229,30 +228,14 @@ def _ordered_steps(job: PtqJob, section: QuantizeSection) -> list[Step]:
     return steps
 
 
-def _precisions(section: QuantizeSection) -> list[str]:
-    """The precisions that the target executes."""
-    if section.target is None:
-        return list(LADDER)
-    return [
-        name
-        for name in LADDER
-        if TENSORS[name][1].bits in ("float", 8)
-        and TENSORS[name][0].bits in ("float", *load_target(section.target).weights.bits)
-    ]
-
-
-def _all_at(section: QuantizeSection, sites: Sequence[str], precision: str) -> QuantizeSection:
-    steps = [Step(site, precision) for site in sites]
-    return _with_steps(section, steps, range(len(steps)))
-
-
 @torch.inference_mode()
 def _noises(
     job: PtqJob, section: QuantizeSection, sites: Sequence[str], precision: str
 ) -> dict[str, float]:
     """Squared logit error of each site alone at this precision."""
     quick = {"reconstruct": None, "bias_correction": False, "norm_reestimation": False}
-    plain = _all_at(section, sites, precision).model_copy(update=quick)
+    alike = _with_precisions(section, dict.fromkeys(sites, precision))
+    plain = alike.model_copy(update=quick)
     model = quantize_network(job, plain).model
     images: Sequence[Tensor] = torch.split(first_images(job.batches, NOISE_IMAGES), BATCH)
     model.enable(False)
@@ -262,16 +245,3 @@ def _noises(
         only(model, {site})
         found[site] = float((logits_of(model, images) - wanted).double().square().mean())
     return found
-
-
-def _site_costs(
-    job: PtqJob, section: QuantizeSection, sites: Sequence[str], precision: str
-) -> dict[str, float]:
-    assert section.search is not None
-    plan = planned(job.network, _all_at(section, sites, precision), job.resolution)[1]
-    energy = section.search.cost == "energy"
-    decisions = {decision.site.name: decision for decision in plan.decisions}
-    return {
-        site: decisions[site].energy_pj if energy else float(decisions[site].bit_operations)
-        for site in sites
-    }

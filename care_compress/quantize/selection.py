@@ -75,7 +75,7 @@ class CalibrationSet:
 
 
 def digests_of(samples: Samples, index: int) -> tuple[str, int]:
-    """Of the pixels, the same for a folder, a zip and a parquet file; and of the stored bytes."""
+    """Digests of the pixels, alike in a folder, a zip and a parquet file, and of stored bytes."""
     read, stored = samples.hashed(index)
     image = read.convert("RGB")
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
@@ -106,7 +106,6 @@ def select_images(
     if len(samples) == 0:
         raise CalibrationError("the training split is empty.", "check data.source")
     count = min(section.images, len(samples))
-    noted = BadImages() if bad is None else bad
     if section.method == "random":
         order = rng.permutation(len(samples))
     elif section.method == "stratified":
@@ -115,18 +114,6 @@ def select_images(
         pool = np.sort(rng.permutation(len(samples))[: POOL * count])
         decoded, found = features(pool.tolist())
         order = decoded[_diverse(found, min(count, len(decoded)), rng)]
-    return _first_good(samples, order, count, section.method, skip_bad, noted)
-
-
-def _first_good(
-    samples: Samples,
-    order: NDArray[np.int64],
-    count: int,
-    method: str,
-    skip_bad: bool,
-    bad: BadImages,
-) -> CalibrationSet:
-    """The first `count` images in this order that can be decoded."""
     chosen: dict[int, tuple[str, int]] = {}
     for index in (int(i) for i in order):
         if len(chosen) == count:
@@ -136,11 +123,12 @@ def _first_good(
         except BadImageError as error:
             if not skip_bad:
                 raise
-            bad.reasons[samples.name(index)] = error.message
+            if bad is not None:
+                bad.reasons[samples.name(index)] = error.message
     if not chosen:
         raise CalibrationError("no training image can be decoded.", "check data.source")
     pixels, stored = zip(*chosen.values(), strict=True)
-    return CalibrationSet(samples, tuple(chosen), pixels, method, stored)
+    return CalibrationSet(samples, tuple(chosen), pixels, section.method, stored)
 
 
 def deep_features(network: CompactCare, samples: Samples, data: DataSection) -> Features:
@@ -180,16 +168,9 @@ def _diverse(features_NC: Tensor, count: int, rng: np.random.Generator) -> NDArr
     score = (features_NC.norm(dim=1) - features_NC.norm(dim=1).mean()).abs()
     keep = max(count, round(len(score) * (1 - OUTLIERS)))
     inside = score.argsort(stable=True)[:keep].sort().values
-    clusters = max(1, count // PER_CLUSTER)
-    groups = _k_means(features[inside], clusters, rng)
-    ordered: NDArray[np.int64] = inside.numpy()[_equal_order(groups, rng)]
-    return ordered
-
-
-def _k_means(points: Tensor, clusters: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Cluster of every point (Lloyd's iteration from random points)."""
-    first = rng.permutation(len(points))[:clusters]
-    centres = points[torch.from_numpy(first)].clone()
+    points, clusters = features[inside], max(1, count // PER_CLUSTER)
+    # k-means: Lloyd's iteration from random points.
+    centres = points[torch.from_numpy(rng.permutation(len(points))[:clusters])].clone()
     nearest = torch.zeros(len(points), dtype=torch.int64)
     for _ in range(ITERATIONS):
         nearest = torch.cdist(points, centres).argmin(dim=1)
@@ -197,8 +178,8 @@ def _k_means(points: Tensor, clusters: int, rng: np.random.Generator) -> NDArray
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         full = sizes > 0
         centres[full] = sums[full] / sizes[full, None]
-    groups: NDArray[np.int64] = nearest.numpy()
-    return groups
+    ordered: NDArray[np.int64] = inside.numpy()[_equal_order(nearest.numpy(), rng)]
+    return ordered
 
 
 def write_list(path: Path, chosen: CalibrationSet) -> None:

@@ -5,7 +5,8 @@ two disagree, errors add up or cancel. Every finished site is written at once, s
 measurement goes on where it stopped, and nothing is measured twice for the same content.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,11 @@ def measure_sensitivity(
     model.enable(False)
     float_logits = logits_of(model, images)
     sites = quantized_sites(model)
-    done = _read(cache, key)
+    done: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent, or damaged
+        content = read_json(cache)
+        if content["key"] == key:  # else it is of another model, or other images
+            done = dict(content["sites"])
     for site in sites:
         if site not in done:
             found = {}
@@ -88,22 +93,8 @@ def measure_sensitivity(
             write_text(cache, json_text(content, indent=1))
         progress(1)
     model.enable(True)
-    return hardest_first(done)
-
-
-def hardest_first(done: Mapping[str, Mapping[str, Any]]) -> list[Sensitivity]:
-    """By the SQNR that a site alone leaves, lowest first."""
-    found = [
+    measured = [
         Sensitivity(site, Effect(**effects["alone"]), Effect(**effects["left_out"]))
         for site, effects in done.items()
     ]
-    return sorted(found, key=lambda sensitivity: sensitivity.alone.sqnr_db)
-
-
-def _read(cache: Path, key: str) -> dict[str, Any]:
-    """Sites already measured for this content; none if the file is of another or damaged."""
-    try:
-        content = read_json(cache)
-        return dict(content["sites"]) if content["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return sorted(measured, key=lambda one: one.alone.sqnr_db)

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from types import UnionType
 
 import torch
 from torch import nn
@@ -40,46 +40,40 @@ _IN_BLOCK = {
     "add": ("block", "residual_add"),
 }
 _PLACE = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)\.(.+)|downsample\.\d+)$")
+_counts: Latest[dict[str, int]] = Latest(64)
 
 
 def find_sites(model: CompactCare, resolution: int) -> tuple[Site, ...]:
     """Every quantizable operation, in the order of the forward pass."""
     macs = _macs_by_module(model, resolution)
-    return tuple(
-        _site(name, module, macs.get(name, 0), _behind_norm(model, name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | Product | Sum)
-    )
-
-
-def _behind_norm(model: CompactCare, name: str) -> bool:
-    """Whether the input comes from a pre-norm that has not been folded away."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    leaf = name.rpartition(".")[2]
-    norm = getattr(parent, "0" if leaf == "1" else leaf.replace("fc1", "norm"), None)
-    return isinstance(norm, nn.BatchNorm2d | ChannelAffine | Rotation)
-
-
-def _site(name: str, module: nn.Module, macs: int, prescaled: bool) -> Site:
-    stage, block, branch, role = _place(name)
-    weighted = isinstance(module, nn.Conv2d | nn.Linear)
-    channels = 0
-    if isinstance(module, nn.Conv2d):
-        channels = module.in_channels // module.groups
-    elif isinstance(module, nn.Linear):
-        channels = module.in_features
-    return Site(
-        name=name,
-        role=role,
-        stage=stage,
-        block=block,
-        branch=branch,
-        macs=macs,
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        channels=channels,
-        prescaled=prescaled,
-        weighted=weighted,
-    )
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear | Product | Sum):
+            continue
+        stage, block, branch, role = _place(name)
+        channels = 0
+        if isinstance(module, nn.Conv2d):
+            channels = module.in_channels // module.groups
+        elif isinstance(module, nn.Linear):
+            channels = module.in_features
+        parent, _, leaf = name.rpartition(".")
+        before = "0" if leaf == "1" else leaf.replace("fc1", "norm")
+        norm = getattr(model.get_submodule(parent), before, None)
+        site = Site(
+            name=name,
+            role=role,
+            stage=stage,
+            block=block,
+            branch=branch,
+            macs=macs.get(name, 0),
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            channels=channels,
+            # By a pre-norm that has not been folded away.
+            prescaled=isinstance(norm, nn.BatchNorm2d | ChannelAffine | Rotation),
+            weighted=isinstance(module, nn.Conv2d | nn.Linear),
+        )
+        found.append(site)
+    return tuple(found)
 
 
 def _place(name: str) -> tuple[int | None, int | None, str | None, str]:
@@ -100,54 +94,41 @@ def _place(name: str) -> tuple[int | None, int | None, str | None, str]:
 def kept_in_float(model: CompactCare, resolution: int) -> tuple[Kept, ...]:
     """What no rule can quantize, and why."""
     modules = list(model.modules())
-    attention = sum(isinstance(module, AttentionCore) for module in modules)
-    norms = sum(isinstance(module, ChannelAffine | nn.BatchNorm2d) for module in modules)
-    turning = 0
-    if any(isinstance(module, Rotation) for module in modules):
-        macs = _macs_by_module(model, resolution)
-        turning = sum(
-            macs.get(name, 0)
-            for name, module in model.named_modules()
-            if isinstance(module, Rotation)
-        )
-    return tuple(_kept(model, modules, attention, norms, turning))
 
+    def count(kinds: type | UnionType) -> int:
+        return sum(isinstance(module, kinds) for module in modules)
 
-def _kept(
-    model: CompactCare, modules: list[nn.Module], attention: int, norms: int, turning: int
-) -> Iterator[Kept]:
-    if norms:
+    kept = []
+    if norms := count(ChannelAffine | nn.BatchNorm2d):
         why = "one multiply-add per channel in front of a quantize, which it fuses into"
-        yield Kept("pre-norm scale and shift", norms, why)
-    interactions = sum(isinstance(module, Interaction) for module in modules)
-    yield Kept("GELU", 2 * interactions, "element-wise, in the epilogue of a conv")
-    rotations = sum(isinstance(module, Rotation) for module in modules)
-    if rotations:
+        kept.append(Kept("pre-norm scale and shift", norms, why))
+    kept.append(Kept("GELU", 2 * count(Interaction), "element-wise, in the epilogue of a conv"))
+    if rotations := count(Rotation):
+        macs = _macs_by_module(model, resolution)
+        turning = sum(macs.get(n, 0) for n, m in model.named_modules() if isinstance(m, Rotation))
         why = "what it spreads would not fit the integers"
-        yield Kept("Hadamard rotation", rotations, why, turning)
-    if attention:
+        kept.append(Kept("Hadamard rotation", rotations, why, turning))
+    if attention := count(AttentionCore):
         why = "exp and division: 8 bits of the divisor cost 14 dB"
-        yield Kept("attention feature map and normaliser", attention, why)
+        kept.append(Kept("attention feature map and normaliser", attention, why))
     if isinstance(model.pool, GlobalMean | PooledDepthwise):
-        yield Kept("global pool, GELU, LayerNorm", 1, "one vector per image; 0.1 % of the work")
-
-
-_counts: Latest[dict[str, int]] = Latest(64)
+        why = "one vector per image; 0.1 % of the work"
+        kept.append(Kept("global pool, GELU, LayerNorm", 1, why))
+    return tuple(kept)
 
 
 def _macs_by_module(model: CompactCare, resolution: int) -> dict[str, int]:
     """MACs of one image, by module; counted on shapes alone, and once for every structure."""
-    structure = (resolution, *structure_of(model))
-    return _counts.of(structure, lambda: _count_macs(model, resolution))
 
+    def counted() -> dict[str, int]:
+        shadow = copy.deepcopy(model).to("meta").eval()
+        image = torch.zeros(1, 3, resolution, resolution, device="meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            shadow(image)
+        root = type(shadow).__name__ + "."
+        return {
+            module.removeprefix(root): sum(counts.values()) // 2
+            for module, counts in flops.get_flop_counts().items()
+        }
 
-def _count_macs(model: CompactCare, resolution: int) -> dict[str, int]:
-    shadow = copy.deepcopy(model).to("meta").eval()
-    image = torch.zeros(1, 3, resolution, resolution, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        shadow(image)
-    root = type(shadow).__name__ + "."
-    return {
-        module.removeprefix(root): sum(counts.values()) // 2
-        for module, counts in flops.get_flop_counts().items()
-    }
+    return _counts.of((resolution, *structure_of(model)), counted)

@@ -4,6 +4,7 @@ A `Site` is one operation that can run in integers. A `TensorSpec` says what one
 becomes; a `Decision` holds both for a site, with the rules that decided; a `Plan` is all of them.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +39,7 @@ class TensorSpec:
 
     @property
     def is_integer(self) -> bool:
-        """Multiplied as integers, not as some float."""
+        """Whether it is multiplied as integers, not as some float."""
         return isinstance(self.bits, int)
 
     @property
@@ -129,7 +130,7 @@ class Decision:
     def energy_pj(self) -> float:
         """Estimate for the site's MACs; below 8 bits by the product of the widths."""
         left = self.weight or self.input
-        if left.is_integer and self.input.is_integer:
+        if self.in_integers:
             multiply = INT8_MULTIPLY_PJ * left.width * self.input.width / 64
             return self.site.macs * (multiply + INT32_ADD_PJ)
         # A product runs in the wider of its two types: int weights are expanded first.
@@ -167,19 +168,13 @@ class Plan:
         return next(decision for decision in self.decisions if decision.site.name == name)
 
     @property
-    def reduces_range(self) -> bool:
-        """Whether 8-bit weights stay in -64..63."""
-        weights = (decision.weight for decision in self.decisions)
-        return any(weight is not None and weight.reduced for weight in weights)
-
-    @property
     def macs(self) -> int:
-        """Of all sites, and of what is float by nature."""
+        """MACs of all sites, and of what is float by nature."""
         return sum(decision.site.macs for decision in self.decisions) + self.kept_macs
 
     @property
     def kept_macs(self) -> int:
-        """Of what is float by nature."""
+        """MACs of what is float by nature."""
         return sum(kept.macs for kept in self.kept)
 
     @property
@@ -190,10 +185,10 @@ class Plan:
 
     def macs_by_precision(self) -> dict[str, int]:
         """MACs for each precision, most first."""
-        totals: dict[str, int] = {}
+        totals = Counter[str]()
         for decision in self.decisions:
             if decision.site.macs:
-                totals[decision.precision] = totals.get(decision.precision, 0) + decision.site.macs
+                totals[decision.precision] += decision.site.macs
         if self.kept_macs:
-            totals["float"] = totals.get("float", 0) + self.kept_macs
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+            totals["float"] += self.kept_macs
+        return dict(totals.most_common())

@@ -1,24 +1,28 @@
-"""The quantize stages: calibration images, PTQ with the search for bits, QAT, by either backend.
+"""The quantize stages: calibration images, PTQ with the search for bits, QAT, sensitivity.
 
 They make models and score none: what has to be judged on the way is judged by functions handed in.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from rich.markup import escape
+from rich.table import Table
 
-from care_compress.console import step_line
-from care_compress.data.loader import images_at_once, pixel_batches
+from care_compress.console import progress_bar, step_line
+from care_compress.data.loader import images_at_once, pixel_batches, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import open_samples
-from care_compress.files import digest_of, model_files, sha256_file
+from care_compress.errors import RecipeError
+from care_compress.files import digest_of, fingerprint, model_files, sha256_file
 from care_compress.machine import installed_versions
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
-from care_compress.quantize.artifact import load_quantized, quantized_section, save_quantized
+from care_compress.quantize.artifact import load_saved, save_quantized
 from care_compress.quantize.calibrate import Batches
 from care_compress.quantize.health import IMAGES, Health, read_health, share_cut
 from care_compress.quantize.nncf_ptq import (
@@ -29,11 +33,12 @@ from care_compress.quantize.nncf_ptq import (
 )
 from care_compress.quantize.nncf_qat import train_openvino
 from care_compress.quantize.placement import QuantizedCare
-from care_compress.quantize.plots import plot_trials
+from care_compress.quantize.plots import plot_sensitivity, plot_trials, short_name
 from care_compress.quantize.ptq import PtqJob, first_images, quantize_network
 from care_compress.quantize.qat import train_quantized
 from care_compress.quantize.search import Found, Trial, search_bits
 from care_compress.quantize.selection import CalibrationSet, deep_features, read_list, select_images
+from care_compress.quantize.sensitivity import Sensitivity, measure_sensitivity, quantized_sites
 from care_compress.recipe.quantize import NncfSection, QatSection, QuantizeSection
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
@@ -44,6 +49,8 @@ from care_compress.train.stage import training_in
 # How each backend keeps its models.
 MODEL_FILES = {"torchao": "model.safetensors", "nncf": "model.xml"}
 CALIBRATION_FILE = "calibration.json"
+SITE_BATCH = 64  # of the images that every site is measured on
+SHOWN_SITES = 15  # the hardest; the JSON has all
 UNITS = {"bit_operations": "bit operations of one image", "energy": "energy of one image (mJ)"}
 # A simulation, and on how many validation images; its top-1 drop in points.
 Judge = Callable[[QuantizedCare, int], float]
@@ -61,11 +68,12 @@ def quantized(
     world, path = context.world, context.run.path / "ptq" / MODEL_FILES[section.backend]
 
     def make() -> None:
+        images = _calibration(context, recipe, section, chosen)
         with context.stage("ptq"):
             if section.backend == "nncf":
-                _ptq_by_nncf(context, recipe, section, compact, chosen, validation, path)
+                _ptq_by_nncf(context, recipe, section, compact, images, validation, path)
             else:
-                _ptq_by_torchao(context, recipe, section, compact, chosen, judge, path)
+                _ptq_by_torchao(context, recipe, section, compact, images.batches, judge, path)
         _record_model(context, path)
 
     if world.is_main:
@@ -102,18 +110,19 @@ def trained_quantized(
             if section.backend == "nncf":
                 # From the calibration images, not PTQ's file: an OpenVINO model cannot be trained.
                 nncf = section.nncf or NncfSection()
-                calibration = _counted(context, recipe, section, read_list(listed, samples))
+                images = _calibration(context, recipe, section, read_list(listed, samples))
                 progress = train_openvino(
-                    compact, qat, nncf, section.full_range, calibration, training, path
+                    compact, qat, nncf, section.full_range, images, training, path
                 )
             else:
-                model, progress = train_quantized(load_quantized(start), compact, qat, training)
+                saved = load_saved(start)
+                model, progress = train_quantized(saved.model, compact, qat, training)
                 if context.world.is_main:
-                    save_quantized(model, quantized_section(start), recipe.rewrite, path)
+                    save_quantized(model, saved.section, recipe.rewrite, path)
                     # The channels were watched in the float model, which training leaves behind.
                     health = read_health(start.with_name("health.json")) or Health()
-                    batches = _passes(context, recipe, section, read_list(listed, samples))
-                    _keep_health(context, model, health, batches, path)
+                    images = _calibration(context, recipe, section, read_list(listed, samples))
+                    _keep_health(context, model, health, images.batches, path)
         if context.world.is_main:
             _record_model(context, path)
             context.run.write_json("qat/history.json", {"validations": progress.history})
@@ -140,7 +149,7 @@ def made_from_network(section: QuantizeSection, compact: CompactCare) -> dict[st
 def calibration_images(
     context: RunContext, recipe: Recipe, section: QuantizeSection, compact: CompactCare
 ) -> CalibrationSet:
-    """Choose them, and write the list into the run; read from there, whoever wrote it."""
+    """Choose images and write the list into the run; it is read from there, whoever wrote it."""
     samples = open_samples(recipe.data, "train")
 
     def choose() -> None:
@@ -168,16 +177,73 @@ def calibration_images(
     return read_list(context.run.path / CALIBRATION_FILE, samples)
 
 
-def ptq_job(
+def measure_sites(
     context: RunContext,
     recipe: Recipe,
     section: QuantizeSection,
     compact: CompactCare,
-    chosen: CalibrationSet,
-) -> PtqJob:
-    """PTQ of this network on these images."""
-    batches = _passes(context, recipe, section, chosen)
-    return PtqJob(compact, recipe.data.resolution, recipe.seed, batches)
+    validation: Samples,
+    count: int,
+) -> list[Sensitivity]:
+    """Measure every site of the PTQ result on `count` evenly spaced validation images."""
+    run, console = context.run, context.console
+    chosen = calibration_images(context, recipe, section, compact)
+    # Corrections and learned rounding mend the error of all sites at once: with them in, switching
+    # a site off would not lead back to the float model.
+    plain = section.model_copy(
+        update={"bias_correction": False, "norm_reestimation": False, "reconstruct": None}
+    )
+    calibration = _calibration(context, recipe, plain, chosen)
+    job = PtqJob(compact, recipe.data.resolution, recipe.seed, calibration.batches)
+    model = quantize_network(job, plain).model
+    sites = quantized_sites(model)
+    if not sites:
+        raise RecipeError(f"{recipe.name} quantizes no site.", "add a rule with integer bits")
+    # Held in memory: every site sees them twice.
+    indices = spread_indices(len(validation), count)
+    loaded = prepared_batches(validation, recipe.data, SITE_BATCH, bad=context.bad, indices=indices)
+    with contextlib.closing(loaded):
+        batches = list(loaded)
+    images, labels = [one.images for one in batches], torch.cat([one.labels for one in batches])
+    key = fingerprint(
+        {
+            "model": state_digest(model.state_dict()),
+            "plan": [str(decision) for decision in model.plan.decisions],
+            "images": validation.content_digest(),
+            "data": recipe.data.model_dump(mode="json", exclude={"workers"}),
+            "count": len(labels),
+        }
+    )
+    measured, plot = run.path / "sensitivity.json", run.path / "sensitivity.svg"
+    with progress_bar(console, "sites", len(sites)) as advance:
+        found = measure_sensitivity(model, images, labels, measured, key, advance)
+    run.record_output(measured)
+    plot_sensitivity(found, plot)
+    run.record_output(plot)
+    console.print(sensitivity_table(found, len(labels)))
+    console.print(
+        f"all {len(found)} sites: {escape(str(measured))}, plot: {escape(str(plot))}",
+        soft_wrap=True,
+    )
+    return found
+
+
+def sensitivity_table(found: list[Sensitivity], images: int) -> Table:
+    """The hardest sites."""
+    table = Table(title=f"Hardest sites, {images:,} validation images", title_justify="left")
+    table.add_column("site", no_wrap=True)
+    for column in ("alone", "KL", "top-1", "left out", "top-1"):
+        table.add_column(column, justify="right")
+    for one in found[:SHOWN_SITES]:
+        table.add_row(
+            short_name(one.site),
+            f"{one.alone.sqnr_db:.1f} dB",
+            f"{one.alone.kl:.1e}",
+            f"{-one.alone.top1:+.2f}",
+            f"{one.left_out.sqnr_db:.1f} dB",
+            f"{-one.left_out.top1:+.2f}",
+        )
+    return table
 
 
 def _ptq_by_torchao(
@@ -185,11 +251,11 @@ def _ptq_by_torchao(
     recipe: Recipe,
     section: QuantizeSection,
     compact: CompactCare,
-    chosen: CalibrationSet,
+    batches: Batches,
     judge: Judge,
     path: Path,
 ) -> None:
-    job = ptq_job(context, recipe, section, compact, chosen)
+    job = PtqJob(compact, recipe.data.resolution, recipe.seed, batches)
     if section.search is not None:
         found = _searched(context, recipe, section, job, judge)
         made, section = found.quantized, found.section
@@ -201,7 +267,7 @@ def _ptq_by_torchao(
         where = escape(str(path.parent / "tuning.json"))
         context.console.print(f"{made.tuning}: {where}", soft_wrap=True, highlight=False)
     save_quantized(made.model.cpu(), section, recipe.rewrite, path)
-    _keep_health(context, made.model, made.health, job.batches, path)
+    _keep_health(context, made.model, made.health, batches, path)
 
 
 def _searched(
@@ -221,7 +287,8 @@ def _searched(
 
     console.print("measuring every site at every precision")
     found = search_bits(job, section, max_drop, lambda model: judge(model, search.images), show)
-    context.run.write_json("ptq/trials.json", {"cost": search.cost, "trials": found.trail()})
+    trials = [asdict(trial) for trial in found.trials]
+    context.run.write_json("ptq/trials.json", {"cost": search.cost, "trials": trials})
     picture = context.run.path / "ptq" / "trials.svg"
     plot_trials(found.trials, max_drop, UNITS[search.cost], picture)
     context.run.record_output(picture)
@@ -239,13 +306,20 @@ def _ptq_by_nncf(
     recipe: Recipe,
     section: QuantizeSection,
     compact: CompactCare,
-    chosen: CalibrationSet,
+    calibration: Calibration,
     validation: Samples,
     path: Path,
 ) -> None:
-    nncf = section.nncf or NncfSection()
-    control = _accuracy_control(context, recipe, validation) if nncf.accuracy_control else None
-    calibration = _counted(context, recipe, section, chosen)
+    nncf, control = section.nncf or NncfSection(), None
+    if nncf.accuracy_control:
+        # Evenly spaced, and kept as pixels: the search looks at them many times.
+        wanted = min(CONTROL_IMAGES, recipe.evaluate.images or CONTROL_IMAGES)
+        indices = spread_indices(len(validation), wanted)
+        size = images_at_once(recipe.evaluate.batch_size, context.world.device)
+        batches = pixel_batches(validation, recipe.data, indices, size, context.bad)
+        items = [(batch.images, batch.labels) for batch in batches]
+        assert recipe.budget.max_top1_drop is not None  # the recipe's own check
+        control = AccuracyControl(recipe.budget.max_top1_drop, items, recipe.data)
     with step_line(context.console) as notify:
         notify("NNCF is quantizing")
         quantize_openvino(
@@ -253,30 +327,13 @@ def _ptq_by_nncf(
         )
 
 
-def _accuracy_control(context: RunContext, recipe: Recipe, validation: Samples) -> AccuracyControl:
-    """Evenly spaced validation images, kept as pixels: the search looks at them many times."""
-    wanted = min(CONTROL_IMAGES, recipe.evaluate.images or CONTROL_IMAGES)
-    indices = spread_indices(len(validation), wanted)
-    size = images_at_once(recipe.evaluate.batch_size, context.world.device)
-    batches = pixel_batches(validation, recipe.data, indices, size, context.bad)
-    items = [(batch.images, batch.labels) for batch in batches]
-    assert recipe.budget.max_top1_drop is not None  # the recipe's own check
-    return AccuracyControl(recipe.budget.max_top1_drop, items, recipe.data)
-
-
-def _passes(
-    context: RunContext, recipe: Recipe, section: QuantizeSection, chosen: CalibrationSet
-) -> Batches:
-    """What starts a pass over the calibration images."""
-    size = section.calibrate.batch_size
-    return lambda: chosen.batches(recipe.data, size, context.world.device)
-
-
-def _counted(
+def _calibration(
     context: RunContext, recipe: Recipe, section: QuantizeSection, chosen: CalibrationSet
 ) -> Calibration:
-    count = math.ceil(len(chosen.indices) / section.calibrate.batch_size)
-    return Calibration(_passes(context, recipe, section, chosen), count)
+    """What starts a pass over the calibration images, and of how many batches."""
+    size = section.calibrate.batch_size
+    count = math.ceil(len(chosen.indices) / size)
+    return Calibration(lambda: chosen.batches(recipe.data, size, context.world.device), count)
 
 
 def _record_model(context: RunContext, path: Path) -> None:

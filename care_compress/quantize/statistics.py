@@ -1,6 +1,7 @@
 """What flows into each 1x1: channel ranges and a small sample of rows, in one streaming pass."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,22 +15,46 @@ ROWS = 2048  # sampled rows per layer, over all images; what the search for alph
 ROWS_PER_IMAGE = 4
 
 
+@contextlib.contextmanager
+def watching(
+    modules: Iterable[nn.Module], hook: Callable[[nn.Module, tuple[Tensor, ...]], None]
+) -> Generator[None]:
+    """Call `hook` with a module and its inputs whenever one of these runs within the block."""
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
-class InputStatistics:
-    """Of one layer's input: per channel the smallest and largest value, and sampled rows."""
+class ChannelRange:
+    """The smallest and the largest value of every channel, over all batches."""
 
     low: Tensor | None = None  # (C,)
     high: Tensor | None = None  # (C,)
+
+    def widen(self, x: Tensor) -> None:
+        """Take in one batch; channels are its second dimension."""
+        reduced = extremes(x)
+        others = [dim for dim in range(reduced.dim()) if dim != 1]
+        low, high = reduced.amin(dim=others), reduced.amax(dim=others)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+
+@dataclass
+class InputStatistics(ChannelRange):
+    """Of one layer's input: the range of every channel, and sampled rows."""
+
     rows: list[Tensor] = field(default_factory=list)  # each (n, C * kernel positions)
     images: int = 0  # seen so far
     every: int = 1  # of the rows drawn, this many make one kept
 
     def add(self, layer: nn.Conv2d, x_BCHW: Tensor) -> None:
         """Take in one batch."""
-        reduced = extremes(x_BCHW)
-        low, high = reduced.amin(dim=(0, 2, 3)), reduced.amax(dim=(0, 2, 3))
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.widen(x_BCHW)
         # Copies: a view of every other row would keep all of them, and with many images the memory.
         self.rows.append(_rows(layer, x_BCHW, self.images)[:: self.every].clone())
         self.images += len(x_BCHW)
@@ -42,7 +67,7 @@ class InputStatistics:
         return torch.cat(self.rows)
 
     def rescaled(self, scale_C: Tensor, shift_C: Tensor) -> "InputStatistics":
-        """What they are after x' = (x - shift) / scale."""
+        """These statistics after x' = (x - shift) / scale."""
         assert self.low is not None and self.high is not None
         rows = self.sample()
         positions = rows.shape[1] // len(scale_C)
@@ -51,7 +76,7 @@ class InputStatistics:
         return InputStatistics(low, high, [(rows - shift) / scale])
 
     def covariance(self) -> Tensor:
-        """Of the sampled rows (C, C)."""
+        """Covariance of the sampled rows (C, C)."""
         rows = self.sample()
         centred = rows - rows.mean(dim=0)
         return centred.T @ centred / len(rows)
@@ -88,27 +113,18 @@ def observe(
     `not_finite` makes the error for images whose logits are no numbers.
     """
     found = {name: InputStatistics() for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(_watch(statistics))
-        for name, statistics in found.items()
-    ]
+    by_layer = {model.get_submodule(name): statistics for name, statistics in found.items()}
     spoiled = None
-    try:
+
+    def watch(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        by_layer[layer].add(layer, inputs[0])
+
+    with watching(by_layer, watch):
         for images in batches:
             if not bool(torch.isfinite(model(images)).all()):
                 spoiled = images
                 break
-    finally:
-        for handle in handles:
-            handle.remove()
     if spoiled is not None:
-        raise not_finite(spoiled)
+        raise not_finite(spoiled)  # after the block: the error may run the model again
     return found
-
-
-def _watch(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.Conv2d)
-        statistics.add(layer, inputs[0])
-
-    return hook

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from care_compress.model.compact import blocks
-from care_compress.quantize.activation import SLOPE, use_hard_swish
+from care_compress.quantize.gelu import HARD_SWISH_SLOPE, use_hard_swish
 from care_compress.quantize.ptq import planned
 
 
 class Scaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return F.hardswish(SLOPE * x) / SLOPE
+        return F.hardswish(HARD_SWISH_SLOPE * x) / HARD_SWISH_SLOPE
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -32,7 +32,7 @@ def test_the_scaling_folds_into_the_neighbours(pooled: bool) -> None:
 
 def test_hard_swish_is_near_gelu_and_another_function() -> None:
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    assert 26 < sqnr(F.hardswish(SLOPE * x) / SLOPE, F.gelu(x)) < 30
+    assert 26 < sqnr(F.hardswish(HARD_SWISH_SLOPE * x) / HARD_SWISH_SLOPE, F.gelu(x)) < 30
 
 
 def test_the_recipe_section_asks_for_it() -> None:
