@@ -3,10 +3,9 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from care_compress.device.board import describe_board, read_conditions
 from care_compress.device.build import BuildOptions
 from care_compress.device.deploy import (
     REAL_HOST,
@@ -15,19 +14,20 @@ from care_compress.device.deploy import (
     build_models,
     built_models,
     bundle_library,
+    describe_board,
     open_sessions,
+    read_conditions,
     verify_models,
 )
 from care_compress.device.manifest import Bundle
-from care_compress.device.results import results_path
 from care_compress.device.samples import likeliest, load_files
 from care_compress.device.timing import BenchPlan, verdict
 from care_compress.device.verbs import (
-    choice_options,
     format_table,
-    run_verb,
+    make_parser,
+    run_command,
     say,
-    shared_options,
+    show_bundle,
     show_classes,
     show_facts,
     show_timings,
@@ -41,20 +41,16 @@ FLOAT = "fp16"  # the model that INT8 has to beat
 
 def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
     """Run one verb; the exit code."""
-    options = _parser().parse_args(arguments)
-    return run_verb(
-        options, LIBRARIES, lambda bundle, options: int(options.work(host, bundle, options))
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    shared, which = shared_options(), choice_options(("int8", FLOAT))
-    parser = argparse.ArgumentParser(
-        description="Build, check and measure the TensorRT engines of a care-compress bundle."
-    )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    build = verbs.add_parser("build", parents=[shared, which], help="build the engines here")
+    work = {
+        "build": partial(_build, host),
+        "verify": partial(_verify, host),
+        "bench": partial(_bench, host),
+        "infer": partial(_infer, host),
+        "info": partial(_info, host),
+    }
+    about = "Build, check and measure the TensorRT engines of a care-compress bundle."
+    parser, verbs = make_parser(about, tuple(work), ("int8", FLOAT), "engine")
+    build = verbs["build"]
     build.add_argument("--workspace", type=int, metavar="MIB", help="memory the builder may use")
     build.add_argument("--optimization-level", type=int, choices=range(6))
     build.add_argument("--version-compatible", action="store_true", help="for later releases too")
@@ -67,20 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("MIN", "USUAL", "MAX"),
         help="batch sizes, for a graph that leaves them open (default 1 1 8)",
     )
-    build.set_defaults(work=_build)
-    verify = verbs.add_parser("verify", parents=[shared, which], help="compare with the export")
-    verify.set_defaults(work=_verify)
-    bench = verbs.add_parser("bench", parents=[shared, which], help="measure the latency")
-    bench.add_argument("--seconds", type=float, default=10.0, help="for each engine (default 10)")
-    bench.add_argument("--no-cuda-graph", action="store_true")
-    bench.set_defaults(work=_bench)
-    infer = verbs.add_parser("infer", parents=[shared, which], help="classify image files")
-    infer.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    infer.add_argument("--top", type=int, default=5)
-    infer.set_defaults(work=_infer)
-    info = verbs.add_parser("info", parents=[shared], help="say what is here")
-    info.set_defaults(work=_info)
-    return parser
+    verbs["bench"].add_argument("--no-cuda-graph", action="store_true")
+    return run_command(parser, arguments, LIBRARIES, work)
 
 
 def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
@@ -93,8 +77,18 @@ def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
         timing_cache=None if options.no_timing_cache else bundle.folder / "timing.cache",
         batch=None if options.batch is None else tuple(options.batch),
     )
-    built = build_models(host, bundle, wanted_models(bundle, options), settings, _show_progress)
-    _end_progress()
+    terminal = sys.stderr.isatty()
+
+    def show_progress(phase: str, done: float | None) -> None:
+        text = phase if done is None else f"{phase} {done:4.0%}"
+        if terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif done is None:
+            say(text)
+
+    built = build_models(host, bundle, wanted_models(bundle, options), settings, show_progress)
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
     rows = [["engine", "MB", "built in", "layers by precision"]]
     for model, engine in built.items():
         counts = ", ".join(f"{count} {name}" for name, count in engine["precisions"].items())
@@ -124,7 +118,7 @@ def _bench(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     power = measured.before["power_mode"] or "unknown"
     print(f"CUDA graph: {'yes' if graph else 'no'}; power mode: {power}")
     print(f"before: {_conditions(measured.before)}; after: {_conditions(measured.after)}")
-    print(f"Written to {results_path(bundle)}")
+    print(f"Written to {bundle.results}")
     return 0
 
 
@@ -146,31 +140,12 @@ def _infer(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
 
 
 def _info(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    about = bundle.manifest
-    rows = [
-        ["bundle", f"run {about['run']}, recipe {about['recipe']}, target {about['target']}"],
-        ["models", ", ".join(bundle.models)],
-        ["engines", ", ".join(m for m in bundle.models if bundle.engine(m).is_file()) or "none"],
-        ["needs", str(about["requirement"])],
-    ]
-    print(format_table(rows))
+    engines = ", ".join(m for m in bundle.models if bundle.engine(m).is_file()) or "none"
+    show_bundle(bundle, {"engines": engines, "needs": str(bundle.manifest["requirement"])})
     # Printed first: the bundle can be told also where TensorRT or the GPU is missing.
     board = describe_board(host.root, bundle_library(host, bundle), host.load_cuda())
     show_facts({**board, **read_conditions(host.root)})
     return 0
-
-
-def _show_progress(phase: str, done: float | None) -> None:
-    text = phase if done is None else f"{phase} {done:4.0%}"
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-    elif done is None:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _end_progress() -> None:
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

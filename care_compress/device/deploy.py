@@ -4,24 +4,32 @@
 """
 
 import contextlib
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from care_compress.device.board import describe_board, read_conditions
-from care_compress.device.build import BuildOptions, build_engine
+from care_compress.device.build import BuildOptions, Notify, build_engine
 from care_compress.device.cuda import Cuda, CudaGpu, load_cuda
 from care_compress.device.enginefile import EngineOrigin, read_engine, write_engine
 from care_compress.device.layers import precision_counts
 from care_compress.device.library import Library, load_library, required_library
-from care_compress.device.manifest import Bundle
+from care_compress.device.manifest import Bundle, merge_results, satisfies
 from care_compress.device.problems import EngineMismatchError, TensorRtMissingError
-from care_compress.device.progress import Notify
-from care_compress.device.requirements import satisfies
-from care_compress.device.results import merge_results
-from care_compress.device.samples import Verified, verify_samples
+from care_compress.device.samples import DeviceAgreement, verify_samples
+from care_compress.device.sensors import (
+    parse_l4t,
+    parse_package,
+    parse_power_mode,
+    read_board_name,
+    read_cpu_clock,
+    read_gpu_clock,
+    read_temperatures,
+    system_text,
+    tool_output,
+)
 from care_compress.device.session import Session
 from care_compress.device.timing import BenchPlan, Measured, Timed, measure
 
@@ -96,6 +104,10 @@ def build_models(
         leftover.unlink()  # of a build that was killed while it wrote
     library = bundle_library(host, bundle)
     gpu = None if library.is_rtx else host.load_cuda().gpu()
+
+    def tell(model: str, phase: str, done: float | None) -> None:
+        notify(f"{model}: {phase}", done)
+
     return {
         model: build_file(
             library,
@@ -104,17 +116,10 @@ def build_models(
             bundle.sha256(model),
             bundle.engine(model),
             replace(options, precision=model),
-            _named(notify, model),
+            partial(tell, model),
         )
         for model in models
     }
-
-
-def _named(notify: Notify, model: str) -> Notify:
-    def tell(phase: str, done: float | None) -> None:
-        notify(f"{model}: {phase}", done)
-
-    return tell
 
 
 def built_models(bundle: Bundle, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -125,6 +130,37 @@ def built_models(bundle: Bundle, wanted: Sequence[str]) -> tuple[str, ...]:
             "there is no engine yet.", "build first: python3 care_deploy.py build"
         )
     return found
+
+
+def describe_board(root: Path, library: Library, cuda: Cuda) -> dict[str, Any]:
+    """Everything about this machine that a measured figure depends on, and that does not move.
+
+    The host's name, serial numbers and users are not read.
+    """
+    gpu = cuda.gpu()
+    packages = system_text(root / "var/lib/dpkg/status")
+    return {
+        # A desktop is known by its GPU.
+        "name": read_board_name(root) or gpu.name,
+        "gpu": {"name": gpu.name, "compute_capability": gpu.compute_capability},
+        "library": library.name,
+        "library_version": library.text,
+        "cuda": cuda.versions(),
+        "l4t": parse_l4t(system_text(root / "etc/nv_tegra_release")),
+        "jetpack": parse_package(packages, "nvidia-jetpack"),
+        "python": platform.python_version(),
+        "architecture": platform.machine(),
+    }
+
+
+def read_conditions(root: Path) -> dict[str, Any]:
+    """Power mode, clocks and temperatures of this moment: a figure without them says nothing."""
+    return {
+        "power_mode": parse_power_mode(tool_output("nvpmodel", "-q")),
+        "gpu_mhz": read_gpu_clock(root),
+        "cpu_mhz": read_cpu_clock(root),
+        "temperatures_c": read_temperatures(root),
+    }
 
 
 @contextlib.contextmanager
@@ -149,12 +185,13 @@ def open_sessions(
 
 def verify_models(
     host: Host, bundle: Bundle, models: Sequence[str], notify: Callable[[str], None]
-) -> dict[str, Verified]:
+) -> dict[str, DeviceAgreement]:
     """Run the bundle's samples through its engines and note how they compare."""
     with open_sessions(host, bundle, models) as (library, cuda, sessions, descriptions):
         verified = verify_samples(sessions, bundle, notify)
         board = describe_board(host.root, library, cuda)
-    records = {model: one.as_record() for model, one in verified.items()}
+    limits = bundle.manifest["limits"]
+    records = {model: one.as_record(limits) for model, one in verified.items()}
     _merge(bundle, board, descriptions, "accuracy", records)
     return verified
 
@@ -167,34 +204,29 @@ def bench_models(
     cuda_graph: bool,
     notify: Callable[[str], None],
 ) -> Measured:
-    """Measure the engines in turns and note it with the board's state before and after."""
+    """Measure the engines in turns and note it with the board's state before and after.
+
+    Each run is timed on the device; the processor spins while it waits.
+    """
     with open_sessions(host, bundle, models) as (library, cuda, sessions, descriptions):
         board = describe_board(host.root, library, cuda)
         before = read_conditions(host.root)
-        with _timed(cuda, sessions, cuda_graph) as timed:
+        for session in sessions.values() if cuda_graph else ():
+            session.capture()
+        start, end = cuda.new_event(), cuda.new_event()
+        try:
+            timed = {
+                name: Timed(session.batch, partial(session.run_between, start, end))
+                for name, session in sessions.items()
+            }
             timings = measure(timed, plan, notify)
+        finally:
+            cuda.drop_event(start)
+            cuda.drop_event(end)
         measured = Measured(timings, before, read_conditions(host.root))
     records = measured.as_records({"cuda_graph": cuda_graph})
     _merge(bundle, board, descriptions, "speed", records)
     return measured
-
-
-@contextlib.contextmanager
-def _timed(
-    cuda: Cuda, sessions: Mapping[str, Session], cuda_graph: bool
-) -> Iterator[dict[str, Timed]]:
-    """The engines, each run timed on the device; the processor spins while it waits."""
-    for session in sessions.values() if cuda_graph else ():
-        session.capture()
-    start, end = cuda.new_event(), cuda.new_event()
-    try:
-        yield {
-            name: Timed(session.batch, partial(session.run_between, start, end))
-            for name, session in sessions.items()
-        }
-    finally:
-        cuda.drop_event(start)
-        cuda.drop_event(end)
 
 
 def _merge(

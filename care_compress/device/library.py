@@ -8,8 +8,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from care_compress.device.manifest import required_module, version_numbers
 from care_compress.device.problems import TensorRtMissingError
-from care_compress.device.requirements import required_module, version_numbers
 
 OLDEST_TENSORRT = (10, 3)
 # From here to 10.16 strong typing has to be asked for, and 11 knows nothing else. Before (JetPack 6
