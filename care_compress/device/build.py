@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from care_compress.device.layers import MULTIPLYING, LayerRow, engine_layers, network_layers
+from care_compress.device.layers import MULTIPLYING, LayerRow, network_layers, parse_inspector
 from care_compress.device.library import Library, Log, make_logger, open_runtime
 from care_compress.device.problems import BuildFailedError, UntypedModelError
 from care_compress.device.storage import write_whole
@@ -95,7 +95,10 @@ def build_engine(
     # without a GPU.
     runtime = open_runtime(library, logger)
     engine = runtime.deserialize_cuda_engine(plan)
-    layers = () if engine is None else engine_layers(library, engine)
+    layers: tuple[LayerRow, ...] = ()
+    if engine is not None:
+        json = library.module.LayerInformationFormat.JSON
+        layers = parse_inspector(engine.create_engine_inspector().get_engine_information(json))
     return BuiltEngine(
         plan=plan,
         layers=layers or asked_for,

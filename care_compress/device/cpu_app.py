@@ -142,37 +142,6 @@ def _info(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
     return 0
 
 
-def check_needs(
-    bundle: Bundle,
-    models: Sequence[str],
-    processor: Processor,
-    library: str,
-    environment: Mapping[str, str],
-) -> None:
-    """Raise `ProcessorError` for a model whose answers would be wrong here."""
-    limits = {name: environment.get(name, "") for name in ISA_LIMITS if library == "openvino"}
-    limited = [
-        name for name, value in limits.items() if value.upper() in LIMITS_WITHOUT_DOT_PRODUCTS
-    ]
-    for model in models:
-        need = bundle.needs(model)
-        if not need or (need == DOT_PRODUCTS and processor.dot_products and not limited):
-            continue
-        file = bundle.file(model).name
-        if limited:
-            raise ProcessorError(
-                f"{file} needs {need}, which {limited[0]}={environment[limited[0]]} switches off.",
-                f"unset {limited[0]}",
-            )
-        has = "does not say whether it has" if processor.dot_products is None else "has no"
-        others = [f"--{other}-only" for other in bundle.models if not bundle.needs(other)]
-        use = f", or use {others[0]}" if others else ""
-        raise ProcessorError(
-            f"{file} needs {need}; this processor ({processor.name}) {has} {need}.",
-            f"bundle a run without quantize.full_range, which is right on every processor{use}",
-        )
-
-
 @dataclass(frozen=True)
 class Box:
     """A machine with its runtime and the opened files."""
@@ -210,7 +179,27 @@ def _open(root: Path, bundle: Bundle, models: Sequence[str], threads: int) -> Bo
     processor = read_processor(root)
     check_processor(processor)
     requirement = str(bundle.manifest["requirement"])
-    check_needs(bundle, models, processor, required_module(requirement), os.environ)
+    limit = None  # the variable that takes dot products away from OpenVINO
+    for name in ISA_LIMITS if required_module(requirement) == "openvino" else ():
+        if limit is None and os.environ.get(name, "").upper() in LIMITS_WITHOUT_DOT_PRODUCTS:
+            limit = name
+    for model in models:
+        need, file = bundle.needs(model), bundle.file(model).name
+        if not need or (need == DOT_PRODUCTS and processor.dot_products and limit is None):
+            continue
+        # Its answers would be wrong here.
+        if limit is not None:
+            raise ProcessorError(
+                f"{file} needs {need}, which {limit}={os.environ[limit]} switches off.",
+                f"unset {limit}",
+            )
+        has = "does not say whether it has" if processor.dot_products is None else "has no"
+        others = [f"--{other}-only" for other in bundle.models if not bundle.needs(other)]
+        use = f", or use {others[0]}" if others else ""
+        raise ProcessorError(
+            f"{file} needs {need}; this processor ({processor.name}) {has} {need}.",
+            f"bundle a run without quantize.full_range, which is right on every processor{use}",
+        )
     if not 1 <= threads <= processor.cores:
         raise ProcessorError(
             f"{threads} threads do not fit the {processor.cores} cores here.",

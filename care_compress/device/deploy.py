@@ -5,6 +5,7 @@
 
 import contextlib
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,7 +15,6 @@ from typing import Any
 from care_compress.device.build import BuildOptions, Notify, build_engine
 from care_compress.device.cuda import Cuda, CudaGpu, load_cuda
 from care_compress.device.enginefile import EngineOrigin, read_engine, write_engine
-from care_compress.device.layers import precision_counts
 from care_compress.device.library import Library, load_library, required_library
 from care_compress.device.manifest import Bundle, merge_results, satisfies
 from care_compress.device.problems import EngineMismatchError, TensorRtMissingError
@@ -90,7 +90,7 @@ def build_file(
         "build_seconds": round(built.seconds, 1),
         "warnings": list(built.warnings),
         "layers_from": built.layers_from,
-        "precisions": precision_counts(built.layers),
+        "precisions": dict(sorted(Counter(row.precision for row in built.layers).items())),
         "layers": [asdict(row) for row in built.layers],
     }
     return write_engine(engine, built.plan, origin, details)

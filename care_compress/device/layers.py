@@ -1,17 +1,14 @@
 """Which layer runs in which precision: the table a user compares with the plan.
 
-`engine_layers` tells what the built engine executes (the engine inspector; needs the engine to be
-loadable, so a GPU). `network_layers` tells what the graph asks for, anywhere.
+`parse_inspector` tells what the built engine executes (the engine has to be loadable for that, so
+there is a GPU). `network_layers` tells what the graph asks for, anywhere.
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from care_compress.device.library import Library
 
 # As they stand in sentences like "Row major linear FP16 format", "Half" or "kINT8", longest first.
 _TYPE_WORDS = {
@@ -46,19 +43,6 @@ class LayerRow:
     precision: str
     output: str
     origin: tuple[str, ...]
-
-
-def precision_counts(rows: Iterable[LayerRow]) -> dict[str, int]:
-    """How many layers run in each precision."""
-    return dict(sorted(Counter(row.precision for row in rows).items()))
-
-
-def engine_layers(library: Library, engine: Any) -> tuple[LayerRow, ...]:
-    """The layers of a loaded engine."""
-    inspector = engine.create_engine_inspector()
-    return parse_inspector(
-        inspector.get_engine_information(library.module.LayerInformationFormat.JSON)
-    )
 
 
 def parse_inspector(text: str) -> tuple[LayerRow, ...]:

@@ -73,11 +73,16 @@ def run_command(
             return run_verb(options, libraries, work[options.verb])
         finally:
             sys.stdout.flush()  # what is written at Python's own end can be caught no more
-    except BrokenPipeError:
+    except OSError as error:  # of the output itself: others end in run_verb
+        broken = isinstance(error, BrokenPipeError)
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # for what still waits in them
+        # Python would try once more, when it ends, to write what still waits in them.
+        for stream in (sys.stdout, sys.stderr) if broken else (sys.stdout,):
             os.dup2(nowhere, stream.fileno())
-        return _BROKEN_PIPE
+        if broken:
+            return _BROKEN_PIPE
+        print(f"{error} Fix: make room for the output", file=sys.stderr)
+        return 2
 
 
 def run_verb(options: argparse.Namespace, libraries: Sequence[str], work: Work) -> int:

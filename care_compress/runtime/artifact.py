@@ -105,7 +105,8 @@ def _own_size(path: Path) -> Size | None:
             (image, *_) = onnx.load(path, load_external_data=False).graph.input
         except Exception as error:  # a parser's own class, or a graph without an input
             raise TargetError(f"{path} is no ONNX model: {error}.", "export it again") from error
-        sides = [side.dim_value or None for side in image.type.tensor_type.shape.dim[2:]]
+        sides = [side.dim_value for side in image.type.tensor_type.shape.dim[2:]]
+        free = not all(sides)
     elif path.suffix == ".xml":
         try:
             (image,) = openvino_core().read_model(path).inputs
@@ -115,7 +116,8 @@ def _own_size(path: Path) -> Size | None:
                 f"{path} is no OpenVINO model with one input: {reason}.", "make it again"
             ) from error
         shape = list(image.partial_shape)[2:]
-        sides = [None if side.is_dynamic else int(side.get_length()) for side in shape]
+        free = any(side.is_dynamic for side in shape)
+        sides = [] if free else [int(side.get_length()) for side in shape]
     else:
         return None
-    return (sides[0], sides[1]) if len(sides) == 2 and None not in sides else None
+    return None if free or len(sides) != 2 else (sides[0], sides[1])

@@ -227,12 +227,12 @@ def _missing(
     if stage == "build" and target.builds_without_device:
         return packages
     if target.runtime == "openvino":
-        wanted = target.device.upper()
+        name = target.device.upper()
         # Only OpenVINO itself can tell which devices it sees.
-        if packages or wanted in {device.partition(".")[0] for device in tried.openvino_devices}:
+        if packages or name in {device.partition(".")[0] for device in tried.openvino_devices}:
             return packages
         seen = ", ".join(tried.openvino_devices) or "nothing"
-        reason = f"OpenVINO sees no {wanted} here, only {seen}: it needs Intel's, with its driver."
+        reason = f"OpenVINO sees no {name} here, only {seen}: it needs Intel's, with its driver."
         return (Missing(reason),)
     accepted = target.needs.compute_capabilities
     fitting = any(
