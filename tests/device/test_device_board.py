@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from care_compress.device import deploy, sensors
+from care_compress.device import app, sensors
 
 NVPMODEL = "NV Power Mode: MODE_30W\n2\n"
 TEGRA = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
@@ -48,7 +48,7 @@ def orin(tmp_path: Path) -> Path:
 
 
 def test_an_orin_is_read(orin: Path) -> None:
-    conditions = deploy.read_conditions(orin)
+    conditions = app.read_conditions(orin)
     assert conditions["gpu_mhz"] == 1300.5
     assert conditions["cpu_mhz"] == 2201.6
     # The GPU's zone gives no answer while it sleeps, and the last one has no value at all.
