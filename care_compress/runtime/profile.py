@@ -68,18 +68,17 @@ def read_engine_profile(path: Path) -> Profile:
     layers = []
     try:
         for layer in read_json(about)["layers"]:
-            name, kind, precision = (str(layer[key]) for key in ("name", "type", "precision"))
-            words = kind.upper()
+            precision = str(layer["precision"])
             if precision in ("INT32", "INT64", "BOOL"):
                 continue
-            group = OTHER
+            kind, words, group = str(layer["type"]), str(layer["type"]).upper(), OTHER
             if any(word in words for word in _PRODUCTS):
                 group = INTEGER if precision in ("INT8", "INT4") else FLOAT
             elif any(word in words for word in _CONVERT):
                 group = CONVERT
             elif any(word in words for word in _ELEMENTWISE):
                 group = ELEMENTWISE
-            sites = modules_of(layer["origin"])
+            name, sites = str(layer["name"]), modules_of(layer["origin"])
             layers.append(LayerTime(name, kind, sites, precision, group, None))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(
