@@ -273,24 +273,12 @@ def watch_build(library: Library, config: Any, notify: Notify) -> BuildMonitor:
     if base is None or not hasattr(config, "progress_monitor"):
         return monitor
 
-    def start(self: Any) -> None:
-        base.__init__(self)
-
-    def phase_start(self: Any, phase: str, parent: str | None, steps: int) -> None:
-        monitor.start(phase, parent, steps)
-
-    def phase_finish(self: Any, phase: str) -> None:
-        """Nothing: the next phase says it."""
-
-    def step_complete(self: Any, phase: str, step: int) -> bool:
-        return monitor.step(phase, step)
-
     # As with the logger, the base class is known only now.
-    methods = {
-        "__init__": start,
-        "phase_start": phase_start,
-        "phase_finish": phase_finish,
-        "step_complete": step_complete,
+    methods: dict[str, Callable[..., Any]] = {
+        "__init__": lambda self: base.__init__(self),
+        "phase_start": lambda self, phase, parent, steps: monitor.start(phase, parent, steps),
+        "phase_finish": lambda self, phase: None,  # the next phase says it
+        "step_complete": lambda self, phase, step: monitor.step(phase, step),
     }
     config.progress_monitor = type("CareProgress", (base,), methods)()
     return monitor

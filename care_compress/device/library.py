@@ -5,6 +5,7 @@ and no number of an enum is written down here: they changed between versions.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,16 +113,13 @@ class Log:
 
 def make_logger(library: Library, log: Log) -> Any:
     """A logger object of this TensorRT that fills `log` and keeps the terminal quiet."""
-    module = library.module
-
-    def start(self: Any) -> None:
-        module.ILogger.__init__(self)
-
-    def record(self: Any, severity: Any, text: str) -> None:
-        log.add(severity.name, text)
-
+    base = library.module.ILogger
     # The base class is known only after the import, so the class cannot be written out.
-    return type("CareLogger", (module.ILogger,), {"__init__": start, "log": record})()
+    methods: dict[str, Callable[..., None]] = {
+        "__init__": lambda self: base.__init__(self),
+        "log": lambda self, severity, text: log.add(severity.name, text),
+    }
+    return type("CareLogger", (base,), methods)()
 
 
 def open_runtime(library: Library, logger: Any) -> Any:
