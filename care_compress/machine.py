@@ -19,18 +19,28 @@ from typing import Any
 import psutil
 
 from care_compress.device.processor import (
-    ARM_PARTS,
     DOT_FEATURES,
     ISA_LIMITS,
     LIMITS_WITHOUT_DOT_PRODUCTS,
+    architecture,
+    core_name,
+    cpuinfo_cores,
+)
+from care_compress.device.processor import usable_cores as usable_cores
+from care_compress.device.sensors import (
+    CPUS,
+    parse_l4t,
+    parse_package,
+    read_board_name,
+    scaling_governor,
+    system_text,
+    tool_output,
 )
 
 X86_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 # Linux's names; asimddp is the NEON dot product.
 ARM_FEATURES = ("asimddp", "i8mm", "bf16")
 _MACOS_FEATURES = {"asimddp": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "bf16": "FEAT_BF16"}
-
-_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 LIBRARIES = (
     "care-compress",
@@ -107,18 +117,18 @@ class Machine:
 
 def read_machine() -> Machine:
     """Look at the machine this process runs on."""
-    arch = platform.machine().lower()
-    quota, memory_limit = cgroup_limits(Path("/sys/fs/cgroup"), _text(Path("/proc/self/cgroup")))
+    own_group = system_text(Path("/proc/self/cgroup"))
+    quota, memory_limit = cgroup_limits(Path("/sys/fs/cgroup"), own_group)
     memory = psutil.virtual_memory().total
     return Machine(
         system=platform.system(),
         os=platform.platform(),
-        arch=_ARCHITECTURES.get(arch, arch),
+        arch=architecture(),
         python=platform.python_version(),
         cpu=_read_cpu(quota),
         memory_bytes=memory if memory_limit is None else min(memory, memory_limit),
         gpus=parse_nvidia_smi(
-            _output(
+            tool_output(
                 "nvidia-smi",
                 "--query-gpu=name,memory.total,compute_cap,driver_version",
                 "--format=csv,noheader,nounits",
@@ -156,19 +166,14 @@ def installed_versions(names: Collection[str] = LIBRARIES) -> dict[str, str]:
 
 def parse_cpuinfo(text: str, usable: Collection[int]) -> Cpu:
     """The processor from Linux's /proc/cpuinfo, counting only the `usable` logical cores."""
-    blocks = (
-        {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-        for lines in (block.splitlines() for block in text.split("\n\n"))
-    )
     allowed = {str(core) for core in usable}
-    cores = [block for block in blocks if block.get("processor") in allowed]
+    cores = [core for core in cpuinfo_cores(text) if core.get("processor") in allowed]
     first = cores[0] if cores else {}
     # ARM numbers no physical cores, having one thread in each.
     physical = {(core.get("physical id"), core.get("core id", core["processor"])) for core in cores}
-    part = first.get("CPU part", "")
     named = {"flags": X86_FEATURES, "Features": ARM_FEATURES}
     return Cpu(
-        name=first.get("model name") or ARM_PARTS.get(part) or f"unknown processor {part}".strip(),
+        name=core_name(first),
         physical_cores=len(physical) or len(usable),
         logical_cores=len(usable),
         features={
@@ -212,28 +217,16 @@ def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
 
 def read_jetson(root: Path) -> Jetson | None:
     """The Jetson whose file system is at `root`, or None if it is none."""
-    model = _text(root / "proc/device-tree/model").strip("\0\n ")
+    model = read_board_name(root)
     if "NVIDIA" not in model:
         return None
-    release = re.search(
-        r"R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release")
-    )
-    packages = _text(root / "var/lib/dpkg/status")
+    packages = system_text(root / "var/lib/dpkg/status")
     return Jetson(
         model=model,
-        l4t=f"{release[1]}.{release[2]}" if release else None,
-        jetpack=_debian_version(packages, "nvidia-jetpack"),
-        tensorrt=_debian_version(packages, "python3-libnvinfer"),
+        l4t=parse_l4t(system_text(root / "etc/nv_tegra_release")),
+        jetpack=parse_package(packages, "nvidia-jetpack"),
+        tensorrt=parse_package(packages, "python3-libnvinfer"),
     )
-
-
-def _debian_version(status: str, package: str) -> str | None:
-    """Upstream version of an installed package: 10.3.0.30 of ``10.3.0.30-1+cuda12.5``."""
-    for stanza in status.split("\n\n"):
-        if stanza.startswith(f"Package: {package}\n") and " ok installed" in stanza:
-            version = re.search(r"^Version: ([\d.]+)", stanza, re.MULTILINE)
-            return version[1] if version else None
-    return None
 
 
 def cgroup_limits(root: Path, own: str) -> tuple[float | None, int | None]:
@@ -251,30 +244,16 @@ def cgroup_limits(root: Path, own: str) -> tuple[float | None, int | None]:
     cores: list[float] = []
     memory: list[int] = []
     for folder in folders:
-        quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+        quota, _, period = system_text(folder / "cpu.max").strip().partition(" ")
         if not quota:  # version 1
-            quota = _text(folder / "cpu.cfs_quota_us").strip()
-            period = _text(folder / "cpu.cfs_period_us").strip()
+            quota = system_text(folder / "cpu.cfs_quota_us").strip()
+            period = system_text(folder / "cpu.cfs_period_us").strip()
         # No limit reads "max" in version 2, -1 in version 1.
         if quota.isdigit() and period.isdigit():
             cores.append(int(quota) / int(period))
-        limits = (_text(folder / name) for name in ("memory.max", "memory.limit_in_bytes"))
+        limits = (system_text(folder / name) for name in ("memory.max", "memory.limit_in_bytes"))
         memory += [int(limit) for limit in limits if limit.strip().isdigit()]
     return min(cores, default=None), min(memory, default=None)
-
-
-def usable_cores() -> set[int]:
-    """The cores this process may run on; all of them where the system cannot say."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
-def scaling_governor(root: Path, usable: Collection[int]) -> str | None:
-    """The governors of these cores below /sys/devices/system/cpu; a virtual machine has none."""
-    paths = (root / f"cpu{core}" / "cpufreq" / "scaling_governor" for core in usable)
-    found = {_text(path).strip() for path in paths} - {""}
-    return ", ".join(sorted(found)) or None
 
 
 def load_average() -> float:
@@ -284,7 +263,7 @@ def load_average() -> float:
 
 def _read_cpu(quota: float | None) -> Cpu:
     usable = usable_cores()
-    governor = scaling_governor(Path("/sys/devices/system/cpu"), usable)
+    governor = scaling_governor(Path("/") / CPUS, usable)
     cpu = replace(_read_processor(usable), governor=governor)
     if quota is None:
         return cpu
@@ -299,30 +278,13 @@ def _read_cpu(quota: float | None) -> Cpu:
 def _read_processor(usable: set[int]) -> Cpu:
     match platform.system():
         case "Linux":
-            return parse_cpuinfo(_text(Path("/proc/cpuinfo")), usable)
+            return parse_cpuinfo(system_text(Path("/proc/cpuinfo")), usable)
         case "Darwin":
-            text = _output("sysctl", "machdep.cpu.brand_string", "hw")
+            text = tool_output("sysctl", "machdep.cpu.brand_string", "hw")
             return parse_sysctl(text, len(usable))
         case _:
             physical = psutil.cpu_count(logical=False) or len(usable)
             return Cpu(platform.processor(), physical, len(usable), {})
-
-
-def _text(path: Path) -> str:
-    """A system file's text; nothing where this system has no such file."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _output(*command: str) -> str:
-    """Return what a system tool prints, and nothing where it is missing or hangs."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
 
 
 def git_revision() -> str | None:

@@ -1,33 +1,44 @@
 """The command line on the device: ``python3 care_deploy.py build``, then ``verify``, ``bench``."""
 
 import argparse
+import platform
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from care_compress.device.board import describe_board, read_conditions
 from care_compress.device.build import BuildOptions
+from care_compress.device.cuda import Cuda
 from care_compress.device.deploy import (
     REAL_HOST,
     Host,
-    bench_models,
-    build_models,
-    built_models,
+    build_file,
     bundle_library,
     open_sessions,
-    verify_models,
 )
-from care_compress.device.manifest import Bundle
-from care_compress.device.results import results_path
-from care_compress.device.samples import likeliest, load_files
-from care_compress.device.timing import BenchPlan, verdict
+from care_compress.device.library import Library
+from care_compress.device.manifest import Bundle, merge_results
+from care_compress.device.problems import EngineMismatchError
+from care_compress.device.samples import likeliest, load_files, verify_samples
+from care_compress.device.sensors import (
+    parse_l4t,
+    parse_package,
+    parse_power_mode,
+    read_board_name,
+    read_cpu_clock,
+    read_gpu_clock,
+    read_temperatures,
+    system_text,
+    tool_output,
+)
+from care_compress.device.timing import BenchPlan, Measured, Timed, measure, verdict
 from care_compress.device.verbs import (
-    choice_options,
     format_table,
-    run_verb,
+    make_parser,
+    run_command,
     say,
-    shared_options,
+    show_bundle,
     show_classes,
     show_facts,
     show_timings,
@@ -36,25 +47,22 @@ from care_compress.device.verbs import (
 )
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
+RESULTS_KIND = "care-deploy-results"
 FLOAT = "fp16"  # the model that INT8 has to beat
 
 
 def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
     """Run one verb; the exit code."""
-    options = _parser().parse_args(arguments)
-    return run_verb(
-        options, LIBRARIES, lambda bundle, options: int(options.work(host, bundle, options))
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    shared, which = shared_options(), choice_options(("int8", FLOAT))
-    parser = argparse.ArgumentParser(
-        description="Build, check and measure the TensorRT engines of a care-compress bundle."
-    )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    build = verbs.add_parser("build", parents=[shared, which], help="build the engines here")
+    work = {
+        "build": partial(_build, host),
+        "verify": partial(_verify, host),
+        "bench": partial(_bench, host),
+        "infer": partial(_infer, host),
+        "info": partial(_info, host),
+    }
+    about = "Build, check and measure the TensorRT engines of a care-compress bundle."
+    parser, verbs = make_parser(about, tuple(work), ("int8", FLOAT), "engine")
+    build = verbs["build"]
     build.add_argument("--workspace", type=int, metavar="MIB", help="memory the builder may use")
     build.add_argument("--optimization-level", type=int, choices=range(6))
     build.add_argument("--version-compatible", action="store_true", help="for later releases too")
@@ -67,64 +75,93 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("MIN", "USUAL", "MAX"),
         help="batch sizes, for a graph that leaves them open (default 1 1 8)",
     )
-    build.set_defaults(work=_build)
-    verify = verbs.add_parser("verify", parents=[shared, which], help="compare with the export")
-    verify.set_defaults(work=_verify)
-    bench = verbs.add_parser("bench", parents=[shared, which], help="measure the latency")
-    bench.add_argument("--seconds", type=float, default=10.0, help="for each engine (default 10)")
-    bench.add_argument("--no-cuda-graph", action="store_true")
-    bench.set_defaults(work=_bench)
-    infer = verbs.add_parser("infer", parents=[shared, which], help="classify image files")
-    infer.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    infer.add_argument("--top", type=int, default=5)
-    infer.set_defaults(work=_infer)
-    info = verbs.add_parser("info", parents=[shared], help="say what is here")
-    info.set_defaults(work=_info)
-    return parser
+    verbs["bench"].add_argument("--no-cuda-graph", action="store_true")
+    return run_command(parser, arguments, LIBRARIES, work)
 
 
 def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    settings = BuildOptions(
-        precision="",  # each model's own
-        optimization_level=options.optimization_level,
-        workspace_mib=options.workspace,
-        version_compatible=options.version_compatible,
-        strip_plan=options.strip_plan,
-        timing_cache=None if options.no_timing_cache else bundle.folder / "timing.cache",
-        batch=None if options.batch is None else tuple(options.batch),
-    )
-    built = build_models(host, bundle, wanted_models(bundle, options), settings, _show_progress)
-    _end_progress()
+    terminal = sys.stderr.isatty()
+
+    def show_progress(model: str, phase: str, done: float | None) -> None:
+        text = f"{model}: {phase}" if done is None else f"{model}: {phase} {done:4.0%}"
+        if terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif done is None:
+            say(text)
+
+    models = wanted_models(bundle, options)
+    for leftover in bundle.folder.glob(".*.tmp"):
+        leftover.unlink()  # of a build that was killed while it wrote
+    library = bundle_library(host, bundle)
+    # An engine is built on the GPU it will run on.
+    gpu = None if library.is_rtx else host.load_cuda().gpu()
+    built = {}
+    for model in models:
+        settings = BuildOptions(
+            precision=model,
+            optimization_level=options.optimization_level,
+            workspace_mib=options.workspace,
+            version_compatible=options.version_compatible,
+            strip_plan=options.strip_plan,
+            timing_cache=None if options.no_timing_cache else bundle.folder / "timing.cache",
+            batch=None if options.batch is None else tuple(options.batch),
+        )
+        file, digest, engine = bundle.file(model), bundle.sha256(model), bundle.engine(model)
+        notify = partial(show_progress, model)
+        built[model] = build_file(library, gpu, file, digest, engine, settings, notify)
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
     rows = [["engine", "MB", "built in", "layers by precision"]]
-    for model, engine in built.items():
-        counts = ", ".join(f"{count} {name}" for name, count in engine["precisions"].items())
-        of = "" if engine["layers_from"] == "engine" else " (of the graph: no GPU to load it)"
-        size, seconds = engine["size_bytes"] / 1e6, engine["build_seconds"]
+    for model, about in built.items():
+        counts = ", ".join(f"{count} {name}" for name, count in about["precisions"].items())
+        of = "" if about["layers_from"] == "engine" else " (of the graph: no GPU to load it)"
+        size, seconds = about["size_bytes"] / 1e6, about["build_seconds"]
         rows.append([bundle.engine(model).name, f"{size:.1f}", f"{seconds:.0f} s", counts + of])
     print(format_table(rows))
-    for model, engine in built.items():
-        for warning in engine["warnings"]:
+    for model, about in built.items():
+        for warning in about["warnings"]:
             print(f"{model}: {warning}", file=sys.stderr)
     print("The layers, one by one, are in the .json beside each engine. Next: verify")
     return 0
 
 
 def _verify(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    models = built_models(bundle, wanted_models(bundle, options))
-    return show_verified(verify_models(host, bundle, models, say), bundle.manifest["limits"])
+    models, limits = _built_models(bundle, options), bundle.manifest["limits"]
+    with open_sessions(host, bundle, models) as (library, cuda, sessions, engines):
+        verified = verify_samples(sessions, bundle, say)
+        board = describe_board(host.root, library, cuda)
+    records = {model: one.as_record(limits) for model, one in verified.items()}
+    _merge(bundle, board, engines, "accuracy", records)
+    return show_verified(verified, limits)
 
 
 def _bench(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    models = built_models(bundle, wanted_models(bundle, options))
-    graph = not options.no_cuda_graph
-    measured = bench_models(host, bundle, models, BenchPlan(options.seconds), graph, say)
-    show_timings(measured.timings)
-    if said := verdict(measured.timings, "int8", FLOAT, "use fp16.engine on this board"):
+    models, graph = _built_models(bundle, options), not options.no_cuda_graph
+    with open_sessions(host, bundle, models) as (library, cuda, sessions, engines):
+        board, before = describe_board(host.root, library, cuda), read_conditions(host.root)
+        for session in sessions.values() if graph else ():
+            session.capture()
+        # Each run is timed on the device; the processor spins while it waits.
+        start, end = cuda.new_event(), cuda.new_event()
+        try:
+            timed = {
+                name: Timed(session.batch, partial(session.run_between, start, end))
+                for name, session in sessions.items()
+            }
+            timings = measure(timed, BenchPlan(options.seconds), say)
+        finally:
+            cuda.drop_event(start)
+            cuda.drop_event(end)
+        measured = Measured(timings, before, read_conditions(host.root))
+    _merge(bundle, board, engines, "speed", measured.as_records({"cuda_graph": graph}))
+    show_timings(timings)
+    if said := verdict(timings, "int8", FLOAT, "use fp16.engine on this board"):
         print(said)
-    power = measured.before["power_mode"] or "unknown"
-    print(f"CUDA graph: {'yes' if graph else 'no'}; power mode: {power}")
-    print(f"before: {_conditions(measured.before)}; after: {_conditions(measured.after)}")
-    print(f"Written to {results_path(bundle)}")
+    print(
+        f"CUDA graph: {'yes' if graph else 'no'}; power mode: {before['power_mode'] or 'unknown'}"
+    )
+    print(f"before: {_conditions(before)}; after: {_conditions(measured.after)}")
+    print(f"Written to {bundle.results}")
     return 0
 
 
@@ -136,7 +173,7 @@ def _conditions(state: Mapping[str, Any]) -> str:
 
 
 def _infer(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    built = built_models(bundle, wanted_models(bundle, options))
+    built = _built_models(bundle, options)
     model = "int8" if "int8" in built else built[0]
     pixels_NCHW = load_files(bundle, options.images)
     with open_sessions(host, bundle, [model]) as (_, _, sessions, _):
@@ -146,31 +183,70 @@ def _infer(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
 
 
 def _info(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    about = bundle.manifest
-    rows = [
-        ["bundle", f"run {about['run']}, recipe {about['recipe']}, target {about['target']}"],
-        ["models", ", ".join(bundle.models)],
-        ["engines", ", ".join(m for m in bundle.models if bundle.engine(m).is_file()) or "none"],
-        ["needs", str(about["requirement"])],
-    ]
-    print(format_table(rows))
+    engines = ", ".join(m for m in bundle.models if bundle.engine(m).is_file()) or "none"
+    show_bundle(bundle, {"engines": engines, "needs": str(bundle.manifest["requirement"])})
     # Printed first: the bundle can be told also where TensorRT or the GPU is missing.
     board = describe_board(host.root, bundle_library(host, bundle), host.load_cuda())
     show_facts({**board, **read_conditions(host.root)})
     return 0
 
 
-def _show_progress(phase: str, done: float | None) -> None:
-    text = phase if done is None else f"{phase} {done:4.0%}"
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-    elif done is None:
-        print(text, file=sys.stderr, flush=True)
+def _built_models(bundle: Bundle, options: argparse.Namespace) -> tuple[str, ...]:
+    """Those of the wanted models that have an engine."""
+    wanted = wanted_models(bundle, options)
+    found = tuple(model for model in wanted if bundle.engine(model).is_file())
+    if not found:
+        raise EngineMismatchError(
+            "there is no engine yet.", "build first: python3 care_deploy.py build"
+        )
+    return found
 
 
-def _end_progress() -> None:
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+def describe_board(root: Path, library: Library, cuda: Cuda) -> dict[str, Any]:
+    """Everything about this machine that a measured figure depends on, and that does not move.
+
+    The host's name, serial numbers and users are not read.
+    """
+    gpu = cuda.gpu()
+    packages = system_text(root / "var/lib/dpkg/status")
+    return {
+        # A desktop is known by its GPU.
+        "name": read_board_name(root) or gpu.name,
+        "gpu": {"name": gpu.name, "compute_capability": gpu.compute_capability},
+        "library": library.name,
+        "library_version": library.text,
+        "cuda": cuda.versions(),
+        "l4t": parse_l4t(system_text(root / "etc/nv_tegra_release")),
+        "jetpack": parse_package(packages, "nvidia-jetpack"),
+        "python": platform.python_version(),
+        "architecture": platform.machine(),
+    }
+
+
+def read_conditions(root: Path) -> dict[str, Any]:
+    """Power mode, clocks and temperatures of this moment: a figure without them says nothing."""
+    return {
+        "power_mode": parse_power_mode(tool_output("nvpmodel", "-q")),
+        "gpu_mhz": read_gpu_clock(root),
+        "cpu_mhz": read_cpu_clock(root),
+        "temperatures_c": read_temperatures(root),
+    }
+
+
+def _merge(
+    bundle: Bundle,
+    board: Mapping[str, Any],
+    engines: Mapping[str, Mapping[str, Any]],
+    part: str,
+    values: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Add to results.json what tells one engine from another, and what was found of each."""
+    keys = ("engine_sha256", "size_bytes", "layers_from", "precisions")
+    about = {
+        model: {"onnx_sha256": bundle.sha256(model), **{key: engine[key] for key in keys}}
+        for model, engine in engines.items()
+    }
+    merge_results(bundle, RESULTS_KIND, board, about, part, values)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,22 @@ TensorRT to, and the layer table says what it did.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from care_compress.device.layers import LayerRow, engine_layers, network_layers
+from care_compress.device.layers import MULTIPLYING, LayerRow, network_layers, parse_inspector
 from care_compress.device.library import Library, Log, make_logger, open_runtime
 from care_compress.device.problems import BuildFailedError, UntypedModelError
-from care_compress.device.progress import Notify, watch_build
 from care_compress.device.storage import write_whole
 
 # The GPUs that TensorRT-RTX builds for when it is told nothing; "8.0" serves 8.7 too.
 RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 OPEN_BATCH = (1, 1, 8)
+
+# Called with a phase, and the part of it that is done (None: not known).
+Notify = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,14 @@ def build_engine(
             f"{library.name} cannot start: {log.reason()}.",
             "check the NVIDIA driver: nvidia-smi, or nvpmodel -q on a Jetson",
         ) from error
-    network = builder.create_network(_network_flags(library))
+    flag = library.member("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
+    typed = 1 << int(flag) if library.strongly_typed and flag is not None else 0
+    network = builder.create_network(typed)
     parse_graph(library, network, logger, log, onnx_path)
     asked_for = network_layers(network)
     check_types(asked_for, options.precision, onnx_path)
-    config = builder.create_builder_config()
-    _set_options(library, config, options, log)
+    config = _configured(library, builder, options, log)
     _set_profile(builder, config, network, options, onnx_path)
-    _load_timing_cache(library, config, options, log)
     monitor = watch_build(library, config, notify)
     notify("compiling", None)
     memory = builder.build_serialized_network(network, config)
@@ -83,10 +86,19 @@ def build_engine(
     if memory is None:
         raise _failure(library, onnx_path, log, options)
     plan = bytes(memory)
-    _save_timing_cache(library, config, options)
+    cache = None if library.is_rtx else config.get_timing_cache()
+    if options.timing_cache is not None and cache is not None:
+        write_whole(options.timing_cache, bytes(cache.serialize()))
     warnings = tuple(log.warnings)
     notify("reading the layers", None)
-    layers = _built_layers(library, logger, plan)
+    # The runtime has to outlive the engine, which is None where it cannot be loaded: TensorRT-RTX
+    # without a GPU.
+    runtime = open_runtime(library, logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    layers: tuple[LayerRow, ...] = ()
+    if engine is not None:
+        json = library.module.LayerInformationFormat.JSON
+        layers = parse_inspector(engine.create_engine_inspector().get_engine_information(json))
     return BuiltEngine(
         plan=plan,
         layers=layers or asked_for,
@@ -94,11 +106,6 @@ def build_engine(
         warnings=warnings,
         seconds=time.monotonic() - started,
     )
-
-
-def _network_flags(library: Library) -> int:
-    flag = library.member("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
-    return 1 << int(flag) if library.strongly_typed and flag is not None else 0
 
 
 def parse_graph(library: Library, network: Any, logger: Any, log: Log, onnx_path: Path) -> None:
@@ -128,7 +135,8 @@ def check_types(layers: tuple[LayerRow, ...], precision: str, onnx_path: Path) -
             f"{onnx_path.name} is said to be int8 and has no QuantizeLinear and DequantizeLinear.",
             "export the quantized model, or build it as fp16",
         )
-    if precision == "int8" and not any(row.precision == "INT8" for row in layers if _is_big(row)):
+    products = [row.precision for row in layers if row.type in MULTIPLYING]
+    if precision == "int8" and "INT8" not in products:
         raise UntypedModelError(
             f"{onnx_path.name} is said to be int8, but no convolution or matrix product has both"
             " of its inputs dequantized.",
@@ -141,11 +149,9 @@ def check_types(layers: tuple[LayerRow, ...], precision: str, onnx_path: Path) -
         )
 
 
-def _is_big(row: LayerRow) -> bool:
-    return row.type in ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
-
-
-def _set_options(library: Library, config: Any, options: BuildOptions, log: Log) -> None:
+def _configured(library: Library, builder: Any, options: BuildOptions, log: Log) -> Any:
+    """The builder's configuration, with what was measured before in its timing cache."""
+    config = builder.create_builder_config()
     config.profiling_verbosity = library.module.ProfilingVerbosity.DETAILED
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
@@ -173,19 +179,24 @@ def _set_options(library: Library, config: Any, options: BuildOptions, log: Log)
             )
         config.set_flag(flag)
     if library.is_rtx:
-        _set_compute_capabilities(library, config, options.compute_capabilities)
-
-
-def _set_compute_capabilities(library: Library, config: Any, wanted: tuple[str, ...]) -> None:
-    config.num_compute_capabilities = len(wanted)
-    for index, capability in enumerate(wanted):
-        member = library.member("ComputeCapability", "SM" + capability.replace(".", ""))
-        if member is None or not config.set_compute_capability(member, index):
-            raise BuildFailedError(
-                f"{library.name} {library.text} does not build for"
-                f" compute capability {capability}.",
-                f"choose among {', '.join(RTX_COMPUTE_CAPABILITIES)}",
-            )
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, capability in enumerate(options.compute_capabilities):
+            member = library.member("ComputeCapability", "SM" + capability.replace(".", ""))
+            if member is None or not config.set_compute_capability(member, index):
+                raise BuildFailedError(
+                    f"{library.name} {library.text} does not build for"
+                    f" compute capability {capability}.",
+                    f"choose among {', '.join(RTX_COMPUTE_CAPABILITIES)}",
+                )
+    # With a timing cache TensorRT-RTX asks for a GPU, which it needs for nothing else.
+    elif options.timing_cache is not None:
+        stored = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+        cache = config.create_timing_cache(stored) if stored else None
+        # Refused if another TensorRT or another GPU measured it.
+        if cache is None or not config.set_timing_cache(cache, False):
+            log.reason()  # its complaint about the old cache is not the reason of a later failure
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+    return config
 
 
 def _set_profile(
@@ -215,25 +226,6 @@ def _set_profile(
     config.add_optimization_profile(profile)
 
 
-def _load_timing_cache(library: Library, config: Any, options: BuildOptions, log: Log) -> None:
-    # With a timing cache TensorRT-RTX asks for a GPU, which it needs for nothing else.
-    if options.timing_cache is None or library.is_rtx:
-        return
-    stored = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
-    cache = config.create_timing_cache(stored) if stored else None
-    # Refused if another TensorRT or another GPU measured it.
-    if cache is not None and config.set_timing_cache(cache, False):
-        return
-    log.reason()  # its complaint about the old cache is not the reason of a later failure
-    config.set_timing_cache(config.create_timing_cache(b""), False)
-
-
-def _save_timing_cache(library: Library, config: Any, options: BuildOptions) -> None:
-    cache = None if library.is_rtx else config.get_timing_cache()
-    if options.timing_cache is not None and cache is not None:
-        write_whole(options.timing_cache, bytes(cache.serialize()))
-
-
 def _failure(library: Library, onnx_path: Path, log: Log, options: BuildOptions) -> Exception:
     reason = log.reason()
     fix = "try a lower --optimization-level, or another version of TensorRT"
@@ -246,9 +238,47 @@ def _failure(library: Library, onnx_path: Path, log: Log, options: BuildOptions)
     )
 
 
-def _built_layers(library: Library, logger: Any, plan: bytes) -> tuple[LayerRow, ...]:
-    """What the engine executes; nothing where it cannot be loaded (TensorRT-RTX without a GPU)."""
-    # The runtime has to outlive the engine.
-    runtime = open_runtime(library, logger)
-    engine = runtime.deserialize_cuda_engine(plan)
-    return () if engine is None else engine_layers(library, engine)
+class BuildMonitor:
+    """Passes phases on; an interruption waits here until TensorRT has unwound."""
+
+    def __init__(self, notify: Notify) -> None:
+        self.interruption: BaseException | None = None
+        self._notify = notify
+        self._steps: dict[str, int] = {}
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        """A phase begins; those inside another one are too many to show."""
+        if parent is None:
+            self._steps[phase] = steps
+            self._tell(phase, 0.0)
+
+    def step(self, phase: str, step: int) -> bool:
+        """A step is done; False asks TensorRT to stop."""
+        if phase in self._steps:
+            self._tell(phase, (step + 1) / max(1, self._steps[phase]))
+        return self.interruption is None
+
+    def _tell(self, phase: str, done: float) -> None:
+        # An exception cannot cross TensorRT; Ctrl-C would be printed and the build go on.
+        try:
+            self._notify(phase, done)
+        except BaseException as error:
+            self.interruption = error
+
+
+def watch_build(library: Library, config: Any, notify: Notify) -> BuildMonitor:
+    """Report progress, where this version can and lets it be set."""
+    monitor = BuildMonitor(notify)
+    base = getattr(library.module, "IProgressMonitor", None)
+    if base is None or not hasattr(config, "progress_monitor"):
+        return monitor
+
+    # As with the logger, the base class is known only now.
+    methods: dict[str, Callable[..., Any]] = {
+        "__init__": lambda self: base.__init__(self),
+        "phase_start": lambda self, phase, parent, steps: monitor.start(phase, parent, steps),
+        "phase_finish": lambda self, phase: None,  # the next phase says it
+        "step_complete": lambda self, phase, step: monitor.step(phase, step),
+    }
+    config.progress_monitor = type("CareProgress", (base,), methods)()
+    return monitor

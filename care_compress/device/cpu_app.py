@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from care_compress.device.cpu_session import (
     load_cpu_runtime,
     open_file,
 )
-from care_compress.device.manifest import Bundle
+from care_compress.device.manifest import (
+    Bundle,
+    merge_results,
+    required_module,
+)
 from care_compress.device.problems import ProcessorError
 from care_compress.device.processor import (
     DOT_PRODUCTS,
@@ -29,24 +34,22 @@ from care_compress.device.processor import (
     check_processor,
     read_processor,
 )
-from care_compress.device.requirements import required_module
-from care_compress.device.results import merge_results, results_path
 from care_compress.device.samples import likeliest, load_files, run_pixels, verify_samples
 from care_compress.device.sensors import (
+    CPUS,
     is_busy,
+    read_board_name,
     read_cpu_clock,
-    read_governor,
     read_load,
     read_temperatures,
-    system_text,
+    scaling_governor,
 )
 from care_compress.device.timing import BenchPlan, Measured, Timed, measure, verdict
 from care_compress.device.verbs import (
-    choice_options,
-    format_table,
-    run_verb,
+    make_parser,
+    run_command,
     say,
-    shared_options,
+    show_bundle,
     show_classes,
     show_facts,
     show_timings,
@@ -60,38 +63,27 @@ FLOAT = "fp32"  # the model that a quantized one has to beat
 
 def main(arguments: Sequence[str] | None = None, root: Path = Path("/")) -> int:
     """Run one verb; the exit code. `root` is where the system's files lie."""
-    options = _parser().parse_args(arguments)
-    return run_verb(
-        options, LIBRARIES, lambda bundle, options: int(options.work(root, bundle, options))
+    work = {
+        "verify": partial(_verify, root),
+        "bench": partial(_bench, root),
+        "infer": partial(_infer, root),
+        "info": partial(_info, root),
+    }
+    about = "Check and measure the files of a care-compress bundle on this processor."
+    parser, verbs = make_parser(about, tuple(work), ("int8", FLOAT), "model")
+    verbs["bench"].add_argument(
+        "--threads", type=int, default=1, help="for one inference (default 1)"
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    shared, which = shared_options(), choice_options(("int8", FLOAT))
-    parser = argparse.ArgumentParser(
-        description="Check and measure the files of a care-compress bundle on this processor."
-    )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    verify = verbs.add_parser("verify", parents=[shared, which], help="compare with the export")
-    verify.set_defaults(work=_verify)
-    bench = verbs.add_parser("bench", parents=[shared, which], help="measure the latency")
-    bench.add_argument("--seconds", type=float, default=10.0, help="for each model (default 10)")
-    bench.add_argument("--threads", type=int, default=1, help="for one inference (default 1)")
-    bench.set_defaults(work=_bench)
-    infer = verbs.add_parser("infer", parents=[shared, which], help="classify image files")
-    infer.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    infer.add_argument("--top", type=int, default=5)
-    infer.set_defaults(work=_infer)
-    info = verbs.add_parser("info", parents=[shared], help="say what is here")
-    info.set_defaults(work=_info)
-    return parser
+    return run_command(parser, arguments, LIBRARIES, work)
 
 
 def _verify(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
     box = _open(root, bundle, wanted_models(bundle, options), 1)
     verified = verify_samples(box.sessions, bundle, say)
-    box.merge(bundle, "accuracy", {model: one.as_record() for model, one in verified.items()})
-    return show_verified(verified, bundle.manifest["limits"])
+    limits = bundle.manifest["limits"]
+    records = {model: one.as_record(limits) for model, one in verified.items()}
+    box.merge(bundle, "accuracy", records)
+    return show_verified(verified, limits)
 
 
 def _bench(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
@@ -114,7 +106,7 @@ def _bench(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
     if is_busy(before["load_average"], box.processor.cores):
         print("Other programs were at work: stop them and measure again.")
     print(f"before: {_conditions(before)}; after: {_conditions(measured.after)}")
-    print(f"Written to {results_path(bundle)}")
+    print(f"Written to {bundle.results}")
     return 0
 
 
@@ -127,14 +119,9 @@ def _infer(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
 
 
 def _info(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
-    about, processor = bundle.manifest, read_processor(root)
-    needs = {bundle.file(m).name: need for m in bundle.models if (need := bundle.needs(m))}
-    rows = [
-        ["bundle", f"run {about['run']}, recipe {about['recipe']}, target {about['target']}"],
-        ["models", ", ".join(bundle.models)],
-        ["needs", ", ".join([str(about["requirement"]), *(f"{f}: {n}" for f, n in needs.items())])],
-    ]
-    print(format_table(rows))
+    requirement, processor = str(bundle.manifest["requirement"]), read_processor(root)
+    needs = [f"{bundle.file(m).name}: {bundle.needs(m)}" for m in bundle.models if bundle.needs(m)]
+    show_bundle(bundle, {"needs": ", ".join([requirement, *needs])})
     dots = {True: "yes", False: "no", None: "not told by the system"}[processor.dot_products]
     features = None if processor.features is None else " ".join(processor.features)
     show_facts(
@@ -150,40 +137,9 @@ def _info(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
     )
     # Last: the bundle and the processor can be told also where the runtime is missing.
     check_processor(processor)
-    runtime = load_cpu_runtime(str(about["requirement"]))
+    runtime = load_cpu_runtime(requirement)
     show_facts({"runtime": f"{runtime.name} {runtime.version}", "floats in": runtime.floats_in})
     return 0
-
-
-def check_needs(
-    bundle: Bundle,
-    models: Sequence[str],
-    processor: Processor,
-    library: str,
-    environment: Mapping[str, str],
-) -> None:
-    """Raise `ProcessorError` for a model whose answers would be wrong here."""
-    limits = {name: environment.get(name, "") for name in ISA_LIMITS if library == "openvino"}
-    limited = [
-        name for name, value in limits.items() if value.upper() in LIMITS_WITHOUT_DOT_PRODUCTS
-    ]
-    for model in models:
-        need = bundle.needs(model)
-        if not need or (need == DOT_PRODUCTS and processor.dot_products and not limited):
-            continue
-        file = bundle.file(model).name
-        if limited:
-            raise ProcessorError(
-                f"{file} needs {need}, which {limited[0]}={environment[limited[0]]} switches off.",
-                f"unset {limited[0]}",
-            )
-        has = "does not say whether it has" if processor.dot_products is None else "has no"
-        others = [f"--{other}-only" for other in bundle.models if not bundle.needs(other)]
-        use = f", or use {others[0]}" if others else ""
-        raise ProcessorError(
-            f"{file} needs {need}; this processor ({processor.name}) {has} {need}.",
-            f"bundle a run without quantize.full_range, which is right on every processor{use}",
-        )
 
 
 @dataclass(frozen=True)
@@ -223,7 +179,27 @@ def _open(root: Path, bundle: Bundle, models: Sequence[str], threads: int) -> Bo
     processor = read_processor(root)
     check_processor(processor)
     requirement = str(bundle.manifest["requirement"])
-    check_needs(bundle, models, processor, required_module(requirement), os.environ)
+    limit = None  # the variable that takes dot products away from OpenVINO
+    for name in ISA_LIMITS if required_module(requirement) == "openvino" else ():
+        if limit is None and os.environ.get(name, "").upper() in LIMITS_WITHOUT_DOT_PRODUCTS:
+            limit = name
+    for model in models:
+        need, file = bundle.needs(model), bundle.file(model).name
+        if not need or (need == DOT_PRODUCTS and processor.dot_products and limit is None):
+            continue
+        # Its answers would be wrong here.
+        if limit is not None:
+            raise ProcessorError(
+                f"{file} needs {need}, which {limit}={os.environ[limit]} switches off.",
+                f"unset {limit}",
+            )
+        has = "does not say whether it has" if processor.dot_products is None else "has no"
+        others = [f"--{other}-only" for other in bundle.models if not bundle.needs(other)]
+        use = f", or use {others[0]}" if others else ""
+        raise ProcessorError(
+            f"{file} needs {need}; this processor ({processor.name}) {has} {need}.",
+            f"bundle a run without quantize.full_range, which is right on every processor{use}",
+        )
     if not 1 <= threads <= processor.cores:
         raise ProcessorError(
             f"{threads} threads do not fit the {processor.cores} cores here.",
@@ -237,13 +213,13 @@ def _open(root: Path, bundle: Bundle, models: Sequence[str], threads: int) -> Bo
 
 def box_name(root: Path, processor: Processor) -> str:
     """The name of the board, or of the processor of a machine that has none."""
-    return system_text(root / "proc/device-tree/model").strip("\0\n ") or processor.name
+    return read_board_name(root) or processor.name
 
 
 def read_cpu_conditions(root: Path) -> dict[str, Any]:
     """How the clocks are set, how much else runs, and how warm it is, at this moment."""
     return {
-        "governor": read_governor(root),
+        "governor": scaling_governor(root / CPUS),
         "load_average": read_load(root),
         "cpu_mhz": read_cpu_clock(root),
         "temperatures_c": read_temperatures(root),

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from care_compress.device.images import FloatArray
+from care_compress.device.manifest import required_module, satisfies, version_numbers
 from care_compress.device.problems import ModelError, RuntimeMissingError
-from care_compress.device.requirements import required_module, satisfies, version_numbers
 
 LIBRARIES = ("onnxruntime", "openvino")
 # It sends usage to a statistics server from its import on, unasked.
@@ -95,7 +95,11 @@ class CpuSession:
         for first in range(0, len(images_NCHW), self.batch):
             part = images_NCHW[first : first + self.batch]
             self._images[: len(part)] = part
-            results.append(np.array(self._computed()[: len(part)], dtype=np.float32))
+            try:
+                logits = self._compute()
+            except Exception as error:  # ONNX Runtime has one for each status, OpenVINO only one
+                raise _failed(self._path, "run", error) from error
+            results.append(np.array(logits[: len(part)], dtype=np.float32))
         return np.concatenate(results)
 
     def timed_run(self) -> float:
@@ -104,12 +108,6 @@ class CpuSession:
         self._compute()
         return 1000 * (time.perf_counter() - began)
 
-    def _computed(self) -> FloatArray:
-        try:
-            return self._compute()
-        except Exception as error:  # ONNX Runtime has a class for each status, OpenVINO only one
-            raise _failed(self._path, "run", error) from error
-
 
 def open_file(
     runtime: CpuRuntime, path: Path, shape: "tuple[int | str, ...]", threads: int
@@ -117,60 +115,38 @@ def open_file(
     """Open a file for a batch of its own, or of one image where it leaves the batch open."""
     sizes = [size if isinstance(size, int) else 1 for size in shape]
     images_NCHW: FloatArray = np.zeros(sizes, dtype=np.float32)
-    opened = _openvino if runtime.name == "openvino" else _onnxruntime
     try:
-        compute = opened(runtime, path, images_NCHW, shape, threads)
+        if runtime.name == "openvino":
+            settings = {
+                "INFERENCE_NUM_THREADS": threads,
+                "INFERENCE_PRECISION_HINT": runtime.floats_in,
+                "PERFORMANCE_HINT": "LATENCY",
+            }
+            model = runtime.core.read_model(str(path))
+            model.reshape(sizes)
+            request = runtime.core.compile_model(model, "CPU", settings).create_infer_request()
+            request.set_input_tensor(runtime.module.Tensor(images_NCHW, shared_memory=True))
+
+            def compute() -> FloatArray:
+                request.infer()
+                return request.get_output_tensor(0).data  # type: ignore[no-any-return]
+        else:
+            options = runtime.module.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = threads
+            for name, size in zip(shape, sizes, strict=True):
+                if isinstance(name, str):
+                    options.add_free_dimension_override_by_name(name, size)
+            providers = ["CPUExecutionProvider"]
+            session = runtime.module.InferenceSession(str(path), options, providers=providers)
+            feed = {session.get_inputs()[0].name: images_NCHW}
+
+            def compute() -> FloatArray:
+                (logits,) = session.run(None, feed)
+                return logits  # type: ignore[no-any-return]
     except Exception as error:  # as above
         raise _failed(path, "load", error) from error
     return CpuSession(path, images_NCHW, compute)
-
-
-def _onnxruntime(
-    runtime: CpuRuntime,
-    path: Path,
-    images_NCHW: FloatArray,
-    shape: "tuple[int | str, ...]",
-    threads: int,
-) -> Callable[[], FloatArray]:
-    options = runtime.module.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    for place, size in enumerate(shape):
-        if isinstance(size, str):
-            options.add_free_dimension_override_by_name(size, images_NCHW.shape[place])
-    providers = ["CPUExecutionProvider"]
-    session = runtime.module.InferenceSession(str(path), options, providers=providers)
-    feed = {session.get_inputs()[0].name: images_NCHW}
-
-    def compute() -> FloatArray:
-        (logits,) = session.run(None, feed)
-        return logits  # type: ignore[no-any-return]
-
-    return compute
-
-
-def _openvino(
-    runtime: CpuRuntime,
-    path: Path,
-    images_NCHW: FloatArray,
-    shape: "tuple[int | str, ...]",
-    threads: int,
-) -> Callable[[], FloatArray]:
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": runtime.floats_in,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    model = runtime.core.read_model(str(path))
-    model.reshape(list(images_NCHW.shape))
-    request = runtime.core.compile_model(model, "CPU", settings).create_infer_request()
-    request.set_input_tensor(runtime.module.Tensor(images_NCHW, shared_memory=True))
-
-    def compute() -> FloatArray:
-        request.infer()
-        return request.get_output_tensor(0).data  # type: ignore[no-any-return]
-
-    return compute
 
 
 def _failed(path: Path, what: str, error: Exception) -> ModelError:

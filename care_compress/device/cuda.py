@@ -20,8 +20,8 @@ import numpy as np
 from care_compress.device.problems import NoGpuError
 
 # Values of CUDA's public C headers, part of its ABI.
-TO_DEVICE = 1
-TO_HOST = 2
+_TO_DEVICE = 1
+_TO_HOST = 2
 _SCHEDULE_SPIN = 1
 _NON_BLOCKING = 1
 _CAPTURE_RELAXED = 2
@@ -33,15 +33,25 @@ _SET_ON_ACTIVE = 36
 _PROPERTIES_BYTES = 1 << 16
 _NAME_BYTES = 256
 
-_POINTER_CALLS = (
-    "cudaStreamSynchronize",
-    "cudaStreamDestroy",
-    "cudaEventDestroy",
-    "cudaEventSynchronize",
-    "cudaGraphDestroy",
-    "cudaGraphExecDestroy",
-    "cudaFree",
-)
+# ctypes would cut a pointer that has no type to 32 bits.
+_POINTER = ctypes.c_void_p
+_ARGUMENTS: dict[str, list[Any]] = {
+    "cudaFree": [_POINTER],
+    "cudaMalloc": [_POINTER, ctypes.c_size_t],
+    "cudaMemcpyAsync": [_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_int, _POINTER],
+    "cudaStreamSynchronize": [_POINTER],
+    "cudaStreamDestroy": [_POINTER],
+    "cudaStreamBeginCapture": [_POINTER, ctypes.c_int],
+    "cudaStreamEndCapture": [_POINTER, _POINTER],
+    "cudaEventRecord": [_POINTER, _POINTER],
+    "cudaEventSynchronize": [_POINTER],
+    "cudaEventElapsedTime": [_POINTER, _POINTER, _POINTER],
+    "cudaEventDestroy": [_POINTER],
+    "cudaGraphInstantiateWithFlags": [_POINTER, _POINTER, ctypes.c_ulonglong],
+    "cudaGraphLaunch": [_POINTER, _POINTER],
+    "cudaGraphDestroy": [_POINTER],
+    "cudaGraphExecDestroy": [_POINTER],
+}
 
 
 @dataclass(frozen=True)
@@ -58,26 +68,8 @@ class Cuda:
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
         runtime.cudaGetErrorString.restype = ctypes.c_char_p
-        for name in _POINTER_CALLS:
-            getattr(runtime, name).argtypes = [ctypes.c_void_p]
-        runtime.cudaMalloc.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        runtime.cudaMemcpyAsync.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_size_t,
-            ctypes.c_int,
-            ctypes.c_void_p,
-        ]
-        runtime.cudaEventRecord.argtypes = [ctypes.c_void_p] * 2
-        runtime.cudaEventElapsedTime.argtypes = [ctypes.c_void_p] * 3
-        runtime.cudaStreamBeginCapture.argtypes = [ctypes.c_void_p, ctypes.c_int]
-        runtime.cudaStreamEndCapture.argtypes = [ctypes.c_void_p] * 2
-        runtime.cudaGraphInstantiateWithFlags.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_ulonglong,
-        ]
-        runtime.cudaGraphLaunch.argtypes = [ctypes.c_void_p] * 2
+        for name, types in _ARGUMENTS.items():
+            getattr(runtime, name).argtypes = types
         # A waiting core that sleeps wakes up late, and the delay would be measured as latency.
         status = runtime.cudaSetDeviceFlags(_SCHEDULE_SPIN)
         if status not in (0, _SET_ON_ACTIVE, _ALREADY_ACTIVE):
@@ -97,6 +89,17 @@ class Cuda:
             " no other program fills its memory",
         )
 
+    def _number(self, name: str, *arguments: Any) -> int:
+        value = ctypes.c_int()
+        self._call(name, ctypes.byref(value), *arguments)
+        return value.value
+
+    def _handle(self, name: str, *arguments: Any) -> int:
+        """The address that a call gives back through its first argument."""
+        pointer = ctypes.c_void_p()
+        self._call(name, ctypes.byref(pointer), *arguments)
+        return pointer.value or 0
+
     def gpu(self) -> CudaGpu:
         """Name and compute capability of the device."""
         properties = ctypes.create_string_buffer(_PROPERTIES_BYTES)
@@ -106,53 +109,39 @@ class Cuda:
             "cudaGetDeviceProperties_v2" if newer else "cudaGetDeviceProperties", properties, 0
         )
         name = properties.raw[:_NAME_BYTES].split(b"\0", 1)[0].decode(errors="replace")
-        major, minor = (self._attribute(which) for which in (_MAJOR_ATTRIBUTE, _MINOR_ATTRIBUTE))
+        major, minor = (
+            self._number("cudaDeviceGetAttribute", which, 0)
+            for which in (_MAJOR_ATTRIBUTE, _MINOR_ATTRIBUTE)
+        )
         return CudaGpu(name=name, compute_capability=f"{major}.{minor}")
-
-    def _attribute(self, which: int) -> int:
-        value = ctypes.c_int()
-        self._call("cudaDeviceGetAttribute", ctypes.byref(value), which, 0)
-        return value.value
 
     def versions(self) -> dict[str, str]:
         """CUDA's version, of the runtime here and the newest the driver can serve."""
-        found = {}
-        for key, name in (
-            ("runtime", "cudaRuntimeGetVersion"),
-            ("driver", "cudaDriverGetVersion"),
-        ):
-            number = ctypes.c_int()
-            self._call(name, ctypes.byref(number))
-            found[key] = f"{number.value // 1000}.{number.value % 1000 // 10}"
-        return found
+        calls = {"runtime": "cudaRuntimeGetVersion", "driver": "cudaDriverGetVersion"}
+        numbers = {key: self._number(name) for key, name in calls.items()}
+        return {key: f"{n // 1000}.{n % 1000 // 10}" for key, n in numbers.items()}
 
     def allocate(self, size: int) -> int:
         """Address of `size` bytes on the device; give it back with `free`."""
-        pointer = ctypes.c_void_p()
-        self._call("cudaMalloc", ctypes.byref(pointer), size)
-        return pointer.value or 0
+        return self._handle("cudaMalloc", size)
 
     def free(self, address: int) -> None:
         """Give memory back."""
         self._call("cudaFree", address)
 
-    def copy(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
-        """Queue a copy; `kind` is TO_DEVICE or TO_HOST."""
-        self._call("cudaMemcpyAsync", target, source, size, kind, stream)
-
     def upload(self, address: int, values: np.ndarray[Any, Any], stream: int) -> None:
         """Queue a copy of an array to the device; keep the array until the stream is through."""
-        self.copy(address, values.ctypes.data, values.nbytes, TO_DEVICE, stream)
+        source, size = values.ctypes.data, values.nbytes
+        self._call("cudaMemcpyAsync", address, source, size, _TO_DEVICE, stream)
 
     def download(self, values: np.ndarray[Any, Any], address: int, stream: int) -> None:
         """Queue a copy from the device into an array."""
-        self.copy(values.ctypes.data, address, values.nbytes, TO_HOST, stream)
+        target, size = values.ctypes.data, values.nbytes
+        self._call("cudaMemcpyAsync", target, address, size, _TO_HOST, stream)
 
     def new_stream(self) -> int:
         """A stream that does not wait for the default one (a graph cannot be captured on that)."""
-        stream = ctypes.c_void_p()
-        self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING)
-        return stream.value or 0
+        return self._handle("cudaStreamCreateWithFlags", _NON_BLOCKING)
 
     def wait(self, stream: int) -> None:
         """Return when everything queued is done."""
@@ -164,9 +153,7 @@ class Cuda:
 
     def new_event(self) -> int:
         """An event that can be timed."""
-        event = ctypes.c_void_p()
-        self._call("cudaEventCreateWithFlags", ctypes.byref(event), 0)
-        return event.value or 0
+        return self._handle("cudaEventCreateWithFlags", 0)
 
     def record(self, event: int, stream: int) -> None:
         """Queue the event."""
@@ -192,14 +179,13 @@ class Cuda:
 
     def end_capture(self, stream: int) -> int:
         """Stop recording; the graph that can be launched."""
-        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        graph = ctypes.c_void_p()
         self._call("cudaStreamEndCapture", stream, ctypes.byref(graph))
         try:
             # The plain cudaGraphInstantiate takes five arguments in CUDA 11 and three in CUDA 12.
-            self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, 0)
+            return self._handle("cudaGraphInstantiateWithFlags", graph, 0)
         finally:
             self._call("cudaGraphDestroy", graph)
-        return executable.value or 0
 
     def launch(self, graph: int, stream: int) -> None:
         """Queue a captured graph."""

@@ -1,31 +1,22 @@
-"""The work behind the verbs: build the engines of a bundle, verify them, measure them.
+"""Engines on this device: built from a graph, and opened from a bundle.
 
 `Host` is the one seam to the machine; tests put another library and another CUDA there.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from care_compress.device.board import describe_board, read_conditions
-from care_compress.device.build import BuildOptions, build_engine
+from care_compress.device.build import BuildOptions, Notify, build_engine
 from care_compress.device.cuda import Cuda, CudaGpu, load_cuda
 from care_compress.device.enginefile import EngineOrigin, read_engine, write_engine
-from care_compress.device.layers import precision_counts
 from care_compress.device.library import Library, load_library, required_library
-from care_compress.device.manifest import Bundle
-from care_compress.device.problems import EngineMismatchError, TensorRtMissingError
-from care_compress.device.progress import Notify
-from care_compress.device.requirements import satisfies
-from care_compress.device.results import merge_results
-from care_compress.device.samples import Verified, verify_samples
+from care_compress.device.manifest import Bundle, satisfies
+from care_compress.device.problems import TensorRtMissingError
 from care_compress.device.session import Session
-from care_compress.device.timing import BenchPlan, Measured, Timed, measure
-
-RESULTS_KIND = "care-deploy-results"
 
 
 @dataclass(frozen=True)
@@ -82,49 +73,10 @@ def build_file(
         "build_seconds": round(built.seconds, 1),
         "warnings": list(built.warnings),
         "layers_from": built.layers_from,
-        "precisions": precision_counts(built.layers),
+        "precisions": dict(sorted(Counter(row.precision for row in built.layers).items())),
         "layers": [asdict(row) for row in built.layers],
     }
     return write_engine(engine, built.plan, origin, details)
-
-
-def build_models(
-    host: Host, bundle: Bundle, models: Sequence[str], options: BuildOptions, notify: Notify
-) -> dict[str, dict[str, Any]]:
-    """Build the engines of some models of a bundle, on the GPU they will run on."""
-    for leftover in bundle.folder.glob(".*.tmp"):
-        leftover.unlink()  # of a build that was killed while it wrote
-    library = bundle_library(host, bundle)
-    gpu = None if library.is_rtx else host.load_cuda().gpu()
-    return {
-        model: build_file(
-            library,
-            gpu,
-            bundle.file(model),
-            bundle.sha256(model),
-            bundle.engine(model),
-            replace(options, precision=model),
-            _named(notify, model),
-        )
-        for model in models
-    }
-
-
-def _named(notify: Notify, model: str) -> Notify:
-    def tell(phase: str, done: float | None) -> None:
-        notify(f"{model}: {phase}", done)
-
-    return tell
-
-
-def built_models(bundle: Bundle, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Those of the wanted models that have an engine."""
-    found = tuple(model for model in wanted if bundle.engine(model).is_file())
-    if not found:
-        raise EngineMismatchError(
-            "there is no engine yet.", "build first: python3 care_deploy.py build"
-        )
-    return found
 
 
 @contextlib.contextmanager
@@ -145,69 +97,3 @@ def open_sessions(
             sessions[model] = stack.enter_context(Session(library, cuda, plan, refit_from))
             descriptions[model] = description
         yield library, cuda, sessions, descriptions
-
-
-def verify_models(
-    host: Host, bundle: Bundle, models: Sequence[str], notify: Callable[[str], None]
-) -> dict[str, Verified]:
-    """Run the bundle's samples through its engines and note how they compare."""
-    with open_sessions(host, bundle, models) as (library, cuda, sessions, descriptions):
-        verified = verify_samples(sessions, bundle, notify)
-        board = describe_board(host.root, library, cuda)
-    records = {model: one.as_record() for model, one in verified.items()}
-    _merge(bundle, board, descriptions, "accuracy", records)
-    return verified
-
-
-def bench_models(
-    host: Host,
-    bundle: Bundle,
-    models: Sequence[str],
-    plan: BenchPlan,
-    cuda_graph: bool,
-    notify: Callable[[str], None],
-) -> Measured:
-    """Measure the engines in turns and note it with the board's state before and after."""
-    with open_sessions(host, bundle, models) as (library, cuda, sessions, descriptions):
-        board = describe_board(host.root, library, cuda)
-        before = read_conditions(host.root)
-        with _timed(cuda, sessions, cuda_graph) as timed:
-            timings = measure(timed, plan, notify)
-        measured = Measured(timings, before, read_conditions(host.root))
-    records = measured.as_records({"cuda_graph": cuda_graph})
-    _merge(bundle, board, descriptions, "speed", records)
-    return measured
-
-
-@contextlib.contextmanager
-def _timed(
-    cuda: Cuda, sessions: Mapping[str, Session], cuda_graph: bool
-) -> Iterator[dict[str, Timed]]:
-    """The engines, each run timed on the device; the processor spins while it waits."""
-    for session in sessions.values() if cuda_graph else ():
-        session.capture()
-    start, end = cuda.new_event(), cuda.new_event()
-    try:
-        yield {
-            name: Timed(session.batch, partial(session.run_between, start, end))
-            for name, session in sessions.items()
-        }
-    finally:
-        cuda.drop_event(start)
-        cuda.drop_event(end)
-
-
-def _merge(
-    bundle: Bundle,
-    board: Mapping[str, Any],
-    engines: Mapping[str, Mapping[str, Any]],
-    part: str,
-    values: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Add to results.json what tells one engine from another, and what was found of each."""
-    keys = ("engine_sha256", "size_bytes", "layers_from", "precisions")
-    about = {
-        model: {"onnx_sha256": bundle.sha256(model), **{key: engine[key] for key in keys}}
-        for model, engine in engines.items()
-    }
-    merge_results(bundle, RESULTS_KIND, board, about, part, values)

@@ -76,48 +76,34 @@ def read_engine(
         )
     if description.get("onnx_sha256") != onnx_sha256:
         raise EngineMismatchError(f"{path} was built from another ONNX graph.", _REBUILD)
-    _check_version(path, description, library)
-    _check_gpu(path, description, gpu)
-    plan = path.read_bytes()
-    if digest_bytes(plan) != description.get("engine_sha256"):
-        raise EngineMismatchError(f"{path} is not the file that was built.", _REBUILD)
-    return plan, description
-
-
-def _check_version(path: Path, description: Mapping[str, Any], library: Library) -> None:
-    built = (description.get("library"), str(description.get("version")))
-    same_major = built[1].split(".")[0] == str(library.version[0])
-    if built == (library.name, library.text):
-        return
+    builder, version = description.get("library"), str(description.get("version"))
     # A version-compatible plan runs on later releases of its own major version.
-    if description.get("version_compatible") and built[0] == library.name and same_major:
-        return
-    raise EngineMismatchError(
-        f"{path} was built by {built[0]} {built[1]}; here is {library.name} {library.text}.",
-        _REBUILD,
-    )
-
-
-def _check_gpu(path: Path, description: Mapping[str, Any], gpu: CudaGpu | None) -> None:
-    if gpu is None:
-        return
+    same_major = version.split(".")[0] == str(library.version[0])
+    lasting = description.get("version_compatible") and same_major
+    if builder != library.name or not (version == library.text or lasting):
+        raise EngineMismatchError(
+            f"{path} was built by {builder} {version}; here is {library.name} {library.text}.",
+            _REBUILD,
+        )
     built = description.get("gpu")
-    if built is not None:
-        if built != asdict(gpu):
-            raise EngineMismatchError(
-                f"{path} was built for {built.get('name')}"
-                f" (compute capability {built.get('compute_capability')});"
-                f" here is {gpu.name} ({gpu.compute_capability}).",
-                _REBUILD,
-            )
-        return
     capabilities = description.get("compute_capabilities", [])
-    if not any(_runs_on(capability, gpu) for capability in capabilities):
+    if gpu is not None and built is not None and built != asdict(gpu):
+        raise EngineMismatchError(
+            f"{path} was built for {built.get('name')}"
+            f" (compute capability {built.get('compute_capability')});"
+            f" here is {gpu.name} ({gpu.compute_capability}).",
+            _REBUILD,
+        )
+    if gpu is not None and built is None and not any(_runs_on(one, gpu) for one in capabilities):
         raise EngineMismatchError(
             f"{path} was built for compute capability {', '.join(capabilities)};"
             f" {gpu.name} has {gpu.compute_capability}.",
             _REBUILD,
         )
+    plan = path.read_bytes()
+    if digest_bytes(plan) != description.get("engine_sha256"):
+        raise EngineMismatchError(f"{path} is not the file that was built.", _REBUILD)
+    return plan, description
 
 
 def _runs_on(capability: str, gpu: CudaGpu) -> bool:

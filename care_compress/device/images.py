@@ -6,6 +6,7 @@ Shape legend: N images, C channel, H height, W width.
 # numpy 1.21 of JetPack 6 cannot evaluate our annotations.
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 from collections.abc import Sequence
@@ -44,9 +45,22 @@ def image_pixels(
     image: Any, resolution: int, crop_pct: float, exif_rotate: bool
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """`load_pixels` of an opened image."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    image = _image_to_rgb(_turned(image) if exif_rotate else image)
+    if exif_rotate:
+        # Unreadable EXIF says nothing.
+        with contextlib.suppress(
+            SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error
+        ):
+            image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # Pillow would clip 16-bit grey at 255, nearly all of it to white.
+        wide = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     shorter = math.floor(resolution / crop_pct)
     width, height = image.size
     if width <= height:
@@ -54,39 +68,11 @@ def image_pixels(
     else:
         size = int(shorter * width / height), shorter
     if image.size != size:
-        image = image.resize(size, _bicubic(Image))
+        # JetPack 6 has Pillow 9.0, which knows the filter by its older name only.
+        image = image.resize(size, getattr(Image, "Resampling", Image).BICUBIC)
     left, top = round((size[0] - resolution) / 2), round((size[1] - resolution) / 2)
     image = image.crop((left, top, left + resolution, top + resolution))
     return np.ascontiguousarray(np.array(image, dtype=np.uint8).transpose(2, 0, 1))
-
-
-def _bicubic(pillow: Any) -> Any:
-    # JetPack 6 has Pillow 9.0, which knows the filter by its older name only.
-    return getattr(pillow, "Resampling", pillow).BICUBIC
-
-
-def _image_to_rgb(image: Any) -> Any:
-    from PIL import Image
-
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # Pillow would clip 16-bit grey at 255, nearly all of it to white.
-        wide = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _turned(image: Any) -> Any:
-    """As its EXIF orientation says; unreadable EXIF says nothing."""
-    from PIL import ImageOps
-
-    try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
-        return image
 
 
 def normalize_pixels(

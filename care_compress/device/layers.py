@@ -1,17 +1,14 @@
 """Which layer runs in which precision: the table a user compares with the plan.
 
-`engine_layers` tells what the built engine executes (the engine inspector; needs the engine to be
-loadable, so a GPU). `network_layers` tells what the graph asks for, anywhere.
+`parse_inspector` tells what the built engine executes (the engine has to be loadable for that, so
+there is a GPU). `network_layers` tells what the graph asks for, anywhere.
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from care_compress.device.library import Library
 
 # As they stand in sentences like "Row major linear FP16 format", "Half" or "kINT8", longest first.
 _TYPE_WORDS = {
@@ -31,7 +28,8 @@ _TYPE_WORDS = {
     "UINT8": "UINT8",
 }
 _TYPE_PATTERN = re.compile(rf"\bk?({'|'.join(_TYPE_WORDS)})\b", re.IGNORECASE)
-_MULTIPLYING = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
+_NODES = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+MULTIPLYING = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 # Between a DequantizeLinear and the MatMul that uses it there may stand a Transpose.
 _MOVING = ("SHUFFLE",)
 
@@ -47,19 +45,6 @@ class LayerRow:
     origin: tuple[str, ...]
 
 
-def precision_counts(rows: Iterable[LayerRow]) -> dict[str, int]:
-    """How many layers run in each precision."""
-    return dict(sorted(Counter(row.precision for row in rows).items()))
-
-
-def engine_layers(library: Library, engine: Any) -> tuple[LayerRow, ...]:
-    """The layers of a loaded engine."""
-    inspector = engine.create_engine_inspector()
-    return parse_inspector(
-        inspector.get_engine_information(library.module.LayerInformationFormat.JSON)
-    )
-
-
 def parse_inspector(text: str) -> tuple[LayerRow, ...]:
     """Rows of the engine inspector's JSON, of TensorRT 10 or 11.
 
@@ -69,28 +54,24 @@ def parse_inspector(text: str) -> tuple[LayerRow, ...]:
     """
     rows = []
     for layer in json.loads(text).get("Layers", []):
-        row = (
-            LayerRow(layer, "unknown", "unknown", "unknown", _names_in(layer))
-            if isinstance(layer, str)
-            else _row(layer)
+        fields = {"Name": layer} if isinstance(layer, str) else layer
+        name = str(fields.get("Name", ""))
+        if re.search(r"\[profile [1-9]\d*\]", name):
+            continue
+        inputs, outputs = (_data_types(fields.get(key, [])) for key in ("Inputs", "Outputs"))
+        nodes = _NODES.findall(str(fields.get("Metadata", "")))
+        rows.append(
+            LayerRow(
+                name=name,
+                type=str(fields.get("LayerType", "unknown")),
+                # Activations and weights meet in the first input's type; constants have no input.
+                precision=(inputs or outputs or ["unknown"])[0],
+                output=(outputs or ["unknown"])[0],
+                # Fused layers without metadata are called ``a + b``.
+                origin=tuple(dict.fromkeys(nodes)) or tuple(map(str.strip, name.split(" + "))),
+            )
         )
-        if not re.search(r"\[profile [1-9]\d*\]", row.name):
-            rows.append(row)
     return tuple(rows)
-
-
-def _row(layer: Mapping[str, Any]) -> LayerRow:
-    name = str(layer.get("Name", ""))
-    inputs, outputs = (_data_types(layer.get(key, [])) for key in ("Inputs", "Outputs"))
-    nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(layer.get("Metadata", "")))
-    return LayerRow(
-        name=name,
-        type=str(layer.get("LayerType", "unknown")),
-        # Activations and weights meet in the first input's type; constants have no input.
-        precision=(inputs or outputs or ["unknown"])[0],
-        output=(outputs or ["unknown"])[0],
-        origin=tuple(dict.fromkeys(nodes)) or _names_in(name),
-    )
 
 
 def _data_types(tensors: Any) -> list[str]:
@@ -109,11 +90,6 @@ def _type_in(text: str) -> str:
     return _TYPE_WORDS[match[1].upper()] if match else "unknown"
 
 
-def _names_in(name: str) -> tuple[str, ...]:
-    """Fused layers without metadata are called ``a + b``."""
-    return tuple(part.strip() for part in name.split(" + "))
-
-
 def network_layers(network: Any) -> tuple[LayerRow, ...]:
     """The layers of a parsed network, constants left out.
 
@@ -129,11 +105,11 @@ def network_layers(network: Any) -> tuple[LayerRow, ...]:
         if layer.type.name == "CONSTANT":
             continue
         output_type = _type_in(layer.get_output(0).dtype.name)
-        integer = layer.type.name in _MULTIPLYING and all(
+        integer = layer.type.name in MULTIPLYING and all(
             which < layer.num_inputs and _is_dequantized(layer.get_input(which), makers)
             for which in (0, 1)
         )
-        nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(getattr(layer, "metadata", "") or ""))
+        nodes = _NODES.findall(str(getattr(layer, "metadata", "") or ""))
         rows.append(
             LayerRow(
                 name=layer.name,

@@ -5,11 +5,12 @@ and no number of an enum is written down here: they changed between versions.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from care_compress.device.manifest import required_module, version_numbers
 from care_compress.device.problems import TensorRtMissingError
-from care_compress.device.requirements import required_module, version_numbers
 
 OLDEST_TENSORRT = (10, 3)
 # From here to 10.16 strong typing has to be asked for, and 11 knows nothing else. Before (JetPack 6
@@ -112,16 +113,13 @@ class Log:
 
 def make_logger(library: Library, log: Log) -> Any:
     """A logger object of this TensorRT that fills `log` and keeps the terminal quiet."""
-    module = library.module
-
-    def start(self: Any) -> None:
-        module.ILogger.__init__(self)
-
-    def record(self: Any, severity: Any, text: str) -> None:
-        log.add(severity.name, text)
-
+    base = library.module.ILogger
     # The base class is known only after the import, so the class cannot be written out.
-    return type("CareLogger", (module.ILogger,), {"__init__": start, "log": record})()
+    methods: dict[str, Callable[..., None]] = {
+        "__init__": lambda self: base.__init__(self),
+        "log": lambda self, severity, text: log.add(severity.name, text),
+    }
+    return type("CareLogger", (base,), methods)()
 
 
 def open_runtime(library: Library, logger: Any) -> Any:

@@ -1,18 +1,22 @@
-"""A bundle: one folder with graphs, samples, expected answers and the digests of all of them."""
+"""A bundle: one folder with graphs, samples, expected answers and the digests of all of them.
+
+Beside them its results.json is written: what was verified and measured here, to be taken home.
+"""
 
 # numpy 1.21 of JetPack 6 cannot evaluate our annotations.
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from care_compress.device.problems import BundleDamagedError, WrongBundleError
-from care_compress.device.requirements import required_module
-from care_compress.device.storage import digest_file, read_json_object
+from care_compress.device.storage import digest_file, read_json_object, write_json_whole
 
 BUNDLE_KIND = "care-deploy-bundle"
 _FRESH = "unpack the archive again, or copy it again if that does not help"
@@ -78,6 +82,11 @@ class Bundle:
         """Where a model's engine is built."""
         return self.folder / f"{model}.engine"
 
+    @property
+    def results(self) -> Path:
+        """Where merge_results writes."""
+        return self.folder / "results.json"
+
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """One of the sample arrays: pixels, labels, logits_int8, ..."""
         path = self.folder / "samples" / f"{name}.npy"
@@ -111,7 +120,17 @@ def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
             "use the care_deploy.py beside it",
         )
     for name, digest in manifest["files"].items():
-        _check_file(folder, name, digest)
+        # A name that leads out of the folder would let a manifest vouch for, or read, any file.
+        plain = not ("\\" in name or ":" in name or name.startswith("/"))
+        if not plain or any(part in ("", ".", "..") for part in name.split("/")):
+            raise BundleDamagedError(
+                f"manifest.json names {name!r}, which is outside the bundle.", _FRESH
+            )
+        file = folder / name
+        if file.is_symlink() or not file.is_file():
+            raise BundleDamagedError(f"{name} is missing from the bundle.", _FRESH)
+        if digest_file(file) != digest:
+            raise BundleDamagedError(f"{name} is not the file that was exported.", _FRESH)
     for model, entry in manifest["models"].items():
         known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
         if not known or entry.get("file") not in manifest["files"]:
@@ -119,15 +138,64 @@ def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
     return Bundle(folder, manifest)
 
 
-def _check_file(folder: Path, name: str, digest: str) -> None:
-    # A name that leads out of the folder would let a manifest vouch for, or read, any file.
-    plain = not ("\\" in name or ":" in name or name.startswith("/"))
-    if not plain or any(part in ("", ".", "..") for part in name.split("/")):
-        raise BundleDamagedError(
-            f"manifest.json names {name!r}, which is outside the bundle.", _FRESH
-        )
-    path = folder / name
-    if path.is_symlink() or not path.is_file():
-        raise BundleDamagedError(f"{name} is missing from the bundle.", _FRESH)
-    if digest_file(path) != digest:
-        raise BundleDamagedError(f"{name} is not the file that was exported.", _FRESH)
+def merge_results(
+    bundle: Bundle,
+    kind: str,
+    board: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Any]],
+    part: str,
+    values: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Add the "accuracy" or the "speed" of some models to results.json.
+
+    `models` tells each one from another engine or setting of it. What is there already stays if it
+    speaks of the same bundle, board and model: an accuracy of one engine beside the speed of
+    another would look like one engine that has both.
+    """
+    old = read_json_object(bundle.results) or {}
+    head = {
+        "format": 1,
+        "kind": kind,
+        **{key: bundle.manifest[key] for key in ("target", "run", "recipe", "fingerprint")},
+        "bundle_sha256": digest_file(bundle.folder / "manifest.json"),
+        "board": dict(board),
+    }
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017 (Python 3.10)
+    same = all(old.get(key) == value for key, value in head.items())
+    merged: dict[str, Any] = dict(old["models"]) if same else {}
+    for name, value in values.items():
+        about = models[name]
+        known = merged.get(name, {})
+        kept = known if all(known.get(key) == said for key, said in about.items()) else {}
+        merged[name] = {**kept, **about, part: {**value, "measured_at": now}}
+    write_json_whole(bundle.results, {**head, "models": merged, "measured_at": now})
+
+
+def version_numbers(text: str) -> tuple[int, ...]:
+    """(10, 3, 0, 30) of ``10.3.0.30`` and of ``10.3.0.30.post1``."""
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def satisfies(version: tuple[int, ...], requirement: str) -> bool:
+    """Whether a version meets ``tensorrt>=10.3,<12``; a board may have no pip to ask."""
+    for operator, wanted in re.findall(r"(>=|<=|==|!=|>|<)\s*([\d.]+)", requirement):
+        limit = version_numbers(wanted)
+        # 10.3.0.30 counts as 10.3 here, as it does for pip with ==10.3.*.
+        short = version[: len(limit)]
+        met = {
+            ">=": short >= limit,
+            "<=": short <= limit,
+            "==": short == limit,
+            "!=": short != limit,
+            ">": short > limit,
+            "<": short < limit,
+        }
+        if not met[operator]:
+            return False
+    return True
+
+
+def required_module(requirement: str) -> str:
+    """The module that ``tensorrt>=10.3`` or ``tensorrt-rtx>=1.7`` names."""
+    return re.split(r"[<>=!~\s\[]", requirement.strip(), maxsplit=1)[0].replace("-", "_")

@@ -7,6 +7,7 @@ read.
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,35 +58,52 @@ class Processor:
 
 def read_processor(root: Path) -> Processor:
     """Look at the machine this process runs on."""
-    machine = platform.machine().lower()
     if sys.platform == "darwin":
-        name, features = _from_sysctl()
+        name = tool_output("sysctl", "-n", "machdep.cpu.brand_string").strip()
+        name = name or "unknown processor"
+        # An Intel Mac does not know the key.
+        dots = tool_output("sysctl", "-n", "hw.optional.arm.FEAT_DotProd").strip()
+        features = {"1": ("asimddp",), "0": ()}.get(dots)
     else:
         name, features = parse_cpuinfo(system_text(root / "proc/cpuinfo"))
-    usable = getattr(os, "sched_getaffinity", None)
-    cores = len(usable(0)) if usable else os.cpu_count() or 1
-    return Processor(name, _ALIASES.get(machine, machine), cores, features)
+    return Processor(name, architecture(), len(usable_cores()), features)
+
+
+def architecture() -> str:
+    """What Linux calls the kind of processor here."""
+    machine = platform.machine().lower()
+    return _ALIASES.get(machine, machine)
+
+
+def usable_cores() -> set[int]:
+    """The cores this process may run on; all of them where the system cannot say."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def cpuinfo_cores(text: str) -> list[dict[str, str]]:
+    """What /proc/cpuinfo says of each core."""
+    return [
+        {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        for lines in (block.splitlines() for block in text.split("\n\n"))
+    ]
+
+
+def core_name(core: Mapping[str, str]) -> str:
+    """The model; ARM cores have a number instead."""
+    part = core.get("CPU part", "")
+    return core.get("model name") or ARM_PARTS.get(part) or f"unknown processor {part}".strip()
 
 
 def parse_cpuinfo(text: str) -> "tuple[str, tuple[str, ...] | None]":
     """Name and features of the first core of /proc/cpuinfo."""
-    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    core = {key.strip(): value.strip() for key, _, value in lines}
-    part = core.get("CPU part", "")
-    name = core.get("model name") or ARM_PARTS.get(part) or f"unknown processor {part}".strip()
+    core = cpuinfo_cores(text)[0]
     listed = core.get("flags", core.get("Features"))
     if listed is None:
-        return name, None
+        return core_name(core), None
     present = listed.split()
-    return name, tuple(f for f in (*DOT_FEATURES, *_OTHER_FEATURES) if f in present)
-
-
-def _from_sysctl() -> "tuple[str, tuple[str, ...] | None]":
-    name = tool_output("sysctl", "-n", "machdep.cpu.brand_string").strip()
-    # An Intel Mac does not know the key.
-    dots = tool_output("sysctl", "-n", "hw.optional.arm.FEAT_DotProd").strip()
-    features = {"1": ("asimddp",), "0": ()}.get(dots)
-    return name or "unknown processor", features
+    return core_name(core), tuple(f for f in (*DOT_FEATURES, *_OTHER_FEATURES) if f in present)
 
 
 def check_processor(processor: Processor) -> None:

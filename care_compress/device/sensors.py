@@ -1,18 +1,19 @@
-"""How warm and how fast a machine is at this moment, as Linux tells it below /sys and /proc.
+"""What a machine is and how warm and fast it is at this moment, as Linux tells it in its files.
 
-Every reader takes the root directory, and gives nothing where a system does not say.
+Readers take the root directory and parsers take text; they give None where a system does not say.
 """
 
 import re
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 
-_CPUS = "sys/devices/system/cpu"
+CPUS = "sys/devices/system/cpu"
 
 
 def read_cpu_clock(root: Path) -> float | None:
     """The fastest core's clock in MHz; the kernel gives kHz."""
-    folders = (root / _CPUS).glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
+    folders = (root / CPUS).glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
     clocks = [clock for path in folders if (clock := read_hertz(path, 1e3)) is not None]
     if not clocks:  # a virtual machine may tell it nowhere else
         told = re.findall(r"(?m)^cpu MHz\s*:\s*([\d.]+)$", system_text(root / "proc/cpuinfo"))
@@ -20,9 +21,21 @@ def read_cpu_clock(root: Path) -> float | None:
     return max(clocks, default=None)
 
 
-def read_governor(root: Path) -> str | None:
-    """How Linux sets the clocks of the cores: ``performance``, or ``powersave, schedutil``."""
-    files = (root / _CPUS).glob("cpu[0-9]*/cpufreq/scaling_governor")
+def read_gpu_clock(root: Path) -> float | None:
+    """The GPU's clock in MHz; boards call the same device gpu, ga10b, gv11b or gpc0."""
+    for folder in sorted((root / "sys/class/devfreq").glob("*")):
+        if re.search(r"(^|\.)(gpu|ga10b|gv11b|gp10b|gpc)|gpu-gpc", folder.name):
+            return read_hertz(folder / "cur_freq", 1e6)
+    return None
+
+
+def scaling_governor(folder: Path, cores: Collection[int] | None = None) -> str | None:
+    """How Linux sets the clocks of these or all cores: ``performance``, ``powersave, schedutil``.
+
+    `folder` is `CPUS`; a virtual machine has no governor.
+    """
+    numbers: Collection[object] = ("[0-9]*",) if cores is None else cores
+    files = [f for n in numbers for f in folder.glob(f"cpu{n}/cpufreq/scaling_governor")]
     return ", ".join(sorted({system_text(path).strip() for path in files} - {""})) or None
 
 
@@ -46,6 +59,32 @@ def read_temperatures(root: Path) -> dict[str, float]:
         if name and re.fullmatch(r"-?\d+", value):
             found[name] = int(value) / 1000
     return found
+
+
+def parse_l4t(text: str) -> str | None:
+    """36.4.3 of ``# R36 (release), REVISION: 4.3, GCID: ...``."""
+    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
+    return f"{found[1]}.{found[2]}" if found else None
+
+
+def parse_package(status: str, package: str) -> str | None:
+    """Upstream version of an installed Debian package, from dpkg's status file."""
+    for stanza in status.split("\n\n"):
+        if stanza.lstrip("\n").startswith(f"Package: {package}\n") and " ok installed" in stanza:
+            version = re.search(r"^Version: ([\d.]+)", stanza, re.MULTILINE)
+            return version[1] if version else None
+    return None
+
+
+def parse_power_mode(text: str) -> str | None:
+    """MAXN of ``nvpmodel -q``, which prints ``NV Power Mode: MAXN`` and its number below."""
+    found = re.search(r"NV Power Mode:\s*(\S+)", text)
+    return found[1] if found else None
+
+
+def read_board_name(root: Path) -> str:
+    """What the maker of a board calls it; nothing on a desktop."""
+    return system_text(root / "proc/device-tree/model").strip("\0\n ")
 
 
 def read_hertz(path: Path, unit: float) -> float | None:

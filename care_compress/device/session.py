@@ -35,7 +35,16 @@ class Session:
                 f"the engine does not load: {self._log.reason()}.", "build it again on this machine"
             )
         if refit_from is not None:
-            self._refit(refit_from)
+            # A stripped engine gets its weights back.
+            module = library.module
+            refitter = module.Refitter(self._engine, self._logger)
+            parser = module.OnnxParserRefitter(refitter, self._logger)
+            if not parser.refit_from_file(str(refit_from)) or not refitter.refit_cuda_engine():
+                raise EngineMismatchError(
+                    f"the weights of {refit_from.name} do not go back into the engine:"
+                    f" {self._log.reason()}.",
+                    "build it again without --strip-plan",
+                )
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise NoGpuError(
@@ -53,17 +62,6 @@ class Session:
         except BaseException:
             self.close()
             raise
-
-    def _refit(self, onnx: Path) -> None:
-        """Put the weights back into a stripped engine."""
-        module = self._library.module
-        refitter = module.Refitter(self._engine, self._logger)
-        parser = module.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
-            raise EngineMismatchError(
-                f"the weights of {onnx.name} do not go back into the engine: {self._log.reason()}.",
-                "build it again without --strip-plan",
-            )
 
     def _name_tensors(self) -> None:
         engine, module = self._engine, self._library.module

@@ -85,17 +85,17 @@ def measure(
     for name, model in models.items():
         notify(f"warming up {name}")
         _turn(model, plan.warmup, Timing(model.batch))
-    while waiting := [name for name in models if not _is_done(timings[name], plan)]:
+    while waiting := [
+        name
+        for name, timing in timings.items()
+        if timing.seconds < plan.seconds or len(timing.milliseconds) < plan.least_runs
+    ]:
         for name in waiting:
             notify(f"measuring {name}: {min(timings[name].seconds, plan.seconds):.0f} s")
             for _ in range(_RUNS_AFTER_A_TURN):
                 models[name].run()
             _turn(models[name], min(plan.turn, plan.seconds), timings[name])
     return timings
-
-
-def _is_done(timing: Timing, plan: BenchPlan) -> bool:
-    return timing.seconds >= plan.seconds and len(timing.milliseconds) >= plan.least_runs
 
 
 def _turn(model: Timed, length: float, timing: Timing) -> None:

@@ -1,6 +1,7 @@
 """What the command lines on devices have in common: how a verb ends, and what it prints."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -8,17 +9,83 @@ from pathlib import Path
 
 from care_compress.device.manifest import Bundle, open_bundle
 from care_compress.device.problems import DeployError
-from care_compress.device.samples import Verified
+from care_compress.device.samples import DeviceAgreement
 from care_compress.device.timing import Timing
 
 VERIFY_HEADER = "model|images|top-1 %|expected %|agreement %|SQNR dB|max dev.|".split("|")
+_HELP = {
+    "build": "build the engines here",
+    "verify": "compare with the export",
+    "bench": "measure the latency",
+    "infer": "classify image files",
+    "info": "say what is here",
+}
+# What a shell reports of a program that a broken pipe ended: 128 + SIGPIPE.
+_BROKEN_PIPE = 141
+
+Work = Callable[[Bundle, argparse.Namespace], int]
 
 
-def run_verb(
-    options: argparse.Namespace,
+def make_parser(
+    description: str, names: Sequence[str], models: Sequence[str], timed: str
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The command line with the options that all devices have, and the parser of each verb.
+
+    Options such as ``--int8-only`` choose one of `models`; `timed` is what "bench" measures.
+    """
+    shared = argparse.ArgumentParser(add_help=False)
+    here = Path(sys.argv[0]).resolve().parent  # the script is a zip: no file of its own lies there
+    shared.add_argument(
+        "--bundle", type=Path, default=here, help="the unpacked bundle (default: this file's)"
+    )
+    shared.add_argument("--debug", action="store_true", help="show tracebacks")
+    which = argparse.ArgumentParser(add_help=False)
+    only = which.add_mutually_exclusive_group()
+    for model in models:
+        only.add_argument(f"--{model}-only", dest="only", action="store_const", const=model)
+    parser = argparse.ArgumentParser(description=description)
+    adding = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
+    verbs = {}
+    for name in names:
+        parents = [shared] if name == "info" else [shared, which]
+        verbs[name] = adding.add_parser(name, parents=parents, help=_HELP[name])
+    verbs["bench"].add_argument(
+        "--seconds", type=float, default=10.0, help=f"for each {timed} (default 10)"
+    )
+    verbs["infer"].add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    verbs["infer"].add_argument("--top", type=int, default=5)
+    return parser, verbs
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
     libraries: Sequence[str],
-    work: Callable[[Bundle, argparse.Namespace], int],
+    work: Mapping[str, Work],
 ) -> int:
+    """Run the verb that the command line names; the exit code.
+
+    Where the output is read no further, as by ``| head``, it ends without a word.
+    """
+    try:
+        try:
+            options = parser.parse_args(arguments)
+            return run_verb(options, libraries, work[options.verb])
+        finally:
+            sys.stdout.flush()  # what is written at Python's own end can be caught no more
+    except OSError as error:  # of the output itself: others end in run_verb
+        broken = isinstance(error, BrokenPipeError)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        # Python would try once more, when it ends, to write what still waits in them.
+        for stream in (sys.stdout, sys.stderr) if broken else (sys.stdout,):
+            os.dup2(nowhere, stream.fileno())
+        if broken:
+            return _BROKEN_PIPE
+        print(f"{error} Fix: make room for the output", file=sys.stderr)
+        return 2
+
+
+def run_verb(options: argparse.Namespace, libraries: Sequence[str], work: Work) -> int:
     """Run one verb; 0: fine, 1: a model's answers are wrong, 2: it could not be done."""
     try:
         # Before anything else, whatever the verb: a changed file makes every answer worthless.
@@ -29,6 +96,8 @@ def run_verb(
             traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if options.debug:
             traceback.print_exc()
@@ -37,26 +106,6 @@ def run_verb(
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-
-
-def shared_options() -> argparse.ArgumentParser:
-    """The options of every verb."""
-    shared = argparse.ArgumentParser(add_help=False)
-    here = Path(sys.argv[0]).resolve().parent  # the script is a zip: no file of its own lies there
-    shared.add_argument(
-        "--bundle", type=Path, default=here, help="the unpacked bundle (default: this file's)"
-    )
-    shared.add_argument("--debug", action="store_true", help="show tracebacks")
-    return shared
-
-
-def choice_options(models: Sequence[str]) -> argparse.ArgumentParser:
-    """Options that choose one of the models: ``--int8-only``."""
-    which = argparse.ArgumentParser(add_help=False)
-    only = which.add_mutually_exclusive_group()
-    for model in models:
-        only.add_argument(f"--{model}-only", dest="only", action="store_const", const=model)
-    return which
 
 
 def wanted_models(bundle: Bundle, options: argparse.Namespace) -> tuple[str, ...]:
@@ -70,11 +119,11 @@ def wanted_models(bundle: Bundle, options: argparse.Namespace) -> tuple[str, ...
     return (options.only,)
 
 
-def show_verified(verified: Mapping[str, Verified], limits: Mapping[str, float]) -> int:
+def show_verified(verified: Mapping[str, DeviceAgreement], limits: Mapping[str, float]) -> int:
     """Print how the models compare; the exit code."""
     rows = [VERIFY_HEADER]
-    for model, result in verified.items():
-        found = result.agreement
+    passed = {model: found.meets(limits) for model, found in verified.items()}
+    for model, found in verified.items():
         rows.append(
             [
                 model,
@@ -84,12 +133,12 @@ def show_verified(verified: Mapping[str, Verified], limits: Mapping[str, float])
                 f"{found.agreement:.1f}",
                 f"{found.sqnr_db:.1f}",
                 f"{found.max_deviation:.4f}",
-                "passed" if result.passed else "FAILED",
+                "passed" if passed[model] else "FAILED",
             ]
         )
     print(format_table(rows))
     demand = f"agreement of {limits['agreement']} % and SQNR of {limits['sqnr_db']} dB"
-    if all(result.passed for result in verified.values()):
+    if all(passed.values()):
         print(f"PASSED: every model reaches an {demand}.")
         return 0
     print(f"FAILED: not every model reaches an {demand}.")
@@ -113,6 +162,13 @@ def show_classes(
     for file, classes in zip(files, found, strict=True):
         print(f"{file} ({model})")
         print(format_table([[f"{100 * odds:5.1f} %", name] for name, odds in classes]))
+
+
+def show_bundle(bundle: Bundle, facts: Mapping[str, str]) -> None:
+    """Print what the bundle is, and more that is known of it."""
+    about = bundle.manifest
+    first = f"run {about['run']}, recipe {about['recipe']}, target {about['target']}"
+    show_facts({"bundle": first, "models": ", ".join(bundle.models), **facts})
 
 
 def show_facts(facts: Mapping[str, object]) -> None:

@@ -19,8 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from care_compress.device.cpu_session import LIBRARIES as CPU_LIBRARIES
-from care_compress.device.manifest import BUNDLE_KIND
-from care_compress.device.requirements import required_module
+from care_compress.device.manifest import BUNDLE_KIND, required_module
 from care_compress.device.verbs import VERIFY_HEADER, format_table
 from care_compress.files import atomic_file
 from care_compress.run.stages import reached_modules

@@ -96,34 +96,28 @@ def input_size(path: Path, resolution: int | None) -> Size:
 
 
 def _own_size(path: Path) -> Size | None:
-    if path.suffix == ".onnx":
-        return _of_onnx(path)
-    if path.suffix == ".xml":
-        return _of_openvino(path)
+    """Height and width that a file is bound to."""
     if path.suffix == ".engine":
         height, width = EnginePredictor(path).session.shape[2:]
         return height, width
-    return None
-
-
-def _of_onnx(path: Path) -> Size | None:
-    try:
-        (image, *_) = onnx.load(path, load_external_data=False).graph.input
-    except Exception as error:  # a parser's own class, or a graph without an input
-        raise TargetError(f"{path} is no ONNX model: {error}.", "export it again") from error
-    sides = [side.dim_value for side in image.type.tensor_type.shape.dim[2:]]
-    return (sides[0], sides[1]) if len(sides) == 2 and all(sides) else None
-
-
-def _of_openvino(path: Path) -> Size | None:
-    try:
-        (image,) = openvino_core().read_model(path).inputs
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1][:200]
-        raise TargetError(
-            f"{path} is no OpenVINO model with one input: {reason}.", "make it again"
-        ) from error
-    sides = list(image.partial_shape)[2:]
-    if len(sides) != 2 or any(side.is_dynamic for side in sides):
+    if path.suffix == ".onnx":
+        try:
+            (image, *_) = onnx.load(path, load_external_data=False).graph.input
+        except Exception as error:  # a parser's own class, or a graph without an input
+            raise TargetError(f"{path} is no ONNX model: {error}.", "export it again") from error
+        sides = [side.dim_value for side in image.type.tensor_type.shape.dim[2:]]
+        free = not all(sides)
+    elif path.suffix == ".xml":
+        try:
+            (image,) = openvino_core().read_model(path).inputs
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1][:200]
+            raise TargetError(
+                f"{path} is no OpenVINO model with one input: {reason}.", "make it again"
+            ) from error
+        shape = list(image.partial_shape)[2:]
+        free = any(side.is_dynamic for side in shape)
+        sides = [] if free else [int(side.get_length()) for side in shape]
+    else:
         return None
-    return int(sides[0].get_length()), int(sides[1].get_length())
+    return None if free or len(sides) != 2 else (sides[0], sides[1])

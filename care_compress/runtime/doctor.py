@@ -24,9 +24,51 @@ from care_compress.device.processor import ISA_LIMITS, LIMITS_WITHOUT_DOT_PRODUC
 from care_compress.machine import LIBRARIES, Cpu, Machine, read_machine
 from care_compress.recipe.target import Runtime, Target, all_targets
 
+Stage = Literal["export", "build", "run", "measure"]
+STAGES: tuple[Stage, ...] = ("export", "build", "run", "measure")
+
+# What this version of care-compress itself does. A stage that is written is added here.
+IMPLEMENTED: frozenset[tuple[Runtime, Stage]] = frozenset(
+    (runtime, stage) for runtime in get_args(Runtime) for stage in STAGES
+)
+
+# Every export starts as a Q/DQ ONNX file; OpenVINO's goes on to its own format.
+EXPORT_PACKAGES = ("torch>=2.10", "torchao>=0.18", "onnx>=1.18", "onnxscript>=0.5")
+
+_PIP = ".venv/bin/python -m pip install"
+_INSTALL = {
+    "openvino": f"{_PIP} -c constraints.txt -e '.[openvino]'",
+    "tensorrt": f"{_PIP} -c constraints.txt -e '.[tensorrt]'",
+    "tensorrt-rtx": f"{_PIP} -c constraints.txt -e '.[tensorrt-rtx]'",
+    "torchao": f"{_PIP} -c constraints.txt 'torchao>=0.18'",
+}
+_INSTALL_BASE = f"{_PIP} -c constraints.txt -e ."
+_INSTALL_JETPACK = "sudo apt install nvidia-jetpack"
+_BOARDS = {"jetson-orin": "Orin", "jetson-thor": "Thor"}
+
+# Libraries with compiled parts, which can be installed and still not load.
+_TRIED = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+_SECONDS = 60
+
 _NO_LIMIT = ("DEFAULT", "ALL")
 
 _RIGHT = "files of CPU targets are right here (weights of 7 bits)"
+
+# Below this, wrapping helps nobody.
+_NARROWEST = 40
+
+_FEATURE_WORDS = {
+    "avx2": "the least INT8 needs",
+    "avx512f": "512-bit vectors",
+    "avx512_vnni": "INT8 dot products, 512 bits: what makes INT8 fast",
+    "avx_vnni": "INT8 dot products, 256 bits: what makes INT8 fast",
+    "avx512_bf16": "BF16 dot products: INT8 must beat BF16 here",
+    "amx_int8": "INT8 matrix tiles: the fastest INT8 on x86",
+    "amx_bf16": "BF16 matrix tiles: INT8 must beat BF16 here",
+    "asimddp": "NEON INT8 dot products: what makes INT8 fast",
+    "i8mm": "INT8 matrix products, twice the dot products' rate",
+    "bf16": "BF16 arithmetic: INT8 must beat BF16 here",
+}
 
 
 def int8_line(cpu: Cpu) -> str:
@@ -42,7 +84,10 @@ def int8_line(cpu: Cpu) -> str:
             "on every processor; what they gain here, only compare can tell."
         )
     if "asimddp" in cpu.features:
-        return _on_arm(has)
+        if "asimddp" not in has:
+            return f"INT8: no integer dot products: expect little gain (not measured); {_RIGHT}."
+        also = " and matrix products (I8MM)" if "i8mm" in has else ""
+        return f"INT8: integer dot products (SDOT){also}: INT8 should pay (not measured)."
     if "amx_int8" in has:
         rival = (
             "BF16, which has tiles too, is what it must beat" if "amx_bf16" in has else "no BF16"
@@ -65,13 +110,6 @@ def int8_line(cpu: Cpu) -> str:
     return f"INT8: neither dot products nor AVX2: expect no gain (not measured); {_RIGHT}."
 
 
-def _on_arm(has: set[str]) -> str:
-    if "asimddp" not in has:
-        return f"INT8: no integer dot products: expect little gain (not measured); {_RIGHT}."
-    also = " and matrix products (I8MM)" if "i8mm" in has else ""
-    return f"INT8: integer dot products (SDOT){also}: INT8 should pay (not measured)."
-
-
 def isa_remarks(cpu: Cpu, environment: Mapping[str, str]) -> tuple[str, ...]:
     """What a variable of the environment keeps OpenVINO from using."""
     name = next((name for name in ISA_LIMITS if environment.get(name)), None)
@@ -84,11 +122,6 @@ def isa_remarks(cpu: Cpu, environment: Mapping[str, str]) -> tuple[str, ...]:
     else:
         hidden = "limits what OpenVINO uses of this processor"
     return (f"{name}={limit} {hidden}: its times here are not the processor's. Unset it.",)
-
-
-# Libraries with compiled parts, which can be installed and still not load.
-_TRIED = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
-_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -145,29 +178,6 @@ def _answer(child: "subprocess.Popen[str]") -> tuple[str, str]:
     return output, f"killed by signal {-child.returncode}" if child.returncode < 0 else last
 
 
-Stage = Literal["export", "build", "run", "measure"]
-STAGES: tuple[Stage, ...] = ("export", "build", "run", "measure")
-
-# What this version of care-compress itself does. A stage that is written is added here.
-IMPLEMENTED: frozenset[tuple[Runtime, Stage]] = frozenset(
-    (runtime, stage) for runtime in get_args(Runtime) for stage in STAGES
-)
-
-# Every export starts as a Q/DQ ONNX file; OpenVINO's goes on to its own format.
-EXPORT_PACKAGES = ("torch>=2.10", "torchao>=0.18", "onnx>=1.18", "onnxscript>=0.5")
-
-_PIP = ".venv/bin/python -m pip install"
-_INSTALL = {
-    "openvino": f"{_PIP} -c constraints.txt -e '.[openvino]'",
-    "tensorrt": f"{_PIP} -c constraints.txt -e '.[tensorrt]'",
-    "tensorrt-rtx": f"{_PIP} -c constraints.txt -e '.[tensorrt-rtx]'",
-    "torchao": f"{_PIP} -c constraints.txt 'torchao>=0.18'",
-}
-_INSTALL_BASE = f"{_PIP} -c constraints.txt -e ."
-_INSTALL_JETPACK = "sudo apt install nvidia-jetpack"
-_BOARDS = {"jetson-orin": "Orin", "jetson-thor": "Thor"}
-
-
 @dataclass(frozen=True)
 class Missing:
     """One thing a stage lacks; `command` is empty where no command can provide it."""
@@ -213,15 +223,31 @@ def _missing(
         return (Missing(f"Its runtime exists for {names} only; this is {platform}."),)
     if target.device in _BOARDS:
         return _missing_on_jetson(target, machine)
+    packages = _missing_packages(own_packages, machine, tried)
     if stage == "build" and target.builds_without_device:
-        return _missing_packages(own_packages, machine, tried)
+        return packages
     if target.runtime == "openvino":
+        name = target.device.upper()
         # Only OpenVINO itself can tell which devices it sees.
-        return _missing_packages(own_packages, machine, tried) or _missing_openvino_device(
-            target, tried
-        )
-    # Installing a package helps nobody whose hardware is another, so hardware comes first.
-    return _missing_gpu(target, machine) or _missing_packages(own_packages, machine, tried)
+        if packages or name in {device.partition(".")[0] for device in tried.openvino_devices}:
+            return packages
+        seen = ", ".join(tried.openvino_devices) or "nothing"
+        reason = f"OpenVINO sees no {name} here, only {seen}: it needs Intel's, with its driver."
+        return (Missing(reason),)
+    accepted = target.needs.compute_capabilities
+    fitting = any(
+        fnmatch(gpu.compute_capability or "", one) for gpu in machine.gpus for one in accepted
+    )
+    if fitting or not accepted:
+        return packages
+    # Installing a package helps nobody whose hardware is another.
+    found = ", ".join(f"{gpu.name} ({gpu.compute_capability or 'unknown'})" for gpu in machine.gpus)
+    return (
+        Missing(
+            f"Needs an NVIDIA GPU of compute capability {', '.join(accepted)}; "
+            f"here is {found or 'none'}."
+        ),
+    )
 
 
 def _missing_on_jetson(target: Target, machine: Machine) -> tuple[Missing, ...]:
@@ -244,61 +270,29 @@ def _missing_on_jetson(target: Target, machine: Machine) -> tuple[Missing, ...]:
     return ()
 
 
-def _missing_openvino_device(target: Target, tried: RuntimeState) -> tuple[Missing, ...]:
-    wanted = target.device.upper()
-    if wanted in {device.partition(".")[0] for device in tried.openvino_devices}:
-        return ()
-    seen = ", ".join(tried.openvino_devices) or "nothing"
-    return (
-        Missing(f"OpenVINO sees no {wanted} here, only {seen}: it needs Intel's, with its driver."),
-    )
-
-
-def _missing_gpu(target: Target, machine: Machine) -> tuple[Missing, ...]:
-    accepted = target.needs.compute_capabilities
-    if not accepted:
-        return ()
-    for gpu in machine.gpus:
-        if any(fnmatch(gpu.compute_capability or "", pattern) for pattern in accepted):
-            return ()
-    found = ", ".join(f"{gpu.name} ({gpu.compute_capability or 'unknown'})" for gpu in machine.gpus)
-    return (
-        Missing(
-            f"Needs an NVIDIA GPU of compute capability {', '.join(accepted)}; "
-            f"here is {found or 'none'}."
-        ),
-    )
-
-
 def _missing_packages(
     requirements: Sequence[str], machine: Machine, tried: RuntimeState
 ) -> tuple[Missing, ...]:
-    found = (_missing_package(Requirement(text), machine, tried) for text in requirements)
-    return tuple(missing for missing in found if missing is not None)
-
-
-def _missing_package(wanted: Requirement, machine: Machine, tried: RuntimeState) -> Missing | None:
-    name = wanted.name
-    installed = machine.libraries.get(name)
-    command = _INSTALL.get(name, _INSTALL_BASE)
-    if installed is None:
-        return Missing(f"{name} is not installed.", command)
-    if not wanted.specifier.contains(installed, prereleases=True):
-        return Missing(f"{name} is {installed}, supported is {wanted.specifier}.", command)
-    if name in tried.broken:
-        release = installed.partition("+")[0]
-        return Missing(
-            f"{name} {installed} does not load: {tried.broken[name]}",
-            f"{_PIP} --force-reinstall -c constraints.txt {name}=={release}",
-        )
-    return None
+    found = []
+    for wanted in map(Requirement, requirements):
+        name, installed = wanted.name, machine.libraries.get(wanted.name)
+        command = _INSTALL.get(name, _INSTALL_BASE)
+        if installed is None:
+            found.append(Missing(f"{name} is not installed.", command))
+        elif not wanted.specifier.contains(installed, prereleases=True):
+            reason = f"{name} is {installed}, supported is {wanted.specifier}."
+            found.append(Missing(reason, command))
+        elif name in tried.broken:
+            again = f"{name}=={installed.partition('+')[0]}"
+            reason = f"{name} {installed} does not load: {tried.broken[name]}"
+            found.append(Missing(reason, f"{_PIP} --force-reinstall -c constraints.txt {again}"))
+    return tuple(found)
 
 
 def diagnosis_as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
     """The diagnosis as plain data."""
-    targets: dict[str, Any] = {}
-    for target in diagnosis.targets:
-        targets[target.name] = {
+    targets = {
+        target.name: {
             stage: {
                 "machine_can": not diagnosis.missing[target.name, stage],
                 "implemented": (target.runtime, stage) in IMPLEMENTED,
@@ -306,6 +300,8 @@ def diagnosis_as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
             }
             for stage in STAGES
         }
+        for target in diagnosis.targets
+    }
     return {
         "care_compress": __version__,
         "machine": asdict(diagnosis.machine),
@@ -315,26 +311,9 @@ def diagnosis_as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
-# Below this, wrapping helps nobody.
-_NARROWEST = 40
-
-_FEATURE_WORDS = {
-    "avx2": "the least INT8 needs",
-    "avx512f": "512-bit vectors",
-    "avx512_vnni": "INT8 dot products, 512 bits: what makes INT8 fast",
-    "avx_vnni": "INT8 dot products, 256 bits: what makes INT8 fast",
-    "avx512_bf16": "BF16 dot products: INT8 must beat BF16 here",
-    "amx_int8": "INT8 matrix tiles: the fastest INT8 on x86",
-    "amx_bf16": "BF16 matrix tiles: INT8 must beat BF16 here",
-    "asimddp": "NEON INT8 dot products: what makes INT8 fast",
-    "i8mm": "INT8 matrix products, twice the dot products' rate",
-    "bf16": "BF16 arithmetic: INT8 must beat BF16 here",
-}
-
-
 def render(diagnosis: Diagnosis, console: Console) -> None:
     """Print the diagnosis for people, in sections of lines."""
-    machine = diagnosis.machine
+    machine, cpu, jetson = diagnosis.machine, diagnosis.machine.cpu, diagnosis.machine.jetson
     _heading(console, "Versions")
     versions = {"python": machine.python, **machine.libraries}
     _paragraph(console, ", ".join(f"{name}\xa0{version}" for name, version in versions.items()))
@@ -342,45 +321,36 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
     if absent:
         _paragraph(console, f"not installed: {', '.join(absent)}")
     _heading(console, "Processor")
-    _render_processor(machine, console)
-    for remark in (diagnosis.int8, *diagnosis.remarks):
-        _paragraph(console, remark)
-    _heading(console, "NVIDIA GPU")
-    for line in _gpu_lines(machine) or ["none found"]:
-        _paragraph(console, line)
-    _heading(console, "What can be done here")
-    _render_table(diagnosis, console)
-    _render_missing(diagnosis, console)
-
-
-def _render_processor(machine: Machine, console: Console) -> None:
-    cpu = machine.cpu
-    memory = f"{machine.memory_bytes / 2**30:.1f}\xa0GiB"
     _paragraph(
         console,
         f"{cpu.name} ({machine.system} {machine.arch}), {cpu.physical_cores} physical and "
-        f"{cpu.logical_cores} logical cores usable, {memory} memory",
+        f"{cpu.logical_cores} logical cores usable, "
+        f"{machine.memory_bytes / 2**30:.1f}\xa0GiB memory",
     )
     for name, present in cpu.features.items():
         mark = ("present", "green") if present else ("absent ", "yellow")
         _row(console, f"  {name:11}  ", mark, f"  {_FEATURE_WORDS[name]}")
-
-
-def _gpu_lines(machine: Machine) -> list[str]:
-    lines = []
-    if machine.jetson:
-        jetson = machine.jetson
-        lines.append(
+    for remark in (diagnosis.int8, *diagnosis.remarks):
+        _paragraph(console, remark)
+    _heading(console, "NVIDIA GPU")
+    if jetson is not None:
+        _paragraph(
+            console,
             f"{jetson.model}: JetPack {jetson.jetpack or 'unknown'}, L4T "
-            f"{jetson.l4t or 'unknown'}, TensorRT {jetson.tensorrt or 'not installed'}"
+            f"{jetson.l4t or 'unknown'}, TensorRT {jetson.tensorrt or 'not installed'}",
         )
     for gpu in machine.gpus:
         memory = f"{gpu.memory_mib / 1024:.0f} GiB, " if gpu.memory_mib else ""
-        lines.append(
+        _paragraph(
+            console,
             f"{gpu.name}: {memory}compute capability {gpu.compute_capability or 'unknown'}, "
-            f"driver {gpu.driver or 'unknown'}"
+            f"driver {gpu.driver or 'unknown'}",
         )
-    return lines
+    if jetson is None and not machine.gpus:
+        _paragraph(console, "none found")
+    _heading(console, "What can be done here")
+    _render_table(diagnosis, console)
+    _render_missing(diagnosis, console)
 
 
 def _render_table(diagnosis: Diagnosis, console: Console) -> None:
@@ -409,7 +379,14 @@ def _render_missing(diagnosis: Diagnosis, console: Console) -> None:
             blocked.setdefault(item, {}).setdefault(target, []).append(stage)
     reasons: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for item, stages_of in blocked.items():
-        who = _who(stages_of, len(diagnosis.targets))
+        targets_of: dict[str, list[str]] = {}
+        for target, stages in stages_of.items():
+            targets_of.setdefault(", ".join(stages), []).append(target)
+        # ``target, target: stage, stage``, a line for each set of stages.
+        who = tuple(
+            f"{'every target' if len(of) == len(diagnosis.targets) else ', '.join(of)}: {stages}"
+            for stages, of in targets_of.items()
+        )
         reasons.setdefault((who, item.command), []).append(item.reason)
     if reasons:
         _heading(console, "What each no needs")
@@ -419,17 +396,6 @@ def _render_missing(diagnosis: Diagnosis, console: Console) -> None:
         _paragraph(console, " ".join(texts), indent=4)
         if command:
             _row(console, (f"      {command}", "bold"))
-
-
-def _who(stages_of: Mapping[str, Sequence[str]], everyone: int) -> tuple[str, ...]:
-    """``target, target: stage, stage``, a line for each set of stages."""
-    targets_of: dict[str, list[str]] = {}
-    for target, stages in stages_of.items():
-        targets_of.setdefault(", ".join(stages), []).append(target)
-    return tuple(
-        f"{'every target' if len(targets) == everyone else ', '.join(targets)}: {stages}"
-        for stages, targets in targets_of.items()
-    )
 
 
 def _heading(console: Console, text: str) -> None:

@@ -3,7 +3,7 @@
 Profiling costs time itself, so the sum stands a little above the latency.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,14 +47,14 @@ class Profile:
 
     def by_kind(self) -> dict[str, dict[str, Any]]:
         """Layers, milliseconds and share of each group."""
-        return {group: self._sum(group) for group in GROUPS}
-
-    def _sum(self, group: str) -> dict[str, Any]:
-        found = [layer for layer in self.layers if layer.group == group]
-        if not self.is_timed:
-            return {"layers": len(found), "ms": None, "share": None}
-        ms = sum(layer.ms or 0.0 for layer in found)
-        return {"layers": len(found), "ms": ms, "share": ms / self.total_ms}
+        sums: dict[str, dict[str, Any]] = {}
+        for group in GROUPS:
+            found = [layer for layer in self.layers if layer.group == group]
+            sums[group] = {"layers": len(found), "ms": None, "share": None}
+            if self.is_timed:
+                ms = sum(layer.ms or 0.0 for layer in found)
+                sums[group] |= {"ms": ms, "share": ms / self.total_ms}
+        return sums
 
     def as_json(self) -> dict[str, Any]:
         """As ``compare.json`` holds it under a target's model."""
@@ -74,31 +74,3 @@ def modules_of(names: Iterable[str]) -> tuple[str, ...]:
     """
     found = [name if name.startswith("/") else name.partition("/")[0] for name in names]
     return tuple(dict.fromkeys(name for name in found if name))
-
-
-def engine_profile(layers: Sequence[dict[str, Any]]) -> Profile:
-    """The layers that an engine's description tells: precisions, no times.
-
-    Nothing of an engine is timed by layer without its GPU. Arithmetic on shapes is left out.
-    """
-    found = [layer for layer in layers if layer["precision"] not in ("INT32", "INT64", "BOOL")]
-    return Profile(tuple(_engine_layer(layer) for layer in found), None)
-
-
-# As TensorRT's inspector and its network name them.
-_ENGINE_PRODUCTS = ("CONV", "GEMM", "MATRIX_MULTIPLY", "MATMUL")
-_ENGINE_CONVERT = ("REFORMAT", "QUANTIZE", "CAST", "SHUFFLE", "REORDER")
-_ENGINE_ELEMENTWISE = ("ELEMENTWISE", "POINTWISE", "ACTIVATION", "UNARY", "NORMALIZATION", "SCALE")
-
-
-def _engine_layer(layer: dict[str, Any]) -> LayerTime:
-    kind, precision = str(layer["type"]), str(layer["precision"])
-    upper = kind.upper()
-    group = OTHER
-    if any(word in upper for word in _ENGINE_PRODUCTS):
-        group = INTEGER if precision in ("INT8", "INT4") else FLOAT
-    elif any(word in upper for word in _ENGINE_CONVERT):
-        group = CONVERT
-    elif any(word in upper for word in _ENGINE_ELEMENTWISE):
-        group = ELEMENTWISE
-    return LayerTime(str(layer["name"]), kind, modules_of(layer["origin"]), precision, group, None)

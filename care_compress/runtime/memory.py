@@ -6,8 +6,8 @@ Imports stand where they are needed: the process must hold the runtime and numpy
 what is counted is the rise from loading the file on, above the runtime's own.
 """
 
+import contextlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from care_compress.errors import TargetError
+from care_compress.runtime.probe import import_openvino, read_command, run_alone
 
 RUNS = 3  # a runtime may take more memory in its second run than in its first
 LONGEST = 600.0  # seconds
@@ -36,15 +37,7 @@ def peak_memory(
     A file of a larger fixed batch is run at that batch.
     """
     settings = {"size": size, "threads": threads, "precision": precision, "device": device}
-    command = [sys.executable, "-m", "care_compress.runtime.memory", str(path)]
-    # PYTHONPATH is ours already; the folder of the package need not be the current one.
-    done = subprocess.run(
-        [*command, json.dumps(settings)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=LONGEST,
-    )
+    done = run_alone("care_compress.runtime.memory", path, settings, LONGEST)
     if done.returncode:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
         raise TargetError(
@@ -56,9 +49,13 @@ def peak_memory(
 
 def main() -> None:
     """What the child process does."""
-    path, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    path, settings = read_command()
     load = {".onnx": _onnxruntime, ".xml": _openvino}.get(path.suffix, _torch)(path, settings)
-    before = _start_counting()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+        before = int(psutil.Process().memory_info().rss)
+    except OSError:
+        before = _peak()
     run = load()
     for _ in range(RUNS):
         run()
@@ -83,10 +80,9 @@ def _onnxruntime(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
 
 
 def _openvino(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
-    # It sends usage to a statistics server from its import on, unasked; without this it cannot.
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import numpy as np
-    import openvino
+
+    openvino = import_openvino()
 
     def load() -> Run:
         core = openvino.Core()
@@ -120,34 +116,19 @@ def _torch(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
     return load
 
 
-def _start_counting() -> int:
-    """What the process holds now; the peak is counted from here on where the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak()
-    return int(psutil.Process().memory_info().rss)
-
-
 def _peak() -> int:
     """Most bytes this process has held."""
     # Not ru_maxrss on Linux: it keeps the peak of the process that started this one.
-    for line in _status().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
-
-
-def _status() -> str:
-    try:
-        return Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":

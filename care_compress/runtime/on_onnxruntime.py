@@ -67,20 +67,7 @@ class OnnxPredictor:
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, K); a model of fixed batch size is fed slice by slice."""
-        self._check_size(images_BCHW)
-        fixed = self.input.shape[0]
-        return in_slices(self._run, images_BCHW, fixed if isinstance(fixed, int) else None)
-
-    def _run(self, images_BCHW: Tensor) -> Tensor:
-        feed = {self.input.name: images_BCHW.float().cpu().contiguous().numpy()}
-        try:
-            (logits,) = self.session.run(None, feed)
-        except Exception as error:  # as above
-            raise failed(self.path, error) from error
-        return as_logits(logits, images_BCHW, self.num_classes, self.path)
-
-    def _check_size(self, images_BCHW: Tensor) -> None:
-        wanted = self.input.shape[2:]
+        batch, _, *wanted = self.input.shape
         given = list(images_BCHW.shape[2:])
         if any(isinstance(w, int) and w != g for w, g in zip(wanted, given, strict=True)):
             raise TargetError(
@@ -88,3 +75,13 @@ class OnnxPredictor:
                 f"{given[0]}x{given[1]}.",
                 "set data.resolution to the model's, or export it with a free size",
             )
+
+        def run(part_BCHW: Tensor) -> Tensor:
+            feed = {self.input.name: part_BCHW.float().cpu().contiguous().numpy()}
+            try:
+                (logits,) = self.session.run(None, feed)
+            except Exception as error:  # as above
+                raise failed(self.path, error) from error
+            return as_logits(logits, part_BCHW, self.num_classes, self.path)
+
+        return in_slices(run, images_BCHW, batch if isinstance(batch, int) else None)

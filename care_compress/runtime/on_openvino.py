@@ -65,25 +65,23 @@ class OpenVinoPredictor:
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, K); a model of fixed batch size is fed slice by slice."""
-        self._check_size(images_BCHW)
-        fixed = None if self.shape[0].is_dynamic else int(self.shape[0].get_length())
-        return in_slices(self._run, images_BCHW, fixed)
-
-    def _run(self, images_BCHW: Tensor) -> Tensor:
-        try:
-            (logits,) = self.compiled([images_BCHW.float().cpu().contiguous().numpy()]).values()
-        except RuntimeError as error:
-            raise failed(self.path, error) from error
-        # OpenVINO uses its memory again for the next batch.
-        return as_logits(logits.copy(), images_BCHW, self.num_classes, self.path)
-
-    def _check_size(self, images_BCHW: Tensor) -> None:
         wanted = load_openvino().PartialShape([-1, *list(self.shape)[1:]])
         if not wanted.compatible(load_openvino().PartialShape(list(images_BCHW.shape))):
             raise TargetError(
                 f"{self.path} wants {self.shape} images, these are {list(images_BCHW.shape)}.",
                 "set data.resolution to the model's",
             )
+
+        def run(part_BCHW: Tensor) -> Tensor:
+            try:
+                (logits,) = self.compiled([part_BCHW.float().cpu().contiguous().numpy()]).values()
+            except RuntimeError as error:
+                raise failed(self.path, error) from error
+            # OpenVINO uses its memory again for the next batch.
+            return as_logits(logits.copy(), part_BCHW, self.num_classes, self.path)
+
+        fixed = None if self.shape[0].is_dynamic else int(self.shape[0].get_length())
+        return in_slices(run, images_BCHW, fixed)
 
 
 def _rank(port: Any) -> int | None:

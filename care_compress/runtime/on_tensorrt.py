@@ -24,7 +24,13 @@ class EnginePredictor:
                 "keep the files of an export together",
             )
         try:
-            library = host.load_library(_library_of(about))
+            name = str(read_json(about)["library"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TargetError(
+                f"{about} is unreadable: {error!r}.", "build the engine again"
+            ) from error
+        try:
+            library = host.load_library(name)
             cuda = host.load_cuda()
             plan, description = read_engine(path, library, cuda.gpu(), sha256_file(onnx))
             stripped = onnx if description.get("stripped") else None
@@ -37,10 +43,3 @@ class EnginePredictor:
         """Logits (B, K)."""
         images = images_BCHW.float().cpu().contiguous().numpy()
         return torch.from_numpy(self.session.run(images)).to(images_BCHW.device)
-
-
-def _library_of(about: Path) -> str:
-    try:
-        return str(read_json(about)["library"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TargetError(f"{about} is unreadable: {error!r}.", "build the engine again") from error

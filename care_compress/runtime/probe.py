@@ -5,12 +5,16 @@
 ONNX Runtime and OpenVINO parse, optimise and run a graph in C++. What a file holds decides how much
 memory that takes, how long it lasts, and whether it ends in a crash; none of this can be caught in
 the process it happens in. A file that comes through here is then opened where it is needed.
+
+Imports stand where they are needed: such a process must not load torch. `memory` starts its own in
+the same way.
 """
 
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +34,14 @@ RUNTIMES = {".onnx": "ONNX Runtime", ".xml": "OpenVINO"}
 
 
 def probe(path: Path, side: int | None = None, longest: float = LONGEST) -> None:
-    """Nothing, if a runtime opens and runs the file; a `TargetError` that says what it did."""
+    """Raise `TargetError`, which says what it did, unless a runtime opens and runs the file."""
     if path.suffix not in RUNTIMES:
         return
     runtime = RUNTIMES[path.suffix]
     memory = max(LEAST_MEMORY, int(psutil.virtual_memory().available * SHARE_OF_MEMORY))
-    settings = json.dumps({"side": side or USUAL_SIDE, "memory": memory})
-    command = [sys.executable, "-m", "care_compress.runtime.probe", str(path), settings]
+    settings = {"side": side or USUAL_SIDE, "memory": memory}
     try:
-        done = subprocess.run(command, capture_output=True, check=False, timeout=longest)
+        done = run_alone("care_compress.runtime.probe", path, settings, longest)
     except subprocess.TimeoutExpired:
         raise TargetError(
             f"{path} keeps {runtime} busy for more than {longest:.0f} seconds with one image.",
@@ -51,31 +54,59 @@ def probe(path: Path, side: int | None = None, longest: float = LONGEST) -> None
             "do not use this file; export it again if it is yours",
         )
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise TargetError(
             f"{path} is no classifier that {runtime} can run: {shortened(one_line(lines[-1]))}.",
             "give a file with one (B, 3, H, W) input and one logits output, or export it again",
         )
 
 
+def run_alone(
+    module: str, path: Path, settings: Mapping[str, Any], longest: float
+) -> "subprocess.CompletedProcess[str]":
+    """Run a module of ours on a file in a process of its own, where `read_command` reads these.
+
+    A failure's reason is the last line of its stderr.
+    """
+    # PYTHONPATH is ours already; the folder of the package need not be the current one.
+    return subprocess.run(
+        [sys.executable, "-m", module, str(path), json.dumps(settings)],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        timeout=longest,
+    )
+
+
+def read_command() -> tuple[Path, dict[str, Any]]:
+    """The file and the settings that `run_alone` gave this process."""
+    return Path(sys.argv[1]), json.loads(sys.argv[2])
+
+
+def import_openvino() -> Any:
+    """The module, for a process that ends soon."""
+    # It sends usage to a statistics server from its import on, unasked; without this it cannot.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import openvino
+
+    return openvino
+
+
 def main() -> None:
-    """What the child process does; the last line it writes to stderr is the reason."""
-    path, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-    _limit_memory(settings["memory"])
+    """What the child process does."""
+    path, settings = read_command()
+    if sys.platform == "linux":  # elsewhere the limit counts what is only reserved, or is ignored
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (settings["memory"], most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         (_onnxruntime if path.suffix == ".onnx" else _openvino)(path, settings["side"])
     except Exception as error:  # each runtime has classes of its own
         print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         sys.exit(1)
-
-
-def _limit_memory(memory: int) -> None:
-    if sys.platform != "linux":  # elsewhere the limit counts what is only reserved, or is ignored
-        return
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _onnxruntime(path: Path, side: int) -> None:
@@ -92,12 +123,9 @@ def _onnxruntime(path: Path, side: int) -> None:
 
 
 def _openvino(path: Path, side: int) -> None:
-    # It sends usage to a statistics server from its import on, unasked; without this it cannot.
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import numpy as np
-    import openvino
 
-    core = openvino.Core()
+    core = import_openvino().Core()
     compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_NUM_THREADS": 1})
     (image,), (_,) = compiled.inputs, compiled.outputs
     sizes: list[Any] = list(image.partial_shape)

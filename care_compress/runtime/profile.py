@@ -11,11 +11,25 @@ from torch import Tensor
 from care_compress.device.enginefile import origin_path
 from care_compress.errors import TargetError
 from care_compress.files import read_json
-from care_compress.runtime.layer_times import Profile, engine_profile
+from care_compress.runtime.layer_times import (
+    CONVERT,
+    ELEMENTWISE,
+    FLOAT,
+    INTEGER,
+    OTHER,
+    LayerTime,
+    Profile,
+    modules_of,
+)
 from care_compress.runtime.profile_onnxruntime import profile_onnxruntime
 from care_compress.runtime.profile_openvino import profile_openvino
 
 SECONDS = 0.5  # of runs that are timed
+
+# As TensorRT's inspector and its network name them.
+_PRODUCTS = ("CONV", "GEMM", "MATRIX_MULTIPLY", "MATMUL")
+_CONVERT = ("REFORMAT", "QUANTIZE", "CAST", "SHUFFLE", "REORDER")
+_ELEMENTWISE = ("ELEMENTWISE", "POINTWISE", "ACTIVATION", "UNARY", "NORMALIZATION", "SCALE")
 
 
 def profile_layers(
@@ -46,12 +60,29 @@ def profile_layers(
 
 
 def read_engine_profile(path: Path) -> Profile:
-    """An engine's layers in their precisions, from the description beside it; no times."""
+    """An engine's layers in their precisions, from the description beside it; no times.
+
+    Nothing of an engine is timed by layer without its GPU. Arithmetic on shapes is left out.
+    """
     about = origin_path(path)
+    layers = []
     try:
-        return engine_profile(read_json(about)["layers"])
+        for layer in read_json(about)["layers"]:
+            precision = str(layer["precision"])
+            if precision in ("INT32", "INT64", "BOOL"):
+                continue
+            kind, words, group = str(layer["type"]), str(layer["type"]).upper(), OTHER
+            if any(word in words for word in _PRODUCTS):
+                group = INTEGER if precision in ("INT8", "INT4") else FLOAT
+            elif any(word in words for word in _CONVERT):
+                group = CONVERT
+            elif any(word in words for word in _ELEMENTWISE):
+                group = ELEMENTWISE
+            name, sites = str(layer["name"]), modules_of(layer["origin"])
+            layers.append(LayerTime(name, kind, sites, precision, group, None))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(
             f"{about}, which tells the layers of {path.name}, cannot be read: {error!r}.",
             "keep the files of an export together, or build the engine again",
         ) from error
+    return Profile(tuple(layers), None)

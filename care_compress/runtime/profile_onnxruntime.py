@@ -82,34 +82,27 @@ def _makers(graph: Any) -> dict[str, str]:
 
 def _layers(events: list[dict[str, Any]], makers: dict[str, str]) -> tuple[LayerTime, ...]:
     """One layer for each node, in the order it first runs."""
-    times: dict[str, list[float]] = {}
-    first: dict[str, dict[str, Any]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
-            key = str(event["args"]["node_index"])
-            first.setdefault(key, event)
-            times.setdefault(key, []).append(event["dur"] / 1000)
-    return tuple(
-        _layer(first[key], median(found[WARM_UP:]), makers) for key, found in times.items()
-    )
-
-
-def _layer(event: dict[str, Any], ms: float, makers: dict[str, str]) -> LayerTime:
-    kind = str(event["args"]["op_name"])
-    name = _FUSED.sub("", str(event["name"]).removesuffix(_KERNEL))
-    name = makers.get(name, name)
-    entering = next(
-        (next(iter(one)) for one in event["args"].get("input_type_shape", []) if one), "unknown"
-    )
-    # What a fusion adds itself, such as a Transpose, has a name of its own.
-    sites = () if name == kind else modules_of([name])
-    precision = _TYPES.get(entering, entering)
-    return LayerTime(name, kind, sites, precision, _group(kind), ms)
-
-
-def _group(kind: str) -> str:
-    if _PRODUCT.search(kind):
-        return INTEGER if _INTEGER_PRODUCT.search(kind) else FLOAT
-    if kind in _CONVERT:
-        return CONVERT
-    return ELEMENTWISE if _ELEMENTWISE.search(kind) else OTHER
+            runs.setdefault(str(event["args"]["node_index"]), []).append(event)
+    layers = []
+    for found in runs.values():
+        first = found[0]
+        kind = str(first["args"]["op_name"])
+        name = _FUSED.sub("", str(first["name"]).removesuffix(_KERNEL))
+        name = makers.get(name, name)
+        # What a fusion adds itself, such as a Transpose, has a name of its own.
+        sites = () if name == kind else modules_of([name])
+        types = [next(iter(one)) for one in first["args"].get("input_type_shape", []) if one]
+        entering = types[0] if types else "unknown"
+        if _PRODUCT.search(kind):
+            group = INTEGER if _INTEGER_PRODUCT.search(kind) else FLOAT
+        elif kind in _CONVERT:
+            group = CONVERT
+        else:
+            group = ELEMENTWISE if _ELEMENTWISE.search(kind) else OTHER
+        ms = median(event["dur"] / 1000 for event in found[WARM_UP:])
+        precision = _TYPES.get(entering, entering)
+        layers.append(LayerTime(name, kind, sites, precision, group, ms))
+    return tuple(layers)

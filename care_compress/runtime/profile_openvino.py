@@ -30,6 +30,14 @@ _MOVING = frozenset(
     | {"VariadicSplit", "Split", "Unsqueeze", "Squeeze"}
 )
 
+WARM_UP = 3
+GROWTH = (1, 3, 9)  # of the blocks of runs
+HALF_TICK_MS = 0.0005  # counters are whole microseconds, cut off
+_CONVERT = frozenset({"Reorder", "Convert", "Transpose", "FakeQuantize"})
+_ELEMENTWISE = frozenset({"Subgraph", "Eltwise", "Math", "Softmax", "SoftMax", "MVN"})
+# What OpenVINO calls the operations that it made itself.
+_MADE = re.compile(r"[A-Z][A-Za-z]*_\d+(/.*)?$")
+
 
 @dataclass(frozen=True)
 class ExecutedLayer:
@@ -53,11 +61,25 @@ def executed_layers(compiled: Any) -> list[ExecutedLayer]:
     A plan says what should be multiplied as integers. Whether it is, only the compiled model tells:
     a runtime falls back to float silently wherever it has no kernel or did not recognise a pattern.
     """
-    return [
-        _layer(operation)
-        for operation in compiled.get_runtime_model().get_ordered_ops()
-        if about(operation, "layerType") in _PRODUCTS
-    ]
+    layers = []
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        kind = about(operation, "layerType")
+        if kind not in _PRODUCTS:
+            continue
+        precision = about(operation, "runtimePrecision")
+        if kind == "FullyConnected" and precision in INTEGERS:
+            # Here the runtime precision is that of the weights, which may be expanded to float.
+            precision = str(operation.input(0).get_element_type().to_string())
+        layers.append(
+            ExecutedLayer(
+                name=operation.get_friendly_name(),
+                origin=tuple(about(operation, "originalLayersNames").split(",")),
+                precision=precision,
+                kernel=about(operation, "primitiveType"),
+                macs=_macs(operation, kind != "Convolution"),
+            )
+        )
+    return layers
 
 
 def integer_macs(layers: list[ExecutedLayer]) -> int:
@@ -88,22 +110,6 @@ def _is_quantized(output: Any) -> bool:
     return moves and _is_quantized(operation.input_value(0))
 
 
-def _layer(operation: Any) -> ExecutedLayer:
-    kind = about(operation, "layerType")
-    macs = _macs(operation, kind != "Convolution")
-    precision = about(operation, "runtimePrecision")
-    if kind == "FullyConnected" and precision in INTEGERS:
-        # Here the runtime precision is that of the weights, which may be expanded to float.
-        precision = str(operation.input(0).get_element_type().to_string())
-    return ExecutedLayer(
-        name=operation.get_friendly_name(),
-        origin=tuple(about(operation, "originalLayersNames").split(",")),
-        precision=precision,
-        kernel=about(operation, "primitiveType"),
-        macs=macs,
-    )
-
-
 def _macs(operation: Any, matrices: bool) -> int:
     """Multiplications for one image."""
     left, right = (_shape(operation.input(place)) for place in (0, 1))
@@ -123,15 +129,6 @@ def about(operation: Any, key: str) -> str:
 def _shape(port: Any) -> list[int]:
     """Sizes; a free one, the batch, counts as one image."""
     return [1 if size.is_dynamic else int(size.get_length()) for size in port.get_partial_shape()]
-
-
-WARM_UP = 3
-GROWTH = (1, 3, 9)  # of the blocks of runs
-HALF_TICK_MS = 0.0005  # counters are whole microseconds, cut off
-_CONVERT = frozenset({"Reorder", "Convert", "Transpose", "FakeQuantize"})
-_ELEMENTWISE = frozenset({"Subgraph", "Eltwise", "Math", "Softmax", "SoftMax", "MVN"})
-# What OpenVINO calls the operations that it made itself.
-_MADE = re.compile(r"[A-Z][A-Za-z]*_\d+(/.*)?$")
 
 
 def profile_openvino(
@@ -183,23 +180,19 @@ def _layers(request: Any, blocks: dict[str, list[float]]) -> tuple[LayerTime, ..
     layers = []
     for name, times in blocks.items():
         operation = operations.get(name)
-        kind = "" if operation is None else about(operation, "layerType")
-        origin = "" if operation is None else about(operation, "originalLayersNames")
-        entering = "" if operation is None else about(operation, "runtimePrecision")
-        leaving = "" if operation is None else about(operation, "outputPrecisions")
+        kind, origin, entering, leaving = (
+            "" if operation is None else about(operation, key)
+            for key in ("layerType", "originalLayersNames", "runtimePrecision", "outputPrecisions")
+        )
         if name in products:
             entering = products[name].precision
-        own = [one for one in origin.split(",") if not _MADE.match(one)]
-        group = _group(kind, entering, leaving)
-        layers.append(LayerTime(name, kind, modules_of(own), entering, group, median(times)))
+        quantizes = leaving in INTEGERS and entering not in INTEGERS
+        if kind in _PRODUCTS:
+            group = INTEGER if entering in INTEGERS else FLOAT
+        elif kind in _CONVERT or (kind in _ELEMENTWISE and quantizes):
+            group = CONVERT
+        else:
+            group = ELEMENTWISE if kind in _ELEMENTWISE else OTHER
+        sites = modules_of(one for one in origin.split(",") if not _MADE.match(one))
+        layers.append(LayerTime(name, kind, sites, entering, group, median(times)))
     return tuple(layers)
-
-
-def _group(kind: str, entering: str, leaving: str) -> str:
-    """Which sum a layer belongs to; an element-wise one that ends in integers is a quantize."""
-    if kind in _PRODUCTS:
-        return INTEGER if entering in INTEGERS else FLOAT
-    quantizes = leaving in INTEGERS and entering not in INTEGERS
-    if kind in _CONVERT or (kind in _ELEMENTWISE and quantizes):
-        return CONVERT
-    return ELEMENTWISE if kind in _ELEMENTWISE else OTHER

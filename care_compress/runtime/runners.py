@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,22 @@ def open_runner(
     """
     began = time.perf_counter()
     try:
-        match path.suffix:
-            case ".onnx":
-                run = _onnxruntime(path, images_BCHW, threads)
-            case ".xml":
-                run = openvino_request(path, images_BCHW, threads, precision, device)
-            case _:
-                run = _predictor(path, images_BCHW, threads)
+        run: Callable[[], object]
+        if path.suffix == ".onnx":
+            session = open_session(path, batched_onnx(path, len(images_BCHW)), threads)
+            feed = {session.get_inputs()[0].name: images_BCHW.contiguous().numpy()}
+            run = partial(session.run, None, feed)
+        elif path.suffix == ".xml":
+            run = openvino_request(path, images_BCHW, threads, precision, device)
+        else:
+            # As a user of torch or TensorRT would wait for it: images in, logits out.
+            predict = open_predictor(str(path), torch.device("cpu"))
+
+            def answer() -> object:
+                torch.set_num_threads(threads)  # one setting for the whole process
+                return predict(images_BCHW)
+
+            run = answer
         run()
     except CareError:
         raise
@@ -51,23 +61,6 @@ def open_runner(
             "export it again: make quantize",
         ) from error
     return Runner(run, time.perf_counter() - began)
-
-
-def _onnxruntime(path: Path, images_BCHW: Tensor, threads: int) -> Callable[[], object]:
-    session = open_session(path, batched_onnx(path, len(images_BCHW)), threads)
-    feed = {session.get_inputs()[0].name: images_BCHW.contiguous().numpy()}
-    return lambda: session.run(None, feed)
-
-
-def _predictor(path: Path, images_BCHW: Tensor, threads: int) -> Callable[[], object]:
-    """What torch or TensorRT runs, as a user of it would wait for: images in, logits out."""
-    predict = open_predictor(str(path), torch.device("cpu"))
-
-    def run() -> object:
-        torch.set_num_threads(threads)  # one setting for the whole process
-        return predict(images_BCHW)
-
-    return run
 
 
 def batched_onnx(path: Path, batch: int) -> bytes:

@@ -22,7 +22,6 @@ from qdq import SIDE, make_content, write_classifier
 from care_compress.data.transforms import normalize
 from care_compress.device.app import main
 from care_compress.device.build import BuildOptions, build_engine
-from care_compress.device.compare import compare_logits
 from care_compress.device.cuda import Cuda, load_cuda, runtime_candidates
 from care_compress.device.deploy import Host
 from care_compress.device.library import load_library, required_library, wrap_library
@@ -33,6 +32,7 @@ from care_compress.device.problems import (
     NoGpuError,
     VerificationError,
 )
+from care_compress.device.samples import compare_logits
 from care_compress.device.session import Session
 from care_compress.device.timing import BenchPlan, Timed, Timing, measure, verdict
 from care_compress.device.verbs import format_table

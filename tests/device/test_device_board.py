@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from care_compress.device import board, sensors
+from care_compress.device import app, sensors
 
 NVPMODEL = "NV Power Mode: MODE_30W\n2\n"
 TEGRA = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
@@ -48,16 +48,16 @@ def orin(tmp_path: Path) -> Path:
 
 
 def test_an_orin_is_read(orin: Path) -> None:
-    conditions = board.read_conditions(orin)
+    conditions = app.read_conditions(orin)
     assert conditions["gpu_mhz"] == 1300.5
     assert conditions["cpu_mhz"] == 2201.6
     # The GPU's zone gives no answer while it sleeps, and the last one has no value at all.
     assert conditions["temperatures_c"] == {"cpu-thermal": 48.593}
-    assert board.parse_l4t(TEGRA) == "36.4.3"
-    assert board.parse_package(DPKG, "nvidia-jetpack") == "6.2"
-    assert board.parse_package(DPKG, "python3-libnvinfer") is None
-    assert board.parse_package(DPKG, "nvidia") is None
-    assert board.parse_power_mode(NVPMODEL) == "MODE_30W"
+    assert sensors.parse_l4t(TEGRA) == "36.4.3"
+    assert sensors.parse_package(DPKG, "nvidia-jetpack") == "6.2"
+    assert sensors.parse_package(DPKG, "python3-libnvinfer") is None
+    assert sensors.parse_package(DPKG, "nvidia") is None
+    assert sensors.parse_power_mode(NVPMODEL) == "MODE_30W"
 
 
 @pytest.mark.parametrize("name", ["17000000.ga10b", "gpu-gpc-0", "17000000.gv11b"])
@@ -65,12 +65,12 @@ def test_the_gpus_other_names_are_known(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "sys/class/devfreq" / name
     folder.mkdir(parents=True)
     (folder / "cur_freq").write_text("612000000\n")
-    assert board.read_gpu_clock(tmp_path) == 612
+    assert sensors.read_gpu_clock(tmp_path) == 612
 
 
 def test_a_machine_that_is_no_jetson_has_no_such_facts(tmp_path: Path) -> None:
-    assert board.read_gpu_clock(tmp_path) is None
+    assert sensors.read_gpu_clock(tmp_path) is None
     assert sensors.read_cpu_clock(tmp_path) is None
     assert sensors.read_temperatures(tmp_path) == {}
-    assert board.parse_l4t("") is None
-    assert board.parse_power_mode("nvpmodel: command not found") is None
+    assert sensors.parse_l4t("") is None
+    assert sensors.parse_power_mode("nvpmodel: command not found") is None

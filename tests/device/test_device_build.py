@@ -17,6 +17,7 @@ from care_compress.device.deploy import build_file
 from care_compress.device.enginefile import EngineOrigin, origin_path, read_engine, write_engine
 from care_compress.device.layers import parse_inspector
 from care_compress.device.library import Log, load_library, required_library, wrap_library
+from care_compress.device.manifest import satisfies, version_numbers
 from care_compress.device.problems import (
     BuildFailedError,
     DeployError,
@@ -24,7 +25,6 @@ from care_compress.device.problems import (
     TensorRtMissingError,
     UntypedModelError,
 )
-from care_compress.device.requirements import satisfies, version_numbers
 from care_compress.device.storage import digest_file
 
 

@@ -141,6 +141,23 @@ def test_a_changed_file_ends_in_one_line_and_changed_weights_in_a_failure(
     assert results(spoiled)["models"]["fp32"]["accuracy"]["passed"] is True
 
 
+@pytest.mark.parametrize("verb", ["info", "verify", "--help"])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_nobody_reads_ends_it_without_a_word(
+    bundle: Path, verb: str, buffered: bool
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `head` does once it has its lines
+    command = [sys.executable, "-I", *([] if buffered else ["-u"]), "care_deploy.py", verb]
+    done = subprocess.run(command, cwd=bundle, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    told = [line for line in done.stderr.splitlines() if not line.startswith("verifying ")]
+    # argparse itself passes over a help that cannot be written.
+    assert done.returncode in ((0, 141) if verb == "--help" else (141,)) and told == []
+    if verb == "verify":
+        assert results(bundle)["models"].keys() == {"int8", "fp32"}, "written before it is told"
+
+
 def test_openvino_runs_its_files_in_the_same_script(content: BundleContent, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="needs the openvino extra")
     xml = tmp_path / "fp32.xml"
