@@ -23,8 +23,7 @@ from care_compress.evaluate.images import HeldImages
 from care_compress.evaluate.readback import answers_beside
 from care_compress.export.bundle import BundleContent, Model, unpack_bundle, write_bundle
 from care_compress.export.result import About, Preprocessing
-from care_compress.export.to_onnx import FIX, FREE, INPUT, OUTPUT, write_onnx
-from care_compress.export.to_openvino import write_ir
+from care_compress.export.to_onnx import FIX, FREE, INPUT, OUTPUT
 from care_compress.export.variants import CPU, Variants
 from care_compress.files import digest_of, model_files, read_json, sha256_file, temporary_folder
 from care_compress.model.checkpoint import load_checkpoint
@@ -179,11 +178,8 @@ def with_float(
     variant = variants.of(target)
     prepared = Preprocessing.of(recipe.data)
     about = About(content.recipe, content.fingerprint, content.classes, prepared)
-    path = folder / f"{FLOAT}.onnx"
-    write_onnx(variant.graph, about, path, None)
-    if target.runtime == "openvino":
-        source, path = path, path.with_suffix(".xml")
-        write_ir(source, about, path, half=False)
+    path = folder / f"{FLOAT}{'.xml' if target.runtime == 'openvino' else '.onnx'}"
+    variant.write(path, about)
     near = compare_logits(variant.logits, images.logits(open_predictor(str(path), CPU)))
     if not near.holds:
         raise ExportError(f"{path.name} does not compute what the float model does ({near}).", FIX)

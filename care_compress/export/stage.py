@@ -29,10 +29,9 @@ from care_compress.evaluate.images import HeldImages, hold_images
 from care_compress.evaluate.readback import answers_beside
 from care_compress.evaluate.site_distance import first_divergence
 from care_compress.export.result import About, Exported, File, Preprocessing, show_exports
-from care_compress.export.to_onnx import write_onnx
 from care_compress.export.to_openvino import write_ir
 from care_compress.export.variants import Variant, Variants
-from care_compress.files import atomic_file, digest_of, fingerprint, sha256_file, temporary_folder
+from care_compress.files import atomic_file, digest_of, fingerprint, sha256_file
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
@@ -234,7 +233,7 @@ class Exporter:
     def _onnx_to(self, done: Exported, name: str, about: About, variant: Variant) -> None:
         """Write an ONNX file, compared through ONNX Runtime."""
         path = self._path(done.target, name, ".onnx")
-        write_onnx(variant.graph, about, path, variant.quantized)
+        variant.write(path, about)
         self._compare(done, name, path, variant.module, variant.logits, lambda: OnnxPredictor(path))
 
     def _ir_to(self, done: Exported, path: Path, about: About) -> None:
@@ -248,10 +247,7 @@ class Exporter:
         else:
             variant = self.variants.of(done.target)
             module, logits = variant.module, variant.logits
-            with temporary_folder(path) as folder:
-                source = folder / "model.onnx"
-                write_onnx(variant.graph, about, source, variant.quantized)
-                write_ir(source, about, path, half=done.target.float_type == "fp16")
+            variant.write(path, about, half=done.target.float_type == "fp16")
         predict = OpenVinoPredictor(path)
         self.context.run.record_output(path.with_suffix(".bin"))
         self._compare(done, self.precision, path, module, logits, lambda: predict)

@@ -21,9 +21,10 @@ from care_compress.export.half import write_half
 from care_compress.export.ort_channels_last import put_channels_last
 from care_compress.export.ort_head import split_head_input
 from care_compress.export.ort_products import use_integer_products
-from care_compress.export.to_onnx import float_graph, put_integers
-from care_compress.export.to_openvino import scale_branches
-from care_compress.files import fingerprint
+from care_compress.export.result import About
+from care_compress.export.to_onnx import float_graph, put_integers, write_onnx
+from care_compress.export.to_openvino import scale_branches, write_ir
+from care_compress.files import fingerprint, temporary_folder
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
@@ -47,10 +48,19 @@ class Variant:
     logits: Tensor  # on the check images
     graph: ir.Model
 
-    @property
-    def quantized(self) -> QuantizedCare | None:
-        """The simulation; none for a float model."""
-        return self.module if isinstance(self.module, QuantizedCare) else None
+    def write(self, path: Path, about: About, half: bool = False) -> None:
+        """Write an ``.onnx`` file, or an ``.xml`` of OpenVINO's with its ``.bin``.
+
+        `half` stores what an ``.xml`` does not quantize as float16.
+        """
+        quantized = self.module if isinstance(self.module, QuantizedCare) else None
+        if path.suffix == ".onnx":
+            write_onnx(self.graph, about, path, quantized)
+            return
+        with temporary_folder(path) as folder:
+            source = folder / "model.onnx"
+            write_onnx(self.graph, about, source, quantized)
+            write_ir(source, about, path, half)
 
 
 @dataclass
