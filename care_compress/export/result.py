@@ -112,8 +112,8 @@ class Exported:
         return self.executed_macs / self.planned_macs
 
     def as_record(self) -> Any:
-        """Plain data for `of_record`."""
-        return _RECORD.dump_python(self, mode="json", exclude={"target"})
+        """Plain data for `of_record`; through text, where alone the infinite has its own form."""
+        return json.loads(_RECORD.dump_json(self, exclude={"target"}))
 
     @classmethod
     def of_record(cls, target: Target, folder: Path, record: Any) -> "Exported":
