@@ -111,9 +111,8 @@ def _replace(graph: ir.Graph, conv: ir.Node, names: Iterator[str]) -> None:
     high, wide, channels, outputs = kernels.shape
     if (high, wide) != (1, 1):
         # The numbers of every patch, side by side: (B, H/h, W/w, h w C).
-        rows, columns = (
-            size // step for size, step in zip(_sides(conv), (high, wide), strict=True)
-        )
+        height, width = _sides(conv)
+        rows, columns = height // high, width // wide
         split = reshaped(pixels, "/split", [rows, high, columns, wide * channels])
         patches = made("Transpose", [split], "/patches", perm=[0, 1, 3, 2, 4])
         pixels = reshaped(patches, "/joined", [rows, columns, high * wide * channels])

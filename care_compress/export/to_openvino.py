@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from care_compress.export.result import About
 from care_compress.export.to_onnx import (
+    BIAS,
     add_constant,
     add_node,
     constant,
@@ -21,7 +22,7 @@ from care_compress.libraries import load_openvino, openvino_core, silent
 from care_compress.quantize.nncf_ptq import save_openvino
 
 SCALED = "/scaled"
-_WEIGHT, _BIAS = 1, 2
+_WEIGHT = 1
 
 
 def scale_branches(model: ir.Model) -> None:
@@ -47,8 +48,8 @@ def scale_branches(model: ir.Model) -> None:
             continue
         gamma = constant(scaling.inputs[1]).reshape(-1)
         _scale_weight(graph, fc2, gamma)
-        bias = constant(fc2.inputs[_BIAS]) * gamma
-        fc2.replace_input_with(_BIAS, add_constant(graph, f"{fc2.name}.bias{SCALED}", bias))
+        bias = constant(fc2.inputs[BIAS]) * gamma
+        fc2.replace_input_with(BIAS, add_constant(graph, f"{fc2.name}.bias{SCALED}", bias))
         # The multiplication goes from the sum to the other one of its parts.
         place, out = 1 - list(add.inputs).index(fc2.outputs[0]), scaling.outputs[0]
         rest = add_node(
