@@ -271,7 +271,7 @@ def write_bundle(content: BundleContent, path: Path) -> Path:
 
 
 def unpack_bundle(archive: Path, folder: Path) -> Path:
-    """Unpack a bundle below `folder`; the bundle's own folder."""
+    """Unpack a bundle below `folder` and return the bundle's own folder."""
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")
         return folder / packed.getnames()[0].split("/")[0]

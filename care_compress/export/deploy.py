@@ -67,7 +67,7 @@ def make_bundle(runs: Path, run: str, target_name: str, console: Console) -> Pat
 
 
 def make_engine(runs: Path, run: str, target_name: str, console: Console) -> int:
-    """Build the engines of a target on this machine and verify them; the exit code.
+    """Build the engines of a target on this machine, verify them and return the exit code.
 
     By the bundle's own script, so that what is proven here is what goes to other boards.
     """
@@ -211,7 +211,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _checked(folder: Path, entry: dict[str, Any], needs: str) -> Model:
-    """An exported model, if its files are still those that were compared."""
+    """Return an exported model; RunError unless its files are those that were compared."""
     path = folder / str(entry["file"])
     if not entry["holds"]:
         raise RunError(

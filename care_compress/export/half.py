@@ -55,7 +55,7 @@ def write_half(model: ir.Model) -> None:
 
 
 def _half(value: ir.Value) -> NDArray[np.float16]:
-    """A constant in float16; `ExportError` where that cannot hold it."""
+    """A constant in float16; raises ExportError where that cannot hold it."""
     assert value.dtype == ir.DataType.FLOAT
     wide = constant(value)
     with np.errstate(over="ignore"):

@@ -48,7 +48,7 @@ def use_integer_products(model: ir.Model) -> None:
 
 
 def _is_quantized(node: ir.Node) -> bool:
-    """8 bits, one scale of the data, and a bias that fits into int32."""
+    """Whether both operands have 8 bits, the data one scale, and the bias fits into int32."""
     data, weight = (maker_of(node.inputs[place]) for place in (_DATA, _WEIGHT))
     if any(maker is None or maker.op_type != "DequantizeLinear" for maker in (data, weight)):
         return False
@@ -60,7 +60,7 @@ def _is_quantized(node: ir.Node) -> bool:
 
 
 def _is_product(node: ir.Node) -> bool:
-    """One group, and patches that lie side by side and fill the image; the smallest is a pixel."""
+    """Whether patches, of a pixel or more, lie side by side and fill the image, in one group."""
     _, inputs, *kernel = constant(_input(maker_of(node.inputs[_WEIGHT]), 0)).shape
     if node.attributes.get_int("group", 1) != 1:
         return False

@@ -68,7 +68,7 @@ class TriedPlacement:
     speedup: Interval  # over the placement that an export takes here
 
     def fits(self, limit: float | None) -> bool:
-        """Within the accuracy budget."""
+        """Whether it is within the accuracy budget."""
         return limit is None or self.drop.value <= limit
 
     def as_json(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class TriedPlacement:
 def run_tune(
     runs: Path, name: str, target_name: str, options: TuneOptions, console: Console
 ) -> str:
-    """Try the target's placements on a finished run; the name of the one that is kept."""
+    """Try the target's placements on a finished run and return the name of the one kept."""
     target = load_target(target_name)
     if not target.placements or target.device != "cpu":
         raise TargetError(
@@ -220,7 +220,7 @@ def _open_bench(
 
 
 def _tried(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
-    """Every placement exported, scored and timed, now or before on this processor."""
+    """Export, score and time every placement; or take what this processor measured before."""
     if not options.again and bench.record.is_file():
         found = read_json(bench.record)
         if found["key"] == bench.key and found["tried"]:
