@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor
 
-from care_compress.export.float_graph import INPUT, float_graph
+from care_compress.export.to_onnx import INPUT, float_graph
 from care_compress.files import atomic_file
 from care_compress.libraries import load_nncf, load_openvino, openvino_core, silent
 from care_compress.model.care import Care

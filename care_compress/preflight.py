@@ -226,7 +226,7 @@ def able_targets(
 def plan_for(recipe: Recipe, network: CompactCare, made_by: Plan, target: Target) -> Plan:
     """Plan an export to a target, of the network in the form that `made_by` quantizes."""
     assert recipe.quantize is not None
-    rules = export_rules(recipe, recipe.quantize, target)
+    rules = export_rules(recipe.export, recipe.quantize, target)
     return make_plan(network, rules, target, recipe.data.resolution, made_by)
 
 
@@ -241,7 +241,7 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
         targets = able_targets(recipe, network, plan, Console(quiet=True))
     else:
         target = placed(load_target(exported_to, recipe.full_range), recipe)
-        rules, targets = export_rules(recipe, section, target), (target,)
+        rules, targets = export_rules(recipe.export, section, target), (target,)
         plan = plan_for(recipe, network, plan, target)
     space = needed_space(recipe, Size.of_plan(plan), plan, targets)
     if as_json:

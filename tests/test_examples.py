@@ -11,8 +11,8 @@ from PIL import Image
 from quantized import SIZE, network
 
 from care_compress.data.transforms import EvalTransform, normalize
-from care_compress.export.float_graph import float_graph
-from care_compress.export.to_onnx import About, Preprocessing, write_onnx
+from care_compress.export.result import About, Preprocessing
+from care_compress.export.to_onnx import float_graph, write_onnx
 from care_compress.export.to_openvino import write_ir
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import DOT_PRODUCTS

@@ -101,7 +101,7 @@ class Versions:
         made = {_content(saved.model): SIMULATED}
 
         def variant(targets: list[Target]) -> tuple[str, tuple[str, ...]]:
-            rules = export_rules(self.run.recipe, saved.section, targets[0])
+            rules = export_rules(self.run.recipe.export, saved.section, targets[0])
             model = retarget(saved.model, saved.network, rules, targets[0])
             content = _content(model)
             if content not in made:

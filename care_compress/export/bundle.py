@@ -246,30 +246,7 @@ class BundleContent:
 
 def write_bundle(content: BundleContent, path: Path) -> Path:
     """Write the .tar.gz, whole or not at all."""
-    _check(content)
-    files = _files(content)
-    folder = _slug(f"{content.run}-{content.target}")
-    with atomic_file(path) as temporary, temporary.open("wb") as raw:
-        # gzip's header would hold the file's name and the time.
-        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as packed:
-            with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-                for name in sorted(files):
-                    archive.addfile(
-                        _entry(f"{folder}/{name}", files[name]), io.BytesIO(files[name])
-                    )
-    return path
-
-
-def unpack_bundle(archive: Path, folder: Path) -> Path:
-    """Unpack a bundle below `folder`; the bundle's own folder."""
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
-        return folder / packed.getnames()[0].split("/")[0]
-
-
-def _check(content: BundleContent) -> None:
-    count = len(content.pixels)
-    side = content.resolution
+    count, side = len(content.pixels), content.resolution
     assert content.pixels.shape == (count, 3, side, side), content.pixels.shape
     assert content.pixels.dtype == np.uint8
     assert content.labels.shape == (count,)
@@ -277,9 +254,30 @@ def _check(content: BundleContent) -> None:
     for logits in content.logits.values():
         assert logits.shape == (count, len(content.classes)), logits.shape
         assert np.isfinite(logits).all()
+    files = _files(content)
+    folder = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{content.run}-{content.target}").strip("-.")
+    with atomic_file(path) as temporary, temporary.open("wb") as raw:
+        # gzip's header would hold the file's name and the time.
+        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as packed:
+            with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+                for name, data in sorted(files.items()):
+                    # Time, owner and group of a TarInfo are 0 and empty already.
+                    entry = tarfile.TarInfo(f"{folder}/{name}")
+                    entry.size = len(data)
+                    entry.mode = 0o755 if name.endswith(".py") else 0o644
+                    archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def unpack_bundle(archive: Path, folder: Path) -> Path:
+    """Unpack a bundle below `folder` and return the bundle's own folder."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+        return folder / packed.getnames()[0].split("/")[0]
 
 
 def _files(content: BundleContent) -> dict[str, bytes]:
+    """The files of a bundle; the manifest holds the digests of all others."""
     paths = [path for model in content.models.values() for path in model.files]
     files = {path.name: path.read_bytes() for path in paths}
     files["care_deploy.py"] = device_script("cpu" if content.is_for_cpu else "tensorrt")
@@ -288,14 +286,7 @@ def _files(content: BundleContent) -> dict[str, bytes]:
     files["samples/labels.npy"] = _npy(content.labels.astype(np.int64))
     for model, logits in content.logits.items():
         files[f"samples/logits_{model}.npy"] = _npy(logits.astype(np.float32))
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
-    manifest = {**_description(content), "files": digests}
-    files["manifest.json"] = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
-    return files
-
-
-def _description(content: BundleContent) -> dict[str, Any]:
-    return {
+    manifest = {
         "format": 1,
         "kind": BUNDLE_KIND,
         "run": content.run,
@@ -316,7 +307,10 @@ def _description(content: BundleContent) -> dict[str, Any]:
             for name, model in sorted(content.models.items())
         },
         "limits": {"agreement": content.least_agreement, "sqnr_db": content.least_sqnr_db},
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
+    files["manifest.json"] = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
+    return files
 
 
 def _readme(content: BundleContent) -> str:
@@ -349,15 +343,3 @@ def _npy(array: np.ndarray[Any, Any]) -> bytes:
     # C order, or equal arrays could be written in two ways.
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
-
-
-def _entry(name: str, data: bytes) -> tarfile.TarInfo:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(data)
-    # Time, owner and group of a TarInfo are 0 and empty already; only the mode is ours to say.
-    entry.mode = 0o755 if name.endswith(".py") else 0o644
-    return entry
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")

@@ -68,7 +68,15 @@ class FormedMixer(SlicedMixer):
             self.tokens_first = TokensFirstCore(self.group, self.head_dim)
         self.window: nn.Conv2d | None = None
         if form.windows:
-            self.window = _one_window(mixer)
+            small, large = mixer.dwconv1, mixer.dwconv2
+            assert small.bias is not None and large.bias is not None
+            size, channels = large.kernel_size[0], 2 * mixer.group
+            padded = F.pad(small.weight, ((size - small.kernel_size[0]) // 2,) * 4)
+            window = nn.Conv2d(
+                channels, channels, size, padding=large.padding[0], groups=channels
+            ).to(large.weight)
+            assign(window, torch.cat([padded, large.weight]), torch.cat([small.bias, large.bias]))
+            self.window = window
             del self.dwconv1, self.dwconv2
 
     def windows(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
@@ -109,16 +117,3 @@ class TokensFirstCore(nn.Module):
         both_BNE = q_BNC @ ((k_BNC.transpose(1, 2) @ v1_BNE) * mask_CE)
         numerator, denominator = both_BNE.chunk(2, dim=-1)
         return numerator / (denominator + ATTENTION_EPS)
-
-
-def _one_window(mixer: SlicedMixer) -> nn.Conv2d:
-    small, large = mixer.dwconv1, mixer.dwconv2
-    assert small.bias is not None and large.bias is not None
-    border = (large.kernel_size[0] - small.kernel_size[0]) // 2
-    padded = F.pad(small.weight, (border,) * 4)
-    channels = 2 * mixer.group
-    conv = nn.Conv2d(
-        channels, channels, large.kernel_size[0], padding=large.padding[0], groups=channels
-    ).to(large.weight)
-    assign(conv, torch.cat([padded, large.weight]), torch.cat([small.bias, large.bias]))
-    return conv

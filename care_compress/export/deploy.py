@@ -22,9 +22,8 @@ from care_compress.evaluate.device_measurements import counted_threads, import_r
 from care_compress.evaluate.images import HeldImages
 from care_compress.evaluate.readback import answers_beside
 from care_compress.export.bundle import BundleContent, Model, unpack_bundle, write_bundle
-from care_compress.export.float_graph import FREE, INPUT, OUTPUT
-from care_compress.export.to_onnx import FIX, About, Preprocessing, write_onnx
-from care_compress.export.to_openvino import write_ir
+from care_compress.export.result import About, Preprocessing
+from care_compress.export.to_onnx import FIX, FREE, INPUT, OUTPUT
 from care_compress.export.variants import CPU, Variants
 from care_compress.files import digest_of, model_files, read_json, sha256_file, temporary_folder
 from care_compress.model.checkpoint import load_checkpoint
@@ -68,14 +67,19 @@ def make_bundle(runs: Path, run: str, target_name: str, console: Console) -> Pat
 
 
 def make_engine(runs: Path, run: str, target_name: str, console: Console) -> int:
-    """Build the engines of a target on this machine and verify them; the exit code.
+    """Build the engines of a target on this machine, verify them and return the exit code.
 
     By the bundle's own script, so that what is proven here is what goes to other boards.
     """
-    _engine_target(target_name)
+    target = load_target(target_name)
+    if not target.is_engine:
+        raise TargetError(
+            f"{target_name} needs no engine: its file runs as it is.",
+            "use tensorrt-jetson-orin, tensorrt-jetson-thor, tensorrt-gpu or tensorrt-rtx",
+        )
     bundle = make_bundle(runs, run, target_name, console)
     folder = unpack_bundle(bundle, runs / run / "engines")
-    python = _python_with(load_target(target_name).runtime)
+    python = _python_with(target.runtime)
     for verb in ("build", "verify"):
         code = subprocess.call([python, str(folder / "care_deploy.py"), verb])
         if code:
@@ -86,7 +90,11 @@ def make_engine(runs: Path, run: str, target_name: str, console: Console) -> int
 
 def take_results(file: Path, runs: Path, run: str | None, console: Console) -> None:
     """Merge what a device measured into the run it belongs to."""
-    where = runs / (run or _run_of(file))
+    if not run:
+        run = _parsed(file).get("run")
+        if not isinstance(run, str) or Path(run).name != run or not run:
+            raise RunError(f"{file} names no run.", "give results.json of a device, or --run")
+    where = runs / run
     if not os.path.isdir(where):  # Path.is_dir raises for a name that is too long
         raise RunError(f"there is no run {where}.", "name it with --run, or its folder with --runs")
     results = import_results(file, where)
@@ -108,42 +116,49 @@ def take_results(file: Path, runs: Path, run: str | None, console: Console) -> N
 def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
     """What a bundle of this run for this target holds."""
     folder = run_dir / "exports" / target.name
-    export = _export_of(folder, run, target)
+    if not (folder / "export.json").is_file():
+        raise RunError(
+            f"run {run} has no export for {target.name}.",
+            "make one with make quantize, which says why if it leaves a target out, or name "
+            "another with --run",
+        )
+    export = _parsed(folder / "export.json")
     with as_written(folder / "export.json"):
-        return _content(run_dir, run, target, export)
-
-
-def _content(run_dir: Path, run: str, target: Target, export: dict[str, Any]) -> BundleContent:
-    folder = run_dir / "exports" / target.name
-    preprocessing, classes = export["preprocessing"], tuple(export["classes"])
-    batch = FREE if export["batch"] == "dynamic" else export["batch"]
-    size = preprocessing["resolution"]
-    needs = str(export.get("needs") or "")
-    models = {name: _checked(folder, entry, needs) for name, entry in export["models"].items()}
-    pixels = _array(folder.parent / "samples" / "pixels.npy")
-    return BundleContent(
-        run=run,
-        recipe=export["recipe"],
-        target=target.name,
-        fingerprint=export["fingerprint"],
-        classes=classes,
-        resolution=size,
-        crop_pct=preprocessing["crop_pct"],
-        mean=tuple(preprocessing["mean"]),
-        std=tuple(preprocessing["std"]),
-        input_name=INPUT,
-        input_shape=(batch, 3, size, size),
-        output_name=OUTPUT,
-        output_shape=(batch, len(classes)),
-        requirement=target.needs.packages[0],
-        models=models,
-        pixels=pixels,
-        labels=_array(folder.parent / "samples" / "labels.npy"),
-        logits={name: _answers(folder, name, len(pixels)) for name in models},
-        least_agreement=LEAST_AGREEMENT,
-        least_sqnr_db=min(LEAST_SQNR_DB, *(e["least_sqnr_db"] for e in export["models"].values())),
-        exif_rotate=preprocessing["exif_rotate"],
-    )
+        preprocessing, classes = export["preprocessing"], tuple(export["classes"])
+        batch = FREE if export["batch"] == "dynamic" else export["batch"]
+        size = preprocessing["resolution"]
+        needs = str(export.get("needs") or "")
+        models = {name: _checked(folder, entry, needs) for name, entry in export["models"].items()}
+        pixels = _array(folder.parent / "samples" / "pixels.npy")
+        # A CPU's file has answers to every check image, of which the samples are some.
+        answers = {name: _array(answers_beside(folder / name, name)) for name in models}
+        return BundleContent(
+            run=run,
+            recipe=export["recipe"],
+            target=target.name,
+            fingerprint=export["fingerprint"],
+            classes=classes,
+            resolution=size,
+            crop_pct=preprocessing["crop_pct"],
+            mean=tuple(preprocessing["mean"]),
+            std=tuple(preprocessing["std"]),
+            input_name=INPUT,
+            input_shape=(batch, 3, size, size),
+            output_name=OUTPUT,
+            output_shape=(batch, len(classes)),
+            requirement=target.needs.packages[0],
+            models=models,
+            pixels=pixels,
+            labels=_array(folder.parent / "samples" / "labels.npy"),
+            logits={
+                name: rows[spread_indices(len(rows), len(pixels))] for name, rows in answers.items()
+            },
+            least_agreement=LEAST_AGREEMENT,
+            least_sqnr_db=min(
+                LEAST_SQNR_DB, *(entry["least_sqnr_db"] for entry in export["models"].values())
+            ),
+            exif_rotate=preprocessing["exif_rotate"],
+        )
 
 
 def with_float(
@@ -159,14 +174,12 @@ def with_float(
     labels, pixels = torch.from_numpy(content.labels), torch.from_numpy(content.pixels)
     images = HeldImages(pixels, labels, recipe.data)
     network = rewrite(model, RewriteSection())
-    variant = Variants(recipe, model, network, None, lambda: images).of(target)
+    variants = Variants(model, network, None, lambda: images, recipe.data.resolution, recipe.export)
+    variant = variants.of(target)
     prepared = Preprocessing.of(recipe.data)
     about = About(content.recipe, content.fingerprint, content.classes, prepared)
-    path = folder / f"{FLOAT}.onnx"
-    write_onnx(variant.graph, about, path, None)
-    if target.runtime == "openvino":
-        source, path = path, path.with_suffix(".xml")
-        write_ir(source, about, path, half=False)
+    path = folder / f"{FLOAT}{'.xml' if target.runtime == 'openvino' else '.onnx'}"
+    variant.write(path, about)
     near = compare_logits(variant.logits, images.logits(open_predictor(str(path), CPU)))
     if not near.holds:
         raise ExportError(f"{path.name} does not compute what the float model does ({near}).", FIX)
@@ -187,33 +200,6 @@ def _python_with(library: str) -> str:
     return sys.executable  # where the script says what is missing
 
 
-def _engine_target(name: str) -> None:
-    if not load_target(name).is_engine:
-        raise TargetError(
-            f"{name} needs no engine: its file runs as it is.",
-            "use tensorrt-jetson-orin, tensorrt-jetson-thor, tensorrt-gpu or tensorrt-rtx",
-        )
-
-
-def _export_of(folder: Path, run: str, target: Target) -> dict[str, Any]:
-    path = folder / "export.json"
-    if not path.is_file():
-        raise RunError(
-            f"run {run} has no export for {target.name}.",
-            "make one with make quantize, which says why if it leaves a target out, or name "
-            "another with --run",
-        )
-    return dict(_parsed(path))
-
-
-def _run_of(file: Path) -> str:
-    """The run that a results file names."""
-    named = _parsed(file).get("run")
-    if not isinstance(named, str) or Path(named).name != named or not named:
-        raise RunError(f"{file} names no run.", "give results.json of a device, or --run")
-    return named
-
-
 def _parsed(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
@@ -225,7 +211,7 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _checked(folder: Path, entry: dict[str, Any], needs: str) -> Model:
-    """An exported model, if its files are still those that were compared."""
+    """Return an exported model; RunError unless its files are those that were compared."""
     path = folder / str(entry["file"])
     if not entry["holds"]:
         raise RunError(
@@ -236,12 +222,6 @@ def _checked(folder: Path, entry: dict[str, Any], needs: str) -> Model:
     if not all(file.is_file() for file in files) or digest_of(path) != entry["sha256"]:
         raise RunError(f"{path} is not the file that was exported.", "export again: make quantize")
     return Model(files, str(entry["sha256"]), needs)
-
-
-def _answers(folder: Path, name: str, images: int) -> NDArray[Any]:
-    """What a model should answer to the samples; a CPU's file has answers to every check image."""
-    answers = _array(answers_beside(folder / name, name))
-    return answers[spread_indices(len(answers), images)]
 
 
 def _array(path: Path) -> NDArray[Any]:

@@ -12,54 +12,39 @@ Only images: the head's GELU is one vector, and its rounding would be that of th
 import numpy as np
 import onnx_ir as ir
 
-from care_compress.export.float_graph import add_constant
+from care_compress.export.to_onnx import add_constant, add_node, is_image
 from care_compress.quantize.gelu import CURVE, REACH, SLOPE, SQUARES
 
 
 def write_gelu(model: ir.Model, form: str) -> None:
     """Put a form in the place of every GELU of an image, in place; ``erf`` leaves them."""
-    nodes = [node for node in model.graph if node.op_type == "Gelu" and _is_of_images(node)]
+    gelus = [node for node in model.graph if node.op_type == "Gelu" and is_image(node.inputs[0])]
     if form == "tanh":
-        for node in nodes:
-            node.attributes["approximate"] = ir.AttrString("approximate", "tanh")
-    if form == "products" and nodes:
-        products = _Products(model.graph)
-        for node in nodes:
-            products.replace(node)
-
-
-def _is_of_images(node: ir.Node) -> bool:
-    value = node.inputs[0]
-    return value is not None and value.shape is not None and len(value.shape) == 4
-
-
-class _Products:
-    """The three constants, which all GELUs share, and the nodes that take the place of one."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self.reach, self.slope, self.curve = (
-            add_constant(graph, f"gelu_{name}", np.array(number, np.float32))
+        for gelu in gelus:
+            gelu.attributes["approximate"] = ir.AttrString("approximate", "tanh")
+    if form == "products" and gelus:
+        reach, slope, curve = (
+            add_constant(model.graph, f"gelu_{name}", np.array(number, np.float32))
             for name, number in (("reach", REACH), ("slope", SLOPE), ("curve", CURVE))
         )
+        for gelu in gelus:
+            given = _products(gelu, reach, slope, curve)
+            ir.convenience.replace_all_uses_with(gelu.outputs[0], given)
+            model.graph.remove(gelu, safe=True)
 
-    def replace(self, gelu: ir.Node) -> None:
-        """Put a few products and sums where a GELU was."""
-        x, out = gelu.inputs[0], gelu.outputs[0]
 
-        def made(kind: str, name: str, *inputs: ir.Value | None) -> ir.Value:
-            node = ir.node(kind, inputs, name=f"{gelu.name}/{name}")
-            value = node.outputs[0]
-            value.name, value.shape, value.type = f"{out.name}_{name}", out.shape, out.type
-            self.graph.insert_before(gelu, node)
-            return value
+def _products(gelu: ir.Node, reach: ir.Value, slope: ir.Value, curve: ir.Value) -> ir.Value:
+    """What a GELU gives out, by a few products and sums in front of it."""
+    x, out = gelu.inputs[0], gelu.outputs[0]
 
-        size = made("Abs", "size", x)
-        near = made("Relu", "near", made("Sub", "left", self.reach, size))
-        line = made("Add", "line", made("Mul", "bent", near, self.curve), self.slope)
-        tail = made("Mul", "root", made("Mul", "near2", near, near), line)
-        for number in range(SQUARES):
-            tail = made("Mul", f"power{2 << number}", tail, tail)
-        given = made("Sub", "given", made("Relu", "above", x), made("Mul", "below", tail, size))
-        ir.convenience.replace_all_uses_with(out, given)
-        self.graph.remove(gelu, safe=True)
+    def made(kind: str, name: str, *inputs: ir.Value | None) -> ir.Value:
+        names = f"{gelu.name}/{name}", f"{out.name}_{name}"
+        return add_node(gelu, kind, inputs, names[0], names[1:], like=out).outputs[0]
+
+    size = made("Abs", "size", x)
+    near = made("Relu", "near", made("Sub", "left", reach, size))
+    line = made("Add", "line", made("Mul", "bent", near, curve), slope)
+    tail = made("Mul", "root", made("Mul", "near2", near, near), line)
+    for number in range(SQUARES):
+        tail = made("Mul", f"power{2 << number}", tail, tail)
+    return made("Sub", "given", made("Relu", "above", x), made("Mul", "below", tail, size))

@@ -17,14 +17,16 @@ import numpy as np
 import onnx_ir as ir
 
 from care_compress.evaluate.site_outputs import TURNED
-from care_compress.export.float_graph import (
+from care_compress.export.ort_products import CHANNELS_FIRST, CHANNELS_LAST
+from care_compress.export.to_onnx import (
     add_constant,
+    add_node,
     constant,
     drop_unread,
+    is_image,
     maker_of,
     module_of,
 )
-from care_compress.export.ort_products import CHANNELS_FIRST, CHANNELS_LAST
 
 NARROW = 64  # channels of a stage whose transposes stay
 _PER_CHANNEL = frozenset({"Add", "Mul"})
@@ -35,31 +37,25 @@ _AXES = 3  # of a Slice: the input that says along what
 def put_channels_last(model: ir.Model) -> None:
     """Turn every wide stage with integer products whose additions and attention are in float."""
     turned = _Turned(model.graph)
-    with_products = {_stage_of(n) for n in model.graph if n.op_type == "MatMulIntegerToFloat"}
-    for stage, nodes in _stages(model.graph).items():
-        width = max(_channels(node.outputs[0]) for node in nodes)
-        in_float = not any(map(_reads_integers, nodes))
-        if width > NARROW and in_float and stage in with_products:
+    between: dict[str, list[ir.Node]] = defaultdict(list)  # the products of each stage
+    with_products: set[str] = set()
+    for node in model.graph:
+        scope, _, rest = module_of(node).partition(".")
+        if scope != "stages":
+            continue
+        stage = rest.partition(".")[0]
+        if node.op_type == "MatMulIntegerToFloat":
+            with_products.add(stage)
+        if is_image(node.outputs[0]) and _can_turn(node):
+            between[stage].append(node)
+    for stage, nodes in between.items():
+        makers = [maker_of(value) for node in nodes for value in node.inputs]
+        in_float = not any(m is not None and m.op_type == "DequantizeLinear" for m in makers)
+        if stage in with_products and in_float and max(map(_channels, nodes)) > NARROW:
             for node in nodes:
                 turned.turn(node)
     turned.tidy()
     drop_unread(model.graph)
-
-
-def _stages(graph: ir.Graph) -> dict[str, list[ir.Node]]:
-    """What stands between the products of each stage."""
-    found: dict[str, list[ir.Node]] = defaultdict(list)
-    for node in graph:
-        stage = _stage_of(node)
-        if stage is not None and _is_image(node.outputs[0]) and _can_turn(node):
-            found[stage].append(node)
-    return found
-
-
-def _stage_of(node: ir.Node) -> str | None:
-    """Its number; none in front of the stages and behind them."""
-    scope, _, rest = module_of(node).partition(".")
-    return rest.partition(".")[0] if scope == "stages" else None
 
 
 def _can_turn(node: ir.Node) -> bool:
@@ -70,20 +66,12 @@ def _can_turn(node: ir.Node) -> bool:
     return node.op_type in _PER_CHANNEL
 
 
-def _is_image(value: ir.Value | None) -> bool:
-    return value is not None and value.shape is not None and len(value.shape) == 4
-
-
-def _channels(value: ir.Value) -> int:
-    assert value.shape is not None
-    channels = value.shape[1]
+def _channels(node: ir.Node) -> int:
+    shape = node.outputs[0].shape
+    assert shape is not None
+    channels = shape[_CHANNELS]
     assert isinstance(channels, int)
     return channels
-
-
-def _reads_integers(node: ir.Node) -> bool:
-    makers = [maker_of(value) for value in node.inputs]
-    return any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
 
 
 class _Turned:
@@ -97,7 +85,7 @@ class _Turned:
     def turn(self, node: ir.Node) -> None:
         """Let a node compute with channels last; whoever wants them first gets them so."""
         for place, value in enumerate(node.inputs):
-            if _is_image(value):
+            if value is not None and is_image(value):
                 node.replace_input_with(place, self._last(value, node))
             elif value is not None and node.op_type in _PER_CHANNEL and constant(value).ndim:
                 flat = constant(value).reshape(-1)
@@ -108,7 +96,26 @@ class _Turned:
             node.attributes["axis"] = ir.AttrInt64("axis", 3)
         if node.op_type == "Slice":
             node.replace_input_with(_AXES, self.last_axis)
-        self._give_out(node)
+        # The name goes to a node that gives out what this one gave.
+        last = node.outputs[0]
+        first = ir.node("Transpose", [last], {"perm": CHANNELS_FIRST}, name=node.name)
+        node.name = f"{node.name}{TURNED}"
+        given = first.outputs[0]
+        given.name, given.shape, given.type = f"{last.name}_first", last.shape, last.type
+        last.shape = None
+        ir.convenience.replace_all_uses_with(last, given)
+        first.replace_input_with(0, last)
+        self.graph.insert_after(node, first)
+
+    def _last(self, value: ir.Value, reader: ir.Node) -> ir.Value:
+        """A value with channels last, made before its first reader if it is not there."""
+        there = _before_turn(value) or self.known.get(value)
+        if there is None:
+            name, output = f"{value.name}{TURNED}", f"{value.name}_last"
+            node = add_node(reader, "Transpose", [value], name, [output], {"perm": CHANNELS_LAST})
+            there = self.known[value] = node.outputs[0]
+            there.type = value.type
+        return there
 
     def tidy(self) -> None:
         """Drop the transposes that meet another, and those that nobody reads any more."""
@@ -123,30 +130,6 @@ class _Turned:
                 assert maker is not None
                 maker.name = f"{node.name}{TURNED}"
                 self.graph.remove(node, safe=True)
-
-    def _last(self, value: ir.Value, reader: ir.Node) -> ir.Value:
-        """A value with channels last, made before its first reader if it is not there."""
-        there = _before_turn(value) or self.known.get(value)
-        if there is None:
-            node = ir.node(
-                "Transpose", [value], {"perm": CHANNELS_LAST}, name=f"{value.name}{TURNED}"
-            )
-            there = self.known[value] = node.outputs[0]
-            there.name, there.type = f"{value.name}_last", value.type
-            self.graph.insert_before(reader, node)
-        return there
-
-    def _give_out(self, node: ir.Node) -> None:
-        """The name goes to a node that gives out what this one gave."""
-        last = node.outputs[0]
-        first = ir.node("Transpose", [last], {"perm": CHANNELS_FIRST}, name=node.name)
-        node.name = f"{node.name}{TURNED}"
-        given = first.outputs[0]
-        given.name, given.shape, given.type = f"{last.name}_first", last.shape, last.type
-        last.shape = None
-        ir.convenience.replace_all_uses_with(last, given)
-        first.replace_input_with(0, last)
-        self.graph.insert_after(node, first)
 
 
 def _turns(node: ir.Node, order: list[int]) -> bool:

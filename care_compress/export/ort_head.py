@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from care_compress.export.float_graph import add_constant, constant, drop_unread, maker_of
 from care_compress.export.ort_products import DOMAIN
+from care_compress.export.to_onnx import add_constant, add_node, constant, drop_unread, maker_of
 
 _EXPANDED = "DequantizeLinear"
 
@@ -27,7 +27,7 @@ def split_head_input(model: ir.Model) -> None:
     """Replace every Gemm of floats and 8-bit weights, in place."""
     for node in list(model.graph):
         if node.op_type == "Gemm" and _has_integer_weight_only(node):
-            _Split(model.graph, node).replace()
+            _split(model.graph, node)
     drop_unread(model.graph)
 
 
@@ -44,58 +44,33 @@ def _has_integer_weight_only(node: ir.Node) -> bool:
     )
 
 
-class _Split:
-    """One Gemm and the nodes that take its place."""
+def _split(graph: ir.Graph, gemm: ir.Node) -> None:
+    """Put two products and their sum where a Gemm was."""
+    data, _, *bias = gemm.inputs  # a bias of zeros is left out
+    weight = maker_of(gemm.inputs[1])
+    assert weight is not None
+    stored, *scale_and_zero = weight.inputs
+    columns = np.ascontiguousarray(constant(stored).T)
+    factor = [add_constant(graph, f"{gemm.name}.weight_t", columns), *scale_and_zero]
 
-    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
-        self.graph, self.node = graph, node
-
-    def replace(self) -> None:
-        """Put two products and their sum where the Gemm was."""
-        data, _, *bias = self.node.inputs  # a bias of zeros is left out
-        out = self.node.outputs[0]
-        weight = maker_of(self.node.inputs[1])
-        assert weight is not None
-        stored, *scale_and_zero = weight.inputs
-        columns = np.ascontiguousarray(constant(stored).T)
-        factor = [add_constant(self.graph, f"{self.node.name}.weight_t", columns), *scale_and_zero]
-        high = self._made("DynamicQuantizeLinear", [data], "/high", 3)
-        rounded = self._made(_EXPANDED, high, "/rounded")
-        rest = self._made("Sub", [data, *rounded], "/rest")
-        low = self._made("DynamicQuantizeLinear", rest, "/low", 3)
-        products = [
-            *self._product(high, factor, "/high_product", *bias),
-            *self._product(low, factor, "/low_product"),
-        ]
-        total = ir.node("Add", products, name=self.node.name)
-        self.graph.insert_before(self.node, total)
-        made = total.outputs[0]
-        made.name, made.shape, made.type = out.name, out.shape, out.type
-        # The logits, or, of two heads, one of those that are averaged.
-        ir.convenience.replace_all_uses_with(out, made, replace_graph_outputs=True)
-        self.graph.remove([self.node, weight], safe=True)
-
-    def _product(
-        self,
-        half: Sequence[ir.Value | None],
-        factor: Sequence[ir.Value | None],
-        name: str,
-        *bias: ir.Value | None,
-    ) -> list[ir.Value]:
-        ordered = [part for pair in zip(half, factor, strict=True) for part in pair]
-        return self._made("MatMulIntegerToFloat", [*ordered, *bias], name, domain=DOMAIN)
-
-    def _made(
-        self,
-        kind: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        outputs: int = 1,
-        domain: str = "",
-    ) -> list[ir.Value]:
-        name = f"{self.node.name}{name}"
-        node = ir.node(kind, inputs, domain=domain, num_outputs=outputs, name=name)
-        for place, value in enumerate(node.outputs):
-            value.name = f"{name}_{place}"
-        self.graph.insert_before(self.node, node)
+    def made(kind: str, inputs: Sequence[ir.Value | None], name: str) -> list[ir.Value]:
+        name, count = f"{gemm.name}/{name}", 3 if kind == "DynamicQuantizeLinear" else 1
+        outputs = [f"{name}_{place}" for place in range(count)]
+        domain = DOMAIN if kind == "MatMulIntegerToFloat" else ""
+        node = add_node(gemm, kind, inputs, name, outputs, domain=domain)
         return list(node.outputs)
+
+    def product(half: Sequence[ir.Value], name: str, *bias: ir.Value | None) -> ir.Value:
+        ordered = [part for pair in zip(half, factor, strict=True) for part in pair]
+        return made("MatMulIntegerToFloat", [*ordered, *bias], name)[0]
+
+    high = made("DynamicQuantizeLinear", [data], "high")
+    rounded = made(_EXPANDED, high, "rounded")
+    rest = made("Sub", [data, *rounded], "rest")
+    low = made("DynamicQuantizeLinear", rest, "low")
+    parts = [product(high, "high_product", *bias), product(low, "low_product")]
+    out = gemm.outputs[0]
+    total = add_node(gemm, "Add", parts, str(gemm.name), [str(out.name)], like=out)
+    # The logits, or, of two heads, one of those that are averaged.
+    ir.convenience.replace_all_uses_with(out, total.outputs[0], replace_graph_outputs=True)
+    graph.remove([gemm, weight], safe=True)

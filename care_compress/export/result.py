@@ -1,38 +1,91 @@
-"""What an export left: files, how near each came to its model, and what a target cannot have."""
+"""What an export leaves: files and what they say of themselves, how near each came to its model.
+
+`Exported` is written in two ways: whole, for the rerun that takes it over (`as_record`), and as the
+figures that ``export.json`` and ``results.json`` show (`as_json`).
+"""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, PlainSerializer, TypeAdapter, ValidationInfo
+from rich.console import Console
 from rich.table import Table
 
+from care_compress.console import say, widened
 from care_compress.evaluate.agreement import Agreement
 from care_compress.files import digest_of, size_of
-from care_compress.recipe.target import Target
+from care_compress.recipe.sections import DataSection
+from care_compress.recipe.target import NEEDS, Target
 
 NOT_ASKED = "only OpenVINO on a CPU says which products it runs in integers"
+PREFIX = "care_compress."
+LEAST_SHARE = 0.95  # of the planned integer MACs, below which a user should know
+WIDTH = 112  # of a table: names must be whole even where a terminal is narrow
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the network's input.
+
+    RGB; the shorter side to `resize` pixels by Pillow's bicubic filter, the middle
+    `resolution` x `resolution` of it, divided by 255, minus `mean`, over `std`.
+    """
+
+    resolution: int
+    resize: int
+    crop_pct: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    exif_rotate: bool  # turned as its EXIF orientation says, before all that
+
+    @classmethod
+    def of(cls, data: DataSection) -> "Preprocessing":
+        """As the recipe's evaluation does it."""
+        size, crop = data.resolution, data.crop_pct
+        resize = math.floor(size / crop)
+        return cls(size, resize, crop, data.mean, data.std, data.exif_rotate)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an exported file says of itself: enough to serve it without the run that made it."""
+
+    recipe: str
+    fingerprint: str  # of the model's weights, the classes and the preprocessing
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    needs: str | None = None  # what a processor must have, or its answers are wrong
+
+    def as_texts(self) -> dict[str, str]:
+        """Key and value as ONNX metadata and OpenVINO's runtime information hold them."""
+        texts = {
+            PREFIX + "recipe": self.recipe,
+            PREFIX + "fingerprint": self.fingerprint,
+            PREFIX + "classes": json.dumps(self.classes),
+            PREFIX + "preprocessing": json.dumps(asdict(self.preprocessing)),
+        }
+        return texts if self.needs is None else {**texts, NEEDS: self.needs}
+
+
+def _in_folder(name: Path, info: ValidationInfo) -> Path:
+    assert isinstance(info.context, Path)
+    return info.context / name
 
 
 @dataclass(frozen=True)
 class File:
-    """One exported model: what it is, and how near it came to the model it was made from."""
+    """One exported model, and how near it came to the model it was made from."""
 
-    path: Path
+    # A record knows it by its name in the target's folder: a run can be moved.
+    path: Annotated[
+        Path, AfterValidator(_in_folder), PlainSerializer(lambda path: path.name, return_type=str)
+    ]
     agreement: Agreement
     diverges: str  # the first layer that does not agree; nothing where all do
-
-    def as_json(self) -> dict[str, Any]:
-        """As ``export.json`` holds it."""
-        return {
-            "file": self.path.name,
-            "sha256": digest_of(self.path),
-            "size_bytes": size_of(self.path),
-            **self.agreement.as_json(),
-            **({"parts_at": self.diverges} if self.diverges else {}),
-        }
 
 
 @dataclass
@@ -59,19 +112,13 @@ class Exported:
         return self.executed_macs / self.planned_macs
 
     def as_record(self) -> Any:
-        """Plain data for `of_record`; files by their names in the target's folder."""
-        record = json.loads(_PLAIN.dump_json(self, exclude={"target"}))
-        for file in record["files"].values():
-            file["path"] = Path(file["path"]).name
-        return record
+        """Plain data for `of_record`; through text, where alone the infinite has its own form."""
+        return json.loads(_RECORD.dump_json(self, exclude={"target"}))
 
     @classmethod
     def of_record(cls, target: Target, folder: Path, record: Any) -> "Exported":
-        """What `as_record` gave."""
-        done = _PLAIN.validate_python({**record, "target": target})
-        for name, file in done.files.items():
-            done.files[name] = replace(file, path=folder / file.path)
-        return done
+        """What `as_record` gave, of a target whose files lie in `folder`."""
+        return _RECORD.validate_python({**record, "target": target}, context=folder)
 
     def as_json(self) -> dict[str, Any]:
         """As ``export.json`` and ``results.json`` hold it."""
@@ -82,7 +129,16 @@ class Exported:
             "target": self.target.name,
             "runtime": self.target.runtime,
             "placement": self.target.placement,
-            "models": {name: file.as_json() for name, file in self.files.items()},
+            "models": {
+                name: {
+                    "file": file.path.name,
+                    "sha256": digest_of(file.path),
+                    "size_bytes": size_of(file.path),
+                    **file.agreement.as_json(),
+                    **({"parts_at": file.diverges} if file.diverges else {}),
+                }
+                for name, file in self.files.items()
+            },
             "integer_macs": {
                 "planned": self.planned_macs,
                 "executed": self.executed_macs,
@@ -94,47 +150,49 @@ class Exported:
             **({"engines_missing": self.not_built} if self.not_built else {}),
         }
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """One table row for each file."""
-        share = "" if self.share is None else f"{100 * self.share:.1f} %"
-        reader = "OpenVINO, CPU" if self.target.runtime == "openvino" else "ONNX Runtime, CPU"
-        rows: list[tuple[str, ...]] = []
-        for file in self.files.values():
-            ties = file.agreement.ties
-            tied = f" + {ties} tie{'s' if ties > 1 else ''}" if ties else ""
-            same = f"{file.agreement.percent:.1f} %{tied}"
-            near = str(file.agreement)
-            size = _megabytes(size_of(file.path))
-            rows.append((self.target.name, file.path.name, size, reader, same, near, share))
-        for name, about in self.engines.items():
-            size = _megabytes(about["size_bytes"])
-            rows.append((self.target.name, f"{name}.engine", size, "not run", "", "", ""))
-        return rows
+
+_RECORD = TypeAdapter(Exported)
 
 
-_PLAIN = TypeAdapter(Exported)
+def show_exports(done: Sequence[Exported], console: Console) -> None:
+    """Print how near every file came to its model, and what a target does not get."""
+    images = [file.agreement.images for one in done for file in one.files.values()]
+    if images:
+        widened(console, WIDTH).print(_table(done, max(images)))
+    alike: dict[str, list[str]] = {}
+    for one in done:
+        if one.skipped:
+            reason = one.skipped.replace(one.target.name, "it")
+            alike.setdefault(reason, []).append(one.target.name)
+    for reason, names in alike.items():
+        say(f"no export for {', '.join(names)}: {reason}", console)
+    for one in done:
+        if one.share is not None and one.share < LEAST_SHARE:
+            part = f"{100 * one.share:.1f} % of the planned integer MACs"
+            console.print(
+                f"[yellow]{one.target.name} runs only {part} in integers[/]: this processor may "
+                "lack them (care-compress doctor)"
+            )
+        if one.not_built:
+            say(f"no engine for {one.target.name}: {one.not_built}", console)
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB"
-
-
-def in_short(about: dict[str, Any]) -> dict[str, Any]:
-    """An engine's description without its layers, which stand beside the engine."""
-    keys = ("library", "version", "engine_sha256", "size_bytes", "layers_from", "precisions")
-    return {key: about[key] for key in keys}
-
-
-def export_table(rows: Sequence[tuple[str, ...]], images: int) -> Table:
+def _table(done: Sequence[Exported], images: int) -> Table:
     """Exported files, each compared with the model it was made from."""
     table = Table(title=f"Exports, read back and compared on {images:,} images")
     table.title_justify = "left"
-    table.add_column("target", no_wrap=True)
-    table.add_column("file", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("read by", no_wrap=True)
-    for column in ("same answer", "SQNR", "integer MACs run"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+    for column in ("target", "file", "size", "read by", "same answer", "SQNR", "integer MACs run"):
+        left = column in ("target", "file", "read by")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for one in done:
+        share = "" if one.share is None else f"{100 * one.share:.1f} %"
+        reader = "OpenVINO, CPU" if one.target.runtime == "openvino" else "ONNX Runtime, CPU"
+        for file in one.files.values():
+            size, near = f"{size_of(file.path) / 1e6:.2f} MB", file.agreement
+            tied = f" + {near.ties} tie{'s' if near.ties > 1 else ''}" if near.ties else ""
+            same = f"{near.percent:.1f} %{tied}"
+            table.add_row(one.target.name, file.path.name, size, reader, same, str(near), share)
+        for name, about in one.engines.items():
+            size = f"{about['size_bytes'] / 1e6:.2f} MB"
+            table.add_row(one.target.name, f"{name}.engine", size, "not run", "", "", "")
     return table

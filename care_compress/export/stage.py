@@ -5,7 +5,7 @@ images they were compared on to ``exports/samples/``, for the bundles that go to
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,29 +14,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from torch import Tensor, nn
 
 from care_compress import machine
-from care_compress.console import say, step_line, widened
+from care_compress.console import step_line
 from care_compress.data.samples import Samples, spread_indices
+from care_compress.device.build import BuildOptions
+from care_compress.device.deploy import build_file
+from care_compress.device.library import load_library
+from care_compress.device.problems import DeployError, TensorRtMissingError
 from care_compress.errors import ExportError, RecipeError, TargetError
 from care_compress.evaluate.agreement import compare_logits
-from care_compress.evaluate.images import hold_images
+from care_compress.evaluate.images import HeldImages, hold_images
 from care_compress.evaluate.readback import answers_beside
 from care_compress.evaluate.site_distance import first_divergence
-from care_compress.export.result import Exported, File, export_table, in_short
-from care_compress.export.to_engine import build_ahead
-from care_compress.export.to_onnx import About, Preprocessing, write_onnx
+from care_compress.export.result import About, Exported, File, Preprocessing, show_exports
 from care_compress.export.to_openvino import write_ir
-from care_compress.export.variants import Reference, Variant, Variants
-from care_compress.files import atomic_file, digest_of, fingerprint, sha256_file, temporary_folder
+from care_compress.export.variants import Variant, Variants
+from care_compress.files import atomic_file, digest_of, fingerprint, sha256_file
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
 from care_compress.model.predictor import Predictor
-from care_compress.recipe.recipe import Recipe
+from care_compress.quantize.placement import QuantizedCare
+from care_compress.recipe.recipe import Precision, Recipe
 from care_compress.recipe.target import Target, all_targets, load_target
 from care_compress.run.context import RunContext
-from care_compress.run.directory import Run
 from care_compress.run.stages import EVERYTHING, once, recipe_parts
 from care_compress.runtime.dot_products import check_needs
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
@@ -46,8 +49,9 @@ from care_compress.runtime.profile_openvino import executed_layers, integer_macs
 SAMPLES = 64  # images that travel to a device
 SAMPLES_FOLDER = "samples"
 BASELINE = "fp16"  # what INT8 has to beat on a GPU
-LEAST_SHARE = 0.95  # of the planned integer MACs, below which a user should know
-WIDTH = 112  # of the table: names must be whole even where a terminal is narrow
+INSTALL_RTX = ".venv/bin/python -m pip install -c constraints.txt -e '.[tensorrt-rtx]'"
+# What is told of an engine; its layers stand beside it.
+OF_ENGINES = ("library", "version", "engine_sha256", "size_bytes", "layers_from", "precisions")
 
 
 def exported(
@@ -60,36 +64,29 @@ def exported(
 ) -> list[Exported]:
     """Export the kept model, or the float one, to every target that can execute it."""
     done: list[Exported] = []
-    targets = chosen_targets(recipe)
+    section, targets = recipe.export, chosen_targets(recipe)
     if context.world.is_main:
-        _drop_others(context.run, targets)
+        # Files of an earlier model, for targets not asked for now, would pass for its own.
+        root = context.run.path / "exports"
+        wanted = {SAMPLES_FOLDER, *(target.name for target in targets)}
+        for folder in root.iterdir() if root.is_dir() else ():
+            if folder.name not in wanted or not targets:
+                shutil.rmtree(folder, ignore_errors=True)
     if context.world.is_main and targets:
-        variants = Variants(
-            recipe,
-            model,
-            compact,
-            kept,
-            lambda: hold_images(validation, recipe.data, recipe.export.images, context.bad),
-        )
-        images = validation.content_digest(), recipe.export.images
+
+        def hold() -> HeldImages:
+            return hold_images(validation, recipe.data, section.images, context.bad)
+
+        variants = Variants(model, compact, kept, hold, recipe.data.resolution, section)
         with step_line(context.console) as notify:
-            export = Exporter(context, variants, about_export(variants, validation), images, notify)
+            exporter = exporter_for(context, recipe, variants, validation, section.images, notify)
             for target in targets:
                 notify(f"exporting to {target.name}")
-                done.append(export.to(target))
-            export.keep_samples(done)
-        _show(context.console, done)
+                done.append(exporter.to(target))
+            exporter.keep_samples(done)
+        show_exports(done, context.console)
     context.world.wait()
     return done
-
-
-def _drop_others(run: Run, targets: tuple[Target, ...]) -> None:
-    """Files of an earlier model, for targets that are not asked for now, would pass for its own."""
-    root = run.path / "exports"
-    wanted = {SAMPLES_FOLDER, *(target.name for target in targets)}
-    for folder in root.iterdir() if root.is_dir() else ():
-        if folder.name not in wanted or not targets:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def chosen_targets(recipe: Recipe) -> tuple[Target, ...]:
@@ -108,45 +105,10 @@ def placed(target: Target, recipe: Recipe) -> Target:
     return target.placed(target.placement_for(here))
 
 
-def about_export(variants: Variants, validation: Samples) -> About:
-    """What the files say of themselves; the fingerprint is of contents, wherever they lie."""
-    recipe, kept = variants.recipe, variants.kept
-    prepared = Preprocessing.of(recipe.data)
-    weights = sha256_file(kept) if kept else state_digest(variants.compact.state_dict())
-    content = {"model": weights, "preprocessing": asdict(prepared), "classes": validation.classes}
-    return About(recipe.name, fingerprint(content), tuple(validation.classes), prepared)
-
-
-def _show(console: Console, done: list[Exported]) -> None:
-    rows = [row for one in done for row in one.rows()]
-    if rows:
-        images = max(file.agreement.images for one in done for file in one.files.values())
-        wide = widened(console, WIDTH)
-        wide.print(export_table(rows, images))
-    alike: dict[str, list[str]] = {}
-    for one in done:
-        if one.skipped:
-            reason = one.skipped.replace(one.target.name, "it")
-            alike.setdefault(reason, []).append(one.target.name)
-    for reason, names in alike.items():
-        text = f"no export for {', '.join(names)}: {reason}"
-        say(text, console)
-    for one in done:
-        if one.share is not None and one.share < LEAST_SHARE:
-            part = f"{100 * one.share:.1f} % of the planned integer MACs"
-            console.print(
-                f"[yellow]{one.target.name} runs only {part} in integers[/]: this processor may "
-                "lack them (care-compress doctor)"
-            )
-        if one.not_built:
-            text = f"no engine for {one.target.name}: {one.not_built}"
-            say(text, console)
-
-
 def check_targets(
     recipe: Recipe, plan: Callable[[Target], object], console: Console
 ) -> tuple[Target, ...]:
-    """Before any work: refuse targets named that cannot run the recipe; those that can."""
+    """The targets that can run the recipe; before any work, refuse those named that cannot."""
     able = []
     targets = chosen_targets(recipe)
     for target in targets:
@@ -164,8 +126,8 @@ def check_targets(
     return tuple(able)
 
 
-def check_exports(done: list[Exported]) -> None:
-    """A file that is not the model is an error, after everything else was written."""
+def check_exports(done: Sequence[Exported]) -> None:
+    """Raise for a file that is not the model, after everything else was written."""
     for one in done:
         if one.failed:
             raise ExportError(f"{one.target.name}: {one.failed}")
@@ -194,28 +156,33 @@ class Exporter:
     context: RunContext
     variants: Variants
     about: About
+    precision: Precision  # what the exported model is called
+    recipe_part: Mapping[str, object]  # what of the recipe decides the files
     checked_on: object  # what tells the images that files are compared on from others
     notify: Callable[[str], None]
     compared: dict[str, File] = field(default_factory=dict)  # by digest
 
     def to(self, target: Target) -> Exported:
         """Export to one target, or take over what is there; why not, where that is impossible."""
+        folder = self._root / target.name
+
+        def anew() -> Any:
+            shutil.rmtree(folder, ignore_errors=True)
+            with self.context.stage("export"):
+                return self._write(target).as_record()
+
+        made_from = {**self._made_from, "target": target.model_dump(mode="json")}
         try:
-            record = once(
-                self.context,
-                f"export {target.name}",
-                {**self._made_from, "target": target.model_dump(mode="json")},
-                lambda: self._anew(target).as_record(),
-            )
+            record = once(self.context, f"export {target.name}", made_from, anew)
         except ExportError as error:
             return Exported(target, failed=str(error))
-        return Exported.of_record(target, self._folder(target), record)
+        return Exported.of_record(target, folder, record)
 
     @cached_property
     def _made_from(self) -> dict[str, object]:
         variants, cpu = self.variants, machine.read_machine().cpu
         return {
-            **recipe_parts(variants.recipe)["export"],
+            **self.recipe_part,
             "about": asdict(self.about),
             "float model": state_digest(variants.model.state_dict()),
             "model": variants.kept and digest_of(variants.kept),
@@ -226,162 +193,161 @@ class Exporter:
             "processor": [cpu.name, dict(cpu.features)],
         }
 
-    def _anew(self, target: Target) -> Exported:
-        shutil.rmtree(self._folder(target), ignore_errors=True)
-        with self.context.stage("export"):
-            return self._write(target)
-
-    def _write(self, target: Target) -> Exported:
-        done = Exported(target)
-        try:
-            self._check_readable(target)
-            if self.variants.kept is not None and self.variants.saved is None:
-                self._nncf_to(done)
-            elif target.runtime == "onnxruntime":
-                self._onnx_to(done, self.precision, self.variants.of(target))
-            elif target.runtime == "openvino":
-                self._openvino_to(done)
-            else:
-                self._tensorrt_to(done)
-        except (RecipeError, TargetError) as error:
-            done = Exported(target, skipped=str(error))
-        path = self._folder(target) / "export.json"
-        if done.files:
-            about = asdict(self._about(target))
-            said = {**done.as_json(), **about, "batch": self.variants.recipe.export.batch}
-            self.context.run.write_json(str(path.relative_to(self.context.run.path)), said)
-        return done
-
-    def _check_readable(self, target: Target) -> None:
-        """Raise TargetError before writing what could not be read back on this processor."""
-        suffix = ".xml" if target.runtime == "openvino" else ".onnx"
-        check_needs(self._path(target, self.precision, suffix), target.file_needs, target.runtime)
-
-    @property
-    def precision(self) -> str:
-        """What the exported model is called."""
-        return self.variants.recipe.precision
-
     @property
     def _root(self) -> Path:
         return self.context.run.path / "exports"
 
-    def _folder(self, target: Target) -> Path:
-        return self._root / target.name
-
     def _path(self, target: Target, name: str, suffix: str) -> Path:
         """Where a model goes; one that is not right on every processor says so in its name."""
         needs = "-dotprod" if target.needs.dot_products else ""
-        return self._folder(target) / f"{name}{needs}{suffix}"
+        return self._root / target.name / f"{name}{needs}{suffix}"
 
-    def _about(self, target: Target) -> About:
-        return replace(self.about, needs=target.file_needs)
-
-    def _onnx_to(self, done: Exported, name: str, variant: Variant) -> None:
-        """An ONNX file, compared through ONNX Runtime."""
-        path = self._path(done.target, name, ".onnx")
-        write_onnx(variant.graph, self._about(done.target), path, variant.quantized)
-        self._compare(done, name, path, variant, lambda: OnnxPredictor(path))
-
-    def _openvino_to(self, done: Exported) -> None:
-        variant = self.variants.of(done.target)
-        path, about = self._path(done.target, self.precision, ".xml"), self._about(done.target)
-        with temporary_folder(path) as folder:
-            source = folder / "model.onnx"
-            write_onnx(variant.graph, about, source, variant.quantized)
-            write_ir(source, about, path, half=done.target.float_type == "fp16")
-        self._compare_openvino(done, path, variant)
-
-    def _tensorrt_to(self, done: Exported) -> None:
-        """The typed graph, and the float16 one that it has to beat."""
-        self._onnx_to(done, self.precision, self.variants.of(done.target))
-        if self.precision != BASELINE:
-            self._onnx_to(done, BASELINE, self.variants.baseline)
-        if done.target.builds_without_device:
-            self._build_engines(done)
-
-    def _build_engines(self, done: Exported) -> None:
-        """Engines where the library is installed; nothing needs a GPU."""
+    def _write(self, target: Target) -> Exported:
+        """Every file of a target, or why it cannot execute the model."""
+        done = Exported(target)
+        about = replace(self.about, needs=target.file_needs)
+        suffix = ".xml" if target.runtime == "openvino" else ".onnx"
+        path = self._path(target, self.precision, suffix)
         try:
-            for name, file in done.files.items():
-                about = build_ahead(file.path, name, self.notify)
-                done.engines[name] = in_short(about)
-                for suffix in (".engine", ".engine.json"):
-                    self.context.run.record_output(file.path.with_suffix(suffix))
-        except TargetError as error:
-            done.not_built = str(error)
+            # TargetError, before writing what could not be read back on this processor.
+            check_needs(path, target.file_needs, target.runtime)
+            if target.runtime == "openvino":
+                self._ir_to(done, path, about)
+            elif self.variants.nncf is not None:
+                raise TargetError(
+                    "NNCF's model is OpenVINO's.", "use backend: torchao for this target"
+                )
+            else:
+                self._onnx_to(done, self.precision, about, self.variants.of(target))
+                if target.is_engine and self.precision != BASELINE:
+                    self._onnx_to(done, BASELINE, about, self.variants.baseline)
+                if target.builds_without_device:
+                    self._build_engines(done)
+        except (RecipeError, TargetError) as error:
+            done = Exported(target, skipped=str(error))
+        if done.files:
+            said = {**done.as_json(), **asdict(about), "batch": self.variants.section.batch}
+            self.context.run.write_json(f"exports/{target.name}/export.json", said)
+        return done
 
-    def _nncf_to(self, done: Exported) -> None:
-        """NNCF's file is OpenVINO's own."""
-        if done.target.runtime != "openvino":
-            raise TargetError("NNCF's model is OpenVINO's.", "use backend: torchao for this target")
-        source = self.variants.kept
-        assert source is not None
-        path = self._path(done.target, self.precision, ".xml")
-        write_ir(source, self._about(done.target), path, half=False)
-        predict = OpenVinoPredictor(source)
-        done.planned_macs = quantized_macs(source)
-        logits = self.variants.images.logits(predict)
-        self._compare_openvino(done, path, Reference(self.variants.compact, logits))
+    def _onnx_to(self, done: Exported, name: str, about: About, variant: Variant) -> None:
+        """Write an ONNX file, compared through ONNX Runtime."""
+        path = self._path(done.target, name, ".onnx")
+        variant.write(path, about)
+        self._compare(done, name, path, variant.module, variant.logits, lambda: OnnxPredictor(path))
 
-    def _compare_openvino(self, done: Exported, path: Path, reference: Reference) -> None:
+    def _ir_to(self, done: Exported, path: Path, about: About) -> None:
+        """Write OpenVINO's IR, of our graph or of NNCF's own file, compared through OpenVINO."""
+        nncf = self.variants.nncf
+        if nncf is not None:
+            write_ir(nncf, about, path, half=False)
+            done.planned_macs = quantized_macs(nncf)
+            module: nn.Module = self.variants.compact
+            logits = self.variants.images.logits(OpenVinoPredictor(nncf))
+        else:
+            variant = self.variants.of(done.target)
+            module, logits = variant.module, variant.logits
+            variant.write(path, about, half=done.target.float_type == "fp16")
         predict = OpenVinoPredictor(path)
         self.context.run.record_output(path.with_suffix(".bin"))
-        self._compare(done, self.precision, path, reference, lambda: predict)
+        self._compare(done, self.precision, path, module, logits, lambda: predict)
         if done.target.device == "cpu":  # what another device runs, this one cannot tell
             done.executed_macs = integer_macs(executed_layers(predict.compiled))
+
+    def _build_engines(self, done: Exported) -> None:
+        """Build engines ahead of time where NVIDIA's compiler is installed, with no GPU at hand.
+
+        The builder is the one that boards run (`care_compress.device`); every graph that gets here
+        has passed NVIDIA's own parser and compiler.
+        """
+        try:
+            library = load_library("tensorrt_rtx")
+            for name, file in done.files.items():
+                engine = file.path.with_suffix(".engine")
+
+                def notify(phase: str, _: float | None, building: str = engine.name) -> None:
+                    self.notify(f"{building}: {phase}")
+
+                digest, options = sha256_file(file.path), BuildOptions(name)
+                about = build_file(library, None, file.path, digest, engine, options, notify)
+                done.engines[name] = {key: about[key] for key in OF_ENGINES}
+                for path in (engine, engine.with_suffix(".engine.json")):
+                    self.context.run.record_output(path)
+        except TensorRtMissingError:
+            done.not_built = str(TargetError("tensorrt-rtx is not installed here.", INSTALL_RTX))
+        except DeployError as error:
+            raise ExportError(error.message, error.fix) from error
 
     def _compare(
         self,
         done: Exported,
         name: str,
         path: Path,
-        reference: Reference,
+        module: nn.Module,
+        logits: Tensor,
         read: Callable[[], Predictor],
     ) -> None:
         """Read the file back and compare it; one of the same bytes was compared already."""
         self.context.run.record_output(path)
-        key = digest_of(path)
-        images = self.variants.images
+        key, images, as_float = digest_of(path), self.variants.images, self.variants.float_logits
+        if isinstance(module, QuantizedCare):
+            sites = [decision.site.name for decision in module.plan.decisions]
+            macs = sum(d.site.macs for d in module.plan.decisions if d.in_integers)
+            done.planned_macs = max(done.planned_macs, macs)
+        else:
+            sites = [name for name, _ in module.named_modules()]
         if key not in self.compared:
-            near = compare_logits(
-                reference.logits, images.logits(read()), self.variants.plain.logits
-            )
-            where = ""
+            near, where = compare_logits(logits, images.logits(read()), as_float), ""
             if not near.holds:
-                image = next(images.batches(1))
-                where = first_divergence(reference.module, path, reference.sites, image)
+                where = first_divergence(module, path, sites, next(images.batches(1)))
             self.compared[key] = File(path, near, where)
-        known = self.compared[key]
-        done.files[name] = File(path, known.agreement, known.diverges)
-        done.planned_macs = max(done.planned_macs, reference.integer_macs)
+        done.files[name] = replace(self.compared[key], path=path)
         if name == self.precision:
-            plain = self.variants.plain.logits
-            done.answers_as_float = compare_logits(plain, reference.logits).percent
+            done.answers_as_float = compare_logits(as_float, logits).percent
         # On the images that travel to a board; or on all, so that any processor can read it back.
-        answers = reference.logits[self._samples] if done.target.is_engine else reference.logits
+        answers = logits[self._samples] if done.target.is_engine else logits
         self._save(answers_beside(path, name), answers.float().numpy())
 
     @property
     def _samples(self) -> list[int]:
         return spread_indices(len(self.variants.images.labels), SAMPLES)
 
-    def keep_samples(self, done: list[Exported]) -> None:
+    def keep_samples(self, done: Sequence[Exported]) -> None:
         """Some of the images with their labels, if there is a device that should answer them."""
+        folder = self._root / SAMPLES_FOLDER
+
+        def save() -> None:
+            images, chosen = self.variants.images, self._samples
+            self._save(folder / "pixels.npy", images.pixels_BCHW[chosen].contiguous().numpy())
+            self._save(folder / "labels.npy", images.labels[chosen].numpy())
+
         if any(one.target.is_bundled and one.files for one in done):
             # Of the images alone: another model, name or processor leaves them as they are.
-            data = recipe_parts(self.variants.recipe)["export"]["data"]
-            made_from = {"data": data, "validation images": self.checked_on}
-            once(self.context, "export samples", made_from, self._save_samples)
+            made_from = {"data": self.recipe_part["data"], "validation images": self.checked_on}
+            once(self.context, "export samples", made_from, save)
         else:
-            shutil.rmtree(self._root / SAMPLES_FOLDER, ignore_errors=True)
-
-    def _save_samples(self) -> None:
-        folder, images, chosen = self._root / SAMPLES_FOLDER, self.variants.images, self._samples
-        self._save(folder / "pixels.npy", images.pixels_BCHW[chosen].contiguous().numpy())
-        self._save(folder / "labels.npy", images.labels[chosen].numpy())
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _save(self, path: Path, value: NDArray[Any]) -> None:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, value)
         self.context.run.record_output(path)
+
+
+def exporter_for(
+    context: RunContext,
+    recipe: Recipe,
+    variants: Variants,
+    validation: Samples,
+    images: int,
+    notify: Callable[[str], None],
+) -> Exporter:
+    """The exporter of a recipe's model, which compares on so many of the validation images."""
+    kept, prepared = variants.kept, Preprocessing.of(recipe.data)
+    weights = sha256_file(kept) if kept else state_digest(variants.compact.state_dict())
+    # The fingerprint is of contents, wherever they lie.
+    content = {"model": weights, "preprocessing": asdict(prepared), "classes": validation.classes}
+    about = About(recipe.name, fingerprint(content), tuple(validation.classes), prepared)
+    part = recipe_parts(recipe)["export"]
+    checked_on = validation.content_digest(), images
+    return Exporter(context, variants, about, recipe.precision, part, checked_on, notify)

@@ -7,11 +7,10 @@ the accuracy budget replaces the run's export. Results are kept for each process
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -25,9 +24,9 @@ from care_compress.evaluate.accuracy import hits_of
 from care_compress.evaluate.images import HeldImages, hold_images
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.verdicts import Drop, Interval
-from care_compress.export.result import Exported
-from care_compress.export.stage import Exporter, about_export, check_exports
-from care_compress.export.variants import Variants
+from care_compress.export.result import WIDTH, Exported
+from care_compress.export.stage import check_exports, exporter_for
+from care_compress.export.variants import CPU, Variants
 from care_compress.files import (
     digest_of,
     fingerprint,
@@ -38,6 +37,7 @@ from care_compress.files import (
 )
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.rewrite import rewrite
+from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.target import AS_SHIPPED, Target, load_target
 from care_compress.run.context import RunContext
 from care_compress.run.directory import Run
@@ -46,8 +46,6 @@ from care_compress.run.processes import World
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.runners import open_runner
-
-WIDTH = 112  # of the table: names must be whole even where a terminal is narrow
 
 
 @dataclass(frozen=True)
@@ -70,29 +68,24 @@ class TriedPlacement:
     speedup: Interval  # over the placement that an export takes here
 
     def fits(self, limit: float | None) -> bool:
-        """Within the accuracy budget."""
+        """Whether it is within the accuracy budget."""
         return limit is None or self.drop.value <= limit
 
     def as_json(self) -> dict[str, Any]:
         """As the tune file holds it."""
-        return {
-            "name": self.name,
-            "drop": [self.drop.value, self.drop.low, self.drop.high],
-            "milliseconds": self.milliseconds,
-            "speedup": list(self.speedup),
-        }
+        return {**asdict(self), "drop": list(astuple(self.drop)), "speedup": list(self.speedup)}
 
     @classmethod
     def of_json(cls, found: dict[str, Any]) -> "TriedPlacement":
         """What `as_json` wrote."""
-        speedup = (found["speedup"][0], found["speedup"][1], found["speedup"][2])
-        return cls(found["name"], Drop(*found["drop"]), found["milliseconds"], speedup)
+        value, low, high = found["speedup"]
+        return cls(found["name"], Drop(*found["drop"]), found["milliseconds"], (value, low, high))
 
 
 def run_tune(
     runs: Path, name: str, target_name: str, options: TuneOptions, console: Console
 ) -> str:
-    """Try the target's placements on a finished run; the name of the one that is kept."""
+    """Try the target's placements on a finished run and return the name of the one kept."""
     target = load_target(target_name)
     if not target.placements or target.device != "cpu":
         raise TargetError(
@@ -104,13 +97,25 @@ def run_tune(
         target = target.at_full_range()
     with run.reopen():
         bench = _open_bench(run, finished, target, options, console)
-        tried = _known(bench, options) or _measured(bench, options)
-        recipe = bench.variants.recipe
-        limit = recipe.budget.max_top1_drop if options.max_drop is None else options.max_drop
+        tried = _tried(bench, options)
+        budget = bench.recipe.budget.max_top1_drop
+        limit = budget if options.max_drop is None else options.max_drop
         best = choose(tried, limit, bench.usual)
-        wide = widened(console, WIDTH)
-        wide.print(tune_table(tried, best, target, len(bench.images.labels)))
-        _keep(bench, best, tried)
+        table = tune_table(tried, best, target, len(bench.images.labels))
+        widened(console, WIDTH).print(table)
+        with step_line(console) as notify:
+            done = bench.export(run, best.name, notify)
+        results = read_json(run.path / "results.json")
+        results["exports"][target.name] = done.as_json()
+        run.write_json("results.json", results)
+        record = {
+            "key": bench.key,
+            "target": target.name,
+            "kept": best.name,
+            "tried": [one.as_json() for one in tried],
+            "machine": machine.describe(),
+        }
+        write_text(bench.record, json_text(record))
     where = run.path / "exports" / target.name
     console.print(f"kept: {best.name}; {escape(str(where))} holds it", soft_wrap=True)
     console.print(f"Compare: python eval/compare.py fp32 {escape(name)}", soft_wrap=True)
@@ -150,6 +155,7 @@ class _Bench:
     """What the placements are tried on."""
 
     context: RunContext
+    recipe: Recipe
     target: Target
     variants: Variants
     images: HeldImages
@@ -162,10 +168,12 @@ class _Bench:
 
     def export(self, run: Run, name: str, notify: Callable[[str], None]) -> Exported:
         """The run's model with one placement, into a run directory."""
-        about = about_export(self.variants, self.validation)
         context = RunContext(run, World(), Console(quiet=True), repair=True)
-        images = self.validation.content_digest(), len(self.images.labels)
-        done = Exporter(context, self.variants, about, images, notify).to(self.target.placed(name))
+        images = len(self.images.labels)
+        exporter = exporter_for(
+            context, self.recipe, self.variants, self.validation, images, notify
+        )
+        done = exporter.to(self.target.placed(name))
         if done.skipped:
             raise ExportError(f"{self.target.name}: {done.skipped}")
         check_exports([done])
@@ -206,34 +214,34 @@ def _open_bench(
     validation = open_samples(recipe.data, "val")
     model = load_checkpoint(finished.checked_checkpoint(), recipe.model.arch)
     images = hold_images(validation, recipe.data, options.images, context.bad)
-    variants = Variants(recipe, model, rewrite(model, recipe.rewrite), kept, lambda: images)
-    return _Bench(context, target, variants, images, validation)
+    network, size = rewrite(model, recipe.rewrite), recipe.data.resolution
+    variants = Variants(model, network, kept, lambda: images, size, export)
+    return _Bench(context, recipe, target, variants, images, validation)
 
 
-def _known(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
-    """What was measured before on this processor with the same model and libraries."""
-    if options.again or not bench.record.is_file():
-        return []
-    found = read_json(bench.record)
-    if found["key"] != bench.key:
-        return []
-    bench.context.console.print("measured before on this processor; --again measures again")
-    return [TriedPlacement.of_json(one) for one in found["tried"]]
-
-
-def _measured(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
-    """Export, score and time every placement."""
+def _tried(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
+    """Export, score and time every placement; or take what this processor measured before."""
+    if not options.again and bench.record.is_file():
+        found = read_json(bench.record)
+        if found["key"] == bench.key and found["tried"]:
+            bench.context.console.print("measured before on this processor; --again measures again")
+            return [TriedPlacement.of_json(one) for one in found["tried"]]
     names = (AS_SHIPPED, *bench.target.placements)
     precision = unasked_precision()
     with temporary_folder(bench.record) as folder, step_line(bench.context.console) as notify:
         drops, runners = {}, {}
         example = next(bench.images.batches(1))
+        before = hits_of(bench.variants.float_logits, bench.images.labels).first.numpy()
         for name in names:
             notify(f"exporting: {name}")
-            with Run(folder, name).open(bench.variants.recipe, {}) as run:
+            with Run(folder, name).open(bench.recipe, {}) as run:
                 done = bench.export(run, name, notify)
-            path = done.files[bench.variants.recipe.precision].path
-            drops[name] = _drop(bench, path, precision)
+            path = done.files[bench.recipe.precision].path
+            # Scored in the setting in which it is timed.
+            predict = open_predictor(str(path), CPU, precision=precision)
+            logits = bench.images.logits(predict)
+            after = hits_of(logits, bench.images.labels).first.numpy()
+            drops[name] = Drop.between(before, after)
             runners[name] = open_runner(path, example, 1, precision, "CPU").run
         notify("timing")
         timed = measure_latency(runners, 1, options.latency)
@@ -246,30 +254,3 @@ def _measured(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
         )
         for name in names
     ]
-
-
-def _drop(bench: _Bench, path: Path, precision: str) -> Drop:
-    """Top-1 of the float model minus that of a file, in the setting in which it is timed."""
-    predict = open_predictor(str(path), torch.device("cpu"), precision=precision)
-    before, after = bench.variants.plain.logits, bench.images.logits(predict)
-    labels = bench.images.labels
-    return Drop.between(*(hits_of(logits, labels).first.numpy() for logits in (before, after)))
-
-
-def _keep(bench: _Bench, best: TriedPlacement, tried: list[TriedPlacement]) -> None:
-    """Put the best into the run, and what was measured beside it."""
-    run = bench.context.run
-    with step_line(bench.context.console) as notify:
-        done = bench.export(run, best.name, notify)
-    path = run.path / "results.json"
-    results = read_json(path)
-    results["exports"][bench.target.name] = done.as_json()
-    run.write_json("results.json", results)
-    found = {
-        "key": bench.key,
-        "target": bench.target.name,
-        "kept": best.name,
-        "tried": [one.as_json() for one in tried],
-        "machine": machine.describe(),
-    }
-    write_text(bench.record, json_text(found))

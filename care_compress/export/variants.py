@@ -1,4 +1,4 @@
-"""The forms of one model that targets execute: each a graph to write and a simulation to compare.
+"""The forms of one model that targets execute: each a graph to write and a module to compare.
 
 What targets have in common is made once: the float graph, a simulation for each kind of integers,
 its answers on the images that files are compared on.
@@ -16,24 +16,22 @@ from torch import Tensor, nn
 
 from care_compress.evaluate.images import HeldImages
 from care_compress.export.cpu_form import Form, form_for, in_form
-from care_compress.export.float_graph import float_graph
 from care_compress.export.gelu import write_gelu
 from care_compress.export.half import write_half
-from care_compress.export.integers import put_integers
-from care_compress.export.openvino_residual import scale_branches
 from care_compress.export.ort_channels_last import put_channels_last
 from care_compress.export.ort_head import split_head_input
 from care_compress.export.ort_products import use_integer_products
-from care_compress.files import fingerprint
+from care_compress.export.result import About
+from care_compress.export.to_onnx import float_graph, put_integers, write_onnx
+from care_compress.export.to_openvino import scale_branches, write_ir
+from care_compress.files import fingerprint, temporary_folder
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.artifact import Saved, load_saved
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.retarget import export_rules, retarget
-from care_compress.quantize.spec import Plan
-from care_compress.recipe.recipe import Recipe
-from care_compress.recipe.sections import RewriteSection
+from care_compress.recipe.sections import ExportSection, RewriteSection
 from care_compress.recipe.target import Target
 from care_compress.runtime.on_torch import TorchPredictor
 
@@ -43,47 +41,38 @@ SHARED = {"activations", "weights", "rules", "gelu", "float_type", "opset"}
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What a file has to compute."""
-
-    module: nn.Module
-    logits: Tensor  # on the check images
-
-    @property
-    def quantized(self) -> QuantizedCare | None:
-        """The simulation; none for a float model."""
-        return self.module if isinstance(self.module, QuantizedCare) else None
-
-    @property
-    def integer_macs(self) -> int:
-        """MACs of one image that are planned in integers."""
-        decisions = self.quantized.plan.decisions if self.quantized else ()
-        return sum(decision.site.macs for decision in decisions if decision.in_integers)
-
-    @property
-    def sites(self) -> list[str]:
-        """Names of the layers, in the order of the network."""
-        if self.quantized is None:
-            return [name for name, _ in self.module.named_modules()]
-        return [decision.site.name for decision in self.quantized.plan.decisions]
-
-
-@dataclass(frozen=True)
-class Variant(Reference):
+class Variant:
     """A model in the form that targets of one kind execute."""
 
+    module: nn.Module  # what a file has to compute: a simulation, or the float model
+    logits: Tensor  # on the check images
     graph: ir.Model
+
+    def write(self, path: Path, about: About, half: bool = False) -> None:
+        """Write an ``.onnx`` file, or an ``.xml`` of OpenVINO's with its ``.bin``.
+
+        `half` stores what an ``.xml`` does not quantize as float16.
+        """
+        quantized = self.module if isinstance(self.module, QuantizedCare) else None
+        if path.suffix == ".onnx":
+            write_onnx(self.graph, about, path, quantized)
+            return
+        with temporary_folder(path) as folder:
+            source = folder / "model.onnx"
+            write_onnx(self.graph, about, source, quantized)
+            write_ir(source, about, path, half)
 
 
 @dataclass
 class Variants:
     """All forms of one run's model."""
 
-    recipe: Recipe
     model: Care
     compact: CompactCare
     kept: Path | None  # the quantized model; none for a float recipe
     hold: Callable[[], HeldImages]  # the images that files are compared on
+    resolution: int
+    section: ExportSection
     made: dict[str, Variant] = field(default_factory=dict)
     graphs: dict[Form, ir.Model] = field(default_factory=dict)  # in float
 
@@ -99,10 +88,15 @@ class Variants:
             return None
         return load_saved(self.kept)
 
+    @property
+    def nncf(self) -> Path | None:
+        """NNCF's quantized model, which is OpenVINO's; none where it is ours."""
+        return self.kept if self.saved is None else None
+
     @cached_property
-    def plain(self) -> Reference:
-        """The rewritten float model of the recipe."""
-        return Reference(self.compact, self._logits(self.compact))
+    def float_logits(self) -> Tensor:
+        """What the rewritten float model of the recipe answers."""
+        return self._logits(self.compact)
 
     @cached_property
     def baseline(self) -> Variant:
@@ -117,49 +111,36 @@ class Variants:
         limits = target.model_dump(include=SHARED)
         alike = (target.is_typed, target.device == "cpu", target.runtime == "onnxruntime")
         key = fingerprint({**limits, "alike": alike})
-        if key not in self.made:
-            self.made[key] = self._make(target)
+        if key in self.made:
+            return self.made[key]
+        network, quantized = self.compact, None
+        if self.saved is not None:
+            network = self.saved.network
+            rules = export_rules(self.section, self.saved.section, target)
+            quantized = retarget(self.saved.model, network, rules, target)
+        form = form_for(target, None if quantized is None else quantized.plan)
+        if form not in self.graphs:
+            self.graphs[form] = self._graph(in_form(network, form))
+        graph = ir.from_proto(ir.to_proto(self.graphs[form]))  # a copy, to be edited
+        graph.opset_imports[""] = target.opset
+        if quantized is not None:
+            # A float file computes what was published, exactly: with its own GELU, in float32.
+            write_gelu(graph, target.gelu)
+            put_integers(graph, quantized)
+            if target.runtime == "onnxruntime":
+                use_integer_products(graph)
+                put_channels_last(graph)
+                split_head_input(graph)
+            if target.is_typed:
+                write_half(graph)
+        if target.runtime == "openvino" and target.device == "cpu":
+            scale_branches(graph)
+        logits = self.float_logits if quantized is None else self._logits(quantized)
+        self.made[key] = Variant(network if quantized is None else quantized, logits, graph)
         return self.made[key]
 
-    def _make(self, target: Target) -> Variant:
-        if self.saved is None:
-            graph = self._inner(target, None)
-            if _is_openvino_cpu(target):
-                scale_branches(graph)
-            return Variant(self.compact, self.plain.logits, graph)
-        rules = export_rules(self.recipe, self.saved.section, target)
-        model = retarget(self.saved.model, self.saved.network, rules, target)
-        graph = self._inner(target, model.plan)
-        put_integers(graph, model)
-        if target.runtime == "onnxruntime":
-            use_integer_products(graph)
-            put_channels_last(graph)
-            split_head_input(graph)
-        if _is_openvino_cpu(target):
-            scale_branches(graph)
-        if target.is_typed:
-            write_half(graph)
-        return Variant(model, self._logits(model), graph)
-
-    def _inner(self, target: Target, plan: Plan | None) -> ir.Model:
-        """The float network inside the quantized model, or the float model itself, to be edited."""
-        form = form_for(target, plan)
-        if form not in self.graphs:
-            network = self.compact if self.saved is None else self.saved.network
-            self.graphs[form] = self._graph(in_form(network, form))
-        graph = ir.from_proto(ir.to_proto(self.graphs[form]))
-        graph.opset_imports[""] = target.opset
-        if plan is not None:  # a float file computes what was published, exactly
-            write_gelu(graph, target.gelu)
-        return graph
-
     def _graph(self, network: CompactCare) -> ir.Model:
-        recipe = self.recipe
-        return float_graph(copy.deepcopy(network), recipe.data.resolution, recipe.export.batch)
+        return float_graph(copy.deepcopy(network), self.resolution, self.section.batch)
 
     def _logits(self, module: nn.Module) -> Tensor:
         return self.images.logits(TorchPredictor(module, self.model.num_classes, CPU))
-
-
-def _is_openvino_cpu(target: Target) -> bool:
-    return target.runtime == "openvino" and target.device == "cpu"

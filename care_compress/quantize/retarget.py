@@ -20,7 +20,7 @@ from care_compress.quantize.placement import ROOT, QuantizedCare, replanned
 from care_compress.quantize.plan import ATTENTION_PRODUCTS, make_plan
 from care_compress.quantize.spec import TensorSpec
 from care_compress.recipe.quantize import QuantizeSection, RuleSection
-from care_compress.recipe.recipe import Recipe
+from care_compress.recipe.sections import ExportSection
 from care_compress.recipe.target import Target
 
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number
@@ -114,7 +114,7 @@ def _round_up_to_half(scale: Tensor) -> Tensor:
 
 
 def export_rules(
-    recipe: Recipe, section: QuantizeSection, target: Target
+    export: ExportSection, section: QuantizeSection, target: Target
 ) -> tuple[RuleSection, ...]:
     """The rules a model was quantized by, and then the target's own unless those are unwanted."""
-    return (*section.rules, *target.rules) if recipe.export.target_rules else section.rules
+    return (*section.rules, *target.rules) if export.target_rules else section.rules

@@ -25,10 +25,9 @@ from torch import Tensor
 
 from care_compress.errors import ExportError, RecipeError
 from care_compress.export.cpu_form import form_for, in_form
-from care_compress.export.float_graph import float_graph
 from care_compress.export.half import write_half
-from care_compress.export.integers import put_integers
-from care_compress.export.to_onnx import About, Preprocessing, write_onnx
+from care_compress.export.result import About, Preprocessing
+from care_compress.export.to_onnx import float_graph, put_integers, write_onnx
 from care_compress.export.to_openvino import write_ir
 from care_compress.model.care import build_model
 from care_compress.model.rewrite import rewrite

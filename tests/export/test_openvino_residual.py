@@ -7,9 +7,8 @@ import pytest
 import torch
 from quantized import SIZE, images, network, quantized, section, sqnr
 
-from care_compress.export.float_graph import float_graph
-from care_compress.export.integers import put_integers
-from care_compress.export.openvino_residual import SCALED, scale_branches
+from care_compress.export.to_onnx import float_graph, put_integers
+from care_compress.export.to_openvino import SCALED, scale_branches
 from care_compress.model.compact import CompactCare, blocks
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network

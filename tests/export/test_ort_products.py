@@ -13,11 +13,10 @@ from quantized import SIZE, images, network, quantized, section, sqnr
 
 from care_compress.evaluate.site_outputs import TURNED, tap_file
 from care_compress.export.cpu_form import form_for, in_form
-from care_compress.export.float_graph import float_graph
-from care_compress.export.integers import put_integers
 from care_compress.export.ort_channels_last import NARROW, put_channels_last
 from care_compress.export.ort_head import split_head_input
 from care_compress.export.ort_products import use_integer_products
+from care_compress.export.to_onnx import float_graph, put_integers
 from care_compress.model.compact import CompactCare
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.ptq import planned

@@ -26,7 +26,7 @@ from quantized import care
 
 from care_compress.cli import main
 from care_compress.errors import TargetError
-from care_compress.export.float_graph import float_graph
+from care_compress.export.to_onnx import float_graph
 from care_compress.model.rewrite import rewrite
 from care_compress.runtime import probe as probing
 from care_compress.runtime.artifact import input_size, open_predictor

@@ -7,9 +7,9 @@ import pytest
 import torch
 from quantized import SIZE, care, network
 
-from care_compress.export import float_graph as exported
-from care_compress.export.float_graph import constant, float_graph
+from care_compress.export import to_onnx as exported
 from care_compress.export.half import write_half
+from care_compress.export.to_onnx import constant, float_graph
 from care_compress.model.structure import Latest, structure_of
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from care_compress import machine
 from care_compress.errors import RecipeError
-from care_compress.export.float_graph import float_graph
 from care_compress.export.gelu import write_gelu
 from care_compress.export.stage import chosen_targets
+from care_compress.export.to_onnx import float_graph
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.target import AS_SHIPPED, TARGETS_DIR, load_target, read_target
 

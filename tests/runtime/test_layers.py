@@ -11,8 +11,7 @@ from quantized import SIZE, care, section
 from quantized import quantized as quantize
 
 from care_compress.cli import main
-from care_compress.export.float_graph import float_graph
-from care_compress.export.integers import put_integers
+from care_compress.export.to_onnx import float_graph, put_integers
 from care_compress.libraries import silent
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.ptq import planned
