@@ -1,5 +1,6 @@
 """The files of a run directory that a report is written from; only results.json must be there."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ class Sources:
         return {self.name, self.results["recipe"], self.results["precision"]}
 
     @property
+    def compared(self) -> dict[str, dict[str, Json]]:
+        """What compare measured here: target -> model -> its values."""
+        return (self.compare or {}).get("targets") or {}
+
+    @property
     def pair(self) -> Json | None:
         """The run's model in compare.json beside its baseline, on the target that costs it most."""
         pairs = (self.compare or {}).get("pairs") or []
@@ -72,44 +78,38 @@ def read_results(run_dir: Path) -> Json:
 
 def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
     """Everything else."""
+    compare = _json(run_dir / "compare.json")
+    if compare is not None and "targets" in compare:
+        # Without the rows of other devices: `measured` has those, with all that is known of them.
+        targets = {
+            target: {name: one for name, one in models.items() if not one.get("measured_on")}
+            for target, models in compare["targets"].items()
+        }
+        compare = {**compare, "targets": targets}
+    path = run_dir / "recipe.yaml"
+    recipe = read_yaml(path) if path.is_file() else {}
     beside = run_dir.with_name(f"{run_dir.resolve().name}_sensitivity")
     return Sources(
         name=results["run"],
         results=results,
         results_sha256=sha256_file(run_dir / "results.json"),
-        recipe=_recipe(run_dir / "recipe.yaml"),
+        recipe=recipe if isinstance(recipe, dict) else {},
         evidence=evidence,
         manifest=_json(run_dir / "manifest.json") or {},
         calibration=_json(run_dir / "calibration.json"),
         tuning=_json(run_dir / "ptq" / "tuning.json"),
         trained=_json(run_dir / "float" / "history.json"),
         qat=_json(run_dir / "qat" / "history.json"),
-        compare=_compared_here(_json(run_dir / "compare.json")),
+        compare=compare,
         fidelity=_json(run_dir / "fidelity.json"),
         sensitivity=_json(beside / "sensitivity.json"),
-        exports=_all(sorted(run_dir.glob("exports/*/export.json")), parent=True),
-        measured=_all(sorted(run_dir.glob("measured/*.json")), parent=False),
+        exports=_all(run_dir.glob("exports/*/export.json"), parent=True),
+        measured=_all(run_dir.glob("measured/*.json"), parent=False),
     )
 
 
-def _compared_here(compare: Json | None) -> Json | None:
-    """Without the rows of other devices: `measured` has those, with all that is known of them."""
-    if compare is None or "targets" not in compare:
-        return compare
-    targets = {
-        target: {name: one for name, one in models.items() if not one.get("measured_on")}
-        for target, models in compare["targets"].items()
-    }
-    return {**compare, "targets": targets}
-
-
-def _recipe(path: Path) -> Json:
-    content = read_yaml(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
-
-
-def _all(paths: list[Path], parent: bool) -> dict[str, Json]:
-    found = {(path.parent.name if parent else path.stem): _json(path) for path in paths}
+def _all(paths: Iterable[Path], parent: bool) -> dict[str, Json]:
+    found = {(path.parent.name if parent else path.stem): _json(path) for path in sorted(paths)}
     return {name: content for name, content in found.items() if content is not None}
 
 
