@@ -18,7 +18,7 @@ from care_compress.report.blocks import (
     number,
     table,
 )
-from care_compress.report.drawing import Span, spans
+from care_compress.report.drawing import Labelled, spans
 from care_compress.report.sources import Json, Sources
 
 Model = tuple[str, str, Json]  # its name, the target where it is a file for one, its scores
@@ -86,9 +86,8 @@ def _accuracy_plot(
     for group, found in groups.items():
         rows = []
         for name, _, one in found:
-            low, high = wilson(one["top1"], images)
-            text = f"{one['top1']:.2f} %"
-            rows.append(Span(name, one["top1"], low, high, text, sources.series(name)))
+            text, ends = f"{one['top1']:.2f} %", wilson(one["top1"], images)
+            rows.append(Labelled(name, one["top1"], text, sources.series(name), ends))
         told = "; ".join(f"{row.label} {row.text}" for row in rows)
         pictures.append(Picture(spans(rows, f"Top-1 with 95 % intervals: {told}"), told, group))
     return Figure(pictures, f"{title}: top-1 with its 95 % interval")

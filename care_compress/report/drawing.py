@@ -1,17 +1,24 @@
 """The report's drawings, which fit any width: positions across in percent, the rest in pixels.
 
 A drawing scaled to a phone would have letters nobody can read. Here only the marks move; colours
-are classes of the page's style, so that light and dark are one drawing.
+are classes of the page's style, so that light and dark are one drawing. matplotlib draws the files
+that stand alone (`quantize.plots`), not these: its size and colours are fixed, and the page's
+content security policy refuses the style attributes that it writes on every mark.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from markupsafe import Markup, escape
 
 NAME = 0.66  # of the width, for the names of rows
+LEFT, RIGHT = 0.085, 0.985  # of the width; values of an axis stand left of it
+ROW = 46
+FARTHEST = 2.0  # times the longest bar, where whiskers are cut
+NAMED = 0.05  # part of the width, below which a name would run into the next
 Anchor = Literal["start", "middle", "end"]
 # A shape beside each colour: who cannot tell two colours can tell these.
 MARKS = {
@@ -21,6 +28,7 @@ MARKS = {
     "right": "M-9 -5L0 0L-9 5z",
     "diamond": "M0 -5.6L5.6 0L0 5.6L-5.6 0z",
 }
+SERIES = (("circle", "s0"), ("square", "s1"), ("triangle", "s2"), ("diamond", "s3"))
 
 
 class Drawing:
@@ -88,30 +96,19 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     span = high - low
     if span <= 0:
         return [low]
-    step = 10.0 ** _floor_log10(span / wanted)
+    step = 10.0 ** int(f"{span / wanted:e}".partition("e")[2])
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= wanted + 0.5)
     first = -int(-low // step)
     return [step * index for index in range(first, first + wanted + 2) if step * index <= high]
-
-
-def _floor_log10(value: float) -> int:
-    return int(f"{value:e}".partition("e")[2])
 
 
 def _at(part: float) -> str:
     return f"{100 * part:.2f}%"
 
 
-LEFT, RIGHT = 0.085, 0.985  # of the width; values of an axis stand left of it
-SERIES = (("circle", "s0"), ("square", "s1"), ("triangle", "s2"), ("diamond", "s3"))
-ROW = 46
-FARTHEST = 2.0  # times the longest bar, where whiskers are cut
-NAMED = 0.05  # part of the width, below which a name would run into the next
-
-
 @dataclass(frozen=True)
-class Bar:
-    """A labelled bar; whiskers go to `far`, ticks stand at `marks`."""
+class Labelled:
+    """A value under its label; `marks` are percentiles above it, or the ends of its interval."""
 
     label: str
     value: float
@@ -120,7 +117,7 @@ class Bar:
     marks: tuple[float, ...] = ()
 
 
-def bars(rows: Sequence[Bar], told: str, longest: float = 0.0) -> Markup:
+def bars(rows: Sequence[Labelled], told: str, longest: float = 0.0) -> Markup:
     """Horizontal bars from zero to `longest` or further, each under its own label."""
     drawing = Drawing(ROW * len(rows))
     farthest = max([longest, 1e-12, *(max(row.value, *row.marks, 0) for row in rows)])
@@ -138,28 +135,15 @@ def bars(rows: Sequence[Bar], told: str, longest: float = 0.0) -> Markup:
             if max(row.marks) > longest:
                 drawing.mark("right", 1, top + 28, "arrow", f"goes on to {max(row.marks):.3g}")
         for mark in row.marks:
-            if mark > longest:
-                continue
-            drawing.line(mark * reach, top + 23, mark * reach, top + 33, "whisker")
+            if mark <= longest:
+                drawing.line(mark * reach, top + 23, mark * reach, top + 33, "whisker")
     return drawing.markup(told)
 
 
-@dataclass(frozen=True)
-class Span:
-    """An estimate with its interval."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    text: str
-    series: int
-
-
-def spans(rows: Sequence[Span], told: str) -> Markup:
-    """Estimates on one axis, each under its own label."""
+def spans(rows: Sequence[Labelled], told: str) -> Markup:
+    """Estimates with their intervals on one axis, each under its own label."""
     drawing = Drawing(ROW * len(rows) + 22)
-    low, high = min(row.low for row in rows), max(row.high for row in rows)
+    low, high = min(min(row.marks) for row in rows), max(max(row.marks) for row in rows)
     room = max(high - low, 1e-9) * 0.06
     low, high = low - room, high + room
 
@@ -176,8 +160,8 @@ def spans(rows: Sequence[Span], told: str) -> Markup:
         shape, kind = SERIES[row.series % len(SERIES)]
         drawing.name(top + 14, row.label)
         drawing.text(1, top + 14, row.text, "end", "figure")
-        drawing.line(at(row.low), top + 30, at(row.high), top + 30, "whisker")
-        for end in (row.low, row.high):
+        drawing.line(at(min(row.marks)), top + 30, at(max(row.marks)), top + 30, "whisker")
+        for end in row.marks:
             drawing.line(at(end), top + 25, at(end), top + 35, "whisker")
         drawing.mark(shape, at(row.value), top + 30, kind, f"{row.label}: {row.text}")
     return drawing.markup(told)
@@ -195,58 +179,64 @@ class Dot:
 
 def dots(rows: Sequence[Dot], unit: str, told: str) -> Markup:
     """One mark for each row from left to right, with a vertical axis."""
-    height, top = 270, 34
+    height, top, bottom = 270, 34, 262
     low, high = min(row.value for row in rows), max(row.value for row in rows)
     room = max(high - low, 1.0) * 0.08
     drawing = Drawing(height)
-    _axis(drawing, low - room, high + room, top, height - 8, unit)
-    _edges(drawing, [row.group for row in rows], top, height - 8)
-    for index, row in enumerate(rows):
-        x = _across(index, len(rows))
-        shape, kind = SERIES[row.series % len(SERIES)]
-        y = _up(row.value, low - room, high + room, top, height - 8)
-        drawing.mark(shape, x, y, kind, row.told)
-    return drawing.markup(told)
-
-
-def _edges(drawing: Drawing, groups: list[str], top: int, bottom: int) -> None:
-    """A line where a group begins; its name where there is room."""
+    up = _axis(drawing, low - room, high + room, top, bottom, unit)
+    groups = [row.group for row in rows]
+    places = [LEFT + (RIGHT - LEFT) * (index + 0.5) / len(rows) for index in range(len(rows))]
     for index, group in enumerate(groups):
         if index and groups[index - 1] == group:
             continue
-        edge = _across(index, len(groups)) - 0.5 * (RIGHT - LEFT) / len(groups)
+        edge = places[index] - 0.5 * (RIGHT - LEFT) / len(rows)
         drawing.line(edge, top - 12, edge, bottom, "edge")
         if groups.count(group) / len(groups) > NAMED:
             drawing.text(edge + 0.008, top - 4, group, "start", "axis")
+    for place, row in zip(places, rows, strict=True):
+        shape, kind = SERIES[row.series % len(SERIES)]
+        drawing.mark(shape, place, up(row.value), kind, row.told)
+    return drawing.markup(told)
 
 
 def curve(points: Sequence[tuple[float, float]], baseline: float | None, told: str) -> Markup:
     """A rising or falling line; `baseline` is a dashed one across."""
-    height, top = 220, 26
+    height, top, bottom = 220, 26, 194
     values = [y for _, y in points] + ([] if baseline is None else [baseline])
     low, high = min(values), max(values)
     room = max(high - low, 0.2) * 0.12
-    low, high = low - room, high + room
-    bottom = height - 26
     drawing = Drawing(height)
-    _axis(drawing, low, high, top, bottom, "%")
+    up = _axis(drawing, low - room, high + room, top, bottom, "%")
     last = max(x for x, _ in points)
 
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x = LEFT + 0.02 + (RIGHT - LEFT - 0.04) * (point[0] / last if last else 0.0)
-        return x, _up(point[1], low, high, top, bottom)
+    def across(epoch: float) -> float:
+        return LEFT + 0.02 + (RIGHT - LEFT - 0.04) * (epoch / last if last else 0.0)
 
     if baseline is not None:
-        y = _up(baseline, low, high, top, bottom)
-        drawing.line(LEFT, y, RIGHT, y, "dashed")
-    placed = [place(point) for point in points]
-    for first, second in zip(placed, placed[1:], strict=False):
+        drawing.line(LEFT, up(baseline), RIGHT, up(baseline), "dashed")
+    placed = [(across(epoch), up(value)) for epoch, value in points]
+    for first, second in itertools.pairwise(placed):
         drawing.line(*first, *second, "curve")
     for (x, y), (epoch, value) in zip(placed, points, strict=True):
         drawing.mark("circle", x, y, "s0", f"epoch {epoch:g}: {value:.2f} %")
     for tick in ticks(0, last):
-        drawing.text(place((tick, low))[0], height - 8, f"{tick:g}", "middle", "axis")
+        drawing.text(across(tick), height - 8, f"{tick:g}", "middle", "axis")
     return drawing.markup(told)
+
+
+def _axis(
+    drawing: Drawing, low: float, high: float, top: int, bottom: int, unit: str
+) -> Callable[[float], float]:
+    """Draw horizontal lines with their values, the unit above them; return a value's height."""
+
+    def up(value: float) -> float:
+        return round(bottom - (bottom - top) * (value - low) / (high - low), 2)
+
+    drawing.text(0, 14, unit, "start", "axis")
+    for tick in ticks(low, high):
+        drawing.line(LEFT, up(tick), RIGHT, up(tick), "grid")
+        drawing.text(LEFT - 0.012, up(tick) + 4, f"{tick:g}", "end", "axis")
+    return up
 
 
 def histogram(
@@ -285,20 +275,3 @@ def histogram(
     drawing.text(0.01, height - 12, f"{ends[0]:.3g}", "start", "axis")
     drawing.text(0.99, height - 12, f"{ends[1]:.3g}", "end", "axis")
     return drawing.markup(told)
-
-
-def _axis(drawing: Drawing, low: float, high: float, top: int, bottom: int, unit: str) -> None:
-    """Horizontal lines with their values; the unit stands above them."""
-    drawing.text(0, 14, unit, "start", "axis")
-    for tick in ticks(low, high):
-        y = _up(tick, low, high, top, bottom)
-        drawing.line(LEFT, y, RIGHT, y, "grid")
-        drawing.text(LEFT - 0.012, y + 4, f"{tick:g}", "end", "axis")
-
-
-def _up(value: float, low: float, high: float, top: int, bottom: int) -> float:
-    return round(bottom - (bottom - top) * (value - low) / (high - low), 2)
-
-
-def _across(index: int, count: int) -> float:
-    return LEFT + (RIGHT - LEFT) * (index + 0.5) / count

@@ -17,7 +17,7 @@ from care_compress.report.blocks import (
     percent,
     table,
 )
-from care_compress.report.drawing import Bar, bars
+from care_compress.report.drawing import Labelled, bars
 from care_compress.report.sources import Json, Sources
 from care_compress.runtime.layer_times import FLOAT, INTEGER
 
@@ -71,7 +71,7 @@ def _picture(sources: Sources, title: str, found: dict[str, Json]) -> Picture:
         ms = one["latency_ms"]
         marks = tuple(ms[key] for key in ("p90", "p99") if ms.get(key) is not None)
         said = f"{ms['p50']:.3f} ms" if ms["p50"] < 1 else f"{ms['p50']:.2f} ms"
-        rows.append(Bar(name, ms["p50"], said, sources.series(name), marks))
+        rows.append(Labelled(name, ms["p50"], said, sources.series(name), marks))
     told = f"{title}: " + "; ".join(f"{row.label} p50 {row.text}" for row in rows)
     return Picture(bars(rows, told), told, title)
 

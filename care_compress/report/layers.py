@@ -15,7 +15,16 @@ from care_compress.report.blocks import (
     number,
     table,
 )
-from care_compress.report.drawing import SERIES, Bar, Dot, bars, curve, dots, histogram, legend_mark
+from care_compress.report.drawing import (
+    SERIES,
+    Dot,
+    Labelled,
+    bars,
+    curve,
+    dots,
+    histogram,
+    legend_mark,
+)
 from care_compress.report.sources import Json, Sources
 
 KINDS = ("kept in float", "1x1 and dense", "attention", "depthwise")  # in the order of SERIES
@@ -82,7 +91,7 @@ def _profile(found: Json, decisions: dict[str, Json]) -> Figure:
 def _sensitivity(alone: Json, images: int) -> Figure:
     hardest = sorted(alone.items(), key=lambda item: float(item[1]["alone"]["sqnr_db"]))[:SHOWN]
     rows = [
-        Bar(short_name(site), one["alone"]["sqnr_db"], f"{one['alone']['sqnr_db']:.1f} dB", 1)
+        Labelled(short_name(site), one["alone"]["sqnr_db"], f"{one['alone']['sqnr_db']:.1f} dB", 1)
         for site, one in hardest
     ]
     longest = max(row.value for row in rows)

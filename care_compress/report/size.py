@@ -14,14 +14,14 @@ from care_compress.report.blocks import (
     number,
     table,
 )
-from care_compress.report.drawing import Bar, bars
+from care_compress.report.drawing import Labelled, bars
 from care_compress.report.sources import Json, Sources
 
 
 def size(sources: Sources) -> list[Block]:
     """Bytes on disk, multiplications by precision, energy of them."""
     plain = float_bytes(sources.results)
-    rows = [Bar("float32 weights", plain, megabytes(plain).text, 0)]
+    rows = [Labelled("float32 weights", plain, megabytes(plain).text, 0)]
     # Every kind of exported file once, with the targets it is for.
     kinds: dict[tuple[str, str], tuple[int, list[str]]] = {}
     for target, export in sources.results["exports"].items():
@@ -30,7 +30,7 @@ def size(sources: Sources) -> list[Block]:
             kinds.setdefault(kind, (model["size_bytes"], []))[1].append(target)
     for (file, said), (count, targets) in kinds.items():
         where = targets[0] if len(targets) == 1 else f"{len(targets)} targets"
-        rows.append(Bar(f"{file}, {where}", count, f"{said} ({plain / count:.1f}x)", 1))
+        rows.append(Labelled(f"{file}, {where}", count, f"{said} ({plain / count:.1f}x)", 1))
     told = "; ".join(f"{row.label} {row.text}" for row in rows)
     blocks: list[Block] = [
         Figure(

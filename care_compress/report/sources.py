@@ -38,11 +38,6 @@ class Sources:
         return "candidates" not in self.results
 
     @property
-    def kept(self) -> Json:
-        """The figures of the quantized model that was kept."""
-        return dict(self.results["candidates"][self.results["kept"]])
-
-    @property
     def _mine(self) -> set[str]:
         """What compare may call this run's model."""
         return {self.name, self.results["recipe"], self.results["precision"]}

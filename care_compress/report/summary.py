@@ -28,7 +28,8 @@ def verdict(sources: Sources) -> list[Block]:
         said = f"{found['top1']:.2f} % of {found['images']:,} images right"
         text = f"A float model, the baseline of others: {said}. Nothing was quantized in this run."
         return [Text(text), *_speed(sources)]
-    pair, budget = sources.pair or sources.kept, sources.results["budget"]
+    results = sources.results
+    pair, budget = sources.pair or results["candidates"][results["kept"]], results["budget"]
     limit = None if budget is None else budget["max_top1_drop"]
     return [_headline(sources, pair, limit), _tiles(sources, pair, limit), *_speed(sources)]
 
