@@ -1,7 +1,5 @@
 """How right the models are: top-1 with its interval, and each version's distance from float."""
 
-from collections.abc import Sequence
-
 from care_compress.evaluate.pairs import wilson
 from care_compress.evaluate.tables import ABSENT, decibels, hardest_sites, parting_text
 from care_compress.quantize.plots import short_name
@@ -11,7 +9,6 @@ from care_compress.report.blocks import (
     Figure,
     Picture,
     Row,
-    Table,
     Text,
     interval,
     missing,
@@ -21,53 +18,40 @@ from care_compress.report.blocks import (
 from care_compress.report.drawing import Labelled, spans
 from care_compress.report.sources import Json, Sources
 
-Model = tuple[str, str, Json]  # its name, the target where it is a file for one, its scores
+Models = dict[str, Json]  # scores by name
+
 ALL = "all targets"
 
 
 def accuracy(sources: Sources) -> list[Block]:
     """Top-1 and top-5 with intervals: in simulation, and of the exported files."""
-    results = sources.results
+    results, compare = sources.results, sources.compare or {}
     images = results["accuracy"]["images"]
-    found: list[Model]
-    if sources.is_float:
-        found = [("float", "", results["accuracy"])]
-    else:
-        found = [("float", "", results["float"])]
-        for name, candidate in results["candidates"].items():
-            found.append((f"{name} (kept)" if name == results["kept"] else name, "", candidate))
-    return [
-        _accuracy_plot(sources, "In this run", {"": found}, images),
-        *_accuracy_table(f"On {images:,} validation images", found, images),
-        *_exported(sources),
-        Text(
-            "The interval of a top-1 is Wilson's; that of a drop is of paired images, and so far "
-            "narrower: only images whose answer changed sides count."
-        ),
-    ]
-
-
-def _exported(sources: Sources) -> list[Block]:
-    """Show the files themselves, as compare measured them: by target where it says so."""
-    compare = sources.compare or {}
+    found: Models = {"float": results["accuracy" if sources.is_float else "float"]}
+    for name, candidate in results.get("candidates", {}).items():
+        found[f"{name} (kept)" if name == results["kept"] else name] = candidate
+    blocks = _scores(
+        sources, "In this run", f"On {images:,} validation images", {"": found}, images
+    )
+    # The files themselves, as compare measured them: by target where it says so.
     measured = sources.compared.items()
     scored = {target: _scored(compare, target, models) for target, models in measured}
-    by_target = {target: found for target, found in scored.items() if found}
+    by_target = {target: models for target, models in scored.items() if models}
     if not by_target:  # nothing ran here; compare may have measured the models elsewhere
         by_target = {ALL: _scored(compare, ALL, compare.get("models") or {})}
-    rows = [row for found in by_target.values() for row in found]
-    if not rows:
-        return []
-    images = compare["images"]
-    return [
-        _accuracy_plot(sources, "Exported files", by_target, images),
-        *_accuracy_table(f"Exported files on {images:,} images", rows, images),
-    ]
+    if any(by_target.values()):
+        caption = f"Exported files on {compare['images']:,} images"
+        blocks += _scores(sources, "Exported files", caption, by_target, compare["images"])
+    text = (
+        "The interval of a top-1 is Wilson's; that of a drop is of paired images, and so far "
+        "narrower: only images whose answer changed sides count."
+    )
+    return [*blocks, Text(text)]
 
 
-def _scored(compare: Json, target: str, models: Json) -> list[Model]:
-    """List the scored models, each with what sets it apart from its baseline there or anywhere."""
-    found = []
+def _scored(compare: Json, target: str, models: Models) -> Models:
+    """Scored models, each with what sets it apart from its baseline, on this target or on all."""
+    found = {}
     for name, one in models.items():
         pairs = (
             pair
@@ -75,41 +59,37 @@ def _scored(compare: Json, target: str, models: Json) -> list[Model]:
             if pair.get("candidate") == name and pair.get("target", target) == target
         )
         if one.get("top1") is not None:
-            found.append((name, target, {**next(pairs, {}), **one}))
+            found[name] = {**next(pairs, {}), **one}
     return found
 
 
-def _accuracy_plot(
-    sources: Sources, title: str, groups: dict[str, list[Model]], images: int
-) -> Figure:
-    pictures = []
-    for group, found in groups.items():
-        rows = []
-        for name, _, one in found:
-            text, ends = f"{one['top1']:.2f} %", wilson(one["top1"], images)
-            rows.append(Labelled(name, one["top1"], text, sources.series(name), ends))
-        told = "; ".join(f"{row.label} {row.text}" for row in rows)
-        pictures.append(Picture(spans(rows, f"Top-1 with 95 % intervals: {told}"), told, group))
-    return Figure(pictures, f"{title}: top-1 with its 95 % interval")
-
-
-def _accuracy_table(caption: str, found: Sequence[Model], images: int) -> list[Table]:
-    exported = any(target for _, target, _ in found)
+def _scores(
+    sources: Sources, title: str, caption: str, by_target: dict[str, Models], images: int
+) -> list[Block]:
+    """Draw and list models by target; the target is empty for those that are no files."""
+    pictures: list[Picture] = []
     rows: list[Row] = []
-    for name, target, one in found:
-        row: Row = {
-            "model": name,
-            "top-1 %": number(one["top1"]),
-            "95 %": interval(wilson(one["top1"], images)),
-            "top-5 %": number(one.get("top5")),
-            "drop": number(one.get("drop")),
-            "drop 95 %": interval(one.get("drop_ci95")),
-            "same answer %": number(one.get("agreement")),
-        }
-        if exported:
-            row = {"target": target, **row, "McNemar p": number(one.get("mcnemar_p"), 3)}
-        rows.append(row)
-    return table(caption, rows)
+    for target, models in by_target.items():
+        shown = []
+        for name, one in models.items():
+            text, ends = f"{one['top1']:.2f} %", wilson(one["top1"], images)
+            shown.append(Labelled(name, one["top1"], text, sources.series(name), ends))
+            row: Row = {
+                "model": name,
+                "top-1 %": number(one["top1"]),
+                "95 %": interval(ends),
+                "top-5 %": number(one.get("top5")),
+                "drop": number(one.get("drop")),
+                "drop 95 %": interval(one.get("drop_ci95")),
+                "same answer %": number(one.get("agreement")),
+            }
+            if target:
+                row = {"target": target, **row, "McNemar p": number(one.get("mcnemar_p"), 3)}
+            rows.append(row)
+        told = "; ".join(f"{one.label} {one.text}" for one in shown)
+        drawing = spans(shown, f"Top-1 with 95 % intervals: {told}")
+        pictures.append(Picture(drawing, told, target))
+    return [Figure(pictures, f"{title}: top-1 with its 95 % interval"), *table(caption, rows)]
 
 
 def fidelity(sources: Sources) -> list[Block]:
