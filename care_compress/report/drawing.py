@@ -167,35 +167,25 @@ def spans(rows: Sequence[Labelled], told: str) -> Markup:
     return drawing.markup(told)
 
 
-@dataclass(frozen=True)
-class Dot:
-    """A mark at some depth of the network."""
-
-    value: float
-    series: int
-    told: str
-    group: str  # where it differs from its neighbour's, a line is drawn
-
-
-def dots(rows: Sequence[Dot], unit: str, told: str) -> Markup:
-    """One mark for each row from left to right, with a vertical axis."""
+def dots(rows: Sequence[Labelled], unit: str, told: str) -> Markup:
+    """One mark for each row from left to right; a line where the next label begins."""
     height, top, bottom = 270, 34, 262
     low, high = min(row.value for row in rows), max(row.value for row in rows)
     room = max(high - low, 1.0) * 0.08
     drawing = Drawing(height)
     up = _axis(drawing, low - room, high + room, top, bottom, unit)
-    groups = [row.group for row in rows]
+    labels = [row.label for row in rows]
     places = [LEFT + (RIGHT - LEFT) * (index + 0.5) / len(rows) for index in range(len(rows))]
-    for index, group in enumerate(groups):
-        if index and groups[index - 1] == group:
+    for index, label in enumerate(labels):
+        if index and labels[index - 1] == label:
             continue
         edge = places[index] - 0.5 * (RIGHT - LEFT) / len(rows)
         drawing.line(edge, top - 12, edge, bottom, "edge")
-        if groups.count(group) / len(groups) > NAMED:
-            drawing.text(edge + 0.008, top - 4, group, "start", "axis")
+        if labels.count(label) / len(labels) > NAMED:
+            drawing.text(edge + 0.008, top - 4, label, "start", "axis")
     for place, row in zip(places, rows, strict=True):
         shape, kind = SERIES[row.series % len(SERIES)]
-        drawing.mark(shape, place, up(row.value), kind, row.told)
+        drawing.mark(shape, place, up(row.value), kind, row.text)
     return drawing.markup(told)
 
 

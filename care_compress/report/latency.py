@@ -29,7 +29,7 @@ MADE_HERE = "made by the runtime"
 def latency(sources: Sources) -> list[Block]:
     """Bars from zero to p50 with ticks at p90 and p99, each target on a scale of its own."""
     places = [(target, HERE, models) for target, models in sources.compared.items()]
-    for board in sources.measured.values():
+    for board in sources.measured:
         engines = {}
         for name, engine in board["models"].items():
             top1 = (engine.get("accuracy") or {}).get("top1")
@@ -207,7 +207,7 @@ def _unavailable(sources: Sources) -> list[Table]:
             if not one.get("latency_ms"):
                 why = str(one.get("why") or "it was not timed")
                 reasons.setdefault((target, why), []).append(name)
-    rows: list[Row] = [
+    rows = [
         {"target": target, "why, and how to get it": why, "model": ", ".join(names)}
         for (target, why), names in reasons.items()
     ]
@@ -224,7 +224,7 @@ def _provenance(sources: Sources) -> Sequence[Block]:
             )
         ]
     rows: list[Row] = []
-    for board in sources.measured.values():
+    for board in sources.measured:
         about = board["board"]
         for name, engine in board["models"].items():
             speed, accuracy = engine.get("speed") or {}, engine.get("accuracy")

@@ -17,7 +17,6 @@ from care_compress.report.blocks import (
 )
 from care_compress.report.drawing import (
     SERIES,
-    Dot,
     Labelled,
     bars,
     curve,
@@ -40,27 +39,22 @@ OUTCOMES: dict[tuple[bool, bool], tuple[str, Tone]] = {
 
 def layers(sources: Sources) -> list[Block]:
     """How far each layer's output is from float, and what each costs by itself."""
-    found = sources.evidence.get("layers")
-    alone = (sources.sensitivity or {}).get("sites") or {}
-    blocks: list[Block] = []
+    found, costs = sources.evidence.get("layers"), sources.sensitivity or {}
+    alone = costs.get("sites") or {}
+    shown: list[Block] = [_sensitivity(alone, costs["images"])] if alone else []
     if found is None:
-        blocks.append(missing(sources.evidence["missing"]["layers"]))
-    else:
-        decisions = {site["name"]: site for site in sources.evidence["plan"]["sites"]}
-        blocks.append(_profile(found, decisions))
-    if sources.sensitivity is not None and alone:
-        blocks.append(_sensitivity(alone, sources.sensitivity["images"]))
-    elif found is not None:
-        command = f"care-compress sensitivity {sources.results['recipe']}"
-        blocks.append(
-            missing(
-                f"What each layer costs alone has not been measured: {command} "
-                f"--name {sources.name}_sensitivity does that."
-            )
-        )
-    if found is not None:
-        blocks += _layer_table(found, decisions, alone)
-    return blocks
+        return [missing(sources.evidence["missing"]["layers"]), *shown]
+    command = f"care-compress sensitivity {sources.results['recipe']}"
+    unknown = (
+        f"What each layer costs alone has not been measured: {command} "
+        f"--name {sources.name}_sensitivity does that."
+    )
+    decisions = {site["name"]: site for site in sources.evidence["plan"]["sites"]}
+    return [
+        _profile(found, decisions),
+        *(shown or [missing(unknown)]),
+        *_layer_table(found, decisions, alone),
+    ]
 
 
 def _profile(found: Json, decisions: dict[str, Json]) -> Figure:
@@ -69,9 +63,10 @@ def _profile(found: Json, decisions: dict[str, Json]) -> Figure:
         decision, parts = decisions[one["site"]], one["site"].split(".")
         role, precision = decision["role"], decision["precision"]
         kind = 3 if "depthwise" in role else 2 if role.startswith("attention") else 1
-        told = f"{one['site']} ({precision}): {one['sqnr_db']:.1f} dB"
+        said = f"{one['site']} ({precision}): {one['sqnr_db']:.1f} dB"
         stage = parts[1] if parts[0] == "stages" else parts[0]
-        rows.append(Dot(one["sqnr_db"], 0 if precision == "float" else kind, told, stage))
+        series = 0 if precision == "float" else kind
+        rows.append(Labelled(stage, one["sqnr_db"], said, series))
     worst = min(found["sites"], key=lambda one: float(one["sqnr_db"]))
     told = (
         f"SQNR of {len(rows)} layers from the stem to the head; the lowest is {worst['site']} with "

@@ -23,10 +23,7 @@ def plan(sources: Sources) -> list[Block]:
     if found is None:
         return [missing(sources.evidence["missing"]["plan"])]
     target = found["target"] or "no runtime: simulated"
-    rules: list[Row] = [
-        {"rule": number(index, 0), "says": rule}
-        for index, rule in enumerate(sources.evidence["rules"], 1)
-    ]
+    rules = enumerate(sources.evidence["rules"], 1)
     sites: list[Row] = []
     for site in found["sites"]:
         deciding = [site["input_rule"]] + ([] if site["weight"] is None else [site["weight_rule"]])
@@ -43,21 +40,16 @@ def plan(sources: Sources) -> list[Block]:
                 "share %": percent(site["share"], 2),
             }
         )
-    kept: list[Row] = [
-        {
-            "what": one["what"],
-            "count": number(one["count"], 0),
-            "MACs (M)": number(one["macs"] / 1e6, 3),
-            "why": one["why"],
-        }
-        for one in found["kept_in_float"]
-    ]
+    kept: list[Row] = []
+    for one in found["kept_in_float"]:
+        count, macs = number(one["count"], 0), number(one["macs"] / 1e6, 3)
+        kept.append({"what": one["what"], "count": count, "MACs (M)": macs, "why": one["why"]})
     return [
         Text(
             f"Made for {target} at {found['resolution']}x{found['resolution']}. Rules are an "
             "ordered list; the last that matches a site decides."
         ),
-        *table("Rules", rules),
+        *table("Rules", [{"rule": number(index, 0), "says": rule} for index, rule in rules]),
         *table("Sites", sites, tall=True),
         *table("Float by nature", kept),
     ]
@@ -91,22 +83,20 @@ def exports(sources: Sources) -> list[Block]:
         for export in found.values()
         for model in export.get("models", {}).values()
     ]
-    engines: list[Row] = [
-        {
-            "target": export["target"],
-            "engine": f"{name}.engine",
-            "size": megabytes(engine["size_bytes"]),
-            "library": f"{engine['library']} {engine['version']}",
-            "layers by precision": ", ".join(
-                f"{kind} {count}" for kind, count in engine["precisions"].items()
-            ),
-        }
-        for export in found.values()
-        for name, engine in export.get("engines", {}).items()
-    ]
-    # One sentence for each reason, naming its targets.
-    alike: dict[tuple[str, str], list[str]] = {}
+    engines: list[Row] = []
+    alike: dict[tuple[str, str], list[str]] = {}  # one sentence for each reason
     for export in found.values():
+        for name, engine in export.get("engines", {}).items():
+            precisions = engine["precisions"].items()
+            engines.append(
+                {
+                    "target": export["target"],
+                    "engine": f"{name}.engine",
+                    "size": megabytes(engine["size_bytes"]),
+                    "library": f"{engine['library']} {engine['version']}",
+                    "layers by precision": ", ".join(f"{kind} {n}" for kind, n in precisions),
+                }
+            )
         for kind, said in (
             ("skipped", "No export"),
             ("failed", "The export failed"),

@@ -1,6 +1,6 @@
 """The files of a run directory that a report is written from; only results.json must be there."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Sources:
     fidelity: Json | None = None
     sensitivity: Json | None = None
     exports: dict[str, Json] = field(default_factory=dict)  # by target
-    measured: dict[str, Json] = field(default_factory=dict)  # by file
+    measured: Sequence[Json] = ()  # by devices
 
     @property
     def is_float(self) -> bool:
@@ -98,14 +98,15 @@ def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
         compare=compare,
         fidelity=_json(run_dir / "fidelity.json"),
         sensitivity=_json(beside / "sensitivity.json"),
-        exports=_all(run_dir.glob("exports/*/export.json"), parent=True),
-        measured=_all(run_dir.glob("measured/*.json"), parent=False),
+        exports={path.parent.name: found for path, found in _all(run_dir, "exports/*/export.json")},
+        measured=[found for _, found in _all(run_dir, "measured/*.json")],
     )
 
 
-def _all(paths: Iterable[Path], parent: bool) -> dict[str, Json]:
-    found = {(path.parent.name if parent else path.stem): _json(path) for path in sorted(paths)}
-    return {name: content for name, content in found.items() if content is not None}
+def _all(run_dir: Path, pattern: str) -> Iterator[tuple[Path, Json]]:
+    for path in sorted(run_dir.glob(pattern)):
+        if (found := _json(path)) is not None:
+            yield path, found
 
 
 def _json(path: Path) -> Json | None:

@@ -127,6 +127,7 @@ def checks(sources: Sources) -> list[Block]:
         found = [*sources.compare.get("checks", []), *found]
         found.sort(key=lambda one: list(SIGNS).index(one["status"]))
     blocks: list[Block] = []
+    made: list[Row] = []
     for one in found:
         if one["status"] == "warning":
             shown = [str(item) for item in one["items"][:LISTED]]
@@ -135,13 +136,10 @@ def checks(sources: Sources) -> list[Block]:
             said = f"✗ {one['check']}: {one['text']}"
             said += f": {named.removesuffix('.')}." if named else "."
             blocks.append(Text(said, "bad"))
+        made.append({"check": one["check"], "result": SIGNS[one["status"]], "found": one["text"]})
     if not blocks:
         unknown = sum(one["status"] == "not measured" for one in found)
         though = f", though {unknown} of {len(found)} checks could not be made" if unknown else ""
         said = f"✓ Nothing was found that should make you doubt them{though}."
         blocks.append(Text(said, "good"))
-    rows: list[Row] = [
-        {"check": one["check"], "result": SIGNS[one["status"]], "found": one["text"]}
-        for one in found
-    ]
-    return [*blocks, *table("What was checked", rows)]
+    return [*blocks, *table("What was checked", made)]
