@@ -24,7 +24,7 @@ ALL = "all targets"
 
 
 def accuracy(sources: Sources) -> list[Block]:
-    """Top-1 and top-5 with intervals: in simulation, and of the exported files."""
+    """Show top-1 and top-5 with intervals: in simulation, and of the exported files."""
     results, compare = sources.results, sources.compare or {}
     images = results["accuracy"]["images"]
     found: Models = {"float": results["accuracy" if sources.is_float else "float"]}
@@ -50,7 +50,7 @@ def accuracy(sources: Sources) -> list[Block]:
 
 
 def _scored(compare: Json, target: str, models: Models) -> Models:
-    """Scored models, each with what sets it apart from its baseline, on this target or on all."""
+    """Pick the scored models and add how each differs from its baseline, on this target or all."""
     found = {}
     for name, one in models.items():
         pairs = (
@@ -93,7 +93,7 @@ def _scores(
 
 
 def fidelity(sources: Sources) -> list[Block]:
-    """Every version beside the one before it: what each step to a file cost, and where."""
+    """Show every version beside the one before it: what each step to a file cost, and where."""
     found = sources.fidelity
     if found is None:
         return [missing(f"Not measured: care-compress fidelity {sources.name}.")]

@@ -19,7 +19,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure that should be seen first."""
+    """One value that should be seen first."""
 
     label: str
     value: str
@@ -29,7 +29,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Figures side by side."""
+    """Values side by side."""
 
     tiles: Sequence[Tile]
 
@@ -78,7 +78,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Photo:
-    """A flipped image."""
+    """An image whose answer changed, with both answers."""
 
     picture: str  # data URI
     name: str
@@ -147,5 +147,5 @@ def megabytes(size: float) -> Cell:
 
 
 def interval(ends: Sequence[float] | None) -> str:
-    """``[0.02, 0.22]``."""
+    """Write both ends as ``[0.02, 0.22]``; nothing where there is no interval."""
     return f"[{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""

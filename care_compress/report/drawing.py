@@ -39,13 +39,13 @@ class Drawing:
         self.parts: list[str] = []
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
-        """A straight line."""
+        """Add a straight line."""
         self.parts.append(
             f'<line class="{kind}" x1="{_at(x1)}" y1="{y1:g}" x2="{_at(x2)}" y2="{y2:g}"/>'
         )
 
     def bar(self, x: float, y: float, width: float, height: float, kind: str) -> None:
-        """A filled rectangle."""
+        """Add a filled rectangle."""
         self.parts.append(
             f'<rect class="{kind}" x="{_at(x)}" y="{y:g}" width="{_at(max(0.0, width))}" '
             f'height="{height:g}"/>'
@@ -54,21 +54,21 @@ class Drawing:
     def text(
         self, x: float, y: float, text: str, anchor: Anchor = "start", kind: str = "label"
     ) -> None:
-        """Letters of the page's size."""
+        """Add letters of the page's size."""
         self.parts.append(
             f'<text class="{kind}" x="{_at(x)}" y="{y:g}" text-anchor="{anchor}">'
             f"{escape(text)}</text>"
         )
 
     def name(self, y: float, text: str) -> None:
-        """Letters at the left that end where a figure at the right begins, however long."""
+        """Add letters at the left that end where a value at the right begins, however long."""
         self.parts.append(
             f'<svg y="{y - 14:g}" width="{_at(NAME)}" height="19"><title>{escape(text)}</title>'
             f'<text class="label" y="14">{escape(text)}</text></svg>'
         )
 
     def mark(self, shape: str, x: float, y: float, kind: str, told: str = "") -> None:
-        """A small shape; `told` appears when it is pointed at."""
+        """Add a small shape; `told` appears when it is pointed at."""
         title = f"<title>{escape(told)}</title>" if told else ""
         self.parts.append(
             f'<svg x="{_at(x)}" y="{y:g}" overflow="visible">'
@@ -76,7 +76,7 @@ class Drawing:
         )
 
     def markup(self, told: str) -> Markup:
-        """The drawing; `told` is its text alternative."""
+        """Return the drawing; `told` is its text alternative."""
         return Markup(  # nosec B704 # every text in it went through escape
             f'<svg class="plot" role="img" width="100%" height="{self.height}" '
             f'aria-label="{escape(told)}">{"".join(self.parts)}</svg>'
@@ -84,7 +84,7 @@ class Drawing:
 
 
 def legend_mark(shape: str, kind: str) -> Markup:
-    """A mark as it stands in a legend."""
+    """Draw a mark as it stands in a legend."""
     return Markup(  # nosec B704 # as above
         '<svg class="key" width="14" height="14" viewBox="-7 -7 14 14" aria-hidden="true">'
         f'<path class="{escape(kind)}" d="{MARKS[shape]}"/></svg>'
@@ -92,7 +92,7 @@ def legend_mark(shape: str, kind: str) -> Markup:
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round values from `low` to `high`, about `wanted` of them."""
+    """Choose round values from `low` to `high`, about `wanted` of them."""
     span = high - low
     if span <= 0:
         return [low]
@@ -118,7 +118,7 @@ class Labelled:
 
 
 def bars(rows: Sequence[Labelled], told: str, longest: float = 0.0) -> Markup:
-    """Horizontal bars from zero to `longest` or further, each under its own label."""
+    """Draw horizontal bars from zero to `longest` or further, each under its own label."""
     drawing = Drawing(ROW * len(rows))
     farthest = max([longest, 1e-12, *(max(row.value, *row.marks, 0) for row in rows)])
     # On a busy machine p99 is many times p50, and would leave no bar to be seen.
@@ -141,7 +141,7 @@ def bars(rows: Sequence[Labelled], told: str, longest: float = 0.0) -> Markup:
 
 
 def spans(rows: Sequence[Labelled], told: str) -> Markup:
-    """Estimates with their intervals on one axis, each under its own label."""
+    """Draw estimates with their intervals on one axis, each under its own label."""
     drawing = Drawing(ROW * len(rows) + 22)
     low, high = min(min(row.marks) for row in rows), max(max(row.marks) for row in rows)
     room = max(high - low, 1e-9) * 0.06
@@ -168,7 +168,7 @@ def spans(rows: Sequence[Labelled], told: str) -> Markup:
 
 
 def dots(rows: Sequence[Labelled], unit: str, told: str) -> Markup:
-    """One mark for each row from left to right; a line where the next label begins."""
+    """Draw one mark for each row from left to right; a line where the next label begins."""
     height, top, bottom = 270, 34, 262
     low, high = min(row.value for row in rows), max(row.value for row in rows)
     room = max(high - low, 1.0) * 0.08
@@ -190,7 +190,7 @@ def dots(rows: Sequence[Labelled], unit: str, told: str) -> Markup:
 
 
 def curve(points: Sequence[tuple[float, float]], baseline: float | None, told: str) -> Markup:
-    """A rising or falling line; `baseline` is a dashed one across."""
+    """Draw a rising or falling line; `baseline` is a dashed one across."""
     height, top, bottom = 220, 26, 194
     values = [y for _, y in points] + ([] if baseline is None else [baseline])
     low, high = min(values), max(values)
@@ -236,7 +236,7 @@ def histogram(
     chosen: tuple[float, float],
     told: str,
 ) -> Markup:
-    """Bars before rounding, a line of steps after it, and the chosen range as a bracket."""
+    """Draw bars before rounding, a line of steps after it, the chosen range as a bracket."""
     height, top, bottom = 190, 30, 160
     drawing = Drawing(height)
     # Logarithmic: what a range cuts off are the few values far out.

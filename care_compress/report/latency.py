@@ -1,4 +1,4 @@
-"""Latency on every target: from compare where it ran here, from boards where they measured."""
+"""Latency on every target: from compare where it ran here, from devices where they measured."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ MADE_HERE = "made by the runtime"
 
 
 def latency(sources: Sources) -> list[Block]:
-    """Bars from zero to p50 with ticks at p90 and p99, each target on a scale of its own."""
+    """Draw bars from zero to p50 with ticks at p90 and p99, each target on a scale of its own."""
     places = [(target, HERE, models) for target, models in sources.compared.items()]
     for board in sources.measured:
         engines = {}
@@ -92,14 +92,14 @@ def _row(target: str, where: str, name: str, one: Json) -> Row:
 
 
 def _device(board: Json) -> str:
-    """Its name; a CPU's figures are nothing without the number of threads."""
+    """Name the device; a CPU's times mean nothing without the number of threads."""
     speeds = [one["speed"] for one in board["models"].values() if one.get("speed")]
     threads = {speed["threads"] for speed in speeds if "threads" in speed}
     return ", ".join([str(board["board"]["name"]), *map(counted_threads, sorted(threads))])
 
 
 def _settings(sources: Sources) -> list[Table]:
-    """Other batches and numbers of threads, where compare tells them."""
+    """List other batches and numbers of threads, where compare tells them."""
     rows: list[Row] = [
         {
             "batch": number(setting["batch"], 0),
@@ -119,7 +119,7 @@ def _settings(sources: Sources) -> list[Table]:
 
 
 def layer_times(sources: Sources) -> list[Table]:
-    """Where the time goes, by kind and by layer; nothing where compare did not tell."""
+    """Show where the time goes, by kind and by layer; nothing where compare did not tell."""
     tables: list[Table] = []
     for target, compared in sources.compared.items():
         models = {name: one for name, one in compared.items() if one.get("layers")}
@@ -129,7 +129,7 @@ def layer_times(sources: Sources) -> list[Table]:
 
 
 def _sums(target: str, models: dict[str, Json]) -> list[Table]:
-    """Kinds by models; how many layers there are, where nothing was timed."""
+    """List kinds by models; the number of layers where nothing was timed."""
     timed = any(one["layers_ms"] is not None for one in models.values())
     rows: list[Row] = []
     for kind in next(iter(models.values()))["by_kind"]:
@@ -148,7 +148,7 @@ def _sums(target: str, models: dict[str, Json]) -> list[Table]:
 
 
 def _layers(sources: Sources, target: str, models: dict[str, Json]) -> list[Table]:
-    """Layers of the run's model on one target; products alone where nothing was timed."""
+    """List layers of the run's model on one target; products alone where nothing was timed."""
     named = {sources.series(name): one for name, one in reversed(models.items())}
     if 1 not in named:
         return []
@@ -162,7 +162,7 @@ def _layers(sources: Sources, target: str, models: dict[str, Json]) -> list[Tabl
 
 
 def _joined(layers: list[Json], timed: bool) -> dict[tuple[str, str], list[Json]]:
-    """Layers by where they came from and what they do, so that two models can stand in one row."""
+    """Group layers by origin and work, so that those of two models can stand in one row."""
     found: dict[tuple[str, str], list[Json]] = {}
     for layer in layers:
         product = layer["group"] in PRODUCTS
@@ -200,7 +200,7 @@ def _different(layers: list[Json], what: str) -> str:
 
 
 def _unavailable(sources: Sources) -> list[Table]:
-    """What was not timed here: one row for each reason, not one for each model."""
+    """List what was not timed here: one row for each reason, not one for each model."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for target, models in sources.compared.items():
         for name, one in models.items():
@@ -215,7 +215,7 @@ def _unavailable(sources: Sources) -> list[Table]:
 
 
 def _provenance(sources: Sources) -> Sequence[Block]:
-    """Which board, library and setting each imported measurement comes from."""
+    """List which device, library and setting each imported measurement comes from."""
     if not sources.measured:
         return [
             missing(

@@ -38,7 +38,7 @@ OUTCOMES: dict[tuple[bool, bool], tuple[str, Tone]] = {
 
 
 def layers(sources: Sources) -> list[Block]:
-    """How far each layer's output is from float, and what each costs by itself."""
+    """Show how far each layer's output is from float, and what each costs by itself."""
     found, costs = sources.evidence.get("layers"), sources.sensitivity or {}
     alone = costs.get("sites") or {}
     shown: list[Block] = [_sensitivity(alone, costs["images"])] if alone else []
@@ -128,7 +128,7 @@ def _layer_table(found: Json, decisions: dict[str, Json], alone: Json) -> list[T
 
 
 def histograms(sources: Sources) -> list[Block]:
-    """The inputs that lose most by their own rounding, and the ranges that were chosen."""
+    """Show the inputs that lose most by their own rounding, and the ranges that were chosen."""
     found = (sources.evidence.get("layers") or {}).get("histograms")
     if found is None:
         return [missing(sources.evidence["missing"]["layers"])]
@@ -163,7 +163,7 @@ def _histogram(one: Json) -> Picture:
 
 
 def changes(sources: Sources) -> list[Block]:
-    """Which class lost images to which, and the images."""
+    """Show which class lost images to which, and the images."""
     found = sources.evidence.get("answers")
     if found is None:
         return [missing(sources.evidence["missing"]["answers"])]
@@ -210,7 +210,7 @@ def changes(sources: Sources) -> list[Block]:
 
 
 def training(sources: Sources) -> list[Block]:
-    """Validations on the way: of the float model where it was trained, and of QAT."""
+    """Show validations on the way: of the float model where it was trained, and of QAT."""
     blocks: list[Block] = []
     if sources.trained:
         blocks += _curve("Float training", sources.trained["validations"], None)

@@ -18,7 +18,7 @@ from care_compress.report.sources import Json, Sources
 
 
 def plan(sources: Sources) -> list[Block]:
-    """Every site with the rule that decided it."""
+    """List every site with the rule that decided it."""
     found = sources.evidence.get("plan")
     if found is None:
         return [missing(sources.evidence["missing"]["plan"])]
@@ -56,7 +56,7 @@ def plan(sources: Sources) -> list[Block]:
 
 
 def _tensor(spec: Json) -> str:
-    """As the plan prints it: ``s8 per channel, mse``."""
+    """Describe a tensor as the plan prints it: ``s8 per channel, mse``."""
     if not isinstance(spec["bits"], int):
         return str(spec["bits"])
     grouped = spec["granularity"] == "group"
@@ -66,7 +66,7 @@ def _tensor(spec: Json) -> str:
 
 
 def exports(sources: Sources) -> list[Block]:
-    """Each file beside the model it was made from, engines, and what could not be exported."""
+    """List files beside the models they were made from, engines, and what was not exported."""
     found = sources.results["exports"]
     if not found:
         return [missing("This run exported nothing: make quantize with export.targets does that.")]
@@ -117,7 +117,7 @@ def exports(sources: Sources) -> list[Block]:
 
 
 def _nearness(model: Json) -> Cell:
-    """Its SQNR; sorted above all others where it is exact, below them where it is unknown."""
+    """Show a file's SQNR, sorted above all others where exact and below them where unknown."""
     if reason := model.get("not_measured", {}).get("sqnr_db"):
         return Cell(f"not measured: {reason}", -1e9, numeric=True)
     if model["sqnr_db"] is None:
@@ -126,7 +126,7 @@ def _nearness(model: Json) -> Cell:
 
 
 def _integers(found: Json) -> list[Table]:
-    """What was planned in integers, and what the runtime here really runs so."""
+    """List what was planned in integers, and what the runtime here really runs so."""
     unknown = Cell("cannot be asked here", numeric=True)
     rows: list[Row] = []
     for export in found.values():
@@ -146,7 +146,7 @@ def _integers(found: Json) -> list[Table]:
 
 
 def manifest(sources: Sources) -> list[Block]:
-    """Everything that is needed to make the run again, and to know that it is the same."""
+    """List all that is needed to make the run again, and to know that it is the same."""
     results, found = sources.results, sources.manifest
     rows = [
         ("run", sources.name),
@@ -174,7 +174,7 @@ def manifest(sources: Sources) -> list[Block]:
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
-    """Nested plain data as dotted names and values."""
+    """Flatten nested plain data to names, joined by blanks, and values."""
     if not isinstance(value, dict):
         return [(name, value)]
     return [

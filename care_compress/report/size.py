@@ -19,7 +19,7 @@ from care_compress.report.sources import Json, Sources
 
 
 def size(sources: Sources) -> list[Block]:
-    """Bytes on disk, multiplications by precision, energy of them."""
+    """Show bytes on disk and in memory, multiplications by precision, and their energy."""
     plain = float_bytes(sources.results)
     rows = [Labelled("float32 weights", plain, megabytes(plain).text, 0)]
     # Every kind of exported file once, with the targets it is for.
@@ -83,12 +83,12 @@ def size(sources: Sources) -> list[Block]:
 
 
 def float_bytes(results: Json) -> int:
-    """Of the weights alone, after the rewrites."""
+    """Count the bytes of the weights alone in float32, after the rewrites."""
     return 4 * int(results["rewrites"][-1]["parameters"])
 
 
 def float_energy(sources: Sources) -> float | None:
-    """Of the same products in float32; the rotations of a quantized model are none of them."""
+    """Estimate mJ of the same products in float32; a quantized model's rotations are left out."""
     plan = sources.evidence.get("plan")
     if plan is None:
         return None
@@ -97,7 +97,7 @@ def float_energy(sources: Sources) -> float | None:
 
 
 def smallest(sources: Sources) -> dict[str, Any] | None:
-    """The smallest file of the run's own precision; megabytes decide about a device."""
+    """Find the smallest file of the run's own precision; megabytes decide about a device."""
     own = [
         export["models"][sources.results["precision"]]
         for export in sources.results["exports"].values()

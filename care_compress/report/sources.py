@@ -34,7 +34,7 @@ class Sources:
 
     @property
     def is_float(self) -> bool:
-        """Nothing was quantized."""
+        """Whether nothing was quantized."""
         return "candidates" not in self.results
 
     @property
@@ -64,7 +64,7 @@ class Sources:
 
 
 def read_results(run_dir: Path) -> Json:
-    """results.json, without which there is nothing to report."""
+    """Read results.json, without which there is nothing to report."""
     found = _json(run_dir / "results.json")
     if found is None:
         raise RunError(f"{run_dir} has no results.json.", "make the run first: make quantize")
@@ -72,7 +72,7 @@ def read_results(run_dir: Path) -> Json:
 
 
 def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
-    """Everything else."""
+    """Read everything else."""
     compare = _json(run_dir / "compare.json")
     if compare is not None and "targets" in compare:
         # Without the rows of other devices: `measured` has those, with all that is known of them.
@@ -110,7 +110,7 @@ def _all(run_dir: Path, pattern: str) -> Iterator[tuple[Path, Json]]:
 
 
 def _json(path: Path) -> Json | None:
-    """None where there is no such file; an error where it is damaged."""
+    """Return None where there is no such file; raise RunError where it is damaged."""
     try:
         content = read_json(path)
     except FileNotFoundError:

@@ -22,7 +22,7 @@ SIGNS = {"warning": "âœ— take note", "not measured": "not measured", "fine": "âœ
 
 
 def verdict(sources: Sources) -> list[Block]:
-    """Whether the compressed model is worth having, in a few lines."""
+    """Say whether the compressed model is worth having, in a few lines."""
     if sources.is_float:
         found = sources.results["accuracy"]
         said = f"{found['top1']:.2f} % of {found['images']:,} images right"
@@ -35,7 +35,7 @@ def verdict(sources: Sources) -> list[Block]:
 
 
 def _headline(sources: Sources, pair: Json, limit: float | None) -> Text:
-    """The drop beside its limit, of the exported files where compare has measured them."""
+    """Put the drop beside its limit, of the exported files where compare has measured them."""
     results = sources.results
     made = "of NNCF's file" if results["backend"] == "nncf" else "in simulation"
     where = "on the exported files" if sources.pair else made
@@ -77,7 +77,7 @@ def _tiles(sources: Sources, pair: Json, limit: float | None) -> Tiles:
 
 
 def _speed(sources: Sources) -> list[Block]:
-    """A line for each target, and every budget, as compare judged them."""
+    """Write a line for each target, and every budget, as compare judged them."""
     compare = sources.compare
     if compare is None:
         return [
@@ -110,13 +110,13 @@ def _speed(sources: Sources) -> list[Block]:
 
 
 def _limit(value: float | None) -> Cell:
-    """A limit may be points, a ratio or bytes."""
+    """Make a cell of a limit, which may be points, a ratio or bytes."""
     said = "not measured" if value is None else f"{value:,.6g}"
     return Cell(said, None if value is None else float(value), numeric=True)
 
 
 def checks(sources: Sources) -> list[Block]:
-    """The warnings as sentences, then all checks in a table."""
+    """Write the warnings as sentences, then all checks in a table."""
     found = sources.results.get("checks")
     if found is None:
         return [

@@ -1,6 +1,6 @@
 """The report of a run: ``report.html`` and ``report.md`` in its directory.
 
-Everything comes from files that the run, compare and the boards left; what is not there becomes a
+Everything comes from files that the run, compare and the devices left; what is not there becomes a
 sentence that says which command makes it. The page loads nothing: everything from files goes
 through the template's escaping, and beside it a content security policy names the page's own script
 and style by their digests, so that nothing else could run.
@@ -47,7 +47,7 @@ SECTIONS = (
 
 
 def write_report(run_dir: Path, console: Console) -> tuple[Path, Path]:
-    """Write both files and say where; equal files, equal bytes."""
+    """Write both files and say where; equal sources make equal bytes."""
     results = read_results(run_dir)
     page, text = run_dir / "report.html", run_dir / "report.md"
     with as_written(run_dir):
@@ -103,7 +103,7 @@ def as_markdown(sources: Sources, sections: Sequence[PageSection]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape text so that Markdown shows it as it is, on one line."""
     one_line = " ".join(text.split())
     safe = "".join(HTML.get(letter, letter) for letter in one_line)
     return SPECIAL.sub(r"\\\1", safe)
