@@ -1,4 +1,4 @@
-"""Pictures of a measurement, as SVG files that a browser shows."""
+"""Pictures of a measurement, as SVG files that stand alone; the report draws its own."""
 
 import io
 import re
@@ -22,7 +22,7 @@ matplotlib.rcParams["svg.fonttype"] = "none"
 
 
 def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
-    """Bars of the hardest sites: logit SQNR of each alone, and the float network without it."""
+    """Draw the hardest sites as bars: the logit SQNR with only that site quantized."""
     shown = [one for one in found if one.alone.sqnr_db < EXACT_DB][:SHOWN]
     title = f"The {len(shown)} hardest of {len(found)} sites"
     figure, axes = _drawing(9, 1.2 + 0.24 * len(shown), title)
@@ -38,7 +38,7 @@ def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
 
 
 def plot_trials(trials: Sequence[Trial], max_drop: float, unit: str, path: Path) -> None:
-    """Drop over cost of every trial; the staircase is the Pareto front."""
+    """Draw the drop over the cost of every trial; the staircase is the Pareto front."""
     figure, axes = _drawing(7, 4.5, f"{len(trials)} trials")
     for within, colour, label in ((False, "#c0392b", "over"), (True, "#2a7f4f", "within")):
         dots = [trial for trial in trials if trial.within == within]
@@ -81,7 +81,7 @@ def short_name(site: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write it; letters stay letters, which keeps files small and text searchable."""
+    """Write a figure whose letters stay letters, which keeps files small and text searchable."""
     content = io.StringIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
     write_text(path, content.getvalue())

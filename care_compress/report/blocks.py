@@ -1,13 +1,12 @@
 """What a report is made of; HTML and Markdown are both written from these blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from markupsafe import Markup
 
 Tone = Literal["plain", "good", "bad", "missing"]
-Plain = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure that should be seen first."""
+    """One value that should be seen first."""
 
     label: str
     value: str
@@ -30,9 +29,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Figures side by side."""
+    """Values side by side."""
 
-    tiles: tuple[Tile, ...]
+    tiles: Sequence[Tile]
 
 
 @dataclass(frozen=True)
@@ -41,25 +40,21 @@ class Cell:
 
     text: str
     key: float | None = None
+    numeric: bool = False  # its column is set and sorted as numbers
+
+
+Row = Mapping[str, Cell | str]  # by the names of the columns
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a caption; ``numeric`` names the columns that are set and sorted as numbers."""
+    """Rows under a caption, as `table` makes them."""
 
     caption: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[Cell, ...]]
-    numeric: tuple[str, ...] = ()
+    numeric: frozenset[str]
     tall: bool = False  # scrolls in a box of its own
-
-
-@dataclass(frozen=True)
-class Legend:
-    """One kind of mark in a picture."""
-
-    mark: Markup
-    label: str
 
 
 @dataclass(frozen=True)
@@ -75,15 +70,15 @@ class Picture:
 class Figure:
     """Drawings of one kind under one caption."""
 
-    pictures: tuple[Picture, ...]
+    pictures: Sequence[Picture]
     caption: str
-    legend: tuple[Legend, ...] = ()
+    legend: Mapping[str, Markup] = field(default_factory=dict)  # what a mark means -> the mark
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A flipped image."""
+    """An image whose answer changed, with both answers."""
 
     picture: str  # data URI
     name: str
@@ -99,38 +94,58 @@ class Gallery:
     """Images under a caption."""
 
     caption: str
-    photos: tuple[Photo, ...]
+    photos: Sequence[Photo]
 
 
 Block = Text | Tiles | Table | Figure | Gallery
 
 
-@dataclass
+@dataclass(frozen=True)
 class PageSection:
     """A heading and what stands under it."""
 
     anchor: str
     title: str
-    blocks: list[Block] = field(default_factory=list)
+    blocks: Sequence[Block]
+
+
+def table(caption: str, rows: Sequence[Row], tall: bool = False) -> list[Table]:
+    """Make a table of rows that all have the same columns; without rows there is none."""
+    if not rows:
+        return []
+    columns = tuple(rows[0])
+    cells = [
+        tuple(one if isinstance(one := row[column], Cell) else Cell(one) for column in columns)
+        for row in rows
+    ]
+    numeric = {
+        column for row in cells for column, one in zip(columns, row, strict=True) if one.numeric
+    }
+    return [Table(caption, columns, cells, frozenset(numeric), tall)]
 
 
 def missing(text: str) -> Text:
-    """What was not measured."""
+    """Say what was not measured."""
     return Text(text, "missing")
 
 
-def number(value: float | None, digits: int = 2, unit: str = "") -> Cell:
-    """A figure as a cell; empty where there is none."""
+def number(value: float | None, digits: int = 2) -> Cell:
+    """Make a cell of a number; empty where there is none."""
     if value is None:
-        return Cell("")
-    return Cell(f"{value:,.{digits}f}{unit}", float(value))
+        return Cell("", numeric=True)
+    return Cell(f"{value:,.{digits}f}", float(value), numeric=True)
 
 
-def interval(ends: Sequence[float]) -> str:
-    """``[0.02, 0.22]``."""
-    return f"[{ends[0]:.2f}, {ends[1]:.2f}]"
+def percent(share: float | None, digits: int = 1) -> Cell:
+    """Make a cell of a share from 0 to 1, in percent."""
+    return number(None if share is None else 100 * share, digits)
 
 
-def megabytes(size: float | None) -> Cell:
-    """A size in bytes as a cell."""
-    return Cell("") if size is None else Cell(f"{size / 1e6:.2f} MB", float(size))
+def megabytes(size: float) -> Cell:
+    """Make a cell of a size in bytes."""
+    return Cell(f"{size / 1e6:.2f} MB", float(size), numeric=True)
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """Write both ends as ``[0.02, 0.22]``; nothing where there is no interval."""
+    return f"[{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""

@@ -1,17 +1,24 @@
 """The report's drawings, which fit any width: positions across in percent, the rest in pixels.
 
 A drawing scaled to a phone would have letters nobody can read. Here only the marks move; colours
-are classes of the page's style, so that light and dark are one drawing.
+are classes of the page's style, so that light and dark are one drawing. matplotlib draws the files
+that stand alone (`quantize.plots`), not these: its size and colours are fixed, and the page's
+content security policy refuses the style attributes that it writes on every mark.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from markupsafe import Markup, escape
 
 NAME = 0.66  # of the width, for the names of rows
+LEFT, RIGHT = 0.085, 0.985  # of the width; values of an axis stand left of it
+ROW = 46
+FARTHEST = 2.0  # times the longest bar, where whiskers are cut
+NAMED = 0.05  # part of the width, below which a name would run into the next
 Anchor = Literal["start", "middle", "end"]
 # A shape beside each colour: who cannot tell two colours can tell these.
 MARKS = {
@@ -21,6 +28,7 @@ MARKS = {
     "right": "M-9 -5L0 0L-9 5z",
     "diamond": "M0 -5.6L5.6 0L0 5.6L-5.6 0z",
 }
+SERIES = (("circle", "s0"), ("square", "s1"), ("triangle", "s2"), ("diamond", "s3"))
 
 
 class Drawing:
@@ -31,13 +39,13 @@ class Drawing:
         self.parts: list[str] = []
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
-        """A straight line."""
+        """Add a straight line."""
         self.parts.append(
             f'<line class="{kind}" x1="{_at(x1)}" y1="{y1:g}" x2="{_at(x2)}" y2="{y2:g}"/>'
         )
 
     def bar(self, x: float, y: float, width: float, height: float, kind: str) -> None:
-        """A filled rectangle."""
+        """Add a filled rectangle."""
         self.parts.append(
             f'<rect class="{kind}" x="{_at(x)}" y="{y:g}" width="{_at(max(0.0, width))}" '
             f'height="{height:g}"/>'
@@ -46,21 +54,21 @@ class Drawing:
     def text(
         self, x: float, y: float, text: str, anchor: Anchor = "start", kind: str = "label"
     ) -> None:
-        """Letters of the page's size."""
+        """Add letters of the page's size."""
         self.parts.append(
             f'<text class="{kind}" x="{_at(x)}" y="{y:g}" text-anchor="{anchor}">'
             f"{escape(text)}</text>"
         )
 
     def name(self, y: float, text: str) -> None:
-        """Letters at the left that end where a figure at the right begins, however long."""
+        """Add letters at the left that end where a value at the right begins, however long."""
         self.parts.append(
             f'<svg y="{y - 14:g}" width="{_at(NAME)}" height="19"><title>{escape(text)}</title>'
             f'<text class="label" y="14">{escape(text)}</text></svg>'
         )
 
     def mark(self, shape: str, x: float, y: float, kind: str, told: str = "") -> None:
-        """A small shape; `told` appears when it is pointed at."""
+        """Add a small shape; `told` appears when it is pointed at."""
         title = f"<title>{escape(told)}</title>" if told else ""
         self.parts.append(
             f'<svg x="{_at(x)}" y="{y:g}" overflow="visible">'
@@ -68,7 +76,7 @@ class Drawing:
         )
 
     def markup(self, told: str) -> Markup:
-        """The drawing; `told` is its text alternative."""
+        """Return the drawing; `told` is its text alternative."""
         return Markup(  # nosec B704 # every text in it went through escape
             f'<svg class="plot" role="img" width="100%" height="{self.height}" '
             f'aria-label="{escape(told)}">{"".join(self.parts)}</svg>'
@@ -76,7 +84,7 @@ class Drawing:
 
 
 def legend_mark(shape: str, kind: str) -> Markup:
-    """A mark as it stands in a legend."""
+    """Draw a mark as it stands in a legend."""
     return Markup(  # nosec B704 # as above
         '<svg class="key" width="14" height="14" viewBox="-7 -7 14 14" aria-hidden="true">'
         f'<path class="{escape(kind)}" d="{MARKS[shape]}"/></svg>'
@@ -84,34 +92,23 @@ def legend_mark(shape: str, kind: str) -> Markup:
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round values from `low` to `high`, about `wanted` of them."""
+    """Choose round values from `low` to `high`, about `wanted` of them."""
     span = high - low
     if span <= 0:
         return [low]
-    step = 10.0 ** _floor_log10(span / wanted)
+    step = 10.0 ** int(f"{span / wanted:e}".partition("e")[2])
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= wanted + 0.5)
     first = -int(-low // step)
     return [step * index for index in range(first, first + wanted + 2) if step * index <= high]
-
-
-def _floor_log10(value: float) -> int:
-    return int(f"{value:e}".partition("e")[2])
 
 
 def _at(part: float) -> str:
     return f"{100 * part:.2f}%"
 
 
-LEFT, RIGHT = 0.085, 0.985  # of the width; values of an axis stand left of it
-SERIES = (("circle", "s0"), ("square", "s1"), ("triangle", "s2"), ("diamond", "s3"))
-ROW = 46
-FARTHEST = 2.0  # times the longest bar, where whiskers are cut
-NAMED = 0.05  # part of the width, below which a name would run into the next
-
-
 @dataclass(frozen=True)
-class Bar:
-    """A labelled bar; whiskers go to `far`, ticks stand at `marks`."""
+class Labelled:
+    """A value under its label; `marks` are percentiles above it, or the ends of its interval."""
 
     label: str
     value: float
@@ -120,8 +117,8 @@ class Bar:
     marks: tuple[float, ...] = ()
 
 
-def bars(rows: Sequence[Bar], told: str, longest: float = 0.0) -> Markup:
-    """Horizontal bars from zero to `longest` or further, each under its own label."""
+def bars(rows: Sequence[Labelled], told: str, longest: float = 0.0) -> Markup:
+    """Draw horizontal bars from zero to `longest` or further, each under its own label."""
     drawing = Drawing(ROW * len(rows))
     farthest = max([longest, 1e-12, *(max(row.value, *row.marks, 0) for row in rows)])
     # On a busy machine p99 is many times p50, and would leave no bar to be seen.
@@ -138,28 +135,15 @@ def bars(rows: Sequence[Bar], told: str, longest: float = 0.0) -> Markup:
             if max(row.marks) > longest:
                 drawing.mark("right", 1, top + 28, "arrow", f"goes on to {max(row.marks):.3g}")
         for mark in row.marks:
-            if mark > longest:
-                continue
-            drawing.line(mark * reach, top + 23, mark * reach, top + 33, "whisker")
+            if mark <= longest:
+                drawing.line(mark * reach, top + 23, mark * reach, top + 33, "whisker")
     return drawing.markup(told)
 
 
-@dataclass(frozen=True)
-class Span:
-    """An estimate with its interval."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    text: str
-    series: int
-
-
-def spans(rows: Sequence[Span], told: str) -> Markup:
-    """Estimates on one axis, each under its own label."""
+def spans(rows: Sequence[Labelled], told: str) -> Markup:
+    """Draw estimates with their intervals on one axis, each under its own label."""
     drawing = Drawing(ROW * len(rows) + 22)
-    low, high = min(row.low for row in rows), max(row.high for row in rows)
+    low, high = min(min(row.marks) for row in rows), max(max(row.marks) for row in rows)
     room = max(high - low, 1e-9) * 0.06
     low, high = low - room, high + room
 
@@ -176,77 +160,73 @@ def spans(rows: Sequence[Span], told: str) -> Markup:
         shape, kind = SERIES[row.series % len(SERIES)]
         drawing.name(top + 14, row.label)
         drawing.text(1, top + 14, row.text, "end", "figure")
-        drawing.line(at(row.low), top + 30, at(row.high), top + 30, "whisker")
-        for end in (row.low, row.high):
+        drawing.line(at(min(row.marks)), top + 30, at(max(row.marks)), top + 30, "whisker")
+        for end in row.marks:
             drawing.line(at(end), top + 25, at(end), top + 35, "whisker")
         drawing.mark(shape, at(row.value), top + 30, kind, f"{row.label}: {row.text}")
     return drawing.markup(told)
 
 
-@dataclass(frozen=True)
-class Dot:
-    """A mark at some depth of the network."""
-
-    value: float
-    series: int
-    told: str
-    group: str  # where it differs from its neighbour's, a line is drawn
-
-
-def dots(rows: Sequence[Dot], unit: str, told: str) -> Markup:
-    """One mark for each row from left to right, with a vertical axis."""
-    height, top = 270, 34
+def dots(rows: Sequence[Labelled], unit: str, told: str) -> Markup:
+    """Draw one mark for each row from left to right; a line where the next label begins."""
+    height, top, bottom = 270, 34, 262
     low, high = min(row.value for row in rows), max(row.value for row in rows)
     room = max(high - low, 1.0) * 0.08
     drawing = Drawing(height)
-    _axis(drawing, low - room, high + room, top, height - 8, unit)
-    _edges(drawing, [row.group for row in rows], top, height - 8)
-    for index, row in enumerate(rows):
-        x = _across(index, len(rows))
+    up = _axis(drawing, low - room, high + room, top, bottom, unit)
+    labels = [row.label for row in rows]
+    places = [LEFT + (RIGHT - LEFT) * (index + 0.5) / len(rows) for index in range(len(rows))]
+    for index, label in enumerate(labels):
+        if index and labels[index - 1] == label:
+            continue
+        edge = places[index] - 0.5 * (RIGHT - LEFT) / len(rows)
+        drawing.line(edge, top - 12, edge, bottom, "edge")
+        if labels.count(label) / len(labels) > NAMED:
+            drawing.text(edge + 0.008, top - 4, label, "start", "axis")
+    for place, row in zip(places, rows, strict=True):
         shape, kind = SERIES[row.series % len(SERIES)]
-        y = _up(row.value, low - room, high + room, top, height - 8)
-        drawing.mark(shape, x, y, kind, row.told)
+        drawing.mark(shape, place, up(row.value), kind, row.text)
     return drawing.markup(told)
 
 
-def _edges(drawing: Drawing, groups: list[str], top: int, bottom: int) -> None:
-    """A line where a group begins; its name where there is room."""
-    for index, group in enumerate(groups):
-        if index and groups[index - 1] == group:
-            continue
-        edge = _across(index, len(groups)) - 0.5 * (RIGHT - LEFT) / len(groups)
-        drawing.line(edge, top - 12, edge, bottom, "edge")
-        if groups.count(group) / len(groups) > NAMED:
-            drawing.text(edge + 0.008, top - 4, group, "start", "axis")
-
-
 def curve(points: Sequence[tuple[float, float]], baseline: float | None, told: str) -> Markup:
-    """A rising or falling line; `baseline` is a dashed one across."""
-    height, top = 220, 26
+    """Draw a rising or falling line; `baseline` is a dashed one across."""
+    height, top, bottom = 220, 26, 194
     values = [y for _, y in points] + ([] if baseline is None else [baseline])
     low, high = min(values), max(values)
     room = max(high - low, 0.2) * 0.12
-    low, high = low - room, high + room
-    bottom = height - 26
     drawing = Drawing(height)
-    _axis(drawing, low, high, top, bottom, "%")
+    up = _axis(drawing, low - room, high + room, top, bottom, "%")
     last = max(x for x, _ in points)
 
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x = LEFT + 0.02 + (RIGHT - LEFT - 0.04) * (point[0] / last if last else 0.0)
-        return x, _up(point[1], low, high, top, bottom)
+    def across(epoch: float) -> float:
+        return LEFT + 0.02 + (RIGHT - LEFT - 0.04) * (epoch / last if last else 0.0)
 
     if baseline is not None:
-        y = _up(baseline, low, high, top, bottom)
-        drawing.line(LEFT, y, RIGHT, y, "dashed")
-    placed = [place(point) for point in points]
-    for first, second in zip(placed, placed[1:], strict=False):
+        drawing.line(LEFT, up(baseline), RIGHT, up(baseline), "dashed")
+    placed = [(across(epoch), up(value)) for epoch, value in points]
+    for first, second in itertools.pairwise(placed):
         drawing.line(*first, *second, "curve")
     for (x, y), (epoch, value) in zip(placed, points, strict=True):
         drawing.mark("circle", x, y, "s0", f"epoch {epoch:g}: {value:.2f} %")
     for tick in ticks(0, last):
-        drawing.text(place((tick, low))[0], height - 8, f"{tick:g}", "middle", "axis")
+        drawing.text(across(tick), height - 8, f"{tick:g}", "middle", "axis")
     return drawing.markup(told)
+
+
+def _axis(
+    drawing: Drawing, low: float, high: float, top: int, bottom: int, unit: str
+) -> Callable[[float], float]:
+    """Draw horizontal lines with their values, the unit above them; return a value's height."""
+
+    def up(value: float) -> float:
+        return round(bottom - (bottom - top) * (value - low) / (high - low), 2)
+
+    drawing.text(0, 14, unit, "start", "axis")
+    for tick in ticks(low, high):
+        drawing.line(LEFT, up(tick), RIGHT, up(tick), "grid")
+        drawing.text(LEFT - 0.012, up(tick) + 4, f"{tick:g}", "end", "axis")
+    return up
 
 
 def histogram(
@@ -256,7 +236,7 @@ def histogram(
     chosen: tuple[float, float],
     told: str,
 ) -> Markup:
-    """Bars before rounding, a line of steps after it, and the chosen range as a bracket."""
+    """Draw bars before rounding, a line of steps after it, the chosen range as a bracket."""
     height, top, bottom = 190, 30, 160
     drawing = Drawing(height)
     # Logarithmic: what a range cuts off are the few values far out.
@@ -285,20 +265,3 @@ def histogram(
     drawing.text(0.01, height - 12, f"{ends[0]:.3g}", "start", "axis")
     drawing.text(0.99, height - 12, f"{ends[1]:.3g}", "end", "axis")
     return drawing.markup(told)
-
-
-def _axis(drawing: Drawing, low: float, high: float, top: int, bottom: int, unit: str) -> None:
-    """Horizontal lines with their values; the unit stands above them."""
-    drawing.text(0, 14, unit, "start", "axis")
-    for tick in ticks(low, high):
-        y = _up(tick, low, high, top, bottom)
-        drawing.line(LEFT, y, RIGHT, y, "grid")
-        drawing.text(LEFT - 0.012, y + 4, f"{tick:g}", "end", "axis")
-
-
-def _up(value: float, low: float, high: float, top: int, bottom: int) -> float:
-    return round(bottom - (bottom - top) * (value - low) / (high - low), 2)
-
-
-def _across(index: int, count: int) -> float:
-    return LEFT + (RIGHT - LEFT) * (index + 0.5) / count

@@ -5,66 +5,58 @@ from typing import Any
 from care_compress.report.blocks import (
     Block,
     Cell,
-    PageSection,
+    Row,
     Table,
     Text,
     megabytes,
     missing,
     number,
+    percent,
+    table,
 )
 from care_compress.report.sources import Json, Sources
 
-PLAN = ("site", "role", "input", "weight", "precision", "rule", "MACs (M)", "share %")
 
-
-def plan(sources: Sources) -> PageSection:
-    """Every site with the rule that decided it."""
-    section = PageSection("plan", "Plan")
+def plan(sources: Sources) -> list[Block]:
+    """List every site with the rule that decided it."""
     found = sources.evidence.get("plan")
     if found is None:
-        section.blocks.append(missing(sources.evidence["missing"]["plan"]))
-        return section
+        return [missing(sources.evidence["missing"]["plan"])]
     target = found["target"] or "no runtime: simulated"
-    section.blocks.append(
+    rules = enumerate(sources.evidence["rules"], 1)
+    sites: list[Row] = []
+    for site in found["sites"]:
+        deciding = [site["input_rule"]] + ([] if site["weight"] is None else [site["weight_rule"]])
+        said = ", ".join(str(rule) if rule else "none" for rule in dict.fromkeys(deciding))
+        sites.append(
+            {
+                "site": site["name"],
+                "role": site["role"],
+                "input": _tensor(site["input"]),
+                "weight": "" if site["weight"] is None else _tensor(site["weight"]),
+                "precision": site["precision"],
+                "rule": Cell(said, float(deciding[0])),
+                "MACs (M)": number(site["macs"] / 1e6, 3),
+                "share %": percent(site["share"], 2),
+            }
+        )
+    kept: list[Row] = []
+    for one in found["kept_in_float"]:
+        count, macs = number(one["count"], 0), number(one["macs"] / 1e6, 3)
+        kept.append({"what": one["what"], "count": count, "MACs (M)": macs, "why": one["why"]})
+    return [
         Text(
             f"Made for {target} at {found['resolution']}x{found['resolution']}. Rules are an "
             "ordered list; the last that matches a site decides."
-        )
-    )
-    rules = [
-        (number(index, 0), Cell(rule)) for index, rule in enumerate(sources.evidence["rules"], 1)
+        ),
+        *table("Rules", [{"rule": number(index, 0), "says": rule} for index, rule in rules]),
+        *table("Sites", sites, tall=True),
+        *table("Float by nature", kept),
     ]
-    rows = [_site(site) for site in found["sites"]]
-    kept = [
-        (Cell(one["what"]), number(one["count"], 0), number(one["macs"] / 1e6, 3), Cell(one["why"]))
-        for one in found["kept_in_float"]
-    ]
-    columns = ("what", "count", "MACs (M)", "why")
-    section.blocks += [
-        Table("Rules", ("rule", "says"), rules, ("rule",)),
-        Table("Sites", PLAN, rows, PLAN[6:], tall=True),
-        Table("Float by nature", columns, kept, columns[1:3]),
-    ]
-    return section
-
-
-def _site(site: Json) -> tuple[Cell, ...]:
-    rules = [site["input_rule"]] + ([] if site["weight"] is None else [site["weight_rule"]])
-    said = ", ".join(str(rule) if rule else "none" for rule in dict.fromkeys(rules))
-    return (
-        Cell(site["name"]),
-        Cell(site["role"]),
-        Cell(_tensor(site["input"])),
-        Cell("" if site["weight"] is None else _tensor(site["weight"])),
-        Cell(site["precision"]),
-        Cell(said, float(rules[0])),
-        number(site["macs"] / 1e6, 3),
-        number(100 * site["share"], 2),
-    )
 
 
 def _tensor(spec: Json) -> str:
-    """As the plan prints it: ``s8 per channel, mse``."""
+    """Describe a tensor as the plan prints it: ``s8 per channel, mse``."""
     if not isinstance(spec["bits"], int):
         return str(spec["bits"])
     grouped = spec["granularity"] == "group"
@@ -73,89 +65,38 @@ def _tensor(spec: Json) -> str:
     return f"{'s' if spec['symmetric'] else 'u'}{spec['bits']} per {where}{clip}"
 
 
-def exports(sources: Sources) -> PageSection:
-    """Each file beside the model it was made from, engines, and what could not be exported."""
-    section = PageSection("exports", "Exports")
+def exports(sources: Sources) -> list[Block]:
+    """List files beside the models they were made from, engines, and what was not exported."""
     found = sources.results["exports"]
-    files = [row for export in found.values() for row in _files(export)]
-    if files:
-        columns = ("target", "file", "size", "same answer %", "ties", "SQNR dB", "result")
-        numeric = ("size", "same answer %", "ties", "SQNR dB")
-        section.blocks += [
-            Table("Files, read back and compared with their model", columns, files, numeric),
-            _integers(found),
-        ]
-    engines = [row for export in found.values() for row in _engines(export)]
-    if engines:
-        built = ("target", "engine", "size", "library", "layers by precision")
-        section.blocks.append(Table("Engines built ahead of time", built, engines, ("size",)))
-    section.blocks += _not_exported(found)
     if not found:
-        section.blocks.append(
-            missing("This run exported nothing: make quantize with export.targets does that.")
-        )
-    return section
-
-
-def _files(export: Json) -> list[tuple[Cell, ...]]:
-    rows: list[tuple[Cell, ...]] = []
-    for model in export.get("models", {}).values():
-        near = Cell("exact", 1e9) if model["sqnr_db"] is None else number(model["sqnr_db"], 1)
-        if reason := model.get("not_measured", {}).get("sqnr_db"):
-            near = Cell(f"not measured: {reason}", -1e9)
-        rows.append(
-            (
-                Cell(export["target"]),
-                Cell(model["file"]),
-                megabytes(model["size_bytes"]),
-                number(model["agreement"], 1),
-                number(model["ties"], 0),
-                near,
-                Cell("✓ agrees" if model["holds"] else "✗ differs"),
-            )
-        )
-    return rows
-
-
-def _integers(found: Json) -> Table:
-    """What was planned in integers, and what the runtime here really runs so."""
-    columns = ("target", "planned (M)", "executed (M)", "share %", "answers as float %")
-    rows = []
-    for export in found.values():
-        if "models" not in export:
-            continue
-        macs = export["integer_macs"]
-        executed = macs["executed"]
-        unknown = Cell("cannot be asked here")
-        rows.append(
-            (
-                Cell(export["target"]),
-                number(macs["planned"] / 1e6, 2),
-                unknown if executed is None else number(executed / 1e6, 2),
-                number(None if macs["share"] is None else 100 * macs["share"], 1),
-                number(export["answers_as_float"], 1),
-            )
-        )
-    return Table("Multiplications in integers", columns, rows, columns[1:])
-
-
-def _engines(export: Json) -> list[tuple[Cell, ...]]:
-    return [
-        (
-            Cell(export["target"]),
-            Cell(f"{name}.engine"),
-            megabytes(engine["size_bytes"]),
-            Cell(f"{engine['library']} {engine['version']}"),
-            Cell(", ".join(f"{kind} {n}" for kind, n in engine["precisions"].items())),
-        )
-        for name, engine in export.get("engines", {}).items()
+        return [missing("This run exported nothing: make quantize with export.targets does that.")]
+    files: list[Row] = [
+        {
+            "target": export["target"],
+            "file": model["file"],
+            "size": megabytes(model["size_bytes"]),
+            "same answer %": number(model["agreement"], 1),
+            "ties": number(model["ties"], 0),
+            "SQNR dB": _nearness(model),
+            "result": "✓ agrees" if model["holds"] else "✗ differs",
+        }
+        for export in found.values()
+        for model in export.get("models", {}).values()
     ]
-
-
-def _not_exported(found: Json) -> list[Block]:
-    """One sentence for each reason, naming its targets."""
-    alike: dict[tuple[str, str], list[str]] = {}
+    engines: list[Row] = []
+    alike: dict[tuple[str, str], list[str]] = {}  # one sentence for each reason
     for export in found.values():
+        for name, engine in export.get("engines", {}).items():
+            precisions = engine["precisions"].items()
+            engines.append(
+                {
+                    "target": export["target"],
+                    "engine": f"{name}.engine",
+                    "size": megabytes(engine["size_bytes"]),
+                    "library": f"{engine['library']} {engine['version']}",
+                    "layers by precision": ", ".join(f"{kind} {n}" for kind, n in precisions),
+                }
+            )
         for kind, said in (
             ("skipped", "No export"),
             ("failed", "The export failed"),
@@ -165,40 +106,75 @@ def _not_exported(found: Json) -> list[Block]:
                 key = (said, reason.replace(export["target"], "it"))
                 alike.setdefault(key, []).append(export["target"])
     return [
-        missing(f"{said} for {', '.join(names)}: {reason}")
-        for (said, reason), names in alike.items()
+        *table("Files, read back and compared with their model", files),
+        *_integers(found),
+        *table("Engines built ahead of time", engines),
+        *(
+            missing(f"{said} for {', '.join(names)}: {reason}")
+            for (said, reason), names in alike.items()
+        ),
     ]
 
 
-def manifest(sources: Sources) -> PageSection:
-    """Everything that is needed to make the run again, and to know that it is the same."""
-    section = PageSection("manifest", "Manifest")
+def _nearness(model: Json) -> Cell:
+    """Show a file's SQNR, sorted above all others where exact and below them where unknown."""
+    if reason := model.get("not_measured", {}).get("sqnr_db"):
+        return Cell(f"not measured: {reason}", -1e9, numeric=True)
+    if model["sqnr_db"] is None:
+        return Cell("exact", 1e9, numeric=True)
+    return number(model["sqnr_db"], 1)
+
+
+def _integers(found: Json) -> list[Table]:
+    """List what was planned in integers, and what the runtime here really runs so."""
+    unknown = Cell("cannot be asked here", numeric=True)
+    rows: list[Row] = []
+    for export in found.values():
+        if export.get("models"):
+            macs = export["integer_macs"]
+            executed = macs["executed"]
+            rows.append(
+                {
+                    "target": export["target"],
+                    "planned (M)": number(macs["planned"] / 1e6, 2),
+                    "executed (M)": unknown if executed is None else number(executed / 1e6, 2),
+                    "share %": percent(macs["share"]),
+                    "answers as float %": number(export["answers_as_float"], 1),
+                }
+            )
+    return table("Multiplications in integers", rows)
+
+
+def manifest(sources: Sources) -> list[Block]:
+    """List all that is needed to make the run again, and to know that it is the same."""
     results, found = sources.results, sources.manifest
-    rows = [("run", sources.name), ("recipe", results["recipe"])]
-    rows += [("claim", sources.recipe.get("claim", "")), ("seed", sources.recipe.get("seed", ""))]
-    rows += [("git revision", found.get("git_revision") or "not in a git checkout")]
-    rows += [(key, found[key]) for key in ("started", "finished") if key in found]
-    rows += list(_flat("input", found.get("inputs") or {}))
-    rows += list(_flat("data", {k: v for k, v in results["data"].items() if k != "classes"}))
-    rows += [("data classes", len(results["data"]["classes"]))]
+    rows = [
+        ("run", sources.name),
+        ("recipe", results["recipe"]),
+        ("claim", sources.recipe.get("claim", "")),
+        ("seed", sources.recipe.get("seed", "")),
+        ("git revision", found.get("git_revision") or "not in a git checkout"),
+        *((key, found[key]) for key in ("started", "finished") if key in found),
+        *_flat("input", found.get("inputs") or {}),
+        *_flat("data", {k: v for k, v in results["data"].items() if k != "classes"}),
+        ("data classes", len(results["data"]["classes"])),
+    ]
     if sources.calibration:
-        rows += [("calibration method", sources.calibration.get("method", ""))]
+        rows.append(("calibration method", sources.calibration.get("method", "")))
     if sources.tuning:
         alphas = sources.tuning.get("alphas") or {}
         changed = sum(alpha is not None for alpha in alphas.values())
-        rows += [("layers rescaled", f"{changed} of {len(alphas)}")]
-    rows += list(_flat("seconds", results["seconds"]))
+        rows.append(("layers rescaled", f"{changed} of {len(alphas)}"))
+    rows += _flat("seconds", results["seconds"])
     rows += [(f"export {target}", one["fingerprint"]) for target, one in sources.exports.items()]
-    section.blocks.append(_pairs("How to make it again", rows))
+    again = _pairs("How to make it again", rows)
     if not found:
-        section.blocks.append(missing("manifest.json is gone: make quantize writes one."))
-        return section
-    section.blocks.append(_pairs("Machine and versions", list(_flat("", found["machine"]))))
-    return section
+        return [*again, missing("manifest.json is gone: make quantize writes one.")]
+    return [*again, *_pairs("Machine and versions", _flat("", found["machine"]))]
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
-    """Nested plain data as dotted names and values."""
+    """Flatten nested plain data to names, joined by blanks, and values."""
     if not isinstance(value, dict):
         return [(name, value)]
     return [
@@ -208,9 +184,8 @@ def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _pairs(caption: str, rows: list[tuple[str, Any]]) -> Table:
-    cells = [(Cell(name), Cell(_said(value))) for name, value in rows]
-    return Table(caption, ("what", "value"), cells)
+def _pairs(caption: str, rows: list[tuple[str, Any]]) -> list[Table]:
+    return table(caption, [{"what": name, "value": _said(value)} for name, value in rows])
 
 
 def _said(value: Any) -> str:

@@ -1,5 +1,6 @@
 """The files of a run directory that a report is written from; only results.json must be there."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,22 @@ class Sources:
     fidelity: Json | None = None
     sensitivity: Json | None = None
     exports: dict[str, Json] = field(default_factory=dict)  # by target
-    measured: dict[str, Json] = field(default_factory=dict)  # by file
+    measured: Sequence[Json] = ()  # by devices
 
     @property
     def is_float(self) -> bool:
-        """Nothing was quantized."""
+        """Whether nothing was quantized."""
         return "candidates" not in self.results
-
-    @property
-    def kept(self) -> Json:
-        """The figures of the quantized model that was kept."""
-        return dict(self.results["candidates"][self.results["kept"]])
 
     @property
     def _mine(self) -> set[str]:
         """What compare may call this run's model."""
         return {self.name, self.results["recipe"], self.results["precision"]}
+
+    @property
+    def compared(self) -> dict[str, dict[str, Json]]:
+        """What compare measured here: target -> model -> its values."""
+        return (self.compare or {}).get("targets") or {}
 
     @property
     def pair(self) -> Json | None:
@@ -63,7 +64,7 @@ class Sources:
 
 
 def read_results(run_dir: Path) -> Json:
-    """results.json, without which there is nothing to report."""
+    """Read results.json, without which there is nothing to report."""
     found = _json(run_dir / "results.json")
     if found is None:
         raise RunError(f"{run_dir} has no results.json.", "make the run first: make quantize")
@@ -71,50 +72,45 @@ def read_results(run_dir: Path) -> Json:
 
 
 def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
-    """Everything else."""
+    """Read everything else."""
+    compare = _json(run_dir / "compare.json")
+    if compare is not None and "targets" in compare:
+        # Without the rows of other devices: `measured` has those, with all that is known of them.
+        targets = {
+            target: {name: one for name, one in models.items() if not one.get("measured_on")}
+            for target, models in compare["targets"].items()
+        }
+        compare = {**compare, "targets": targets}
+    path = run_dir / "recipe.yaml"
+    recipe = read_yaml(path) if path.is_file() else {}
     beside = run_dir.with_name(f"{run_dir.resolve().name}_sensitivity")
     return Sources(
         name=results["run"],
         results=results,
         results_sha256=sha256_file(run_dir / "results.json"),
-        recipe=_recipe(run_dir / "recipe.yaml"),
+        recipe=recipe if isinstance(recipe, dict) else {},
         evidence=evidence,
         manifest=_json(run_dir / "manifest.json") or {},
         calibration=_json(run_dir / "calibration.json"),
         tuning=_json(run_dir / "ptq" / "tuning.json"),
         trained=_json(run_dir / "float" / "history.json"),
         qat=_json(run_dir / "qat" / "history.json"),
-        compare=_compared_here(_json(run_dir / "compare.json")),
+        compare=compare,
         fidelity=_json(run_dir / "fidelity.json"),
         sensitivity=_json(beside / "sensitivity.json"),
-        exports=_all(sorted(run_dir.glob("exports/*/export.json")), parent=True),
-        measured=_all(sorted(run_dir.glob("measured/*.json")), parent=False),
+        exports={path.parent.name: found for path, found in _all(run_dir, "exports/*/export.json")},
+        measured=[found for _, found in _all(run_dir, "measured/*.json")],
     )
 
 
-def _compared_here(compare: Json | None) -> Json | None:
-    """Without the rows of other devices: `measured` has those, with all that is known of them."""
-    if compare is None or "targets" not in compare:
-        return compare
-    targets = {
-        target: {name: one for name, one in models.items() if not one.get("measured_on")}
-        for target, models in compare["targets"].items()
-    }
-    return {**compare, "targets": targets}
-
-
-def _recipe(path: Path) -> Json:
-    content = read_yaml(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
-
-
-def _all(paths: list[Path], parent: bool) -> dict[str, Json]:
-    found = {(path.parent.name if parent else path.stem): _json(path) for path in paths}
-    return {name: content for name, content in found.items() if content is not None}
+def _all(run_dir: Path, pattern: str) -> Iterator[tuple[Path, Json]]:
+    for path in sorted(run_dir.glob(pattern)):
+        if (found := _json(path)) is not None:
+            yield path, found
 
 
 def _json(path: Path) -> Json | None:
-    """None where there is no such file; an error where it is damaged."""
+    """Return None where there is no such file; raise RunError where it is damaged."""
     try:
         content = read_json(path)
     except FileNotFoundError:

@@ -291,7 +291,7 @@ def test_only_a_full_disk_is_the_users(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "stale"),
     [
-        ("report.render", set()),
+        ("report.write", set()),
         ("cli", set()),
         ("pipeline", set()),
         ("export.ort_head", {"export"}),
