@@ -1,13 +1,21 @@
 """Whether a file computes what the model does: logits beside logits, on real images."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from care_compress.data.loader import BadImages, pixel_batches
+from care_compress.data.samples import Samples, spread_indices
+from care_compress.data.transforms import normalize
+from care_compress.errors import DataError
+from care_compress.model.predictor import Predictor
 from care_compress.quantize.distance import sqnr_db
+from care_compress.recipe.sections import DataSection
 
 # Rounding to a step is chaotic: a difference in the last bit of a float sum moves a value by a
 # whole step, so two exact implementations of one INT8 model are 35 to 50 dB apart (the simulation
@@ -20,6 +28,36 @@ LEAST_AGREEMENT = 99.5
 # better than it needs to be.
 TIE, BETTER_DB = 4.0, 10.0
 NO_NUMBERS = "some logits are NaN or infinite"
+
+
+@dataclass(frozen=True)
+class HeldImages:
+    """Real images, decoded once: bytes, of which batches are prepared when they are needed."""
+
+    pixels_BCHW: Tensor  # uint8
+    labels: Tensor
+    data: DataSection
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The network's inputs."""
+        for pixels in torch.split(self.pixels_BCHW, size):
+            yield normalize(pixels, self.data.mean, self.data.std)
+
+    def logits(self, predict: Predictor, size: int = 32) -> Tensor:
+        """Logits (N, K) of all images."""
+        with torch.inference_mode():
+            return torch.cat([predict(images).float().cpu() for images in self.batches(size)])
+
+
+def hold_images(
+    samples: Samples, data: DataSection, count: int | None, bad: BadImages
+) -> HeldImages:
+    """`count` images of a split, evenly spaced, or all of them."""
+    batches = list(pixel_batches(samples, data, spread_indices(len(samples), count), 32, bad))
+    if not batches:
+        raise DataError("there is no image to compare on.", "check the val split")
+    pixels = torch.cat([batch.images for batch in batches])
+    return HeldImages(pixels, torch.cat([batch.labels for batch in batches]), data)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from care_compress.device.cpu_app import FLOAT
-from care_compress.device.sensors import is_busy
 from care_compress.errors import CareError
-from care_compress.evaluate.verdicts import Verdict
 from care_compress.files import json_text, read_json, write_text
 from care_compress.run.finished import as_written
 
@@ -305,7 +302,7 @@ def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tu
         label = name if model == precision else f"{name} {model}"
         yield (
             # A CPU's files are measured here, too, and on any number of other machines.
-            f"{label} on {_place(found)}" if _is_of_cpu(found) else label,
+            f"{label} on {place_of(found)}" if is_of_cpu(found) else label,
             {
                 "available": True,
                 "why": "",
@@ -329,31 +326,12 @@ def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tu
         )
 
 
-def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict | None:
-    """What a device's own figures say; it measured both models in turns."""
-    target, place = found["target"], _place(found)
-    baseline, model = (FLOAT, "file") if _is_of_cpu(found) else ("fp16", "engine")
-    speeds = {model: one["speed"] for model, one in found["models"].items()}
-    accuracy = found["models"].get(precision, {}).get("accuracy")
-    if accuracy is not None and not accuracy["passed"]:
-        text = f"{name} does not pay: its {model} failed verify on {place}"
-        return Verdict(target, name, False, text)
-    if precision == baseline or speeds.get(precision) is None or speeds.get(baseline) is None:
-        return None
-    ratio = speeds[baseline]["latency_ms"]["p50"] / speeds[precision]["latency_ms"]["p50"]
-    said = f"{ratio:.2f}x over {baseline.upper()} on {place}"
-    load = speeds[precision]["before"].get("load_average")
-    if is_busy(load, found["board"].get("cores", 1)):
-        return Verdict(target, name, None, f"{name}: other programs were at work: {said}")
-    verb = "pays" if ratio > 1 else "does not pay"
-    return Verdict(target, name, ratio > 1, f"{name} {verb}: {said}")
-
-
-def _is_of_cpu(found: dict[str, Any]) -> bool:
+def is_of_cpu(found: dict[str, Any]) -> bool:
+    """Whether they are of a bundle for a CPU, not of engines."""
     return "gpu" not in found["board"]
 
 
-def _place(found: dict[str, Any]) -> str:
+def place_of(found: dict[str, Any]) -> str:
     """The device, with the number of threads where a CPU's files were timed."""
     speeds = [one["speed"] for one in found["models"].values() if one["speed"] is not None]
     threads = speeds[0].get("threads") if speeds else None

@@ -15,24 +15,26 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from torch import Tensor, nn
 
 from care_compress.console import say, step_line, widened
 from care_compress.data.loader import BadImages
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import RunError, TargetError
+from care_compress.evaluate.agreement import hold_images
 from care_compress.evaluate.device_measurements import device_measurements
-from care_compress.evaluate.images import hold_images
 from care_compress.evaluate.site_distance import Absent, Version, compare_versions
 from care_compress.evaluate.site_outputs import FileTap, Taken, run_graph, run_module, tap_file
-from care_compress.evaluate.tables import site_table, version_table
 from care_compress.files import digest_of, fingerprint, json_text, sha256_file, write_text
 from care_compress.model.checkpoint import load_checkpoint, state_digest
 from care_compress.model.compact import CompactCare
 from care_compress.model.predictor import Predictor
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.artifact import Saved, load_saved
+from care_compress.quantize.distance import EXACT_DB
 from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.plots import short_name
 from care_compress.quantize.retarget import export_rules, retarget
 from care_compress.quantize.sites import find_sites
 from care_compress.quantize.spec import Site
@@ -48,7 +50,12 @@ NOT_ALL = "left out: depthwise convs of the interactions, whose channels and bia
 CORRECTED = "quantizers off; biases and norms as PTQ corrected them, weights as QAT left them"
 NNCF_HAS_NO_SITES = "NNCF's file has layers of its own names: logits only"
 ENGINE_HAS_NO_SITES = "an engine gives logits only"
+DEVICE_HAS_NO_SITES = "a device gives logits only"
 ATTENTION = ("attention.kv", "attention.out")
+
+WIDTH = 150  # of the tables
+HARDEST = 15
+ABSENT = "not here, see below"
 
 
 @dataclass
@@ -125,36 +132,36 @@ class Versions:
 
     def _different_files(self) -> list[tuple[Path, list[Target]]]:
         """Exported files, each once, with the targets that share it; reasons for the others."""
+        exports = self.run.results["exports"]
+        for name in self.wanted or ():
+            if name not in exports:
+                raise RunError(
+                    f"{self.run.path.name} has no export for {name}.",
+                    f"it has {', '.join(exports) or 'none'}; make quantize with export.targets",
+                )
         shared: dict[str, tuple[Path, list[Target]]] = {}
         reasons: dict[str, list[str]] = {}
-        for target, export in self._exports():
+        for name in self.wanted or exports:
+            export, target = exports[name], load_target(name, self.run.recipe.full_range)
             main = export.get("models", {}).get(self.run.recipe.precision)
             if main is None:
                 said = export.get("skipped") or export.get("failed") or "nothing was exported"
-                reasons.setdefault(said.replace(target.name, "it"), []).append(target.name)
+                reasons.setdefault(said.replace(name, "it"), []).append(name)
                 continue
-            path = self.run.path / "exports" / target.name / main["file"]
+            path = self.run.path / "exports" / name / main["file"]
             if not path.is_file():
                 gone = f"{path.name} is gone; make quantize exports it again"
-                reasons.setdefault(gone, []).append(target.name)
+                reasons.setdefault(gone, []).append(name)
                 continue
+            # As its file was written; older runs do not name the placement.
+            placement = export.get("placement", AS_SHIPPED)
+            if placement in target.placements:
+                target = target.placed(placement)
             shared.setdefault(digest_of(path), (path, []))[1].append(target)
         self.gone += [
             Absent(f"file for {', '.join(names)}", reason) for reason, names in reasons.items()
         ]
         return list(shared.values())
-
-    def _exports(self) -> Iterable[tuple[Target, dict[str, Any]]]:
-        found = self.run.results["exports"]
-        for name in self.wanted or ():
-            if name not in found:
-                raise RunError(
-                    f"{self.run.path.name} has no export for {name}.",
-                    f"it has {', '.join(found) or 'none'}; make quantize with export.targets",
-                )
-        full = self.run.recipe.full_range
-        names = self.wanted or found
-        return [(_placed(load_target(name, full), found[name]), found[name]) for name in names]
 
     def _engine(self, target: Target, file: str) -> None:
         name = f"engine of {target.name}"
@@ -165,7 +172,16 @@ class Versions:
         ]
         path = next((path for path in built if path.is_file()), None)
         if path is None:
-            self.gone.append(Absent(name, f"none was built here: {_how(target)}"))
+            if target.builds_without_device:
+                how = "install the tensorrt-rtx extra, then make quantize"
+            elif target.device == "gpu":
+                how = f"make engine TARGET={target.name}, on a machine with that GPU"
+            else:
+                how = (
+                    f"make bundle TARGET={target.name} for the board, then care-compress "
+                    "import-results"
+                )
+            self.gone.append(Absent(name, f"none was built here: {how}"))
             return
         try:
             predict = open_predictor(str(path), CPU)
@@ -174,21 +190,6 @@ class Versions:
             return
         run = partial(_read, predict, None)
         self.all.append(Version(name, run, file, (), (target.name,), ENGINE_HAS_NO_SITES))
-
-
-def _placed(target: Target, export: dict[str, Any]) -> Target:
-    """The target in the placement that its file was written in; older runs do not name it."""
-    name = export.get("placement", AS_SHIPPED)
-    return target.placed(name) if name in target.placements else target
-
-
-def _how(target: Target) -> str:
-    """How to get an engine of a target."""
-    if target.builds_without_device:
-        return "install the tensorrt-rtx extra, then make quantize"
-    if target.device == "gpu":
-        return f"make engine TARGET={target.name}, on a machine with that GPU"
-    return f"make bundle TARGET={target.name} for the board, then care-compress import-results"
 
 
 def _names(targets: list[Target]) -> tuple[str, ...]:
@@ -266,10 +267,6 @@ def _moved_by_rescaling(
     return _moved_by_rewriting(sites) | other
 
 
-WIDTH = 150  # of the tables
-DEVICE_HAS_NO_SITES = "a device gives logits only"
-
-
 def run_fidelity(
     runs: Path,
     name: str,
@@ -278,7 +275,7 @@ def run_fidelity(
     json_file: Path | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Climb, print, write ``fidelity.json``."""
+    """Compare version by version, print, write ``fidelity.json``."""
     run = find_run(runs, name)
     for target in targets or ():
         load_target(target)  # a misspelt one is an error
@@ -305,8 +302,7 @@ def run_fidelity(
     wide.print(version_table(value))
     wide.print(site_table(value))
     for absent in versions.gone:
-        text = f"{absent.name}: {absent.why}"
-        say(text, console)
+        say(f"{absent.name}: {absent.why}", console)
     for path in filter(None, (run.path / "fidelity.json", json_file)):
         write_text(path, json_text(value, indent=1))
         console.print(f"written to {escape(str(path))}", soft_wrap=True)
@@ -338,3 +334,67 @@ def _boards(versions: Versions) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def version_table(value: dict[str, Any]) -> Table:
+    """One row for each version, beside the one before it."""
+    table = Table(title=f"Version by version, {value['images']:,} images", title_justify="left")
+    table.add_column("version", no_wrap=True)
+    table.add_column("made from", no_wrap=True)
+    for column in ("logits", "to float", "same answers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("first parts at", no_wrap=True)
+    for row in value["rungs"]:
+        if "missing" in row:
+            cells = [row["rung"], "", "", "", "", ABSENT]
+        else:
+            cells = [
+                row["rung"],
+                row["before"] or "",
+                decibels(row["sqnr_db"]),
+                decibels(row["to_float_db"]),
+                f"{row['same_percent']:.1f} %",
+                parting_text(row),
+            ]
+        table.add_row(*(escape(cell) for cell in cells))
+    return table
+
+
+def decibels(value: float | None) -> str:
+    """``31.0 dB``; nothing for the first version, words for no difference."""
+    return "" if value is None else "exact" if value >= EXACT_DB else f"{value:.1f} dB"
+
+
+def parting_text(row: dict[str, Any]) -> str:
+    """Where a version parts from the one before it, or why that is not known."""
+    parting = row["parts_at"]
+    if parting is not None:
+        return f"{short_name(parting['site'])}, {decibels(parting['sqnr_db'])}"
+    if row["sites"]:
+        return "nowhere"
+    return "" if row["before"] is None else str(row["note"]).partition(":")[0]
+
+
+def hardest_sites(value: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """Versions that show sites, and the worst sites with a distance for each of those versions."""
+    shown = [row for row in value["rungs"] if row.get("sites")]
+    worst: dict[str, float] = {}
+    for row in shown:
+        for site, found in row["sites"].items():
+            worst[site] = min(found, worst.get(site, found))
+    sites = sorted(worst, key=lambda site: worst[site])[:HARDEST]
+    cells = [(site, [row["sites"].get(site) for row in shown]) for site in sites]
+    return [row["rung"] for row in shown], cells
+
+
+def site_table(value: dict[str, Any]) -> Table:
+    """The hardest sites from version to version, each step beside the version it was made from."""
+    versions, cells = hardest_sites(value)
+    title = "Hardest sites, dB of each step (left out where a site's meaning moved)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("site", no_wrap=True)
+    for version in versions:
+        table.add_column(escape(version), justify="right")
+    for site, found in cells:
+        table.add_row(short_name(site), *(decibels(one).removesuffix(" dB") for one in found))
+    return table

@@ -24,6 +24,7 @@ from care_compress.model.predictor import Predictor
 from care_compress.quantize.distance import Distance
 from care_compress.recipe.sections import DataSection
 
+Interval = tuple[float, float, float]  # value, low, high
 NORMAL_95 = 1.959964  # deviations that hold 95 % of a normal distribution
 DRAWS = 10_000
 BINS = 15
@@ -100,12 +101,31 @@ def calibration_error(confidence: NDArray[np.float32], right: NDArray[np.bool_])
 
 def ratio_interval(
     numerator: NDArray[np.float64], denominator: NDArray[np.float64], seed: int = 0
-) -> tuple[float, float, float]:
+) -> Interval:
     """Median of paired ratios and its 95 % bootstrap interval; one pair for each turn."""
     ratios = numerator / denominator
     drawn = np.random.default_rng(seed).choice(ratios, size=(DRAWS // 10, len(ratios)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     return float(np.median(ratios)), float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Top-1 lost against the baseline, in points, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def between(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> "Drop":
+        """Of answers to the same images: whether each was right."""
+        lost, gained = changes(before, after)
+        images = len(before)
+        return cls(100 * (lost - gained) / images, *drop_interval(lost, gained, images))
+
+    def __str__(self) -> str:
+        return f"drop {self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from rich.markup import escape
 from care_compress.console import say
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, TargetError
-from care_compress.evaluate.comparison import BF16, CompareOptions, find_entries, score
+from care_compress.evaluate.comparison import BF16, CompareOptions
+from care_compress.evaluate.file_measurements import find_entries, score
 from care_compress.evaluate.resolve import MakeRun, NamedModel, named_models
 from care_compress.files import read_json, size_of
 from care_compress.machine import git_revision

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
+from rich.table import Table
 
 from care_compress.data.checks import Contents
 from care_compress.data.loader import images_at_once
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.evaluate.accuracy import NOTHING, Accuracy, measure_module, own_share
 from care_compress.evaluate.pairs import Paired, measure_pair
-from care_compress.evaluate.tables import quantized_table
 from care_compress.files import digest_of, write_text
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
@@ -73,6 +73,28 @@ def score(
         )
     console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
     return Scores(best.paired.candidate, tuple(tried), best)
+
+
+def quantized_table(candidates: Sequence[tuple[str, Paired]], kept: str) -> Table:
+    """Float and quantized side by side."""
+    images = candidates[0][1].baseline.images
+    table = Table(title=f"On {images:,} validation images", title_justify="left")
+    table.add_column("model")
+    for column in ("top-1", "top-5", "drop [95 %]", "same answer", "logit SQNR"):
+        table.add_column(column, justify="right")
+    before = candidates[0][1].baseline
+    table.add_row("float", f"{before.top1:.2f} %", f"{before.top5:.2f} %", "", "", "")
+    for name, paired in candidates:
+        low, high = paired.drop_ci95
+        table.add_row(
+            f"{name} (kept)" if name == kept else name,
+            f"{paired.candidate.top1:.2f} %",
+            f"{paired.candidate.top5:.2f} %",
+            f"{paired.drop:.2f} [{low:.2f}, {high:.2f}]",
+            f"{paired.agreement:.2f} %",
+            f"{paired.distance.sqnr_db:.1f} dB",
+        )
+    return table
 
 
 def _float_accuracy(

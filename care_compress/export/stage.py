@@ -19,8 +19,7 @@ from care_compress import machine
 from care_compress.console import say, step_line, widened
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.errors import ExportError, RecipeError, TargetError
-from care_compress.evaluate.agreement import compare_logits
-from care_compress.evaluate.images import hold_images
+from care_compress.evaluate.agreement import compare_logits, hold_images
 from care_compress.evaluate.readback import answers_beside
 from care_compress.evaluate.site_distance import first_divergence
 from care_compress.export.result import Exported, File, export_table, in_short

@@ -1,6 +1,6 @@
 """Fidelity: what each step from the float model to a file cost, and where."""
 
-from care_compress.evaluate.tables import ABSENT, decibels, hardest_sites, parting_text
+from care_compress.evaluate.fidelity import ABSENT, decibels, hardest_sites, parting_text
 from care_compress.quantize.plots import short_name
 from care_compress.report.blocks import Cell, PageSection, Table, Text, missing, number
 from care_compress.report.sources import Json, Sources
