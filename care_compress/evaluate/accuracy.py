@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,6 +86,32 @@ def measure_accuracy(
     contents: Contents | None = None,
 ) -> Accuracy:
     """Accuracy of `predict` on these images of a data set; `contents` takes their digests."""
+    batches = shown_batches(
+        samples,
+        data,
+        batch_size,
+        indices=indices,
+        bad=bad,
+        console=console,
+        device=device,
+        contents=contents,
+    )
+    with contextlib.closing(batches):
+        return count_correct(predict, batches)
+
+
+def shown_batches(
+    samples: Samples,
+    data: DataSection,
+    batch_size: int,
+    *,
+    indices: Sequence[int],
+    bad: BadImages,
+    console: Console,
+    device: torch.device,
+    contents: Contents | None,
+) -> Generator[Batch]:
+    """Prepared batches of these images, with a bar of how many are through; to be closed."""
     batches = prepared_batches(
         samples, data, batch_size, bad=bad, indices=indices, device=device, contents=contents
     )
@@ -93,30 +119,20 @@ def measure_accuracy(
         contextlib.closing(batches),
         progress_bar(console, "evaluating", len(indices)) as advance,
     ):
-        return count_correct(predict, batches, advance)
+        for batch in batches:
+            yield batch
+            advance(len(batch.labels))
 
 
-def count_correct(
-    predict: Callable[[Tensor], Tensor],
-    batches: Iterable[Batch],
-    progress: Callable[[int], None] = lambda images: None,
-) -> Accuracy:
+def count_correct(predict: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Accuracy:
     """Run `predict` over all prepared batches."""
-    found = NOTHING
-    for batch in batches:
-        found += count_batch(predict, batch)
-        progress(len(batch.labels))
-    return found
+    return sum((count_batch(predict, batch) for batch in batches), NOTHING)
 
 
 @torch.inference_mode()
 def count_batch(predict: Callable[[Tensor], Tensor], batch: Batch) -> Accuracy:
     """Run `predict` over one prepared batch."""
-    logits = predict(batch.images)
-    hits = hits_of(logits, batch.labels)
-    return Accuracy(
-        len(batch.labels), int(hits.first.sum()), int(hits.in_top5.sum()), int(hits.broken.sum())
-    )
+    return hits_of(predict(batch.images), batch.labels).counted()
 
 
 class Hits(NamedTuple):
@@ -125,6 +141,10 @@ class Hits(NamedTuple):
     first: Tensor
     in_top5: Tensor
     broken: Tensor
+
+    def counted(self) -> Accuracy:
+        """How many of each."""
+        return Accuracy(len(self.first), *(int(each.sum()) for each in self))
 
 
 def hits_of(logits: Tensor, labels: Tensor) -> Hits:

@@ -1,9 +1,8 @@
 """A model beside its baseline on the same images: drop with its interval, agreement, distance."""
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
-from rich.console import Console
 from torch import Tensor
 
-from care_compress.console import progress_bar
-from care_compress.data.checks import Contents
-from care_compress.data.loader import BadImages, Batch, prepared_batches
-from care_compress.data.samples import Samples
+from care_compress.data.loader import Batch
 from care_compress.errors import DataError, EvaluationError
 from care_compress.evaluate.accuracy import NOTHING, Accuracy, hits_of
 from care_compress.model.predictor import Predictor
 from care_compress.quantize.distance import Distance
-from care_compress.recipe.sections import DataSection
 
 Interval = tuple[float, float, float]  # value, low, high
 NORMAL_95 = 1.959964  # deviations that hold 95 % of a normal distribution
@@ -195,36 +189,11 @@ class Paired:
 _PLAIN = TypeAdapter(Paired)
 
 
-def measure_pair(
-    baseline: Predictor,
-    candidate: Predictor,
-    samples: Samples,
-    data: DataSection,
-    *,
-    batch_size: int,
-    indices: Sequence[int],
-    bad: BadImages,
-    console: Console,
-    device: torch.device,
-    contents: Contents | None = None,
-) -> Paired:
-    """Both models on these images, decoded once; `contents` takes digests of them."""
-    batches = prepared_batches(
-        samples, data, batch_size, bad=bad, indices=indices, device=device, contents=contents
-    )
-    with (
-        contextlib.closing(batches),
-        progress_bar(console, "evaluating", len(indices)) as advance,
-    ):
-        return count_pairs(baseline, candidate, batches, advance)
-
-
 @torch.inference_mode()
 def count_pairs(
     baseline: Callable[[Tensor], Tensor],
     candidate: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
-    progress: Callable[[int], None] = lambda images: None,
 ) -> Paired:
     """Run both over all prepared batches and count."""
     lost = gained = agreeing = 0
@@ -233,8 +202,7 @@ def count_pairs(
     for batch in batches:
         logits = [model(batch.images).cpu() for model in (baseline, candidate)]
         hits = [hits_of(one, batch.labels) for one in logits]
-        for which, (first, in_top5, broken) in enumerate(hits):
-            scores[which] += Accuracy(len(first), *(int(n.sum()) for n in (first, in_top5, broken)))
+        scores = [so_far + one.counted() for so_far, one in zip(scores, hits, strict=True)]
         lost += int((hits[0].first & ~hits[1].first).sum())
         gained += int((~hits[0].first & hits[1].first).sum())
         # What is no number agrees with nothing, and has no distance.
@@ -242,7 +210,6 @@ def count_pairs(
         before, after = (one[sound] for one in logits)
         agreeing += int((before.argmax(dim=1) == after.argmax(dim=1)).sum())
         distance.add(before, after)
-        progress(len(batch.labels))
     return Paired(scores[0], scores[1], lost, gained, agreeing, distance)
 
 

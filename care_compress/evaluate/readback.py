@@ -115,20 +115,19 @@ def what_failed(export: Mapping[str, Any], precision: str | None = None) -> dict
         return {str(export["target"]): f"the export failed: {export['failed']}"}
     models = export.get("models", {})
     chosen = models.values() if precision is None else [models.get(precision, {"holds": True})]
-    return {model["file"]: _difference(model) for model in chosen if not model["holds"]}
-
-
-def _difference(model: Mapping[str, Any]) -> str:
-    """How far a file is from its model, as the export measured it."""
-    if model["sqnr_db"] is None:
+    found = {}
+    for model in chosen:
+        if model["holds"]:
+            continue
         said = "it answers NaN or infinity"
-    else:
-        said = (
-            f"{model['agreement']:.1f} % of answers as its model's, {model['sqnr_db']:.1f} dB of "
-            f"at least {model['least_sqnr_db']:.1f}"
-        )
-    where = model.get("parts_at")
-    return f"{said}; it parts at {where}" if where else said
+        if model["sqnr_db"] is not None:
+            said = (
+                f"{model['agreement']:.1f} % of answers as its model's, {model['sqnr_db']:.1f} dB "
+                f"of at least {model['least_sqnr_db']:.1f}"
+            )
+        where = model.get("parts_at")
+        found[model["file"]] = f"{said}; it parts at {where}" if where else said
+    return found
 
 
 def exports_check(exports: Mapping[str, Mapping[str, Any]]) -> CheckResult:

@@ -88,14 +88,19 @@ def run_reference(
 ) -> int:
     """Measure and check; 0 only if every value holds."""
     chosen = read_reference(file, names)
-    recipes = {name: _recipe(name, accepted) for name, accepted in chosen.items()}
+    recipes = {}
+    for name, accepted in chosen.items():
+        for target in accepted.targets:
+            load_target(target)  # a misspelt one is an error, before anything is made
+        # Laid out for one class of processor, whichever measures it: sizes are of one placement.
+        fixed = {"export.targets": list(accepted.targets), "export.dot_products": True}
+        recipes[name] = load_recipe(name, [], fixed)
     checks: list[Check] = []
     for name, accepted in chosen.items():
         run = _run_of(recipes[name], name, runs, make_run, console)
         found, missing = _measured(run, tuple(accepted.targets), console)
         for target, why in missing.items():
-            told = f"skipped {name} on {target}: {why}"
-            say(told, console)
+            say(f"skipped {name} on {target}: {why}", console)
         for check in checked(name, accepted, found):
             checks.append(check)
             say(str(check), console)
@@ -126,15 +131,6 @@ def checked(
         yield Check(name, target, "top-1", one.top1, known.top1, accepted.top1_tolerance)
         allowed = known.size_bytes * accepted.size_tolerance / 100
         yield Check(name, target, "bytes", one.size_bytes, known.size_bytes, allowed)
-
-
-def _recipe(name: str, accepted: AcceptedRecipe) -> Recipe:
-    """A shipped recipe that exports to these targets alone."""
-    for target in accepted.targets:
-        load_target(target)  # a misspelt one is an error, before anything is made
-    # Laid out for one class of processor, whichever measures it: sizes are of one placement.
-    fixed = {"export.targets": list(accepted.targets), "export.dot_products": True}
-    return load_recipe(name, [], fixed)
 
 
 def _run_of(

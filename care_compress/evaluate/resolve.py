@@ -100,27 +100,20 @@ def _options(name: str, runs: Path) -> list[NamedModel]:
     if path.suffix in (*READERS, *CHECKPOINT_SUFFIXES, ".engine"):
         if not os.path.isfile(path):
             raise CareError(f"{name} is not a file.", "check the path, or name a run")
-        return [NamedModel(name, {_reader(path): path})]
+        target = READERS.get(path.suffix, SIMULATION)
+        if path.suffix == ".engine":
+            target = path.resolve().parent.name  # exports/<target>/int8.engine
+        return [NamedModel(name, {target: path})]
     if os.path.isfile(runs / name / "results.json"):
         return [_of_run(runs / name)]
-    every = [_of_run(folder.parent) for folder in runs.glob("*/results.json")]
+    every = [(file, _of_run(file.parent)) for file in runs.glob("*/results.json")]
     wanted = [
-        one
-        for one in every
+        (file, one)
+        for file, one in every
         if one.results.get("recipe") == name or one.results.get("precision") == name
     ]
-    return sorted(wanted, key=_age)
-
-
-def _reader(path: Path) -> str:
-    if path.suffix == ".engine":
-        return path.resolve().parent.name  # exports/<target>/int8.engine
-    return READERS.get(path.suffix, SIMULATION)
-
-
-def _age(contender: NamedModel) -> float:
-    assert contender.run is not None
-    return -(contender.run / "results.json").stat().st_mtime
+    newest_first = sorted(wanted, key=lambda pair: -pair[0].stat().st_mtime)
+    return [one for _, one in newest_first]
 
 
 def _of_run(run: Path) -> NamedModel:

@@ -3,6 +3,7 @@
 Each process counts its share of the images, so all of a run's processes must come here.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,8 +14,14 @@ from rich.table import Table
 from care_compress.data.checks import Contents
 from care_compress.data.loader import images_at_once
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.evaluate.accuracy import NOTHING, Accuracy, measure_module, own_share
-from care_compress.evaluate.pairs import Paired, measure_pair
+from care_compress.evaluate.accuracy import (
+    NOTHING,
+    Accuracy,
+    measure_module,
+    own_share,
+    shown_batches,
+)
+from care_compress.evaluate.pairs import Paired, count_pairs
 from care_compress.files import digest_of, write_text
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
@@ -175,12 +182,10 @@ def _compared(
     world, size = context.world, _batch_size(context, recipe)
     chosen = spread_indices(len(validation), images or recipe.evaluate.images)
     with context.stage("evaluate"):
-        mine = measure_pair(
-            TorchPredictor(compact, len(validation.classes), world.device),
-            model,
+        batches = shown_batches(
             validation,
             recipe.data,
-            batch_size=size,
+            size,
             indices=own_share(chosen, size, world),
             bad=context.bad,
             console=context.console,
@@ -188,6 +193,9 @@ def _compared(
             # The whole set is read at least once; what a search looks at is a part of it.
             contents=None if images or len(context.seen) else context.seen,
         )
+        baseline = TorchPredictor(compact, len(validation.classes), world.device)
+        with contextlib.closing(batches):  # both models see each image, decoded once
+            mine = count_pairs(baseline, model, batches)
         _keep_seen(context, validation)
         first, *others = world.gathered(mine)
         return sum(others, first)

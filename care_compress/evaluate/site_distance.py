@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from care_compress.evaluate.site_outputs import Outputs, Taken, run_module, tap_file
+from care_compress.evaluate.site_outputs import Taken, run_module, tap_file
 from care_compress.quantize.distance import Distance, sqnr_db
 
 NEAR_DB = 80.0  # above it only the order of float sums differs
@@ -100,14 +100,11 @@ class VersionDistance:
         self.same += int((before.logits.argmax(dim=1) == answers).sum())
         self.same_as_float += int((plain.logits.argmax(dim=1) == answers).sum())
         for site in self.version.sites:
-            self._add_site(site, before.sites, found.sites)
-
-    def _add_site(self, site: str, before: Outputs, found: Outputs) -> None:
-        expected, value = before.get(site), found.get(site)
-        # A product of attention heads may leave a file in another layout, never in another size.
-        if expected is not None and value is not None and expected.numel() == value.numel():
-            distance = self.sites.setdefault(site, Distance())
-            distance.add(expected, value.reshape(expected.shape))
+            expected, value = before.sites.get(site), found.sites.get(site)
+            # A product of attention heads may leave a file in another layout, never another size.
+            if expected is not None and value is not None and expected.numel() == value.numel():
+                distance = self.sites.setdefault(site, Distance())
+                distance.add(expected, value.reshape(expected.shape))
 
     @property
     def parts_at(self) -> Parting | None:
@@ -125,13 +122,7 @@ class VersionDistance:
             "to_float_db": None if first else self.to_float.shown_db,
             "same_percent": 100 * self.same / self.images,
             "same_as_float_percent": 100 * self.same_as_float / self.images,
-            "parts_at": None
-            if parting is None
-            else {
-                "site": parting.site,
-                "sqnr_db": parting.sqnr_db,
-                "before_db": parting.before_db,
-            },
+            "parts_at": None if parting is None else asdict(parting),
             "sites": {site: one.shown_db for site, one in self.sites.items()},
             "note": self.version.note,
         }

@@ -23,6 +23,7 @@ from care_compress.quantize.placement import PRODUCTS, QuantizedCare, site_of
 from care_compress.runtime.on_onnxruntime import open_session
 from care_compress.runtime.on_openvino import read_to_run
 
+TURNED = "/channels_last"
 Outputs = dict[str, Tensor]
 # Called with a quantizer of an activation, what enters it and what leaves it.
 Seen = Callable[[IntQuantizer, Tensor, Tensor], None]
@@ -147,6 +148,3 @@ def _repeated(image: Tensor, batch: int) -> NDArray[np.float32]:
     """One image as often as a file of fixed batch size takes it."""
     repeated: NDArray[np.float32] = image.repeat(batch, 1, 1, 1).contiguous().numpy()
     return repeated
-
-
-TURNED = "/channels_last"
