@@ -220,11 +220,12 @@ def _model(found: Comparison, one: NamedModel) -> dict[str, Any]:
     every = (found.entry(target, one.name) for target in (*FIRST_TARGETS, *found.targets))
     entry = next(filter(None, every), None)
     answers = None if entry is None else found.collected.answers[entry.key]
+    rewrites = one.results.get("rewrites")  # the parameters are the rewritten network's
     return {
         "top1": None if answers is None else answers.top1,
         "top5": None if answers is None else answers.top5,
         "size_bytes": None if entry is None else size_of(entry.path),
-        "params": one.parameters,
+        "params": rewrites[-1]["parameters"] if rewrites else None,
         "run": None if one.run is None else str(one.run),
         "measured_on": None if entry is None else entry.target,
     }

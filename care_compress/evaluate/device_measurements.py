@@ -82,16 +82,6 @@ class Engine(_Strict):
     accuracy: DeviceAccuracy | None = None
     speed: Speed | None = None
 
-    @property
-    def exported_sha256(self) -> str:
-        """Of the exported graph."""
-        return self.onnx_sha256
-
-    @property
-    def mode(self) -> str | None:
-        """What else may be set on the device, and gives other figures."""
-        return None if self.speed is None else self.speed.before.power_mode
-
 
 class DeviceGpu(_Strict):
     """The board's GPU."""
@@ -145,16 +135,6 @@ class CpuFile(_Strict):
     floats_in: Literal["f32", "bf16"]
     accuracy: DeviceAccuracy | None = None
     speed: CpuSpeed | None = None
-
-    @property
-    def exported_sha256(self) -> str:
-        """Of the exported file."""
-        return self.sha256
-
-    @property
-    def mode(self) -> str | None:
-        """What else may be set on the device, and gives other figures."""
-        return None if self.speed is None else counted_threads(self.speed.threads)
 
 
 class CpuBoard(_Strict):
@@ -215,32 +195,32 @@ def parse_results(text: str) -> Results:
 
 def import_results(file: Path, run_dir: Path) -> dict[str, Any]:
     """Check a board's results and keep them in ``measured/<target>.<board>.json`` of the run."""
-    results = _read(file)
-    check_export(results, file, run_dir)
-    board = re.sub(r"[^a-z0-9]+", "-", results.board.name.lower()).strip("-") or "board"
-    value = results.model_dump(mode="json")
-    # One board measured in two power modes, or on two numbers of threads, gave two results.
-    modes = [model.mode for model in results.models.values() if model.speed]
-    mode = re.sub(r"[^a-z0-9]+", "-", (modes[0] or "").lower()).strip("-") if modes else ""
-    name = ".".join(part for part in (results.target, board, mode) if part)
-    path = run_dir / "measured" / f"{name}.json"
-    write_text(path, json_text(value))
-    return value
-
-
-def _read(file: Path) -> Results:
     try:
-        text = file.read_text(encoding="utf-8")
+        results = parse_results(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DeviceResultsError(f"{file} cannot be read ({error}).", _AGAIN) from error
-    try:
-        return parse_results(text)
     except ValidationError as error:
         first = error.errors()[0]
         # The kind, by which the model of the results was chosen, stands in front of the rest.
         place = [part for part in first["loc"] if not str(part).startswith("care-deploy")]
         where = ".".join(map(str, place)) or "the file"
         raise DeviceResultsError(f"{file}: {where}: {first['msg']}.", _AGAIN) from error
+    check_export(results, file, run_dir)
+    # One board measured in two power modes, or on two numbers of threads, gave two results.
+    speed = next((model.speed for model in results.models.values() if model.speed), None)
+    if isinstance(speed, CpuSpeed):
+        mode = counted_threads(speed.threads)
+    else:
+        mode = (speed.before.power_mode or "") if speed else ""
+    parts = (results.target, _slug(results.board.name) or "board", _slug(mode))
+    value = results.model_dump(mode="json")
+    path = run_dir / "measured" / f"{'.'.join(filter(None, parts))}.json"
+    write_text(path, json_text(value))
+    return value
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def check_export(results: Results, file: Path, run_dir: Path) -> None:
@@ -269,7 +249,8 @@ def check_export(results: Results, file: Path, run_dir: Path) -> None:
         )
     for name, model in results.models.items():
         stored = export.get("models", {}).get(name, {}).get("sha256")
-        if stored is not None and stored != model.exported_sha256:
+        exported = model.sha256 if isinstance(model, CpuFile) else model.onnx_sha256
+        if stored is not None and stored != exported:
             raise DeviceResultsError(
                 f"{file}: {name} comes from another graph than {path} describes.",
                 "measure the bundle of this export",

@@ -22,6 +22,7 @@ Interval = tuple[float, float, float]  # value, low, high
 NORMAL_95 = 1.959964  # deviations that hold 95 % of a normal distribution
 DRAWS = 10_000
 BINS = 15
+NO_ANSWER = -1  # NaN or infinity among the logits
 
 
 def changes(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int]:
@@ -211,9 +212,6 @@ def count_pairs(
         agreeing += int((before.argmax(dim=1) == after.argmax(dim=1)).sum())
         distance.add(before, after)
     return Paired(scores[0], scores[1], lost, gained, agreeing, distance)
-
-
-NO_ANSWER = -1  # NaN or infinity among the logits
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,6 @@ class NamedModel:
             found[target] = export
         return found
 
-    @property
-    def parameters(self) -> int | None:
-        """Of the rewritten network, where a run tells."""
-        rewrites = self.results.get("rewrites")
-        return rewrites[-1]["parameters"] if rewrites else None
-
     def same_start(self, other: "NamedModel") -> bool:
         """Whether both runs began with the same model and images."""
         if self.recipe is None or other.recipe is None:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -101,10 +101,6 @@ class ProgressFile:
         return "the same command goes on from here"
 
 
-# On a CPU memory of larger batches is new each time, and the system clears it first: at 224 that
-# costs more than everything else beside the network (LOG.md).
-
-
 def measure_artifact(
     artifact: str,
     data: DataSection,
@@ -124,16 +120,25 @@ def measure_artifact(
         predict = open_predictor(artifact, world.device, threads)
         samples = open_samples(data, "val")
         check_classes(samples, predict.num_classes)
+        # On a CPU memory of larger batches is new each time, and the system clears it first: at
+        # 224 that costs more than everything else beside the network (LOG.md).
         batch_size = images_at_once(batch_size, world.device)
         chosen = own_share(spread_indices(len(samples), images), batch_size, world)
         job = _Job(samples, data, chosen, batch_size, world.device)
-        evaluation = fingerprint([digest_of(path), images, world.rank, world.size, *job.facts()])
-        state = ProgressFile.beside(json_file, world, evaluation)
+        # What decides the numbers; how many processes decode does not.
+        about = data.model_dump(mode="json", exclude={"workers"})
+        asked = [digest_of(path), images, world.rank, world.size]
+        given = [about, samples.content_digest(), batch_size, world.device.type]
+        state = ProgressFile.beside(json_file, world, fingerprint([*asked, *given]))
         mine = _score(predict, job, state, world, console)
         every = world.gathered(mine)
         accuracy = sum((one.accuracy for one in every), NOTHING)
         skipped = {name: why for one in every for name, why in one.skipped.items()}
-        _show(accuracy, skipped, console)
+        for name, reason in skipped.items():
+            console.print(f"skipped {name}: {reason}", markup=False)
+        show_checks([answers_check({"the model": accuracy})], console)
+        shares = f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %"
+        console.print(f"{shares}  on {accuracy.images:,} images")
         if json_file is not None and world.is_main:
             result = {
                 "artifact": artifact,
@@ -160,11 +165,6 @@ class _Job:
     indices: Sequence[int]  # rising
     batch_size: int
     device: torch.device
-
-    def facts(self) -> list[object]:
-        """What decides the numbers beside the model; how many processes decode does not."""
-        data = self.data.model_dump(mode="json", exclude={"workers"})
-        return [data, self.samples.content_digest(), self.batch_size, self.device.type]
 
 
 def _score(
@@ -218,12 +218,3 @@ def _batches(predict: Predictor, job: _Job, start: ScoringProgress) -> Iterator[
             done = min((number + 1) * job.batch_size, len(job.indices))
             yield ScoringProgress(done, accuracy, bad.reasons)
     yield ScoringProgress(len(job.indices), accuracy, bad.reasons)
-
-
-def _show(accuracy: Accuracy, skipped: Mapping[str, str], console: Console) -> None:
-    for name, reason in skipped.items():
-        console.print(f"skipped {name}: {reason}", markup=False)
-    show_checks([answers_check({"the model": accuracy})], console)
-    console.print(
-        f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  on {accuracy.images:,} images"
-    )
