@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from care_compress.console import say, show_checks, widened
-from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.device.cpu_app import FLOAT
 from care_compress.device.sensors import is_busy
@@ -77,12 +76,12 @@ def run_compare(
                 "compare two files for one runtime, or two runs",
             )
     collected = score(entries, models, samples, data, options, console)
-    found = Comparison(models, entries, missing, collected)
-    read_files_back(found, data, samples, console)
-    time_files(found, data, samples, options, console)
-    profile_files(found, data, samples, options, console)
-    decide(found, options)
-    _report(found, samples, data, options, console)
+    found = Comparison(data, samples, options, models, entries, missing, collected)
+    read_files_back(found, console)
+    time_files(found, console)
+    profile_files(found, console)
+    decide(found)
+    _report(found, console)
     return found
 
 
@@ -148,9 +147,9 @@ def _check_files(models: list[NamedModel], data: DataSection) -> None:
         )
 
 
-def decide(found: Comparison, options: CompareOptions) -> None:
+def decide(found: Comparison) -> None:
     """Fill in a verdict for each target and candidate, and the budgets of the candidates."""
-    timed = found.latency.get((1, 1), {})
+    options, timed = found.options, found.latency.get((1, 1), {})
     for candidate in found.models[1:]:
         name, files = candidate.name, candidate.files.values()
         budget = candidate.recipe.budget if candidate.recipe else BudgetSection()
@@ -238,18 +237,12 @@ def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict 
     return Verdict(target, name, ratio > 1, f"{name} {verb}: {said}")
 
 
-def _report(
-    found: Comparison,
-    samples: Samples,
-    data: DataSection,
-    options: CompareOptions,
-    console: Console,
-) -> None:
+def _report(found: Comparison, console: Console) -> None:
     """Tables on the console, ``compare.json`` in the last run and where the user wants it."""
-    value = comparison_as_json(found, samples, data)
+    value = comparison_as_json(found)
     text = json_text(value)
     last = found.models[-1].run
-    paths = [p for p in (options.json_file, last and last / "compare.json") if p]
+    paths = [p for p in (found.options.json_file, last and last / "compare.json") if p]
     for path in paths:
         write_text(path, text)
     wide = widened(console, WIDTH)

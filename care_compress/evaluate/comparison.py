@@ -104,8 +104,11 @@ class Budget:
 
 @dataclass
 class Comparison:
-    """Everything that was found."""
+    """What is compared on which images, and everything that was found."""
 
+    data: DataSection
+    samples: Samples
+    options: CompareOptions
     models: list[NamedModel]
     entries: list[Entry]
     missing: dict[tuple[str, str], str]  # (target, model) -> why it cannot run here
@@ -192,7 +195,7 @@ class Comparison:
         }
 
 
-def comparison_as_json(found: Comparison, samples: Samples, data: DataSection) -> dict[str, Any]:
+def comparison_as_json(found: Comparison) -> dict[str, Any]:
     """Everything that was found."""
     return {
         "images": len(found.collected.labels),
@@ -200,14 +203,14 @@ def comparison_as_json(found: Comparison, samples: Samples, data: DataSection) -
         "pairs": [
             pair
             for target, one in product(found.targets, found.models[1:])
-            if (pair := _pair(found, target, one.name, samples)) is not None
+            if (pair := _pair(found, target, one.name)) is not None
         ],
         "targets": {target: _target(found, target) for target in found.targets},
         "checks": [check.as_json() for check in found.checks],
         "verdicts": [asdict(verdict) for verdict in found.verdicts],
         "budgets": [asdict(budget) for budget in found.budgets],
         "latency": [_setting(found, batch, threads) for batch, threads in found.latency],
-        "data": {**data.model_dump(mode="json"), "samples": samples.fingerprint()},
+        "data": {**found.data.model_dump(mode="json"), "samples": found.samples.fingerprint()},
         "machine": {
             **machine.describe(),
             "load_average": found.load_average,
@@ -231,7 +234,7 @@ def _model(found: Comparison, one: NamedModel) -> dict[str, Any]:
     }
 
 
-def _pair(found: Comparison, target: str, name: str, samples: Samples) -> dict[str, Any] | None:
+def _pair(found: Comparison, target: str, name: str) -> dict[str, Any] | None:
     pair = found.pair(target, name)
     if pair is None:
         return None
@@ -239,7 +242,7 @@ def _pair(found: Comparison, target: str, name: str, samples: Samples) -> dict[s
     drop = Drop.between(before.right, after.right)
     lost, gained = changes(before.right, after.right)
     same = (before.first == after.first) & (before.first != NO_ANSWER)
-    labels, classes = found.collected.labels, samples.classes
+    labels, classes = found.collected.labels, found.samples.classes
     per_class = {}
     for place in np.unique(labels):
         of = labels == place

@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from care_compress.console import say, step_line, widened
-from care_compress.data.loader import BadImages
+from care_compress.data.loader import CPU, BadImages
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import RunError, TargetError
 from care_compress.evaluate.agreement import hold_images
@@ -44,7 +43,6 @@ from care_compress.run.finished import FinishedRun, find_run
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 
-CPU = torch.device("cpu")
 FLOAT, REWRITTEN, RESCALED, SIMULATED = "published", "rewritten", "rescaled", "simulated"
 NOT_ALL = "left out: depthwise convs of the interactions, whose channels and bias move"
 CORRECTED = "quantizers off; biases and norms as PTQ corrected them, weights as QAT left them"
@@ -52,7 +50,6 @@ NNCF_HAS_NO_SITES = "NNCF's file has layers of its own names: logits only"
 ENGINE_HAS_NO_SITES = "an engine gives logits only"
 DEVICE_HAS_NO_SITES = "a device gives logits only"
 ATTENTION = ("attention.kv", "attention.out")
-
 WIDTH = 150  # of the tables
 HARDEST = 15
 ABSENT = "not here, see below"

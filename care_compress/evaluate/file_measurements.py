@@ -129,18 +129,10 @@ def score(
         return collect_answers(predictors, baseline_of, batches, advance)
 
 
-def profile_files(
-    found: Comparison,
-    data: DataSection,
-    samples: Samples,
-    options: CompareOptions,
-    console: Console,
-) -> None:
+def profile_files(found: Comparison, console: Console) -> None:
     """Layers of what runs here with their times; of engines that were built, their precisions."""
-    single = data.model_copy(update={"workers": 0})
-    (image,) = hold_images(samples, single, 1, BadImages()).batches(1)
-    image = image.contiguous(memory_format=torch.contiguous_format)
-    seconds = min(SECONDS, options.latency.seconds)
+    image = _images(found, 1)
+    seconds = min(SECONDS, found.options.latency.seconds)
     with step_line(console) as notify:
         for entry in found.entries:
             if entry.is_timed:
@@ -155,9 +147,7 @@ def profile_files(
             found.layers[f"{target}/{name}"] = read_engine_profile(engine)
 
 
-def read_files_back(
-    found: Comparison, data: DataSection, samples: Samples, console: Console
-) -> None:
+def read_files_back(found: Comparison, console: Console) -> None:
     """Fill `found` with what each file does here, and the checks that follow.
 
     What a file's model answers lies beside the file since its export (`answers_beside`), so neither
@@ -185,9 +175,11 @@ def read_files_back(
                 expected = torch.from_numpy(np.load(expected_file, allow_pickle=False))
                 count = one.recipe.export.images
                 if count not in held:
-                    held[count] = hold_images(samples, data, count, BadImages())
-                same_list = one.results["data"]["fingerprint"] == samples.fingerprint()
-                if not same_list or len(held[count].labels) != len(expected):
+                    held[count] = hold_images(found.samples, found.data, count, BadImages())
+                listed = one.results["data"]["fingerprint"]
+                if listed != found.samples.fingerprint() or len(held[count].labels) != len(
+                    expected
+                ):
                     unread[entry.key] = OTHER_IMAGES
                     continue
                 # Floats in float32 on a CPU, as the export had them.
@@ -220,33 +212,24 @@ def _failed(found: Comparison) -> dict[str, str]:
     return failed
 
 
-def time_files(
-    found: Comparison,
-    data: DataSection,
-    samples: Samples,
-    options: CompareOptions,
-    console: Console,
-) -> None:
+def time_files(found: Comparison, console: Console) -> None:
     """Latency of every file at every batch size and number of threads; then its peak memory."""
     cores = len(machine.usable_cores())
-    single = data.model_copy(update={"workers": 0})
     timed = [entry for entry in found.entries if entry.is_timed]
     found.load_average["before"] = machine.load_average()
     with step_line(console) as notify:
         for batch, threads in product(BATCHES, dict.fromkeys((1, cores))):
             notify(f"timing batch {batch} on {threads} threads")
-            (images,) = hold_images(samples, single, batch, BadImages()).batches(batch)
-            repeats = -(-batch // len(images))
-            runners = _runners(timed, images.repeat(repeats, 1, 1, 1)[:batch].contiguous(), threads)
+            runners = _runners(timed, _images(found, batch), threads)
             if not runners:
                 return
             runs: dict[str, Callable[[], object]] = {k: r.run for k, r in runners.items()}
-            found.latency[batch, threads] = measure_latency(runs, batch, options.latency)
+            found.latency[batch, threads] = measure_latency(runs, batch, found.options.latency)
             if (batch, threads) == (1, 1):
                 found.load_seconds = {key: r.load_seconds for key, r in runners.items()}
         found.load_average["after"] = machine.load_average()
         notify("measuring memory")
-        size = (data.resolution, data.resolution)
+        size = (found.data.resolution, found.data.resolution)
         known: dict[tuple[str, ...], int] = {}  # several models may have the same bytes
         for entry in timed:
             key = (digest_of(entry.path), entry.target, entry.precision)
@@ -255,6 +238,14 @@ def time_files(
                     entry.path, size=size, precision=entry.precision, device=entry.device
                 )
             found.peak_memory[entry.key] = known[key]
+
+
+def _images(found: Comparison, count: int) -> torch.Tensor:
+    """Exactly so many images, the first ones again where there are fewer."""
+    single = found.data.model_copy(update={"workers": 0})
+    (images,) = hold_images(found.samples, single, count, BadImages()).batches(count)
+    repeats = -(-count // len(images))
+    return images.repeat(repeats, 1, 1, 1)[:count].contiguous()
 
 
 def _runners(entries: list[Entry], images: torch.Tensor, threads: int) -> dict[str, Runner]:
