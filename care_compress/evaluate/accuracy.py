@@ -53,7 +53,7 @@ class Accuracy:
         return 100 * self.correct_in_top5 / self.counted()
 
     def counted(self) -> int:
-        """How many images; none is an error, and so is a model that answers none of them."""
+        """Return how many images; none is an error, and so is a model that answers none of them."""
         if self.images == 0:
             raise DataError("there was no image to evaluate.", "check the source and its val split")
         if self.broken == self.images:
@@ -68,7 +68,7 @@ NOTHING = Accuracy(0, 0, 0)
 
 
 def own_share(indices: Sequence[int], batch_size: int, world: World) -> Sequence[int]:
-    """One process's part of these images: whole batches, so that any number finds the same."""
+    """Return one process's images: whole batches, so that any number finds the same."""
     first, last = world.share(math.ceil(len(indices) / batch_size))
     return indices[first * batch_size : last * batch_size]
 
@@ -85,7 +85,7 @@ def measure_accuracy(
     device: torch.device = CPU,
     contents: Contents | None = None,
 ) -> Accuracy:
-    """Accuracy of `predict` on these images of a data set; `contents` takes their digests."""
+    """Measure `predict` on these images of a data set; `contents` takes their digests."""
     batches = shown_batches(
         samples,
         data,
@@ -111,7 +111,7 @@ def shown_batches(
     device: torch.device,
     contents: Contents | None,
 ) -> Generator[Batch]:
-    """Prepared batches of these images, with a bar of how many are through; to be closed."""
+    """Yield prepared batches of these images and show how many are through; close it."""
     batches = prepared_batches(
         samples, data, batch_size, bad=bad, indices=indices, device=device, contents=contents
     )
@@ -143,19 +143,19 @@ class Hits(NamedTuple):
     broken: Tensor
 
     def counted(self) -> Accuracy:
-        """How many of each."""
+        """Count each of them."""
         return Accuracy(len(self.first), *(int(each.sum()) for each in self))
 
 
 def hits_of(logits: Tensor, labels: Tensor) -> Hits:
-    """Right, right among the first five, or no answer; NaN would otherwise rank first."""
+    """Tell right, right among the first five, or no answer; NaN would otherwise rank first."""
     broken = ~torch.isfinite(logits).all(dim=1).cpu()
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
     return Hits(ranked[:, 0] & ~broken, ranked.any(dim=1) & ~broken, broken)
 
 
 def answers_check(accuracies: Mapping[str, Accuracy]) -> CheckResult:
-    """Whether every answer of these models was a number."""
+    """Check that every answer of these models is a number."""
     bad = {name: one for name, one in accuracies.items() if one.broken}
     if not bad:
         return CheckResult("answers", "fine", "every logit of every model measured is finite")
@@ -166,7 +166,7 @@ def answers_check(accuracies: Mapping[str, Accuracy]) -> CheckResult:
 
 
 def validating(context: RunContext, recipe: Recipe, validation: Samples) -> Validate:
-    """What a training calls to know how it is doing."""
+    """Return what a training calls to know how it is doing."""
 
     def validate(candidate: nn.Module) -> tuple[int, int]:
         chosen = spread_indices(len(validation), recipe.evaluate.images)
@@ -185,7 +185,7 @@ def measure_module(
     indices: Sequence[int],
     contents: Contents | None = None,
 ) -> Accuracy:
-    """Accuracy of a torch module on these validation images, all by this process."""
+    """Measure a torch module on these validation images, all by this process."""
     return measure_accuracy(
         TorchPredictor(model, len(validation.classes), context.world.device),
         validation,

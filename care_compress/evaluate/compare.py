@@ -88,7 +88,7 @@ def run_compare(
 def _settled(
     one: NamedModel | str, names: list[str], runs: Path, make_run: MakeRun, console: Console
 ) -> NamedModel:
-    """A model that was named; a float baseline that has no run yet is made."""
+    """Return the model that was named; a float baseline that has no run yet is made."""
     if isinstance(one, NamedModel):
         return one
     start = next(
@@ -108,7 +108,7 @@ def _settled(
 
 
 def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSection:
-    """The images all of them are scored on; different ones give no drop."""
+    """Return the images all of them are scored on; different ones give no drop."""
     named = [(one.name, one.recipe.data) for one in models if one.recipe is not None]
     if not named and options.data is None:
         raise DataError(
@@ -126,7 +126,7 @@ def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSecti
 
 
 def _check_files(models: list[NamedModel], data: DataSection) -> None:
-    """The files are those that were exported, or can be run, and prepare images alike."""
+    """Raise unless files are those that were exported, or can be run, and prepare images alike."""
     for one in models:
         for path in one.files.values() if one.run is None else ():
             probe(path, data.resolution)
@@ -161,7 +161,7 @@ def decide(found: Comparison) -> None:
                 here = [one for key, one in timed.items() if key.startswith(f"{target}/")]
                 noisy = any(one.is_noisy for one in here)
                 found.verdicts.append(judge(target, name, speedups, drop, limit, noisy, fault))
-            for board in found.boards.get((target, name), ()):
+            for board in found.device_results.get((target, name), ()):
                 assert candidate.recipe is not None  # a run's
                 said = device_verdict(name, candidate.recipe.precision, board)
                 if said is not None:
@@ -191,8 +191,9 @@ def judge(
     noisy: bool,
     fault: str = "",
 ) -> Verdict:
-    """`speedups` are over what a user could run instead: FP32, and BF16 or FP16 where there is.
+    """Decide for one target; `speedups` are over what a user could run instead.
 
+    That is FP32, and BF16 or FP16 where there is.
     `fault` says why the file is not the model it was made from: such a file never pays.
     """
     if fault:
@@ -218,7 +219,7 @@ def judge(
 
 
 def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict | None:
-    """What a device's own figures say; it measured both models in turns."""
+    """Decide by what a device measured of both models in turns; None where it measured one."""
     target, place = found["target"], place_of(found)
     baseline, model = (FLOAT, "file") if is_of_cpu(found) else ("fp16", "engine")
     speeds = {model: one["speed"] for model, one in found["models"].items()}
@@ -238,7 +239,7 @@ def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict 
 
 
 def _report(found: Comparison, console: Console) -> None:
-    """Tables on the console, ``compare.json`` in the last run and where the user wants it."""
+    """Print tables; write ``compare.json`` in the last run and where the user wants it."""
     value = comparison_as_json(found)
     text = json_text(value)
     last = found.models[-1].run
@@ -254,7 +255,7 @@ def _report(found: Comparison, console: Console) -> None:
     for setting in value["latency"]:
         if setting["rows"]:
             wide.print(latency_table(setting))
-    if found.boards:
+    if found.device_results:
         wide.print(device_table(value))
     for target, rows in value["targets"].items():
         if any(one.get("layers_ms") for one in rows.values()):
@@ -265,7 +266,7 @@ def _report(found: Comparison, console: Console) -> None:
         reasons = {
             why
             for (where, name), why in found.missing.items()
-            if where == target and (where, name) not in found.boards
+            if where == target and (where, name) not in found.device_results
         }
         for why in sorted(reasons):
             text = f"{target}: not measured here: {why}"
@@ -288,7 +289,7 @@ def _report(found: Comparison, console: Console) -> None:
 
 
 def accuracy_table(value: dict[str, Any]) -> Table:
-    """Every file's accuracy beside the baseline's on the same target."""
+    """Show every file's accuracy beside the baseline's on the same target."""
     table = Table(title=f"Accuracy of the files on {value['images']:,} images")
     table.title_justify = "left"
     table.add_column("target", no_wrap=True)
@@ -324,7 +325,7 @@ def accuracy_table(value: dict[str, Any]) -> Table:
 
 
 def latency_table(setting: dict[str, Any]) -> Table:
-    """Latency at one batch size and number of threads."""
+    """Show latency at one batch size and number of threads."""
     title = f"Batch {setting['batch']}, {counted_threads(setting['threads'])}"
     table = Table(title=title, title_justify="left")
     table.add_column("target", no_wrap=True)
@@ -349,7 +350,7 @@ def latency_table(setting: dict[str, Any]) -> Table:
 
 
 def device_table(value: dict[str, Any]) -> Table:
-    """What other devices measured by the script of a bundle, each on its own."""
+    """Show what other devices measured by the script of a bundle, each on its own."""
     table = Table(title="Measured on devices, by the script of a bundle", title_justify="left")
     for column in ("target", "model", "device", "with"):
         table.add_column(column, overflow="fold")

@@ -64,17 +64,17 @@ class Entry:
 
     @property
     def device(self) -> str:
-        """As OpenVINO names it."""
+        """The device, as OpenVINO names it."""
         return "CPU" if self.target == SIMULATION else load_target(self.target).device.upper()
 
     @property
     def key(self) -> str:
-        """Unique."""
+        """Its name in every table of the comparison."""
         return f"{self.target}/{self.name}"
 
     @property
     def is_timed(self) -> bool:
-        """An exported file is; an engine or a checkpoint is only scored."""
+        """Whether it is an exported file; an engine or a checkpoint is only scored."""
         return self.path.suffix in (".onnx", ".xml")
 
 
@@ -125,7 +125,7 @@ class Comparison:
     budgets: list[Budget] = field(default_factory=list)
 
     @cached_property
-    def boards(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    def device_results(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """What devices measured, by target and model; engines only where none was run here."""
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for one in self.models:
@@ -143,7 +143,7 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether every budget does."""
+        """Whether every budget holds."""
         return all(budget.ok for budget in self.budgets)
 
     @property
@@ -153,20 +153,20 @@ class Comparison:
 
     @property
     def targets(self) -> list[str]:
-        """Of everything, measured or missing, in order."""
+        """Targets of everything, measured or missing, in order."""
         every = [entry.target for entry in self.entries] + [target for target, _ in self.missing]
         return list(dict.fromkeys(every))
 
     def entry(self, target: str, name: str) -> Entry | None:
-        """The file of a model on a target, if it could be run."""
+        """Return the file of a model on a target, if it could be run."""
         return next((e for e in self.entries if (e.target, e.name) == (target, name)), None)
 
     def model(self, name: str) -> NamedModel:
-        """The one of this name, whatever its floats are rounded to."""
+        """Return the one of this name, whatever its floats are rounded to."""
         return next(one for one in self.models if one.name == name.removesuffix(BF16))
 
     def fault(self, target: str, name: str) -> str:
-        """Why a file is not the model it should be; nothing where it is."""
+        """Say why a file is not the model it should be; nothing where it is."""
         key = f"{target}/{name}"
         read = self.read_backs.get(key)
         if read is not None and not read.holds:
@@ -174,18 +174,18 @@ class Comparison:
         return self.failed.get(key, "")
 
     def pair(self, target: str, name: str) -> tuple[Answers, Answers] | None:
-        """Answers of the baseline's file on a target and of another model's, where both ran."""
+        """Return the baseline's answers on a target and another model's, where both ran."""
         answers = self.collected.answers
         before, after = (answers.get(f"{target}/{one}") for one in (self.baseline.name, name))
         return None if before is None or after is None else (before, after)
 
     def drop(self, target: str, name: str) -> Drop | None:
-        """Top-1 of the baseline minus that of `name`, on this target's files."""
+        """Return top-1 of the baseline minus that of `name`, on this target's files."""
         pair = self.pair(target, name)
         return None if pair is None else Drop.between(pair[0].right, pair[1].right)
 
     def speedups(self, target: str, name: str) -> dict[str, Interval]:
-        """Over each of the baseline's settings, batch 1, one thread."""
+        """Return speedups over each of the baseline's settings, batch 1, one thread."""
         timed = self.latency.get((1, 1), {})
         candidate = timed.get(f"{target}/{name}")
         return {
@@ -196,7 +196,7 @@ class Comparison:
 
 
 def comparison_as_json(found: Comparison) -> dict[str, Any]:
-    """Everything that was found."""
+    """Return everything that was found."""
     return {
         "images": len(found.collected.labels),
         "models": {one.name: _model(found, one) for one in found.models},
@@ -282,13 +282,13 @@ def _answer(classes: tuple[str, ...], first: int) -> str:
 
 
 def _target(found: Comparison, target: str) -> dict[str, Any]:
-    """A row for each model on a target, and for each device that measured it."""
+    """Return a row for each model on a target, and for each device that measured it."""
     names = [one.name for one in found.models]
     if found.entry(target, found.baseline.name + BF16) is not None:
         names.insert(1, found.baseline.name + BF16)
     rows = {name: _on_target(found, target, name) for name in names}
     for one in found.models:
-        for board in found.boards.get((target, one.name), ()):
+        for board in found.device_results.get((target, one.name), ()):
             assert one.recipe is not None  # a run's
             rows.update(device_rows(one.name, one.recipe.precision, board))
     return rows
@@ -329,7 +329,7 @@ def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
 
 
 def _setting(found: Comparison, batch: int, threads: int) -> dict[str, Any]:
-    """Every file that was timed at one batch size and number of threads."""
+    """Return every file that was timed at one batch size and number of threads."""
     timed = found.latency[batch, threads]
     rows = []
     for entry in found.entries:

@@ -183,12 +183,12 @@ _RESULTS: TypeAdapter[Results] = TypeAdapter(Annotated[Results, Field(discrimina
 
 
 def counted_threads(count: int) -> str:
-    """2 threads, and 1 thread."""
+    """Write ``2 threads``, and ``1 thread``."""
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def parse_results(text: str) -> Results:
-    """The results in a JSON text; `ValidationError` for anything else."""
+    """Read the results in a JSON text; `ValidationError` for anything else."""
     # From JSON, not from Python values: NaN, which json.loads takes, is then refused too.
     return _RESULTS.validate_json(text, strict=True)
 
@@ -258,7 +258,7 @@ def check_export(results: Results, file: Path, run_dir: Path) -> None:
 
 
 def device_measurements(run: Path) -> list[dict[str, Any]]:
-    """The newest engines of every target, and every machine's CPU files in every setting."""
+    """Read the newest engines of every target, and every machine's CPU files in every setting."""
     newest = {}
     every = []
     for path in sorted(run.glob("measured/*.json")):
@@ -276,7 +276,7 @@ def device_measurements(run: Path) -> list[dict[str, Any]]:
 
 
 def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """A row for each model on a device, with where it was measured; nothing is computed here."""
+    """Yield a row for each model on a device, with where it was measured; nothing is computed."""
     board = found["board"]
     for model, one in found["models"].items():
         speed, accuracy = one["speed"], one["accuracy"]
@@ -308,12 +308,12 @@ def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tu
 
 
 def is_of_cpu(found: dict[str, Any]) -> bool:
-    """Whether they are of a bundle for a CPU, not of engines."""
+    """Tell results of a bundle for a CPU from those of engines."""
     return "gpu" not in found["board"]
 
 
 def place_of(found: dict[str, Any]) -> str:
-    """The device, with the number of threads where a CPU's files were timed."""
+    """Name the device, with the number of threads where a CPU's files were timed."""
     speeds = [one["speed"] for one in found["models"].values() if one["speed"] is not None]
     threads = speeds[0].get("threads") if speeds else None
     name = str(found["board"]["name"])

@@ -68,17 +68,17 @@ class Images:
     indices: Sequence[int]
 
     def batches(self) -> Iterator[Batch]:
-        """Their pixels."""
+        """Yield their pixels."""
         return pixel_batches(self.samples, self.data, self.indices, BATCH, BadImages())
 
     def inputs(self, pixels: Tensor) -> Tensor:
-        """Pixels as the network takes them."""
+        """Return pixels as the network takes them."""
         return normalize(pixels, self.data.mean, self.data.std)
 
 
 @torch.inference_mode()
 def measure_answers(before: Predictor, after: Predictor, images: Images) -> dict[str, Any]:
-    """Answers of both models on the same images; the label, both answers, and how sure each was."""
+    """Compare answers to the same images: the label, both answers, and how sure each model was."""
     seen = same = lost = gained = 0
     classes = images.samples.classes
     changes: Counter[tuple[int, int, int]] = Counter()
@@ -127,7 +127,7 @@ def measure_answers(before: Predictor, after: Predictor, images: Images) -> dict
 
 
 def thumbnail(pixels_CHW: Tensor) -> str:
-    """A data URI of what the network saw, as a small JPEG."""
+    """Return a data URI of what the network saw, as a small JPEG."""
     picture = Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy())
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()
@@ -136,7 +136,7 @@ def thumbnail(pixels_CHW: Tensor) -> str:
 
 
 def gather(run_dir: Path, results: dict[str, Any], console: Console) -> dict[str, Any]:
-    """The evidence of a run, from its file where that is still true; reasons for what is missing.
+    """Return the evidence of a run, from its file where that still holds; reasons where it lacks.
 
     `results` is the run's results.json. Nothing here ends a report: images that moved away are a
     reason, not an error.

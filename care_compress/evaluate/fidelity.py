@@ -117,7 +117,7 @@ class Versions:
         self._files(variant)
 
     def _files(self, before: Callable[[list[Target]], tuple[str, tuple[str, ...]]]) -> None:
-        """A version for each different file, after what it was made from; engines behind."""
+        """Add a version for each different file, after what it was made from; engines behind it."""
         note = NNCF_HAS_NO_SITES if self.run.results.get("backend") == "nncf" else ""
         for path, targets in self._different_files():
             origin, sites = before(targets)
@@ -128,7 +128,7 @@ class Versions:
                     self._engine(target, name)
 
     def _different_files(self) -> list[tuple[Path, list[Target]]]:
-        """Exported files, each once, with the targets that share it; reasons for the others."""
+        """Return each exported file once, with the targets that share it; note why others lack."""
         exports = self.run.results["exports"]
         for name in self.wanted or ():
             if name not in exports:
@@ -194,7 +194,7 @@ def _names(targets: list[Target]) -> tuple[str, ...]:
 
 
 def _in_short(targets: list[Target]) -> str:
-    """Targets that share a file: the first, and how many more."""
+    """Name the targets that share a file: the first, and how many more."""
     more = f" +{len(targets) - 1}" if len(targets) > 1 else ""
     return f"{targets[0].name}{more}"
 
@@ -207,7 +207,7 @@ def _file(
     note: str,
     targets: tuple[str, ...],
 ) -> Version:
-    """An exported file: logits as it is, sites from a copy that shows them."""
+    """Open an exported file: logits from the file itself, sites from a copy that shows them."""
     # The target's device may be elsewhere: its file is read on the CPU, its floats in float32.
     predict = OpenVinoPredictor(path) if path.suffix == ".xml" else open_predictor(str(path), CPU)
     run = partial(_read, predict, tap_file(path, sites))
@@ -219,7 +219,7 @@ def _read(predict: Predictor, tap: FileTap | None, image: Tensor) -> Taken:
 
 
 def _published(model: nn.Module, switches: RewriteSection, image: Tensor) -> Taken:
-    """The published model, its sites under the names they have once norms are folded into them."""
+    """Run the published model; sites have the names they have once norms are folded into them."""
     taken = run_module(model, image)
     sites = dict(taken.sites)
     if switches.fold_stem:  # the norm behind
@@ -237,20 +237,20 @@ def _simulated(model: QuantizedCare, on: bool, image: Tensor) -> Taken:
 
 
 def _content(model: QuantizedCare) -> str:
-    """Equal only for models that compute the same."""
+    """Return a digest that is equal only for models that compute the same."""
     plan = [str(decision) for decision in model.plan.decisions]
     return fingerprint([plan, state_digest(model.state_dict())])
 
 
 def _moved_by_rewriting(sites: Iterable[Site]) -> set[str]:
-    """Depthwise convs whose bias went to the 1x1 behind them."""
+    """Return the depthwise convs whose bias went to the 1x1 behind them."""
     return {s.name for s in sites if s.role == "depthwise" and (s.branch or "").startswith("inter")}
 
 
 def _moved_by_rescaling(
     sites: tuple[Site, ...], before: CompactCare, after: CompactCare
 ) -> set[str]:
-    """Depthwise convs whose channels were scaled, attention products in another form.
+    """Return depthwise convs whose channels were scaled, attention products in another form.
 
     A 1x1 behind a rescaled input takes the scales into its weight, so its output stays.
     """
@@ -291,7 +291,7 @@ def run_fidelity(
         "data": {**run.recipe.data.model_dump(mode="json"), "samples": samples.fingerprint()},
         "rungs": [
             *(step.as_json() for step in steps),
-            *_boards(versions),
+            *_device_rows(versions),
             *(absent.as_json() for absent in versions.gone),
         ],
     }
@@ -306,8 +306,8 @@ def run_fidelity(
     return value
 
 
-def _boards(versions: Versions) -> list[dict[str, Any]]:
-    """What devices measured on the samples of their bundles, beside their simulation's logits."""
+def _device_rows(versions: Versions) -> list[dict[str, Any]]:
+    """Return what devices measured on their bundles' samples, beside their simulation's logits."""
     before = {target: version.before for version in versions.all for target in version.targets}
     precision = versions.run.recipe.precision
     rows = []
@@ -334,7 +334,7 @@ def _boards(versions: Versions) -> list[dict[str, Any]]:
 
 
 def version_table(value: dict[str, Any]) -> Table:
-    """One row for each version, beside the one before it."""
+    """Show each version beside the one before it."""
     table = Table(title=f"Version by version, {value['images']:,} images", title_justify="left")
     table.add_column("version", no_wrap=True)
     table.add_column("made from", no_wrap=True)
@@ -358,12 +358,12 @@ def version_table(value: dict[str, Any]) -> Table:
 
 
 def decibels(value: float | None) -> str:
-    """``31.0 dB``; nothing for the first version, words for no difference."""
+    """Write ``31.0 dB``; nothing for the first version, words for no difference."""
     return "" if value is None else "exact" if value >= EXACT_DB else f"{value:.1f} dB"
 
 
 def parting_text(row: dict[str, Any]) -> str:
-    """Where a version parts from the one before it, or why that is not known."""
+    """Say where a version parts from the one before it, or why that is not known."""
     parting = row["parts_at"]
     if parting is not None:
         return f"{short_name(parting['site'])}, {decibels(parting['sqnr_db'])}"
@@ -373,7 +373,7 @@ def parting_text(row: dict[str, Any]) -> str:
 
 
 def hardest_sites(value: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
-    """Versions that show sites, and the worst sites with a distance for each of those versions."""
+    """Return versions that show sites, and the worst sites with a distance for each version."""
     shown = [row for row in value["rungs"] if row.get("sites")]
     worst: dict[str, float] = {}
     for row in shown:
@@ -385,7 +385,7 @@ def hardest_sites(value: dict[str, Any]) -> tuple[list[str], list[tuple[str, lis
 
 
 def site_table(value: dict[str, Any]) -> Table:
-    """The hardest sites from version to version, each step beside the version it was made from."""
+    """Show the hardest sites from version to version, each beside what it was made from."""
     versions, cells = hardest_sites(value)
     title = "Hardest sites, dB of each step (left out where a site's meaning moved)"
     table = Table(title=title, title_justify="left")

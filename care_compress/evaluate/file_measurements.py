@@ -49,7 +49,7 @@ BATCHES = (1, 8)
 def find_entries(
     models: list[NamedModel], options: CompareOptions
 ) -> tuple[list[Entry], dict[tuple[str, str], str]]:
-    """Every file that can run here, and why the others cannot."""
+    """Find every file that can run here, and why the others cannot."""
     entries: list[Entry] = []
     missing: dict[tuple[str, str], str] = {}
     targets = options.targets or tuple(dict.fromkeys(t for one in models for t in one.targets))
@@ -75,7 +75,7 @@ def find_entries(
 
 
 def _why_not(one: NamedModel, target: str, path: Path | None) -> str:
-    """Why a model cannot be run on a target here; nothing if it can."""
+    """Say why a model cannot be run on a target here; nothing if it can."""
     if path is None:
         export = one.results.get("exports", {}).get(target, {})
         if "failed" in export:
@@ -107,7 +107,7 @@ def score(
     options: CompareOptions,
     console: Console,
 ) -> Collected:
-    """Answers of every file to the same images, decoded once."""
+    """Collect every file's answers to the same images, decoded once."""
     first = {entry.target: entry.key for entry in reversed(entries)}
     predictors = {
         entry.key: open_predictor(
@@ -130,7 +130,7 @@ def score(
 
 
 def profile_files(found: Comparison, console: Console) -> None:
-    """Layers of what runs here with their times; of engines that were built, their precisions."""
+    """Find layers and times of what runs here, and precisions of engines that were built."""
     image = _images(found, 1)
     seconds = min(SECONDS, found.options.latency.seconds)
     with step_line(console) as notify:
@@ -197,7 +197,7 @@ def read_files_back(found: Comparison, console: Console) -> None:
 
 
 def _failed(found: Comparison) -> dict[str, str]:
-    """Exports that failed where they were made, of every target that is compared, by its file."""
+    """Return why exports failed where they were made, for every target that is compared."""
     failed = {}
     for one in found.models:
         if one.run is None or one.recipe is None:
@@ -213,7 +213,7 @@ def _failed(found: Comparison) -> dict[str, str]:
 
 
 def time_files(found: Comparison, console: Console) -> None:
-    """Latency of every file at every batch size and number of threads; then its peak memory."""
+    """Time every file at every batch size and number of threads; then measure its peak memory."""
     cores = len(machine.usable_cores())
     timed = [entry for entry in found.entries if entry.is_timed]
     found.load_average["before"] = machine.load_average()
@@ -241,7 +241,7 @@ def time_files(found: Comparison, console: Console) -> None:
 
 
 def _images(found: Comparison, count: int) -> torch.Tensor:
-    """Exactly so many images, the first ones again where there are fewer."""
+    """Return exactly so many images, the first ones again where there are fewer."""
     single = found.data.model_copy(update={"workers": 0})
     (images,) = hold_images(found.samples, single, count, BadImages()).batches(count)
     repeats = -(-count // len(images))
@@ -249,7 +249,7 @@ def _images(found: Comparison, count: int) -> torch.Tensor:
 
 
 def _runners(entries: list[Entry], images: torch.Tensor, threads: int) -> dict[str, Runner]:
-    """Every file ready to be timed; on targets where each of them takes this batch."""
+    """Open every file for timing, on targets where each of them takes this batch."""
     ready: dict[str, Runner] = {}
     unable = set()
     for entry in entries:

@@ -54,12 +54,12 @@ class Latency:
 
     @property
     def milliseconds(self) -> NDArray[np.float64]:
-        """Every run."""
+        """Time of every run."""
         return np.concatenate(self.turns)
 
     @property
     def medians(self) -> NDArray[np.float64]:
-        """One figure for each turn."""
+        """Median of each turn."""
         return np.array([np.median(turn) for turn in self.turns])
 
     @property
@@ -74,11 +74,11 @@ class Latency:
         return bool((high - low) > NOISY * np.median(self.medians))
 
     def percentiles(self) -> dict[str, float]:
-        """p50, p90 and p99 in milliseconds."""
+        """Return p50, p90 and p99 in milliseconds."""
         return {f"p{p}": float(np.percentile(self.milliseconds, p)) for p in (50, 90, 99)}
 
     def speedup_over(self, other: "Latency") -> tuple[float, float, float]:
-        """How many times faster than `other`, with the 95 % interval."""
+        """Return how many times faster than `other` it is, with the 95 % interval."""
         return ratio_interval(other.medians, self.medians)
 
 
@@ -237,7 +237,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
 
 
 def show_machine(about: dict[str, Any], console: Console) -> None:
-    """The processor and the state it was measured in, on one line."""
+    """Print the processor and the state it was measured in, on one line."""
     cpu, load = about["cpu"], about["load_average"]
     features = [name for name, present in cpu["features"].items() if present]
     text = (

@@ -37,12 +37,12 @@ class _Input:
         self.high = max(self.high, float(before.max()))
 
     def bins(self) -> tuple[float, float]:
-        """From where to where the bins go: over the observed values and the chosen range."""
+        """Return the ends of the bins: over the observed values and the chosen range together."""
         low, high, _ = self.quantizer.bounds(4)
         return min(self.low, float(low.min())), max(self.high, float(high.max()))
 
     def count(self, before: Tensor, after: Tensor) -> None:
-        """In a second pass, once the ends are known."""
+        """Fill the bins, in a second pass, once their ends are known."""
         self.clipped += self.quantizer.cut(before)
         self.values += before.numel()
         least, most = self.bins()
@@ -70,7 +70,7 @@ class _Input:
 
 @torch.inference_mode()
 def measure_layers(model: QuantizedCare, batches: Iterable[Tensor]) -> dict[str, Any]:
-    """SQNR of every site, and histograms of the inputs that lose most by their own rounding.
+    """Measure SQNR of every site, and histograms of inputs that lose most by their own rounding.
 
     The reference is the same graph with its quantizers off: rescaling moves numbers between
     layers, so the layers of the model before it are not comparable one by one.

@@ -65,7 +65,7 @@ def show_layers(
 
 
 def _size_of(path: Path) -> int:
-    """The height that the file was exported for."""
+    """Return the height that the file was exported for."""
     if path.suffix == ".xml":
         height = OpenVinoPredictor(path).shape[2]
         return USUAL_SIZE if height.is_dynamic else int(height.get_length())
@@ -76,7 +76,7 @@ def _size_of(path: Path) -> int:
 
 
 def kind_table(title: str, models: dict[str, dict[str, Any]]) -> Table:
-    """Sums by kind, each model beside the others; of those that tell."""
+    """Show sums by kind, each model beside the others; of those that tell."""
     table = Table(title=escape(title), title_justify="left")
     table.add_column("kind", no_wrap=True)
     told = {name: one for name, one in models.items() if one.get("by_kind")}

@@ -72,7 +72,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Within the tolerance; what is exactly at it counts as within."""
+        """Whether it is within the tolerance; what is exactly at it counts as within."""
         return abs(self.value - self.accepted) <= self.tolerance + 1e-9
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class Check:
 def run_reference(
     names: list[str], file: Path, runs: Path, make_run: MakeRun, console: Console
 ) -> int:
-    """Measure and check; 0 only if every value holds."""
+    """Measure and check; return 0 only if every value holds."""
     chosen = read_reference(file, names)
     recipes = {}
     for name, accepted in chosen.items():
@@ -112,7 +112,7 @@ def run_reference(
 
 
 def read_reference(file: Path, names: list[str]) -> dict[str, AcceptedRecipe]:
-    """The accepted values of these recipes; of all, if none is named."""
+    """Read the accepted values of these recipes; of all, if none is named."""
     known = parse(AcceptedValues, read_yaml(file) or {}, str(file)).recipes
     for name in names:
         if name not in known:
@@ -125,7 +125,7 @@ def read_reference(file: Path, names: list[str]) -> dict[str, AcceptedRecipe]:
 def checked(
     name: str, accepted: AcceptedRecipe, found: Mapping[str, MeasuredFile]
 ) -> Iterator[Check]:
-    """Every value that could be measured, beside its accepted one."""
+    """Yield every value that could be measured, beside its accepted one."""
     for target, one in found.items():
         known = accepted.targets[target]
         yield Check(name, target, "top-1", one.top1, known.top1, accepted.top1_tolerance)
@@ -136,7 +136,7 @@ def checked(
 def _run_of(
     recipe: Recipe, name: str, runs: Path, make_run: MakeRun, console: Console
 ) -> NamedModel:
-    """The run that this commit made of a recipe, or a new one."""
+    """Return the run that this commit made of a recipe, or a new one."""
     run = f"reference_{name}"
     if not _is_current(runs / run, recipe):
         console.print(f"making {escape(str(runs / run))}", soft_wrap=True)
@@ -147,7 +147,7 @@ def _run_of(
 
 
 def _is_current(run: Path, recipe: Recipe) -> bool:
-    """Made by this commit, from this recipe, to the end."""
+    """Tell whether this commit made the run from this recipe, to the end."""
     revision = git_revision()
     if revision is None or revision.endswith("+changes"):
         return False  # what the code was then is not known
@@ -165,7 +165,7 @@ def _is_current(run: Path, recipe: Recipe) -> bool:
 def _measured(
     one: NamedModel, targets: tuple[str, ...], console: Console
 ) -> tuple[dict[str, MeasuredFile], dict[str, str]]:
-    """Each file on its target, and why there is none; floats are never rounded on their own."""
+    """Measure each file on its target, or say why not; floats are never rounded on their own."""
     assert one.recipe is not None
     options = CompareOptions(targets=targets)
     entries, missing = find_entries([one], options)

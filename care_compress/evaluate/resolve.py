@@ -72,7 +72,7 @@ def same_images(one: DataSection, other: DataSection) -> bool:
 
 
 def named_models(names: list[str], runs: Path) -> list[NamedModel | str]:
-    """Whom the names mean; a name with no run stays a name."""
+    """Find whom the names mean; a name with no run stays a name."""
     found = {name: _options(name, runs) for name in names}
     # The last name that means one thing tells which model and images are meant.
     settled = next((found[name][0] for name in reversed(names) if found[name]), None)
@@ -89,7 +89,7 @@ def named_models(names: list[str], runs: Path) -> list[NamedModel | str]:
 
 
 def _options(name: str, runs: Path) -> list[NamedModel]:
-    """What a name may mean, best first."""
+    """Return what a name may mean, best first."""
     path = Path(name)
     if path.suffix in (*READERS, *CHECKPOINT_SUFFIXES, ".engine"):
         if not os.path.isfile(path):
@@ -123,7 +123,7 @@ def _of_run(run: Path) -> NamedModel:
 
 
 def float_recipe_of(candidate: NamedModel) -> Recipe:
-    """The float baseline of a quantized run: the same model on the same images."""
+    """Return the float baseline of a quantized run: the same model on the same images."""
     assert candidate.recipe is not None
     start = candidate.recipe
     checkpoint: str | None = start.model.checkpoint

@@ -34,7 +34,7 @@ def write_results(
     scores: Scores,
     exports: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Put together, written and told in short; `exports` by target, as ``export.json`` has them."""
+    """Put the results together, write and tell them; `exports` by target, as in ``export.json``."""
     console, accuracy = context.console, scores.accuracy
     # The other processes report nothing, and may not see the run directory.
     main = context.world.is_main
@@ -75,7 +75,7 @@ def run_checks(
     scores: Scores,
     exports: Mapping[str, Any],
 ) -> list[CheckResult]:
-    """One for each check; worst first."""
+    """Make every check of the run's numbers; worst first."""
     indices, best = spread_indices(len(validation), recipe.evaluate.images), scores.best
     answers = {"float": scores.accuracy}
     health: list[CheckResult] = []
@@ -107,7 +107,7 @@ def run_checks(
 
 
 def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str, Any]:
-    """What only a run with a quantize section has."""
+    """Return what only a run with a quantize section has."""
     best, limit = scores.best, recipe.budget.max_top1_drop
     if best is None or recipe.quantize is None:
         return {}
@@ -131,7 +131,7 @@ def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str,
 
 
 def _tell(context: RunContext, recipe: Recipe, scores: Scores) -> None:
-    """The outcome in one or two lines, and what to do next."""
+    """Tell the outcome in one or two lines, and what to do next."""
     console, accuracy, best = context.console, scores.accuracy, scores.best
     if best is None or recipe.quantize is None:
         console.print(
@@ -150,7 +150,7 @@ def _tell(context: RunContext, recipe: Recipe, scores: Scores) -> None:
 
 
 def rewrite_table(steps: list[RewriteStep]) -> Table:
-    """Cost of one image after each exact rewrite."""
+    """Show the cost of one image after each exact rewrite."""
     table = Table(title="Exact rewrites", title_justify="left")
     table.add_column("after")
     for column in ("parameters", "MACs (M)", "operations"):

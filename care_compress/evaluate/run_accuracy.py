@@ -66,7 +66,7 @@ def score(
     tried: Sequence[Candidate],
     validation: Samples,
 ) -> Scores:
-    """Which quantized model is kept; without any, the float one on the validation images."""
+    """Choose the quantized model to keep; without any, measure the float one."""
     if not tried:
         return Scores(_float_accuracy(context, recipe, compact, validation))
     # The last one, unless it ended below an earlier one.
@@ -83,7 +83,7 @@ def score(
 
 
 def quantized_table(candidates: Sequence[tuple[str, Paired]], kept: str) -> Table:
-    """Float and quantized side by side."""
+    """Show float and quantized side by side."""
     images = candidates[0][1].baseline.images
     table = Table(title=f"On {images:,} validation images", title_justify="left")
     table.add_column("model")
@@ -107,7 +107,7 @@ def quantized_table(candidates: Sequence[tuple[str, Paired]], kept: str) -> Tabl
 def _float_accuracy(
     context: RunContext, recipe: Recipe, compact: CompactCare, validation: Samples
 ) -> Accuracy:
-    """Accuracy of a recipe that quantizes nothing."""
+    """Measure the model of a recipe that quantizes nothing."""
 
     def measure() -> Json:
         chosen = spread_indices(len(validation), recipe.evaluate.images)
@@ -133,7 +133,7 @@ def evaluated(
     compact: CompactCare,
     validation: Samples,
 ) -> Candidate:
-    """A quantized model that was written: read again and measured beside the float one."""
+    """Read a quantized model that was written, and measure it beside the float one."""
     section, device = recipe.quantize, context.world.device
     assert section is not None
     simulated = None if section.backend == "nncf" else load_quantized(path)
@@ -159,7 +159,7 @@ def evaluated(
 def judging(
     context: RunContext, recipe: Recipe, compact: CompactCare, validation: Samples
 ) -> Judge:
-    """What the search for bits calls, in the main process alone; the others wait for it."""
+    """Return what the search for bits calls, in the main process alone; the others wait for it."""
 
     def judge(model: QuantizedCare, images: int) -> float:
         # Made anew each time: the context counts seconds for the stage that is under way.
@@ -178,7 +178,7 @@ def _compared(
     validation: Samples,
     images: int | None = None,
 ) -> Paired:
-    """A quantized model beside the float one; on `images`, or as many as the recipe evaluates."""
+    """Compare a quantized model with the float one; on `images`, or as many as the recipe says."""
     world, size = context.world, _batch_size(context, recipe)
     chosen = spread_indices(len(validation), images or recipe.evaluate.images)
     with context.stage("evaluate"):
@@ -206,7 +206,7 @@ def _batch_size(context: RunContext, recipe: Recipe) -> int:
 
 
 def _keep_seen(context: RunContext, validation: Samples) -> None:
-    """Every process knows what all have seen; the main one keeps it, as a part of the scores."""
+    """Tell every process what all have seen; the main one keeps it, as a part of the scores."""
     context.seen.take(context.world.gathered(context.seen))
     if context.world.is_main and len(context.seen):
         # With the images' own digest: a run that takes these scores over takes this over, too.
@@ -216,7 +216,7 @@ def _keep_seen(context: RunContext, validation: Samples) -> None:
 
 
 def seen_images(context: RunContext, validation: Samples) -> Contents:
-    """Digests of the validation images, from this run or the one whose scores it took over."""
+    """Return digests of the validation images, of this run or the one whose scores it took over."""
     path = context.run.path / SEEN_FILE
     if not len(context.seen) and path.is_file():
         known, _, text = path.read_text(encoding="utf-8").strip().partition("\n")

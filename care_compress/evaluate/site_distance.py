@@ -28,7 +28,7 @@ class Parting:
 
 
 def sharpest_fall(distances_db: Mapping[str, float]) -> Parting | None:
-    """The first site whose output differs: where the distance falls furthest.
+    """Find the first site whose output differs: where the distance falls furthest.
 
     What comes after inherits it. None where every site is near.
     """
@@ -43,7 +43,7 @@ def sharpest_fall(distances_db: Mapping[str, float]) -> Parting | None:
 
 @torch.no_grad()
 def first_divergence(model: nn.Module, artifact: Path, sites: Iterable[str], image: Tensor) -> str:
-    """Where a file parts from the model it was made from, in words."""
+    """Say where a file parts from the model it was made from."""
     expected = run_module(model, image).sites
     names = [name for name in sites if name in expected]
     found = tap_file(artifact, names)(image)
@@ -75,7 +75,7 @@ class Absent:
     why: str  # and how to get it
 
     def as_json(self) -> dict[str, Any]:
-        """As ``fidelity.json`` holds it."""
+        """Return it as ``fidelity.json`` holds it."""
         return {"rung": self.name, "missing": self.why}
 
 
@@ -112,7 +112,7 @@ class VersionDistance:
         return sharpest_fall({site: one.shown_db for site, one in self.sites.items()})
 
     def as_json(self) -> dict[str, Any]:
-        """As ``fidelity.json`` holds it; 200 dB stand for no difference at all."""
+        """Return it as ``fidelity.json`` holds it; 200 dB stand for no difference at all."""
         first, parting = self.version.before is None, self.parts_at
         return {
             "rung": self.version.name,
