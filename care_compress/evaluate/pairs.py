@@ -272,12 +272,12 @@ def collect_answers(
     for batch in batches:
         logits = {name: predict(batch.images).cpu() for name, predict in models.items()}
         for name, value in logits.items():
-            hits, first = hits_of(value, batch.labels), value.argmax(dim=1, keepdim=True)
+            hits, top = hits_of(value, batch.labels), value.argmax(dim=1, keepdim=True)
+            odds = value.float().softmax(dim=1).gather(1, top).squeeze(1)
+            answer = top.squeeze(1).masked_fill(hits.broken, NO_ANSWER).int()
             # No answer is no confidence either; NaN would spoil the calibration error of all.
-            odds = value.float().softmax(dim=1).gather(1, first).squeeze(1)
-            confidence = odds.masked_fill(hits.broken, 0.0)
-            answer = first.squeeze(1).masked_fill(hits.broken, NO_ANSWER).int()
-            parts[name].append((answer, hits.first, hits.in_top5, confidence))
+            sure = odds.masked_fill(hits.broken, 0.0)
+            parts[name].append((answer, hits.first, hits.in_top5, sure))
             baseline = logits[baseline_of[name]]
             sound = ~hits.broken & torch.isfinite(baseline).all(dim=1)
             distances[name].add(baseline[sound], value[sound])
@@ -291,10 +291,11 @@ def collect_answers(
         first, right, in_top5, confidence = (
             torch.cat(column).numpy() for column in zip(*columns, strict=True)
         )
-        found[name] = one = Answers(first, right, in_top5, confidence, distances[name])
+        one = Answers(first, right, in_top5, confidence, distances[name])
         if one.broken == len(right):
             raise EvaluationError(
                 f"{name} answers NaN or infinity to all {one.broken:,} images.",
                 "leave it out by --targets, and check the run that made it",
             )
+        found[name] = one
     return Collected(torch.cat(labels).numpy(), torch.cat(indices).numpy(), found)
