@@ -1,6 +1,5 @@
 """A model beside its baseline on the same images: drop with its interval, agreement, distance."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from care_compress.data.loader import Batch
@@ -145,15 +143,6 @@ class Paired:
             self.distance + other.distance,
         )
 
-    def as_record(self) -> Any:
-        """Return the counts as plain data, for `of_record`."""
-        return json.loads(_PLAIN.dump_json(self))
-
-    @classmethod
-    def of_record(cls, record: Any) -> "Paired":
-        """Make it again from what `as_record` gave."""
-        return _PLAIN.validate_python(record)
-
     @property
     def images(self) -> int:
         """How many, if any: a share of few images may be empty, the whole may not."""
@@ -185,9 +174,6 @@ class Paired:
             "agreement": self.agreement,
             "sqnr_db": self.distance.known_db,
         }
-
-
-_PLAIN = TypeAdapter(Paired)
 
 
 @torch.inference_mode()

@@ -4,10 +4,12 @@ Each process counts its share of the images, so all of a run's processes must co
 """
 
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from rich.markup import escape
 from rich.table import Table
 
@@ -38,6 +40,7 @@ from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
 
 SEEN_FILE = "validation.digests"
+_PAIRED = TypeAdapter(Paired)
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,23 @@ def score(
         return Scores(_float_accuracy(context, recipe, compact, validation))
     # The last one, unless it ended below an earlier one.
     best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
-    console = context.console
-    console.print(quantized_table([(one.name, one.paired) for one in tried], best.name))
+    before, console = tried[0].paired.baseline, context.console
+    table = Table(title=f"On {before.images:,} validation images", title_justify="left")
+    table.add_column("model")
+    for column in ("top-1", "top-5", "drop [95 %]", "same answer", "logit SQNR"):
+        table.add_column(column, justify="right")
+    table.add_row("float", f"{before.top1:.2f} %", f"{before.top5:.2f} %", "", "", "")
+    for one in tried:
+        paired, (low, high) = one.paired, one.paired.drop_ci95
+        table.add_row(
+            f"{one.name} (kept)" if one is best else one.name,
+            f"{paired.candidate.top1:.2f} %",
+            f"{paired.candidate.top5:.2f} %",
+            f"{paired.drop:.2f} [{low:.2f}, {high:.2f}]",
+            f"{paired.agreement:.2f} %",
+            f"{paired.distance.sqnr_db:.1f} dB",
+        )
+    console.print(table)
     if best is not tried[-1]:
         console.print(
             f"[yellow]{tried[-1].name} ended below {best.name}[/], so the {best.name} weights "
@@ -80,28 +98,6 @@ def score(
         )
     console.print(f"quantized model: {escape(str(best.path))}", soft_wrap=True)
     return Scores(best.paired.candidate, tuple(tried), best)
-
-
-def quantized_table(candidates: Sequence[tuple[str, Paired]], kept: str) -> Table:
-    """Show float and quantized side by side."""
-    images = candidates[0][1].baseline.images
-    table = Table(title=f"On {images:,} validation images", title_justify="left")
-    table.add_column("model")
-    for column in ("top-1", "top-5", "drop [95 %]", "same answer", "logit SQNR"):
-        table.add_column(column, justify="right")
-    before = candidates[0][1].baseline
-    table.add_row("float", f"{before.top1:.2f} %", f"{before.top5:.2f} %", "", "", "")
-    for name, paired in candidates:
-        low, high = paired.drop_ci95
-        table.add_row(
-            f"{name} (kept)" if name == kept else name,
-            f"{paired.candidate.top1:.2f} %",
-            f"{paired.candidate.top5:.2f} %",
-            f"{paired.drop:.2f} [{low:.2f}, {high:.2f}]",
-            f"{paired.agreement:.2f} %",
-            f"{paired.distance.sqnr_db:.1f} dB",
-        )
-    return table
 
 
 def _float_accuracy(
@@ -143,7 +139,8 @@ def evaluated(
             predict = open_predictor(str(path), device)
         else:
             predict = TorchPredictor(simulated, simulated.num_classes, device)
-        return _compared(context, recipe, compact, predict, validation).as_record()
+        found = _compared(context, recipe, compact, predict, validation)
+        return json.loads(_PAIRED.dump_json(found))
 
     made_from = {
         **recipe_parts(recipe)["evaluate"],
@@ -151,9 +148,9 @@ def evaluated(
         "model": digest_of(path),
         "validation images": validation.content_digest(),
     }
-    counted = once(context, f"evaluate {name}", made_from, measure, together=True)
+    record = once(context, f"evaluate {name}", made_from, measure, together=True)
     plan = None if simulated is None else simulated.plan
-    return Candidate(name, path, Paired.of_record(counted), plan)
+    return Candidate(name, path, _PAIRED.validate_python(record), plan)
 
 
 def judging(
