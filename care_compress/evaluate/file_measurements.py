@@ -176,10 +176,8 @@ def read_files_back(found: Comparison, console: Console) -> None:
                 count = one.recipe.export.images
                 if count not in held:
                     held[count] = hold_images(found.samples, found.data, count, BadImages())
-                listed = one.results["data"]["fingerprint"]
-                if listed != found.samples.fingerprint() or len(held[count].labels) != len(
-                    expected
-                ):
+                same_list = one.results["data"]["fingerprint"] == found.samples.fingerprint()
+                if not same_list or len(held[count].labels) != len(expected):
                     unread[entry.key] = OTHER_IMAGES
                     continue
                 # Floats in float32 on a CPU, as the export had them.
