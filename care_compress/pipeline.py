@@ -18,9 +18,8 @@ from rich.markup import escape
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
 from care_compress.evaluate.accuracy import validating
-from care_compress.evaluate.results import write_results
+from care_compress.evaluate.results import rewrite_table, write_results
 from care_compress.evaluate.run_accuracy import Candidate, evaluated, judging, score
-from care_compress.evaluate.tables import rewrite_table
 from care_compress.export.stage import check_exports, exported
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare

@@ -197,7 +197,7 @@ def test_names_are_shown_and_not_obeyed(
 
 
 def test_tables_show_names_that_look_like_markup() -> None:
-    from care_compress.evaluate.tables import accuracy_table, latency_table
+    from care_compress.evaluate.compare import accuracy_table, latency_table
 
     name = "[red]x[/y].onnx"
     found = {"available": True, "top1": 1.0, "top5": 1.0, "size_bytes": 3}

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class Accuracy:
         return 100 * self.correct_in_top5 / self.counted()
 
     def counted(self) -> int:
-        """How many images; none is an error, and so is a model that answers none of them."""
+        """Return how many images; none is an error, and so is a model that answers none of them."""
         if self.images == 0:
             raise DataError("there was no image to evaluate.", "check the source and its val split")
         if self.broken == self.images:
@@ -68,7 +68,7 @@ NOTHING = Accuracy(0, 0, 0)
 
 
 def own_share(indices: Sequence[int], batch_size: int, world: World) -> Sequence[int]:
-    """One process's part of these images: whole batches, so that any number finds the same."""
+    """Return one process's images: whole batches, so that any number finds the same."""
     first, last = world.share(math.ceil(len(indices) / batch_size))
     return indices[first * batch_size : last * batch_size]
 
@@ -85,7 +85,33 @@ def measure_accuracy(
     device: torch.device = CPU,
     contents: Contents | None = None,
 ) -> Accuracy:
-    """Accuracy of `predict` on these images of a data set; `contents` takes their digests."""
+    """Measure `predict` on these images of a data set; `contents` takes their digests."""
+    batches = shown_batches(
+        samples,
+        data,
+        batch_size,
+        indices=indices,
+        bad=bad,
+        console=console,
+        device=device,
+        contents=contents,
+    )
+    with contextlib.closing(batches):
+        return count_correct(predict, batches)
+
+
+def shown_batches(
+    samples: Samples,
+    data: DataSection,
+    batch_size: int,
+    *,
+    indices: Sequence[int],
+    bad: BadImages,
+    console: Console,
+    device: torch.device,
+    contents: Contents | None,
+) -> Generator[Batch]:
+    """Yield prepared batches of these images and show how many are through; close it."""
     batches = prepared_batches(
         samples, data, batch_size, bad=bad, indices=indices, device=device, contents=contents
     )
@@ -93,30 +119,20 @@ def measure_accuracy(
         contextlib.closing(batches),
         progress_bar(console, "evaluating", len(indices)) as advance,
     ):
-        return count_correct(predict, batches, advance)
+        for batch in batches:
+            yield batch
+            advance(len(batch.labels))
 
 
-def count_correct(
-    predict: Callable[[Tensor], Tensor],
-    batches: Iterable[Batch],
-    progress: Callable[[int], None] = lambda images: None,
-) -> Accuracy:
+def count_correct(predict: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Accuracy:
     """Run `predict` over all prepared batches."""
-    found = NOTHING
-    for batch in batches:
-        found += count_batch(predict, batch)
-        progress(len(batch.labels))
-    return found
+    return sum((count_batch(predict, batch) for batch in batches), NOTHING)
 
 
 @torch.inference_mode()
 def count_batch(predict: Callable[[Tensor], Tensor], batch: Batch) -> Accuracy:
     """Run `predict` over one prepared batch."""
-    logits = predict(batch.images)
-    hits = hits_of(logits, batch.labels)
-    return Accuracy(
-        len(batch.labels), int(hits.first.sum()), int(hits.in_top5.sum()), int(hits.broken.sum())
-    )
+    return hits_of(predict(batch.images), batch.labels).counted()
 
 
 class Hits(NamedTuple):
@@ -126,16 +142,20 @@ class Hits(NamedTuple):
     in_top5: Tensor
     broken: Tensor
 
+    def counted(self) -> Accuracy:
+        """Count each of them."""
+        return Accuracy(len(self.first), *(int(each.sum()) for each in self))
+
 
 def hits_of(logits: Tensor, labels: Tensor) -> Hits:
-    """Right, right among the first five, or no answer; NaN would otherwise rank first."""
+    """Tell right, right among the first five, or no answer; NaN would otherwise rank first."""
     broken = ~torch.isfinite(logits).all(dim=1).cpu()
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
     return Hits(ranked[:, 0] & ~broken, ranked.any(dim=1) & ~broken, broken)
 
 
 def answers_check(accuracies: Mapping[str, Accuracy]) -> CheckResult:
-    """Whether every answer of these models was a number."""
+    """Check that every answer of these models is a number."""
     bad = {name: one for name, one in accuracies.items() if one.broken}
     if not bad:
         return CheckResult("answers", "fine", "every logit of every model measured is finite")
@@ -146,7 +166,7 @@ def answers_check(accuracies: Mapping[str, Accuracy]) -> CheckResult:
 
 
 def validating(context: RunContext, recipe: Recipe, validation: Samples) -> Validate:
-    """What a training calls to know how it is doing."""
+    """Return what a training calls to know how it is doing."""
 
     def validate(candidate: nn.Module) -> tuple[int, int]:
         chosen = spread_indices(len(validation), recipe.evaluate.images)
@@ -165,7 +185,7 @@ def measure_module(
     indices: Sequence[int],
     contents: Contents | None = None,
 ) -> Accuracy:
-    """Accuracy of a torch module on these validation images, all by this process."""
+    """Measure a torch module on these validation images, all by this process."""
     return measure_accuracy(
         TorchPredictor(model, len(validation.classes), context.world.device),
         validation,

@@ -1,13 +1,21 @@
 """Whether a file computes what the model does: logits beside logits, on real images."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from care_compress.data.loader import BadImages, pixel_batches
+from care_compress.data.samples import Samples, spread_indices
+from care_compress.data.transforms import normalize
+from care_compress.errors import DataError
+from care_compress.model.predictor import Predictor
 from care_compress.quantize.distance import sqnr_db
+from care_compress.recipe.sections import DataSection
 
 # Rounding to a step is chaotic: a difference in the last bit of a float sum moves a value by a
 # whole step, so two exact implementations of one INT8 model are 35 to 50 dB apart (the simulation
@@ -20,6 +28,36 @@ LEAST_AGREEMENT = 99.5
 # better than it needs to be.
 TIE, BETTER_DB = 4.0, 10.0
 NO_NUMBERS = "some logits are NaN or infinite"
+
+
+@dataclass(frozen=True)
+class HeldImages:
+    """Real images, decoded once: bytes, of which batches are prepared when they are needed."""
+
+    pixels_BCHW: Tensor  # uint8
+    labels: Tensor
+    data: DataSection
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield the network's inputs."""
+        for pixels in torch.split(self.pixels_BCHW, size):
+            yield normalize(pixels, self.data.mean, self.data.std)
+
+    def logits(self, predict: Predictor, size: int = 32) -> Tensor:
+        """Return the logits (N, K) of all images."""
+        with torch.inference_mode():
+            return torch.cat([predict(images).float().cpu() for images in self.batches(size)])
+
+
+def hold_images(
+    samples: Samples, data: DataSection, count: int | None, bad: BadImages
+) -> HeldImages:
+    """Decode `count` images of a split, evenly spaced, or all of them."""
+    batches = list(pixel_batches(samples, data, spread_indices(len(samples), count), 32, bad))
+    if not batches:
+        raise DataError("there is no image to compare on.", "check the val split")
+    pixels = torch.cat([batch.images for batch in batches])
+    return HeldImages(pixels, torch.cat([batch.labels for batch in batches]), data)
 
 
 @dataclass(frozen=True)
@@ -37,7 +75,7 @@ class Agreement:
 
     @property
     def exact(self) -> bool:
-        """Every logit is the same."""
+        """Whether every logit is the same."""
         return self.sqnr_db == math.inf
 
     def __str__(self) -> str:
@@ -48,17 +86,17 @@ class Agreement:
 
     @property
     def comparable(self) -> bool:
-        """Every logit is a number."""
+        """Whether every logit is a number."""
         return self.sqnr_db != -math.inf
 
     @property
     def percent(self) -> float:
-        """Of images with the same answer."""
+        """Percent of images with the same answer."""
         return 100 * self.same / self.images
 
     @property
     def holds(self) -> bool:
-        """Near enough to be the same model."""
+        """Whether it is near enough to be the same model."""
         settled = 100 * (self.same + self.ties) / self.images
         return self.sqnr_db >= self.least_db and settled >= LEAST_AGREEMENT
 
@@ -78,7 +116,7 @@ class Agreement:
 def compare_logits(
     reference_NK: Tensor, found_NK: Tensor, float_NK: Tensor | None = None
 ) -> Agreement:
-    """`found` beside `reference`; what is no number agrees with nothing.
+    """Compare `found` with `reference`; what is no number agrees with nothing.
 
     With the float model's logits, a reference that is coarser than `LEAST_SQNR_DB` is held to less.
     """
@@ -87,7 +125,7 @@ def compare_logits(
 
 
 def held_to(least_db: float, reference_NK: Tensor, found_NK: Tensor) -> Agreement:
-    """`found` beside `reference`, where it is known how near it has to be."""
+    """Compare `found` with `reference`, where it is known how near it has to be."""
     found_db = sqnr_db(reference_NK, found_NK)
     if found_db == -math.inf:
         return Agreement(len(found_NK), 0, 0, found_db, least_db)

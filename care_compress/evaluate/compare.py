@@ -1,34 +1,41 @@
 """``care-compress compare fp32 int8``: side by side on every target, with a verdict.
 
-What is measured stands in `care_compress.evaluate.comparison`; here stand who is compared, what the
-measurements mean, and what is printed.
+What is measured stands in `care_compress.evaluate.file_measurements`, what was found in
+`care_compress.evaluate.comparison`; here stand who is compared, what the measurements mean, and
+what is printed.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from care_compress.console import say, show_checks, widened
-from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
+from care_compress.device.cpu_app import FLOAT
+from care_compress.device.sensors import is_busy
 from care_compress.errors import DataError, RunError, TargetError
 from care_compress.evaluate.comparison import (
-    BF16,
+    Budget,
     CompareOptions,
     Comparison,
+    Verdict,
+    comparison_as_json,
+)
+from care_compress.evaluate.device_measurements import counted_threads, is_of_cpu, place_of
+from care_compress.evaluate.file_measurements import (
     find_entries,
     profile_files,
     read_files_back,
     score,
     time_files,
 )
-from care_compress.evaluate.comparison_json import comparison_as_json
-from care_compress.evaluate.device_measurements import device_verdict
 from care_compress.evaluate.latency import show_machine
 from care_compress.evaluate.layers import kind_table
+from care_compress.evaluate.pairs import Drop, Interval
 from care_compress.evaluate.resolve import (
     MakeRun,
     NamedModel,
@@ -36,8 +43,6 @@ from care_compress.evaluate.resolve import (
     named_models,
     same_images,
 )
-from care_compress.evaluate.tables import accuracy_table, device_table, latency_table
-from care_compress.evaluate.verdicts import Budget, Verdict, judge
 from care_compress.files import digest_of, json_text, size_of, write_text
 from care_compress.recipe.sections import BudgetSection, DataSection
 from care_compress.runtime.probe import probe
@@ -71,19 +76,19 @@ def run_compare(
                 "compare two files for one runtime, or two runs",
             )
     collected = score(entries, models, samples, data, options, console)
-    found = Comparison(models, entries, missing, collected)
-    read_files_back(found, data, samples, console)
-    time_files(found, data, samples, options, console)
-    profile_files(found, data, samples, options, console)
-    decide(found, options)
-    _report(found, samples, data, options, console)
+    found = Comparison(data, samples, options, models, entries, missing, collected)
+    read_files_back(found, console)
+    time_files(found, console)
+    profile_files(found, console)
+    decide(found)
+    _report(found, console)
     return found
 
 
 def _settled(
     one: NamedModel | str, names: list[str], runs: Path, make_run: MakeRun, console: Console
 ) -> NamedModel:
-    """A contender; a float baseline that has no run yet is made."""
+    """Return the model that was named; a float baseline that has no run yet is made."""
     if isinstance(one, NamedModel):
         return one
     start = next(
@@ -103,7 +108,7 @@ def _settled(
 
 
 def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSection:
-    """The images all of them are scored on; different ones give no drop."""
+    """Return the images all of them are scored on; different ones give no drop."""
     named = [(one.name, one.recipe.data) for one in models if one.recipe is not None]
     if not named and options.data is None:
         raise DataError(
@@ -121,7 +126,7 @@ def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSecti
 
 
 def _check_files(models: list[NamedModel], data: DataSection) -> None:
-    """The files are those that were exported, or can be run, and prepare images alike."""
+    """Raise unless files are those that were exported, or can be run, and prepare images alike."""
     for one in models:
         for path in one.files.values() if one.run is None else ():
             probe(path, data.resolution)
@@ -142,18 +147,103 @@ def _check_files(models: list[NamedModel], data: DataSection) -> None:
         )
 
 
-def _report(
-    found: Comparison,
-    samples: Samples,
-    data: DataSection,
-    options: CompareOptions,
-    console: Console,
-) -> None:
-    """Tables on the console, ``compare.json`` in the last run and where the user wants it."""
-    value = comparison_as_json(found, samples, data)
+def decide(found: Comparison) -> None:
+    """Fill in a verdict for each target and candidate, and the budgets of the candidates."""
+    options, timed = found.options, found.latency.get((1, 1), {})
+    for candidate in found.models[1:]:
+        name, files = candidate.name, candidate.files.values()
+        budget = candidate.recipe.budget if candidate.recipe else BudgetSection()
+        limit = budget.max_top1_drop if options.max_drop is None else options.max_drop
+        drops = {target: found.drop(target, name) for target in found.targets}
+        for target, drop in drops.items():
+            speedups, fault = found.speedups(target, name), found.fault(target, name)
+            if drop is not None or fault:
+                here = [one for key, one in timed.items() if key.startswith(f"{target}/")]
+                noisy = any(one.is_noisy for one in here)
+                found.verdicts.append(judge(target, name, speedups, drop, limit, noisy, fault))
+            for board in found.device_results.get((target, name), ()):
+                assert candidate.recipe is not None  # a run's
+                said = device_verdict(name, candidate.recipe.precision, board)
+                if said is not None:
+                    found.verdicts.append(said)
+            least = options.min_speedup or (budget.min_speedup or {}).get(target)
+            if least is not None and found.entry(target, name):
+                over = speedups.get(found.baseline.name)
+                value = None if over is None else over[0]
+                ok = value is not None and value >= least
+                found.budgets.append(Budget(f"min_speedup on {target}", least, value, ok))
+        if limit is not None:
+            worst = max((drop.value for drop in drops.values() if drop is not None), default=None)
+            ok = worst is not None and worst <= limit
+            found.budgets.append(Budget(f"max_top1_drop of {name}", limit, worst, ok))
+        if budget.max_size is not None:
+            size = max(map(size_of, files), default=0) / 1e6
+            ok = size <= budget.max_size
+            found.budgets.append(Budget(f"max_size of {name} (MB)", budget.max_size, size, ok))
+
+
+def judge(
+    target: str,
+    candidate: str,
+    speedups: dict[str, Interval],
+    drop: Drop | None,
+    max_drop: float | None,
+    noisy: bool,
+    fault: str = "",
+) -> Verdict:
+    """Decide for one target; `speedups` are over what a user could run instead.
+
+    That is FP32, and BF16 or FP16 where there is.
+    `fault` says why the file is not the model it was made from: such a file never pays.
+    """
+    if fault:
+        return Verdict(target, candidate, False, f"{candidate} does not pay, because {fault}")
+    if not speedups or drop is None:
+        return Verdict(target, candidate, None, "nothing to compare with was measured")
+    parts = [f"{value:.2f}x over {name}" for name, (value, _, _) in speedups.items()]
+    told = ", ".join([*parts, str(drop)])
+    name, (value, low, high) = min(speedups.items(), key=lambda item: item[1][0])
+    between = f"{value:.2f} [{low:.2f}, {high:.2f}] times the speed of {name}"
+    pays: bool | None
+    if max_drop is not None and drop.value > max_drop:
+        lost = f"it loses more than {max_drop:g} points"
+        pays, text = False, f"{candidate} does not pay, because {lost}: {told}"
+    elif low > 1:
+        pays, text = True, f"{candidate} pays: {told}"
+    elif noisy or high > 1:
+        why = "the machine was too noisy to say" if noisy else "the difference is within the noise"
+        pays, text = None, f"{candidate}: {why} ({between}): {told}"
+    else:
+        pays, text = False, f"{candidate} does not pay, because it runs at {between}: {told}"
+    return Verdict(target, candidate, pays, text)
+
+
+def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict | None:
+    """Decide by what a device measured of both models in turns; None where it measured one."""
+    target, place = found["target"], place_of(found)
+    baseline, model = (FLOAT, "file") if is_of_cpu(found) else ("fp16", "engine")
+    speeds = {model: one["speed"] for model, one in found["models"].items()}
+    accuracy = found["models"].get(precision, {}).get("accuracy")
+    if accuracy is not None and not accuracy["passed"]:
+        text = f"{name} does not pay: its {model} failed verify on {place}"
+        return Verdict(target, name, False, text)
+    if precision == baseline or speeds.get(precision) is None or speeds.get(baseline) is None:
+        return None
+    ratio = speeds[baseline]["latency_ms"]["p50"] / speeds[precision]["latency_ms"]["p50"]
+    said = f"{ratio:.2f}x over {baseline.upper()} on {place}"
+    load = speeds[precision]["before"].get("load_average")
+    if is_busy(load, found["board"].get("cores", 1)):
+        return Verdict(target, name, None, f"{name}: other programs were at work: {said}")
+    verb = "pays" if ratio > 1 else "does not pay"
+    return Verdict(target, name, ratio > 1, f"{name} {verb}: {said}")
+
+
+def _report(found: Comparison, console: Console) -> None:
+    """Print tables; write ``compare.json`` in the last run and where the user wants it."""
+    value = comparison_as_json(found)
     text = json_text(value)
     last = found.models[-1].run
-    paths = [p for p in (options.json_file, last and last / "compare.json") if p]
+    paths = [p for p in (found.options.json_file, last and last / "compare.json") if p]
     for path in paths:
         write_text(path, text)
     wide = widened(console, WIDTH)
@@ -165,7 +255,7 @@ def _report(
     for setting in value["latency"]:
         if setting["rows"]:
             wide.print(latency_table(setting))
-    if found.boards:
+    if found.device_results:
         wide.print(device_table(value))
     for target, rows in value["targets"].items():
         if any(one.get("layers_ms") for one in rows.values()):
@@ -176,7 +266,7 @@ def _report(
         reasons = {
             why
             for (where, name), why in found.missing.items()
-            if where == target and (where, name) not in found.boards
+            if where == target and (where, name) not in found.device_results
         }
         for why in sorted(reasons):
             text = f"{target}: not measured here: {why}"
@@ -198,59 +288,93 @@ def _report(
         console.print(f"written to {escape(str(path))}", soft_wrap=True)
 
 
-def decide(found: Comparison, options: CompareOptions) -> None:
-    """A verdict for each target and candidate, and the budgets of the candidates."""
-    for candidate in found.models[1:]:
-        budget = candidate.recipe.budget if candidate.recipe else BudgetSection()
-        limit = budget.max_top1_drop if options.max_drop is None else options.max_drop
-        for target in found.targets:
-            found.verdicts += _verdicts(found, candidate, target, limit)
-            least = options.min_speedup or (budget.min_speedup or {}).get(target)
-            if least is not None and found.entry(target, candidate.name):
-                over = dict(_speedups(found, target, candidate.name)).get(found.baseline.name)
-                value = None if over is None else over[0]
-                found.budgets.append(_at_least(f"min_speedup on {target}", least, value))
-        if limit is not None:
-            drops = [found.drop(target, candidate.name) for target in found.targets]
-            worst = max((drop.value for drop in drops if drop is not None), default=None)
-            found.budgets.append(_at_most(f"max_top1_drop of {candidate.name}", limit, worst))
-        if budget.max_size is not None:
-            size = max((size_of(p) for p in candidate.files.values()), default=0) / 1e6
-            name = f"max_size of {candidate.name} (MB)"
-            found.budgets.append(_at_most(name, budget.max_size, size))
+def accuracy_table(value: dict[str, Any]) -> Table:
+    """Show every file's accuracy beside the baseline's on the same target."""
+    table = Table(title=f"Accuracy of the files on {value['images']:,} images")
+    table.title_justify = "left"
+    table.add_column("target", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    beside = "drop [95 %]", "McNemar p", "same answer", "SQNR"
+    for column in ("top-1", "top-5", *beside, "size", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    pairs = {(pair["target"], pair["candidate"]): pair for pair in value["pairs"]}
+    for target, models in value["targets"].items():
+        for name, found in models.items():
+            if not found["available"] or found["top1"] is None or "measured_on" in found:
+                continue
+            pair, memory = pairs.get((target, name)), found.get("peak_memory_bytes")
+            cells = [""] * len(beside)
+            if pair is not None:
+                low, high = pair["drop_ci95"]
+                cells = [
+                    f"{pair['drop']:.2f} [{low:.2f}, {high:.2f}]",
+                    f"{pair['mcnemar_p']:.2g}",
+                    f"{pair['agreement']:.2f} %",
+                    "exact" if pair["sqnr_db"] is None else f"{pair['sqnr_db']:.1f} dB",
+                ]
+            table.add_row(
+                target,
+                escape(name),
+                f"{found['top1']:.2f} %",
+                f"{found['top5']:.2f} %",
+                *cells,
+                f"{found['size_bytes'] / 1e6:.2f} MB",
+                "" if memory is None else f"{memory / 1e6:.1f} MB",
+            )
+    return table
 
 
-def _at_most(name: str, limit: float, value: float | None) -> Budget:
-    return Budget(name, limit, value, value is not None and value <= limit)
+def latency_table(setting: dict[str, Any]) -> Table:
+    """Show latency at one batch size and number of threads."""
+    title = f"Batch {setting['batch']}, {counted_threads(setting['threads'])}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("target", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    for column in ("p50 ms", "p90 ms", "p99 ms", "images/s", "times as fast [95 %]"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in setting["rows"]:
+        times = row["latency_ms"]
+        faster = ""
+        if row["speedup"] is not None:
+            low, high = row["speedup_ci95"]
+            faster = f"{row['speedup']:.2f} [{low:.2f}, {high:.2f}]"
+        noisy = " noisy" if row["noisy"] else ""
+        table.add_row(
+            row["target"],
+            escape(row["name"]),
+            *(f"{times[p]:.2f}" for p in ("p50", "p90", "p99")),
+            f"{row['throughput']:.0f}",
+            faster + noisy,
+        )
+    return table
 
 
-def _at_least(name: str, limit: float, value: float | None) -> Budget:
-    return Budget(name, limit, value, value is not None and value >= limit)
-
-
-def _verdicts(
-    found: Comparison, candidate: NamedModel, target: str, limit: float | None
-) -> Iterator[Verdict]:
-    drop, fault = found.drop(target, candidate.name), found.fault(target, candidate.name)
-    if drop is not None or fault:
-        speedups = dict(_speedups(found, target, candidate.name))
-        timed = found.latency.get((1, 1), {})
-        noisy = any(one.is_noisy for key, one in timed.items() if key.startswith(f"{target}/"))
-        yield judge(target, candidate.name, speedups, drop, limit, noisy, fault)
-    for board in found.boards.get((target, candidate.name), ()):
-        assert candidate.recipe is not None  # a run's
-        said = device_verdict(candidate.name, candidate.recipe.precision, board)
-        if said is not None:
-            yield said
-
-
-def _speedups(
-    found: Comparison, target: str, name: str
-) -> Iterator[tuple[str, tuple[float, float, float]]]:
-    """Over each of the baseline's settings, batch 1, one thread."""
-    timed = found.latency.get((1, 1), {})
-    candidate = timed.get(f"{target}/{name}")
-    for other in (found.baseline.name, found.baseline.name + BF16):
-        baseline = timed.get(f"{target}/{other}")
-        if candidate is not None and baseline is not None:
-            yield other, candidate.speedup_over(baseline)
+def device_table(value: dict[str, Any]) -> Table:
+    """Show what other devices measured by the script of a bundle, each on its own."""
+    table = Table(title="Measured on devices, by the script of a bundle", title_justify="left")
+    for column in ("target", "model", "device", "with"):
+        table.add_column(column, overflow="fold")
+    percentiles = ("p50", "p90", "p99")
+    times_in = [f"{p} ms" for p in percentiles]
+    for column in ("batch", *times_in, "images/s", "top-1 of samples", "verified"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for target, models in value["targets"].items():
+        for one in models.values():
+            where = one.get("measured_on")
+            if not where:
+                continue
+            times, threads = one["latency_ms"] or {}, where["threads"]
+            counted = None if threads is None else counted_threads(threads)
+            setting = filter(None, (where["library"], where["power_mode"], counted))
+            table.add_row(
+                target,
+                escape(where["model"]),
+                escape(where["board"]),
+                escape(", ".join(setting)),
+                str(where["batch"] or ""),
+                *(f"{times[p]:.2f}" if times else "" for p in percentiles),
+                "" if one["throughput"] is None else f"{one['throughput']:.0f}",
+                "" if one["top1"] is None else f"{one['top1']:.2f} %",
+                {True: "passed", False: "FAILED", None: "no"}[where["verified"]],
+            )
+    return table

@@ -7,10 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from care_compress.device.cpu_app import FLOAT
-from care_compress.device.sensors import is_busy
 from care_compress.errors import CareError
-from care_compress.evaluate.verdicts import Verdict
 from care_compress.files import json_text, read_json, write_text
 from care_compress.run.finished import as_written
 
@@ -85,16 +82,6 @@ class Engine(_Strict):
     accuracy: DeviceAccuracy | None = None
     speed: Speed | None = None
 
-    @property
-    def exported_sha256(self) -> str:
-        """Of the exported graph."""
-        return self.onnx_sha256
-
-    @property
-    def mode(self) -> str | None:
-        """What else may be set on the device, and gives other figures."""
-        return None if self.speed is None else self.speed.before.power_mode
-
 
 class DeviceGpu(_Strict):
     """The board's GPU."""
@@ -149,16 +136,6 @@ class CpuFile(_Strict):
     accuracy: DeviceAccuracy | None = None
     speed: CpuSpeed | None = None
 
-    @property
-    def exported_sha256(self) -> str:
-        """Of the exported file."""
-        return self.sha256
-
-    @property
-    def mode(self) -> str | None:
-        """What else may be set on the device, and gives other figures."""
-        return None if self.speed is None else counted_threads(self.speed.threads)
-
 
 class CpuBoard(_Strict):
     """A machine without a GPU, and its software."""
@@ -206,44 +183,44 @@ _RESULTS: TypeAdapter[Results] = TypeAdapter(Annotated[Results, Field(discrimina
 
 
 def counted_threads(count: int) -> str:
-    """2 threads, and 1 thread."""
+    """Write ``2 threads``, and ``1 thread``."""
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def parse_results(text: str) -> Results:
-    """The results in a JSON text; `ValidationError` for anything else."""
+    """Read the results in a JSON text; `ValidationError` for anything else."""
     # From JSON, not from Python values: NaN, which json.loads takes, is then refused too.
     return _RESULTS.validate_json(text, strict=True)
 
 
 def import_results(file: Path, run_dir: Path) -> dict[str, Any]:
     """Check a board's results and keep them in ``measured/<target>.<board>.json`` of the run."""
-    results = _read(file)
-    check_export(results, file, run_dir)
-    board = re.sub(r"[^a-z0-9]+", "-", results.board.name.lower()).strip("-") or "board"
-    value = results.model_dump(mode="json")
-    # One board measured in two power modes, or on two numbers of threads, gave two results.
-    modes = [model.mode for model in results.models.values() if model.speed]
-    mode = re.sub(r"[^a-z0-9]+", "-", (modes[0] or "").lower()).strip("-") if modes else ""
-    name = ".".join(part for part in (results.target, board, mode) if part)
-    path = run_dir / "measured" / f"{name}.json"
-    write_text(path, json_text(value))
-    return value
-
-
-def _read(file: Path) -> Results:
     try:
-        text = file.read_text(encoding="utf-8")
+        results = parse_results(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DeviceResultsError(f"{file} cannot be read ({error}).", _AGAIN) from error
-    try:
-        return parse_results(text)
     except ValidationError as error:
         first = error.errors()[0]
         # The kind, by which the model of the results was chosen, stands in front of the rest.
         place = [part for part in first["loc"] if not str(part).startswith("care-deploy")]
         where = ".".join(map(str, place)) or "the file"
         raise DeviceResultsError(f"{file}: {where}: {first['msg']}.", _AGAIN) from error
+    check_export(results, file, run_dir)
+    # One board measured in two power modes, or on two numbers of threads, gave two results.
+    speed = next((model.speed for model in results.models.values() if model.speed), None)
+    if isinstance(speed, CpuSpeed):
+        mode = counted_threads(speed.threads)
+    else:
+        mode = (speed.before.power_mode or "") if speed else ""
+    parts = (results.target, _slug(results.board.name) or "board", _slug(mode))
+    value = results.model_dump(mode="json")
+    path = run_dir / "measured" / f"{'.'.join(filter(None, parts))}.json"
+    write_text(path, json_text(value))
+    return value
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def check_export(results: Results, file: Path, run_dir: Path) -> None:
@@ -272,7 +249,8 @@ def check_export(results: Results, file: Path, run_dir: Path) -> None:
         )
     for name, model in results.models.items():
         stored = export.get("models", {}).get(name, {}).get("sha256")
-        if stored is not None and stored != model.exported_sha256:
+        exported = model.sha256 if isinstance(model, CpuFile) else model.onnx_sha256
+        if stored is not None and stored != exported:
             raise DeviceResultsError(
                 f"{file}: {name} comes from another graph than {path} describes.",
                 "measure the bundle of this export",
@@ -280,7 +258,7 @@ def check_export(results: Results, file: Path, run_dir: Path) -> None:
 
 
 def device_measurements(run: Path) -> list[dict[str, Any]]:
-    """The newest engines of every target, and every machine's CPU files in every setting."""
+    """Read the newest engines of every target, and every machine's CPU files in every setting."""
     newest = {}
     every = []
     for path in sorted(run.glob("measured/*.json")):
@@ -298,14 +276,14 @@ def device_measurements(run: Path) -> list[dict[str, Any]]:
 
 
 def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """A row for each model on a device, with where it was measured; nothing is computed here."""
+    """Yield a row for each model on a device, with where it was measured; nothing is computed."""
     board = found["board"]
     for model, one in found["models"].items():
         speed, accuracy = one["speed"], one["accuracy"]
         label = name if model == precision else f"{name} {model}"
         yield (
             # A CPU's files are measured here, too, and on any number of other machines.
-            f"{label} on {_place(found)}" if _is_of_cpu(found) else label,
+            f"{label} on {place_of(found)}" if is_of_cpu(found) else label,
             {
                 "available": True,
                 "why": "",
@@ -329,32 +307,13 @@ def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tu
         )
 
 
-def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict | None:
-    """What a device's own figures say; it measured both models in turns."""
-    target, place = found["target"], _place(found)
-    baseline, model = (FLOAT, "file") if _is_of_cpu(found) else ("fp16", "engine")
-    speeds = {model: one["speed"] for model, one in found["models"].items()}
-    accuracy = found["models"].get(precision, {}).get("accuracy")
-    if accuracy is not None and not accuracy["passed"]:
-        text = f"{name} does not pay: its {model} failed verify on {place}"
-        return Verdict(target, name, False, text)
-    if precision == baseline or speeds.get(precision) is None or speeds.get(baseline) is None:
-        return None
-    ratio = speeds[baseline]["latency_ms"]["p50"] / speeds[precision]["latency_ms"]["p50"]
-    said = f"{ratio:.2f}x over {baseline.upper()} on {place}"
-    load = speeds[precision]["before"].get("load_average")
-    if is_busy(load, found["board"].get("cores", 1)):
-        return Verdict(target, name, None, f"{name}: other programs were at work: {said}")
-    verb = "pays" if ratio > 1 else "does not pay"
-    return Verdict(target, name, ratio > 1, f"{name} {verb}: {said}")
-
-
-def _is_of_cpu(found: dict[str, Any]) -> bool:
+def is_of_cpu(found: dict[str, Any]) -> bool:
+    """Tell results of a bundle for a CPU from those of engines."""
     return "gpu" not in found["board"]
 
 
-def _place(found: dict[str, Any]) -> str:
-    """The device, with the number of threads where a CPU's files were timed."""
+def place_of(found: dict[str, Any]) -> str:
+    """Name the device, with the number of threads where a CPU's files were timed."""
     speeds = [one["speed"] for one in found["models"].values() if one["speed"] is not None]
     threads = speeds[0].get("threads") if speeds else None
     name = str(found["board"]["name"])

@@ -5,10 +5,11 @@ another model, other images or another checkpoint make it anew.
 """
 
 import base64
+import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from care_compress.console import step_line
-from care_compress.data.loader import BadImages, Batch, pixel_batches
+from care_compress.data.loader import CPU, BadImages, Batch, pixel_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.data.transforms import normalize
@@ -37,15 +38,25 @@ from care_compress.model.predictor import Predictor
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.artifact import load_saved
 from care_compress.quantize.plan_table import plan_as_json, rule_text
-from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import DataSection
-from care_compress.run.finished import read_run
+from care_compress.run.finished import FinishedRun, read_run
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
 
 BATCH = 32
 SHOWN = 24  # flipped images with a picture
 THUMBNAIL = 96  # pixels at most; an image is a few kilobytes of the page
+PARTS = ("plan", "layers", "answers")
+VERSION = 1  # raised when the same model would be described in another way
+# Answers on as many images as so many MACs allow, within these ends: a flipped answer is rare, and
+# a large network on a slow core should not keep its user waiting for pictures.
+MACS = 25e9
+FEWEST, MOST = 256, 4000
+LAYER_IMAGES = 32  # many thousand values of every layer; they are run three times
+NNCF_HAS_NO_PLAN = "NNCF places its quantizers by itself: there is no plan of ours."
+NNCF_HAS_NO_LAYERS = (
+    "NNCF wrote OpenVINO's own file: its layers have other names and no simulation to compare with."
+)
 
 
 @dataclass(frozen=True)
@@ -57,79 +68,66 @@ class Images:
     indices: Sequence[int]
 
     def batches(self) -> Iterator[Batch]:
-        """Their pixels."""
+        """Yield their pixels."""
         return pixel_batches(self.samples, self.data, self.indices, BATCH, BadImages())
 
     def inputs(self, pixels: Tensor) -> Tensor:
-        """Pixels as the network takes them."""
+        """Return pixels as the network takes them."""
         return normalize(pixels, self.data.mean, self.data.std)
-
-
-@dataclass
-class _Counts:
-    """What changed so far."""
-
-    images: int = 0
-    same: int = 0
-    lost: int = 0
-    gained: int = 0
-    changes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    flipped: list[dict[str, Any]] = field(default_factory=list)
 
 
 @torch.inference_mode()
 def measure_answers(before: Predictor, after: Predictor, images: Images) -> dict[str, Any]:
-    """Answers of both models on the same images; the label, both answers, and how sure each was."""
-    counts, classes = _Counts(), images.samples.classes
+    """Compare answers to the same images: the label, both answers, and how sure each model was."""
+    seen = same = lost = gained = 0
+    classes = images.samples.classes
+    changes: Counter[tuple[int, int, int]] = Counter()
+    flipped: list[dict[str, Any]] = []
     for batch in images.batches():
-        inputs = images.inputs(batch.images)
+        inputs, labels = images.inputs(batch.images), batch.labels
         # A model that answers NaN is sure of nothing; JSON has no other number for it.
         odds = [predict(inputs).cpu().softmax(dim=1).nan_to_num(0.0) for predict in (before, after)]
-        _count(counts, batch, odds, images.samples)
-    ranked = sorted(counts.changes.items(), key=lambda item: (-item[1], item[0]))
+        was, now = (one.argmax(dim=1) for one in odds)
+        seen += len(labels)
+        same += int((was == now).sum())
+        lost += int(((was == labels) & (now != labels)).sum())
+        gained += int(((was != labels) & (now == labels)).sum())
+        for row in (was != now).nonzero().flatten().tolist():
+            label, first, second = (int(each[row]) for each in (labels, was, now))
+            changes[label, first, second] += 1
+            if len(flipped) < SHOWN:
+                flipped.append(
+                    {
+                        "name": images.samples.name(int(batch.indices[row])),
+                        "label": classes[label],
+                        "before": classes[first],
+                        "after": classes[second],
+                        "sure_before": float(odds[0][row, first]),
+                        "sure_after": float(odds[1][row, second]),
+                        "picture": thumbnail(batch.images[row]),
+                    }
+                )
+    ranked = sorted(changes.items(), key=lambda item: (-item[1], item[0]))
     return {
-        "images": counts.images,
-        "same": counts.same,
-        "lost": counts.lost,
-        "gained": counts.gained,
+        "images": seen,
+        "same": same,
+        "lost": lost,
+        "gained": gained,
         "changes": [
             {
                 "label": classes[label],
-                "before": classes[was],
-                "after": classes[now],
+                "before": classes[first],
+                "after": classes[second],
                 "images": number,
             }
-            for (label, was, now), number in ranked
+            for (label, first, second), number in ranked
         ],
-        "flipped": counts.flipped,
+        "flipped": flipped,
     }
 
 
-def _count(counts: _Counts, batch: Batch, odds: list[Tensor], samples: Samples) -> None:
-    was, now = (one.argmax(dim=1) for one in odds)
-    counts.images += len(batch.labels)
-    counts.same += int((was == now).sum())
-    counts.lost += int(((was == batch.labels) & (now != batch.labels)).sum())
-    counts.gained += int(((was != batch.labels) & (now == batch.labels)).sum())
-    for row in (was != now).nonzero().flatten().tolist():
-        label, first, second = (int(each[row]) for each in (batch.labels, was, now))
-        counts.changes[label, first, second] += 1
-        if len(counts.flipped) < SHOWN:
-            counts.flipped.append(
-                {
-                    "name": samples.name(int(batch.indices[row])),
-                    "label": samples.classes[label],
-                    "before": samples.classes[first],
-                    "after": samples.classes[second],
-                    "sure_before": float(odds[0][row, first]),
-                    "sure_after": float(odds[1][row, second]),
-                    "picture": thumbnail(batch.images[row]),
-                }
-            )
-
-
 def thumbnail(pixels_CHW: Tensor) -> str:
-    """A data URI of what the network saw, as a small JPEG."""
+    """Return a data URI of what the network saw, as a small JPEG."""
     picture = Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy())
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()
@@ -137,107 +135,58 @@ def thumbnail(pixels_CHW: Tensor) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-VERSION = 1  # raised when the same model would be described in another way
-# Answers on as many images as so many MACs allow, within these ends: a flipped answer is rare, and
-# a large network on a slow core should not keep its user waiting for pictures.
-MACS = 25e9
-FEWEST, MOST = 256, 4000
-LAYER_IMAGES = 32  # many thousand values of every layer; they are run three times
-NNCF_HAS_NO_PLAN = "NNCF places its quantizers by itself: there is no plan of ours."
-CPU = torch.device("cpu")
-NNCF_HAS_NO_LAYERS = (
-    "NNCF wrote OpenVINO's own file: its layers have other names and no simulation to compare with."
-)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """The run's models and what they were made from."""
-
-    recipe: Recipe
-    model: Path
-    checkpoint: Path
-
-    def float_predictor(self) -> Predictor:
-        network = load_checkpoint(self.checkpoint, self.recipe.model.arch)
-        compact = rewrite(network, self.recipe.rewrite)
-        return TorchPredictor(compact, network.num_classes, CPU)
-
-    def key(self, images: int) -> str:
-        """Equal only where the evidence would be."""
-        return fingerprint(
-            {
-                "version": VERSION,
-                "model": digest_of(self.model),
-                "checkpoint": sha256_file(self.checkpoint),
-                "data": self.recipe.data.model_dump(mode="json", exclude={"workers"}),
-                "images": images,
-            }
-        )
-
-
 def gather(run_dir: Path, results: dict[str, Any], console: Console) -> dict[str, Any]:
-    """The evidence of a run, from its file where that is still true; reasons for what is missing.
+    """Return the evidence of a run, from its file where that still holds; reasons where it lacks.
 
     `results` is the run's results.json. Nothing here ends a report: images that moved away are a
     reason, not an error.
     """
     if "model" not in results:
-        return {"missing": _all_missing("This run quantized nothing.")}
+        return {"missing": dict.fromkeys(PARTS, "This run quantized nothing.")}
+    path = run_dir / "evidence.json"
     try:
-        kept = _kept(run_dir, results["model"])
-        images = _affordable(results)
-        key = kept.key(images)
-        known = _read(run_dir / "evidence.json")
-        if known is not None and known.get("key") == key:
-            return known
+        run, model = read_run(run_dir), run_dir / results["model"]
+        wanted = max(FEWEST, min(MOST, int(MACS / results["rewrites"][-1]["macs"])))
+        # Never more than the run was measured on.
+        images = min(wanted, int(results["accuracy"]["images"]))
+        # Equal only where the evidence would be.
+        key = fingerprint(
+            {
+                "version": VERSION,
+                "model": digest_of(model),
+                "checkpoint": sha256_file(run.checkpoint),
+                "data": run.recipe.data.model_dump(mode="json", exclude={"workers"}),
+                "images": images,
+            }
+        )
+        with contextlib.suppress(OSError, ValueError):  # a damaged file is gathered again
+            known = read_json(path)
+            if isinstance(known, dict) and known.get("key") == key:
+                return known
         with step_line(console) as notify:
             notify("gathering evidence for the report")
-            found = {"key": key, **_measured(kept, images)}
+            found = {"key": key, **_measured(run, model, images)}
     except (CareError, OSError) as error:
         reason = error.message if isinstance(error, CareError) else str(error.strerror)
-        return {"missing": _all_missing(f"It could not be measured: {reason}")}
-    write_text(run_dir / "evidence.json", json_text(found, indent=1))
+        return {"missing": dict.fromkeys(PARTS, f"It could not be measured: {reason}")}
+    write_text(path, json_text(found, indent=1))
     return found
 
 
-def _affordable(results: dict[str, Any]) -> int:
-    """How many images answers are compared on; never more than the run was measured on."""
-    wanted = max(FEWEST, min(MOST, int(MACS / results["rewrites"][-1]["macs"])))
-    return min(wanted, int(results["accuracy"]["images"]))
-
-
-def _all_missing(reason: str) -> dict[str, str]:
-    return dict.fromkeys(("plan", "layers", "answers"), reason)
-
-
-def _kept(run_dir: Path, model: str) -> _Kept:
-    run = read_run(run_dir)
-    return _Kept(run.recipe, run_dir / model, run.checkpoint)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """What was gathered before; a damaged file is gathered again."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _measured(kept: _Kept, count: int) -> dict[str, Any]:
-    recipe = kept.recipe
+def _measured(run: FinishedRun, model: Path, count: int) -> dict[str, Any]:
+    recipe = run.recipe
     samples = open_samples(recipe.data, "val")
-    before = kept.float_predictor()
+    network = load_checkpoint(run.checkpoint, recipe.model.arch)
+    before = TorchPredictor(rewrite(network, recipe.rewrite), network.num_classes, CPU)
     check_classes(samples, before.num_classes)
     images = Images(samples, recipe.data, spread_indices(len(samples), count))
-    if kept.model.suffix != ".safetensors":
-        after = open_predictor(str(kept.model), CPU)
+    if model.suffix != ".safetensors":
+        after = open_predictor(str(model), CPU)
         return {
             "answers": measure_answers(before, after, images),
             "missing": {"plan": NNCF_HAS_NO_PLAN, "layers": NNCF_HAS_NO_LAYERS},
         }
-    saved = load_saved(kept.model)
+    saved = load_saved(model)
     # Spread over all images again: the first of a folder are all of one class.
     few = Images(samples, recipe.data, spread_indices(len(samples), min(count, LAYER_IMAGES)))
     batches = (few.inputs(batch.images) for batch in few.batches())

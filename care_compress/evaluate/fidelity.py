@@ -12,27 +12,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from torch import Tensor, nn
 
 from care_compress.console import say, step_line, widened
-from care_compress.data.loader import BadImages
+from care_compress.data.loader import CPU, BadImages
 from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import RunError, TargetError
+from care_compress.evaluate.agreement import hold_images
 from care_compress.evaluate.device_measurements import device_measurements
-from care_compress.evaluate.images import hold_images
 from care_compress.evaluate.site_distance import Absent, Version, compare_versions
 from care_compress.evaluate.site_outputs import FileTap, Taken, run_graph, run_module, tap_file
-from care_compress.evaluate.tables import site_table, version_table
 from care_compress.files import digest_of, fingerprint, json_text, sha256_file, write_text
 from care_compress.model.checkpoint import load_checkpoint, state_digest
 from care_compress.model.compact import CompactCare
 from care_compress.model.predictor import Predictor
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.artifact import Saved, load_saved
+from care_compress.quantize.distance import EXACT_DB
 from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.plots import short_name
 from care_compress.quantize.retarget import export_rules, retarget
 from care_compress.quantize.sites import find_sites
 from care_compress.quantize.spec import Site
@@ -42,13 +43,16 @@ from care_compress.run.finished import FinishedRun, find_run
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 
-CPU = torch.device("cpu")
 FLOAT, REWRITTEN, RESCALED, SIMULATED = "published", "rewritten", "rescaled", "simulated"
 NOT_ALL = "left out: depthwise convs of the interactions, whose channels and bias move"
 CORRECTED = "quantizers off; biases and norms as PTQ corrected them, weights as QAT left them"
 NNCF_HAS_NO_SITES = "NNCF's file has layers of its own names: logits only"
 ENGINE_HAS_NO_SITES = "an engine gives logits only"
+DEVICE_HAS_NO_SITES = "a device gives logits only"
 ATTENTION = ("attention.kv", "attention.out")
+WIDTH = 150  # of the tables
+HARDEST = 15
+ABSENT = "not here, see below"
 
 
 @dataclass
@@ -113,7 +117,7 @@ class Versions:
         self._files(variant)
 
     def _files(self, before: Callable[[list[Target]], tuple[str, tuple[str, ...]]]) -> None:
-        """A version for each different file, after what it was made from; engines behind."""
+        """Add a version for each different file, after what it was made from; engines behind it."""
         note = NNCF_HAS_NO_SITES if self.run.results.get("backend") == "nncf" else ""
         for path, targets in self._different_files():
             origin, sites = before(targets)
@@ -124,37 +128,37 @@ class Versions:
                     self._engine(target, name)
 
     def _different_files(self) -> list[tuple[Path, list[Target]]]:
-        """Exported files, each once, with the targets that share it; reasons for the others."""
+        """Return each exported file once, with the targets that share it; note why others lack."""
+        exports = self.run.results["exports"]
+        for name in self.wanted or ():
+            if name not in exports:
+                raise RunError(
+                    f"{self.run.path.name} has no export for {name}.",
+                    f"it has {', '.join(exports) or 'none'}; make quantize with export.targets",
+                )
         shared: dict[str, tuple[Path, list[Target]]] = {}
         reasons: dict[str, list[str]] = {}
-        for target, export in self._exports():
+        for name in self.wanted or exports:
+            export, target = exports[name], load_target(name, self.run.recipe.full_range)
             main = export.get("models", {}).get(self.run.recipe.precision)
             if main is None:
                 said = export.get("skipped") or export.get("failed") or "nothing was exported"
-                reasons.setdefault(said.replace(target.name, "it"), []).append(target.name)
+                reasons.setdefault(said.replace(name, "it"), []).append(name)
                 continue
-            path = self.run.path / "exports" / target.name / main["file"]
+            path = self.run.path / "exports" / name / main["file"]
             if not path.is_file():
                 gone = f"{path.name} is gone; make quantize exports it again"
-                reasons.setdefault(gone, []).append(target.name)
+                reasons.setdefault(gone, []).append(name)
                 continue
+            # As its file was written; older runs do not name the placement.
+            placement = export.get("placement", AS_SHIPPED)
+            if placement in target.placements:
+                target = target.placed(placement)
             shared.setdefault(digest_of(path), (path, []))[1].append(target)
         self.gone += [
             Absent(f"file for {', '.join(names)}", reason) for reason, names in reasons.items()
         ]
         return list(shared.values())
-
-    def _exports(self) -> Iterable[tuple[Target, dict[str, Any]]]:
-        found = self.run.results["exports"]
-        for name in self.wanted or ():
-            if name not in found:
-                raise RunError(
-                    f"{self.run.path.name} has no export for {name}.",
-                    f"it has {', '.join(found) or 'none'}; make quantize with export.targets",
-                )
-        full = self.run.recipe.full_range
-        names = self.wanted or found
-        return [(_placed(load_target(name, full), found[name]), found[name]) for name in names]
 
     def _engine(self, target: Target, file: str) -> None:
         name = f"engine of {target.name}"
@@ -165,7 +169,16 @@ class Versions:
         ]
         path = next((path for path in built if path.is_file()), None)
         if path is None:
-            self.gone.append(Absent(name, f"none was built here: {_how(target)}"))
+            if target.builds_without_device:
+                how = "install the tensorrt-rtx extra, then make quantize"
+            elif target.device == "gpu":
+                how = f"make engine TARGET={target.name}, on a machine with that GPU"
+            else:
+                how = (
+                    f"make bundle TARGET={target.name} for the board, then care-compress "
+                    "import-results"
+                )
+            self.gone.append(Absent(name, f"none was built here: {how}"))
             return
         try:
             predict = open_predictor(str(path), CPU)
@@ -176,27 +189,12 @@ class Versions:
         self.all.append(Version(name, run, file, (), (target.name,), ENGINE_HAS_NO_SITES))
 
 
-def _placed(target: Target, export: dict[str, Any]) -> Target:
-    """The target in the placement that its file was written in; older runs do not name it."""
-    name = export.get("placement", AS_SHIPPED)
-    return target.placed(name) if name in target.placements else target
-
-
-def _how(target: Target) -> str:
-    """How to get an engine of a target."""
-    if target.builds_without_device:
-        return "install the tensorrt-rtx extra, then make quantize"
-    if target.device == "gpu":
-        return f"make engine TARGET={target.name}, on a machine with that GPU"
-    return f"make bundle TARGET={target.name} for the board, then care-compress import-results"
-
-
 def _names(targets: list[Target]) -> tuple[str, ...]:
     return tuple(target.name for target in targets)
 
 
 def _in_short(targets: list[Target]) -> str:
-    """Targets that share a file: the first, and how many more."""
+    """Name the targets that share a file: the first, and how many more."""
     more = f" +{len(targets) - 1}" if len(targets) > 1 else ""
     return f"{targets[0].name}{more}"
 
@@ -209,7 +207,7 @@ def _file(
     note: str,
     targets: tuple[str, ...],
 ) -> Version:
-    """An exported file: logits as it is, sites from a copy that shows them."""
+    """Open an exported file: logits from the file itself, sites from a copy that shows them."""
     # The target's device may be elsewhere: its file is read on the CPU, its floats in float32.
     predict = OpenVinoPredictor(path) if path.suffix == ".xml" else open_predictor(str(path), CPU)
     run = partial(_read, predict, tap_file(path, sites))
@@ -221,7 +219,7 @@ def _read(predict: Predictor, tap: FileTap | None, image: Tensor) -> Taken:
 
 
 def _published(model: nn.Module, switches: RewriteSection, image: Tensor) -> Taken:
-    """The published model, its sites under the names they have once norms are folded into them."""
+    """Run the published model; sites have the names they have once norms are folded into them."""
     taken = run_module(model, image)
     sites = dict(taken.sites)
     if switches.fold_stem:  # the norm behind
@@ -239,20 +237,20 @@ def _simulated(model: QuantizedCare, on: bool, image: Tensor) -> Taken:
 
 
 def _content(model: QuantizedCare) -> str:
-    """Equal only for models that compute the same."""
+    """Return a digest that is equal only for models that compute the same."""
     plan = [str(decision) for decision in model.plan.decisions]
     return fingerprint([plan, state_digest(model.state_dict())])
 
 
 def _moved_by_rewriting(sites: Iterable[Site]) -> set[str]:
-    """Depthwise convs whose bias went to the 1x1 behind them."""
+    """Return the depthwise convs whose bias went to the 1x1 behind them."""
     return {s.name for s in sites if s.role == "depthwise" and (s.branch or "").startswith("inter")}
 
 
 def _moved_by_rescaling(
     sites: tuple[Site, ...], before: CompactCare, after: CompactCare
 ) -> set[str]:
-    """Depthwise convs whose channels were scaled, attention products in another form.
+    """Return depthwise convs whose channels were scaled, attention products in another form.
 
     A 1x1 behind a rescaled input takes the scales into its weight, so its output stays.
     """
@@ -266,10 +264,6 @@ def _moved_by_rescaling(
     return _moved_by_rewriting(sites) | other
 
 
-WIDTH = 150  # of the tables
-DEVICE_HAS_NO_SITES = "a device gives logits only"
-
-
 def run_fidelity(
     runs: Path,
     name: str,
@@ -278,7 +272,7 @@ def run_fidelity(
     json_file: Path | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Climb, print, write ``fidelity.json``."""
+    """Compare version by version, print, write ``fidelity.json``."""
     run = find_run(runs, name)
     for target in targets or ():
         load_target(target)  # a misspelt one is an error
@@ -297,7 +291,7 @@ def run_fidelity(
         "data": {**run.recipe.data.model_dump(mode="json"), "samples": samples.fingerprint()},
         "rungs": [
             *(step.as_json() for step in steps),
-            *_boards(versions),
+            *_device_rows(versions),
             *(absent.as_json() for absent in versions.gone),
         ],
     }
@@ -305,16 +299,15 @@ def run_fidelity(
     wide.print(version_table(value))
     wide.print(site_table(value))
     for absent in versions.gone:
-        text = f"{absent.name}: {absent.why}"
-        say(text, console)
+        say(f"{absent.name}: {absent.why}", console)
     for path in filter(None, (run.path / "fidelity.json", json_file)):
         write_text(path, json_text(value, indent=1))
         console.print(f"written to {escape(str(path))}", soft_wrap=True)
     return value
 
 
-def _boards(versions: Versions) -> list[dict[str, Any]]:
-    """What devices measured on the samples of their bundles, beside their simulation's logits."""
+def _device_rows(versions: Versions) -> list[dict[str, Any]]:
+    """Return what devices measured on their bundles' samples, beside their simulation's logits."""
     before = {target: version.before for version in versions.all for target in version.targets}
     precision = versions.run.recipe.precision
     rows = []
@@ -338,3 +331,67 @@ def _boards(versions: Versions) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def version_table(value: dict[str, Any]) -> Table:
+    """Show each version beside the one before it."""
+    table = Table(title=f"Version by version, {value['images']:,} images", title_justify="left")
+    table.add_column("version", no_wrap=True)
+    table.add_column("made from", no_wrap=True)
+    for column in ("logits", "to float", "same answers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("first parts at", no_wrap=True)
+    for row in value["rungs"]:
+        if "missing" in row:
+            cells = [row["rung"], "", "", "", "", ABSENT]
+        else:
+            cells = [
+                row["rung"],
+                row["before"] or "",
+                decibels(row["sqnr_db"]),
+                decibels(row["to_float_db"]),
+                f"{row['same_percent']:.1f} %",
+                parting_text(row),
+            ]
+        table.add_row(*(escape(cell) for cell in cells))
+    return table
+
+
+def decibels(value: float | None) -> str:
+    """Write ``31.0 dB``; nothing for the first version, words for no difference."""
+    return "" if value is None else "exact" if value >= EXACT_DB else f"{value:.1f} dB"
+
+
+def parting_text(row: dict[str, Any]) -> str:
+    """Say where a version parts from the one before it, or why that is not known."""
+    parting = row["parts_at"]
+    if parting is not None:
+        return f"{short_name(parting['site'])}, {decibels(parting['sqnr_db'])}"
+    if row["sites"]:
+        return "nowhere"
+    return "" if row["before"] is None else str(row["note"]).partition(":")[0]
+
+
+def hardest_sites(value: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """Return versions that show sites, and the worst sites with a distance for each version."""
+    shown = [row for row in value["rungs"] if row.get("sites")]
+    worst: dict[str, float] = {}
+    for row in shown:
+        for site, found in row["sites"].items():
+            worst[site] = min(found, worst.get(site, found))
+    sites = sorted(worst, key=lambda site: worst[site])[:HARDEST]
+    cells = [(site, [row["sites"].get(site) for row in shown]) for site in sites]
+    return [row["rung"] for row in shown], cells
+
+
+def site_table(value: dict[str, Any]) -> Table:
+    """Show the hardest sites from version to version, each beside what it was made from."""
+    versions, cells = hardest_sites(value)
+    title = "Hardest sites, dB of each step (left out where a site's meaning moved)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("site", no_wrap=True)
+    for version in versions:
+        table.add_column(escape(version), justify="right")
+    for site, found in cells:
+        table.add_row(short_name(site), *(decibels(one).removesuffix(" dB") for one in found))
+    return table

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from care_compress import machine
-from care_compress.console import step_line
+from care_compress.console import say, step_line
 from care_compress.errors import TargetError
 from care_compress.evaluate.pairs import ratio_interval
 from care_compress.files import digest_of, json_text, size_of, write_text
@@ -32,6 +32,7 @@ from care_compress.runtime.probe import probe
 from care_compress.runtime.runners import open_runner
 
 NOISY = 0.25  # spread of one model's turns, quartile to quartile over median, that says too little
+WARNING = "too noisy to say: other programs had the cores, or clocks moved; measure again"
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ class Latency:
 
     @property
     def milliseconds(self) -> NDArray[np.float64]:
-        """Every run."""
+        """Time of every run."""
         return np.concatenate(self.turns)
 
     @property
     def medians(self) -> NDArray[np.float64]:
-        """One figure for each turn."""
+        """Median of each turn."""
         return np.array([np.median(turn) for turn in self.turns])
 
     @property
@@ -73,11 +74,11 @@ class Latency:
         return bool((high - low) > NOISY * np.median(self.medians))
 
     def percentiles(self) -> dict[str, float]:
-        """p50, p90 and p99 in milliseconds."""
+        """Return p50, p90 and p99 in milliseconds."""
         return {f"p{p}": float(np.percentile(self.milliseconds, p)) for p in (50, 90, 99)}
 
     def speedup_over(self, other: "Latency") -> tuple[float, float, float]:
-        """How many times faster than `other`, with the 95 % interval."""
+        """Return how many times faster than `other` it is, with the 95 % interval."""
         return ratio_interval(other.medians, self.medians)
 
 
@@ -85,21 +86,20 @@ def measure_latency(
     runs: Mapping[str, Callable[[], object]], batch: int, plan: LatencyPlan
 ) -> dict[str, Latency]:
     """Time every model in turns."""
-    per_turn = {name: _runs_in_a_turn(run, plan) for name, run in runs.items()}
+    per_turn = {}
+    for name, run in runs.items():
+        for _ in range(plan.warmup):
+            run()
+        once = float(np.median(_timed(run, 3))) / 1000
+        most = 20 * plan.least_runs
+        wanted = max(plan.least_runs, min(int(plan.seconds / max(once, 1e-6)), most))
+        per_turn[name] = -(-wanted // plan.turns)
     turns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in runs}
     for _ in range(plan.turns):
         for name, run in runs.items():
             run()  # another model's weights are in the caches
             turns[name].append(_timed(run, per_turn[name]))
     return {name: Latency(tuple(found), batch) for name, found in turns.items()}
-
-
-def _runs_in_a_turn(run: Callable[[], object], plan: LatencyPlan) -> int:
-    for _ in range(plan.warmup):
-        run()
-    once = float(np.median(_timed(run, 3))) / 1000
-    wanted = max(plan.least_runs, min(int(plan.seconds / max(once, 1e-6)), 20 * plan.least_runs))
-    return -(-wanted // plan.turns)
 
 
 def _timed(run: Callable[[], object], count: int) -> NDArray[np.float64]:
@@ -111,11 +111,6 @@ def _timed(run: Callable[[], object], count: int) -> NDArray[np.float64]:
     return found
 
 
-WARNING = "too noisy to say: other programs had the cores, or clocks moved; measure again"
-# One file alone has time: its slow runs are part of the answer.
-PLAN = LatencyPlan(seconds=5.0)
-
-
 @dataclass(frozen=True)
 class SpeedOptions:
     """What a user may ask for; what is left out is the machine's or the file's own."""
@@ -125,7 +120,8 @@ class SpeedOptions:
     precision: str | None = None
     resolution: int | None = None
     json_file: Path | None = None
-    plan: LatencyPlan = PLAN
+    # One file alone has time: its slow runs are part of the answer.
+    plan: LatencyPlan = LatencyPlan(seconds=5.0)
 
 
 @dataclass(frozen=True)
@@ -229,26 +225,24 @@ def _show(value: dict[str, Any], console: Console) -> None:
     console.print(table)
     memory = value["peak_memory_bytes"]
     height, width = value["input"]
-    told = [
-        f"{value['size_bytes'] / 1e6:.2f} MB on disk",
-        "memory: the GPU's" if memory is None else f"{memory / 1e6:.1f} MB of memory at its peak",
-        f"{width}x{height} images, floats in {value['floats_in']}",
-    ]
-    console.print(", ".join(told), highlight=False, soft_wrap=True)
+    used = "memory: the GPU's" if memory is None else f"{memory / 1e6:.1f} MB of memory at its peak"
+    text = (
+        f"{value['size_bytes'] / 1e6:.2f} MB on disk, {used}, "
+        f"{width}x{height} images, floats in {value['floats_in']}"
+    )
+    say(text, console)
     show_machine(value["machine"], console)
     if any(one["noisy"] for one in value["settings"]):
         console.print(f"[yellow]{WARNING}[/]", soft_wrap=True)
 
 
 def show_machine(about: dict[str, Any], console: Console) -> None:
-    """The processor and the state it was measured in, on one line."""
+    """Print the processor and the state it was measured in, on one line."""
     cpu, load = about["cpu"], about["load_average"]
     features = [name for name, present in cpu["features"].items() if present]
-    console.print(
+    text = (
         f"{cpu['name']}, {cpu['logical_cores']} cores, {' '.join(features) or 'features unknown'}, "
         f"governor {cpu['governor'] or 'unknown'}, "
-        f"load average {load['before']:.1f} before, {load['after']:.1f} after",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"load average {load['before']:.1f} before, {load['after']:.1f} after"
     )
+    say(text, console)

@@ -20,22 +20,57 @@ BATCH = 8  # every layer's output of a batch is held, twice
 
 @dataclass
 class _Input:
-    """The activation that one site quantizes first."""
+    """The activation that one site quantizes first, and its values before and after rounding."""
 
     quantizer: IntQuantizer
     rounding: Distance = field(default_factory=Distance)
     low: float = math.inf
     high: float = -math.inf
+    before: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.long))
+    after: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.long))
+    clipped: int = 0
+    values: int = 0
 
     def see(self, before: Tensor, after: Tensor) -> None:
         self.rounding.add(before, after)
         self.low = min(self.low, float(before.min()))
         self.high = max(self.high, float(before.max()))
 
+    def bins(self) -> tuple[float, float]:
+        """Return the ends of the bins: over the observed values and the chosen range together."""
+        low, high, _ = self.quantizer.bounds(4)
+        return min(self.low, float(low.min())), max(self.high, float(high.max()))
+
+    def count(self, before: Tensor, after: Tensor) -> None:
+        """Fill the bins, in a second pass, once their ends are known."""
+        self.clipped += self.quantizer.cut(before)
+        self.values += before.numel()
+        least, most = self.bins()
+        for counts, values in ((self.before, before), (self.after, after)):
+            counts += torch.histc(values.float().cpu(), BINS, least, most).long()
+
+    def histogram(self) -> dict[str, Any]:
+        low, high, half = self.quantizer.bounds(4)
+        return {
+            "site": self.quantizer.site,
+            "operand": self.quantizer.operand,
+            "spec": str(self.quantizer.spec),
+            "input_db": self.rounding.shown_db,
+            "observed": [self.low, self.high],
+            "range": [float(low.min()), float(high.max())],
+            "ranges": low.numel(),
+            "steps": [2 * float(half.min()), 2 * float(half.max())],
+            "bins": list(self.bins()),
+            "before": self.before.tolist(),
+            "after": self.after.tolist(),
+            "clipped": self.clipped,
+            "values": self.values,
+        }
+
 
 @torch.inference_mode()
 def measure_layers(model: QuantizedCare, batches: Iterable[Tensor]) -> dict[str, Any]:
-    """SQNR of every site, and histograms of the inputs that lose most by their own rounding.
+    """Measure SQNR of every site, and histograms of inputs that lose most by their own rounding.
 
     The reference is the same graph with its quantizers off: rescaling moves numbers between
     layers, so the layers of the model before it are not comparable one by one.
@@ -57,7 +92,15 @@ def measure_layers(model: QuantizedCare, batches: Iterable[Tensor]) -> dict[str,
         for site, distance in outputs.items():
             if site in plain.sites:
                 distance.add(plain.sites[site], rounded.sites[site])
-    hardest = sorted(inputs, key=lambda site: inputs[site].rounding.shown_db)[:HARDEST]
+    hardest = sorted(inputs.values(), key=lambda one: one.rounding.shown_db)[:HARDEST]
+    chosen = {id(one.quantizer): one for one in hardest}
+
+    def count(quantizer: IntQuantizer, before: Tensor, after: Tensor) -> None:
+        if id(quantizer) in chosen:
+            chosen[id(quantizer)].count(before, after)
+
+    for images in held:
+        run_graph(model, images, count)
     return {
         "images": sum(len(images) for images in held),
         "sites": [
@@ -68,67 +111,5 @@ def measure_layers(model: QuantizedCare, batches: Iterable[Tensor]) -> dict[str,
             }
             for site, distance in outputs.items()
         ],
-        "histograms": _histograms(model, held, [inputs[site] for site in hardest]),
+        "histograms": [one.histogram() for one in hardest],
     }
-
-
-@dataclass
-class _Histogram:
-    """Counts over the observed values and the chosen range together."""
-
-    source: _Input
-    before: Tensor
-    after: Tensor
-    clipped: int = 0
-    values: int = 0
-
-    def bounds(self) -> tuple[float, float]:
-        low, high, _ = self.source.quantizer.bounds(4)
-        return min(self.source.low, float(low.min())), max(self.source.high, float(high.max()))
-
-    def count(self, before: Tensor, after: Tensor) -> None:
-        self.clipped += self.source.quantizer.cut(before)
-        self.values += before.numel()
-        least, most = self.bounds()
-        for counts, values in ((self.before, before), (self.after, after)):
-            counts += torch.histc(values.float().cpu(), BINS, least, most).long()
-
-    def as_json(self) -> dict[str, Any]:
-        quantizer = self.source.quantizer
-        low, high, half = quantizer.bounds(4)
-        least, most = self.bounds()
-        return {
-            "site": quantizer.site,
-            "operand": quantizer.operand,
-            "spec": str(quantizer.spec),
-            "input_db": self.source.rounding.shown_db,
-            "observed": [self.source.low, self.source.high],
-            "range": [float(low.min()), float(high.max())],
-            "ranges": low.numel(),
-            "steps": [2 * float(half.min()), 2 * float(half.max())],
-            "bins": [least, most],
-            "before": self.before.tolist(),
-            "after": self.after.tolist(),
-            "clipped": self.clipped,
-            "values": self.values,
-        }
-
-
-def _histograms(
-    model: QuantizedCare, batches: list[Tensor], chosen: list[_Input]
-) -> list[dict[str, Any]]:
-    """Values of these inputs before and after rounding; a second pass, once the ends are known."""
-    found = {
-        id(one.quantizer): _Histogram(
-            one, torch.zeros(BINS, dtype=torch.long), torch.zeros(BINS, dtype=torch.long)
-        )
-        for one in chosen
-    }
-
-    def see(quantizer: IntQuantizer, before: Tensor, after: Tensor) -> None:
-        if id(quantizer) in found:
-            found[id(quantizer)].count(before, after)
-
-    for images in batches:
-        run_graph(model, images, see)
-    return [histogram.as_json() for histogram in found.values()]

@@ -36,8 +36,24 @@ def show_layers(
         size = resolution or _size_of(path)
         image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         profile = profile_layers(path, image, 1, precision)
+    shown = sorted(profile.layers, key=lambda layer: -(layer.ms or 0.0))[:SHOWN]
+    count = len(profile.layers)
+    title = f"The {len(shown)} slowest of {count} layers of {path.name}, batch 1, 1 thread"
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("layer", "kind", "enters as"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ms", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in shown:
+        name = layer.sites[0] if layer.sites else layer.name
+        share = profile.share(layer)
+        table.add_row(
+            *map(escape, (name, layer.kind, layer.precision)),
+            "" if layer.ms is None else f"{layer.ms:.3f}",
+            "" if share is None else f"{100 * share:.1f} %",
+        )
     wide = widened(console, WIDTH)
-    wide.print(_layer_table(path, profile))
+    wide.print(table)
     sums = {path.name: {**profile.as_json(), "available": True}}
     wide.print(kind_table(f"By kind, {path.name}", sums))
     if not profile.is_timed:
@@ -49,7 +65,7 @@ def show_layers(
 
 
 def _size_of(path: Path) -> int:
-    """The height that the file was exported for."""
+    """Return the height that the file was exported for."""
     if path.suffix == ".xml":
         height = OpenVinoPredictor(path).shape[2]
         return USUAL_SIZE if height.is_dynamic else int(height.get_length())
@@ -59,44 +75,19 @@ def _size_of(path: Path) -> int:
     return found if isinstance(found, int) else USUAL_SIZE
 
 
-def _layer_table(path: Path, profile: Profile) -> Table:
-    shown = sorted(profile.layers, key=lambda layer: -(layer.ms or 0.0))[:SHOWN]
-    count = len(profile.layers)
-    title = f"The {len(shown)} slowest of {count} layers of {path.name}, batch 1, 1 thread"
-    table = Table(title=escape(title), title_justify="left")
-    for column in ("layer", "kind", "enters as"):
-        table.add_column(column, no_wrap=True)
-    for column in ("ms", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for layer in shown:
-        name = layer.sites[0] if layer.sites else layer.name
-        table.add_row(
-            *map(escape, (name, layer.kind, layer.precision)),
-            *_cost(layer.ms, profile.share(layer)),
-        )
-    return table
-
-
-def _cost(ms: float | None, share: float | None) -> tuple[str, str]:
-    return "" if ms is None else f"{ms:.3f}", "" if share is None else f"{100 * share:.1f} %"
-
-
 def kind_table(title: str, models: dict[str, dict[str, Any]]) -> Table:
-    """Sums by kind, each model beside the others; of those that tell."""
+    """Show sums by kind, each model beside the others; of those that tell."""
     table = Table(title=escape(title), title_justify="left")
     table.add_column("kind", no_wrap=True)
     told = {name: one for name, one in models.items() if one.get("by_kind")}
     for name in told:
         table.add_column(escape(name), justify="right", no_wrap=True)
     for group in GROUPS:
-        table.add_row(group, *(_sum(one["by_kind"][group]) for one in told.values()))
-    sums = [one["layers_ms"] for one in told.values()]
-    table.add_row("all", *("" if ms is None else f"{ms:.3f} ms" for ms in sums), style="bold")
+        cells = []
+        for one in told.values():
+            ms, share, layers = (one["by_kind"][group][key] for key in ("ms", "share", "layers"))
+            cells.append(f"{layers} layers" if ms is None else f"{ms:.3f} ms {100 * share:3.0f} %")
+        table.add_row(group, *cells)
+    whole = [one["layers_ms"] for one in told.values()]
+    table.add_row("all", *("" if ms is None else f"{ms:.3f} ms" for ms in whole), style="bold")
     return table
-
-
-def _sum(found: dict[str, Any]) -> str:
-    """``0.208 ms, 65 %``; how many layers, where nothing was timed."""
-    if found["ms"] is None:
-        return f"{found['layers']} layers"
-    return f"{found['ms']:.3f} ms {100 * found['share']:3.0f} %"

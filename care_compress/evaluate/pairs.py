@@ -1,41 +1,35 @@
 """A model beside its baseline on the same images: drop with its interval, agreement, distance."""
 
-import contextlib
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
-from rich.console import Console
 from torch import Tensor
 
-from care_compress.console import progress_bar
-from care_compress.data.checks import Contents
-from care_compress.data.loader import BadImages, Batch, prepared_batches
-from care_compress.data.samples import Samples
+from care_compress.data.loader import Batch
 from care_compress.errors import DataError, EvaluationError
 from care_compress.evaluate.accuracy import NOTHING, Accuracy, hits_of
 from care_compress.model.predictor import Predictor
 from care_compress.quantize.distance import Distance
-from care_compress.recipe.sections import DataSection
 
+Interval = tuple[float, float, float]  # value, low, high
 NORMAL_95 = 1.959964  # deviations that hold 95 % of a normal distribution
 DRAWS = 10_000
 BINS = 15
+NO_ANSWER = -1  # NaN or infinity among the logits
 
 
 def changes(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int]:
-    """Images that were right and are wrong now, and the other way round."""
+    """Count images that were right and are wrong now, and the other way round."""
     return int((before & ~after).sum()), int((~before & after).sum())
 
 
 def drop_interval(lost: int, gained: int, images: int, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the drop, in points.
+    """Return the 95 % bootstrap interval of the drop, in points.
 
     Drawing images with replacement draws (lost, gained, neither) from a multinomial: the same
     interval without drawing the images themselves. Never narrower than one image either way where
@@ -66,7 +60,7 @@ def mcnemar_p(lost: int, gained: int) -> float:
 
 
 def wilson(percent: float, images: int) -> tuple[float, float]:
-    """95 % interval of a share of images, in percent (Wilson's score interval)."""
+    """Return the 95 % interval of a share of images, in percent (Wilson's score interval)."""
     p, z2 = percent / 100, NORMAL_95**2
     middle = (p + z2 / (2 * images)) / (1 + z2 / images)
     half = NORMAL_95 / (1 + z2 / images) * math.sqrt(p * (1 - p) / images + z2 / (4 * images**2))
@@ -76,7 +70,7 @@ def wilson(percent: float, images: int) -> tuple[float, float]:
 def unpaired_interval(
     before: float, images_before: int, after: float, images_after: int
 ) -> tuple[float, float]:
-    """95 % interval of before minus after, in points, of models scored on images of their own.
+    """Return the 95 % interval of before minus after, in points, of models with their own images.
 
     Newcombe's, from the Wilson intervals (l, u) of both: the lower end is
     d - sqrt((before - l_before)^2 + (u_after - after)^2), the upper one likewise. Wider than the
@@ -100,12 +94,31 @@ def calibration_error(confidence: NDArray[np.float32], right: NDArray[np.bool_])
 
 def ratio_interval(
     numerator: NDArray[np.float64], denominator: NDArray[np.float64], seed: int = 0
-) -> tuple[float, float, float]:
-    """Median of paired ratios and its 95 % bootstrap interval; one pair for each turn."""
+) -> Interval:
+    """Return the median of paired ratios and its 95 % bootstrap interval; one pair a turn."""
     ratios = numerator / denominator
     drawn = np.random.default_rng(seed).choice(ratios, size=(DRAWS // 10, len(ratios)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     return float(np.median(ratios)), float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Top-1 lost against the baseline, in points, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def between(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> "Drop":
+        """Compare answers to the same images: whether each was right."""
+        lost, gained = changes(before, after)
+        images = len(before)
+        return cls(100 * (lost - gained) / images, *drop_interval(lost, gained, images))
+
+    def __str__(self) -> str:
+        return f"drop {self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -129,15 +142,6 @@ class Paired:
             self.agreeing + other.agreeing,
             self.distance + other.distance,
         )
-
-    def as_record(self) -> Any:
-        """The counts as plain data, for `of_record`."""
-        return json.loads(_PLAIN.dump_json(self))
-
-    @classmethod
-    def of_record(cls, record: Any) -> "Paired":
-        """What `as_record` gave."""
-        return _PLAIN.validate_python(record)
 
     @property
     def images(self) -> int:
@@ -172,39 +176,11 @@ class Paired:
         }
 
 
-_PLAIN = TypeAdapter(Paired)
-
-
-def measure_pair(
-    baseline: Predictor,
-    candidate: Predictor,
-    samples: Samples,
-    data: DataSection,
-    *,
-    batch_size: int,
-    indices: Sequence[int],
-    bad: BadImages,
-    console: Console,
-    device: torch.device,
-    contents: Contents | None = None,
-) -> Paired:
-    """Both models on these images, decoded once; `contents` takes digests of them."""
-    batches = prepared_batches(
-        samples, data, batch_size, bad=bad, indices=indices, device=device, contents=contents
-    )
-    with (
-        contextlib.closing(batches),
-        progress_bar(console, "evaluating", len(indices)) as advance,
-    ):
-        return count_pairs(baseline, candidate, batches, advance)
-
-
 @torch.inference_mode()
 def count_pairs(
     baseline: Callable[[Tensor], Tensor],
     candidate: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
-    progress: Callable[[int], None] = lambda images: None,
 ) -> Paired:
     """Run both over all prepared batches and count."""
     lost = gained = agreeing = 0
@@ -213,8 +189,7 @@ def count_pairs(
     for batch in batches:
         logits = [model(batch.images).cpu() for model in (baseline, candidate)]
         hits = [hits_of(one, batch.labels) for one in logits]
-        for which, (first, in_top5, broken) in enumerate(hits):
-            scores[which] += Accuracy(len(first), *(int(n.sum()) for n in (first, in_top5, broken)))
+        scores = [so_far + one.counted() for so_far, one in zip(scores, hits, strict=True)]
         lost += int((hits[0].first & ~hits[1].first).sum())
         gained += int((~hits[0].first & hits[1].first).sum())
         # What is no number agrees with nothing, and has no distance.
@@ -222,11 +197,7 @@ def count_pairs(
         before, after = (one[sound] for one in logits)
         agreeing += int((before.argmax(dim=1) == after.argmax(dim=1)).sum())
         distance.add(before, after)
-        progress(len(batch.labels))
     return Paired(scores[0], scores[1], lost, gained, agreeing, distance)
-
-
-NO_ANSWER = -1  # NaN or infinity among the logits
 
 
 @dataclass(frozen=True)
@@ -238,7 +209,11 @@ class Answers:
     in_top5: NDArray[np.bool_]
     confidence: NDArray[np.float32]  # of the class answered
     distance: Distance  # of the logits to the baseline's
-    broken: int = 0  # answers that are NaN or infinite somewhere; they count as wrong
+
+    @property
+    def broken(self) -> int:
+        """Answers that are NaN or infinite somewhere; they count as wrong."""
+        return int((self.first == NO_ANSWER).sum())
 
     @property
     def top1(self) -> float:
@@ -265,33 +240,6 @@ class Collected:
     answers: dict[str, Answers]
 
 
-class _Growing:
-    """One model's answers so far."""
-
-    def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.distance = Distance()
-        self.broken = 0
-
-    def add(self, logits: Tensor, labels: Tensor, baseline: Tensor) -> None:
-        hits = hits_of(logits, labels)
-        odds = logits.float().softmax(dim=1)
-        first = logits.argmax(dim=1)
-        # No answer is no confidence either; NaN would spoil the calibration error of all.
-        confidence = odds.gather(1, first[:, None]).squeeze(1).masked_fill(hits.broken, 0.0)
-        first = first.masked_fill(hits.broken, NO_ANSWER)
-        self.parts.append((first.int(), hits.first, hits.in_top5, confidence))
-        sound = ~hits.broken & torch.isfinite(baseline).all(dim=1)
-        self.distance.add(baseline[sound], logits[sound])
-        self.broken += int(hits.broken.sum())
-
-    def done(self) -> Answers:
-        first, right, top5, confidence = (
-            torch.cat(column).numpy() for column in zip(*self.parts, strict=True)
-        )
-        return Answers(first, right, top5, confidence, self.distance, self.broken)
-
-
 @torch.inference_mode()
 def collect_answers(
     models: Mapping[str, Predictor],
@@ -304,22 +252,36 @@ def collect_answers(
     Each image is decoded once for all of them. A few bytes are held for each image and model, so
     memory is that of the batches.
     """
-    growing = {name: _Growing() for name in models}
+    parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in models}
+    distances = {name: Distance() for name in models}
     labels, indices = [], []
     for batch in batches:
         logits = {name: predict(batch.images).cpu() for name, predict in models.items()}
         for name, value in logits.items():
-            growing[name].add(value, batch.labels, logits[baseline_of[name]])
+            hits, top = hits_of(value, batch.labels), value.argmax(dim=1, keepdim=True)
+            odds = value.float().softmax(dim=1).gather(1, top).squeeze(1)
+            answer = top.squeeze(1).masked_fill(hits.broken, NO_ANSWER).int()
+            # No answer is no confidence either; NaN would spoil the calibration error of all.
+            sure = odds.masked_fill(hits.broken, 0.0)
+            parts[name].append((answer, hits.first, hits.in_top5, sure))
+            baseline = logits[baseline_of[name]]
+            sound = ~hits.broken & torch.isfinite(baseline).all(dim=1)
+            distances[name].add(baseline[sound], value[sound])
         labels.append(batch.labels)
         indices.append(batch.indices)
         progress(len(batch.labels))
     if not labels:
         raise DataError("there was no image to evaluate.", "check the source and its val split")
-    found = {name: one.done() for name, one in growing.items()}
-    for name, one in found.items():
-        if one.broken == len(one.right):
+    found = {}
+    for name, columns in parts.items():
+        first, right, in_top5, confidence = (
+            torch.cat(column).numpy() for column in zip(*columns, strict=True)
+        )
+        one = Answers(first, right, in_top5, confidence, distances[name])
+        if one.broken == len(right):
             raise EvaluationError(
                 f"{name} answers NaN or infinity to all {one.broken:,} images.",
                 "leave it out by --targets, and check the run that made it",
             )
+        found[name] = one
     return Collected(torch.cat(labels).numpy(), torch.cat(indices).numpy(), found)

@@ -33,7 +33,7 @@ class ReadBack:
 
     @property
     def holds(self) -> bool:
-        """As near as the export promised; or not below the model by more than chance.
+        """Whether it is as near as the export promised, or below the model only by chance.
 
         A file above its model holds: a target's own rules may leave layers in float.
         """
@@ -69,7 +69,7 @@ class ReadBack:
 
 
 def read_back(model_NK: Tensor, file_NK: Tensor, labels: Tensor, least_db: float) -> ReadBack:
-    """A file whose model's logits for the same images are known."""
+    """Judge a file whose model's logits for the same images are known."""
     near = held_to(least_db, model_NK, file_NK)
     right = (int(hits_of(logits_NK, labels).first.sum()) for logits_NK in (file_NK, model_NK))
     file, model = (100 * count / len(labels) for count in right)
@@ -77,7 +77,7 @@ def read_back(model_NK: Tensor, file_NK: Tensor, labels: Tensor, least_db: float
 
 
 def counted_only(top1: float, images: int, model_top1: float, model_images: int) -> ReadBack:
-    """A file whose model is known by its top-1 alone."""
+    """Judge a file whose model is known by its top-1 alone."""
     interval = unpaired_interval(model_top1, model_images, top1, images)
     return ReadBack(top1, images, model_top1, interval=interval)
 
@@ -85,7 +85,7 @@ def counted_only(top1: float, images: int, model_top1: float, model_images: int)
 def read_back_checks(
     read: Mapping[str, ReadBack], failed: Mapping[str, str], unread: Mapping[str, str]
 ) -> list[CheckResult]:
-    """By file: how near each came, why its export failed, why it could not be read back."""
+    """Check by file how near each came, why its export failed, or why it was not read back."""
     wrong = {key: str(one) for key, one in read.items() if not one.holds}
     # An export that failed is told beside what the file does here, which may be right.
     items = [f"{key}: {why}" for key, why in (*wrong.items(), *failed.items())]
@@ -107,7 +107,7 @@ def read_back_checks(
 
 
 def what_failed(export: Mapping[str, Any], precision: str | None = None) -> dict[str, str]:
-    """Why an export, as ``results.json`` holds it, is no model to use, by file.
+    """Say by file why an export, as ``results.json`` holds it, is no model to use.
 
     The target itself stands for a file that was not written. `precision` asks for one file only.
     """
@@ -115,24 +115,23 @@ def what_failed(export: Mapping[str, Any], precision: str | None = None) -> dict
         return {str(export["target"]): f"the export failed: {export['failed']}"}
     models = export.get("models", {})
     chosen = models.values() if precision is None else [models.get(precision, {"holds": True})]
-    return {model["file"]: _difference(model) for model in chosen if not model["holds"]}
-
-
-def _difference(model: Mapping[str, Any]) -> str:
-    """How far a file is from its model, as the export measured it."""
-    if model["sqnr_db"] is None:
+    found = {}
+    for model in chosen:
+        if model["holds"]:
+            continue
         said = "it answers NaN or infinity"
-    else:
-        said = (
-            f"{model['agreement']:.1f} % of answers as its model's, {model['sqnr_db']:.1f} dB of "
-            f"at least {model['least_sqnr_db']:.1f}"
-        )
-    where = model.get("parts_at")
-    return f"{said}; it parts at {where}" if where else said
+        if model["sqnr_db"] is not None:
+            said = (
+                f"{model['agreement']:.1f} % of answers as its model's, {model['sqnr_db']:.1f} dB "
+                f"of at least {model['least_sqnr_db']:.1f}"
+            )
+        where = model.get("parts_at")
+        found[model["file"]] = f"{said}; it parts at {where}" if where else said
+    return found
 
 
 def exports_check(exports: Mapping[str, Mapping[str, Any]]) -> CheckResult:
-    """Whether every file is there and computes what its model does, by ``exports`` of results.json.
+    """Check that every file is there and computes what its model does; from results.json.
 
     A target that cannot execute the model is no failure, and counts for nothing here.
     """
@@ -156,5 +155,5 @@ def exports_check(exports: Mapping[str, Mapping[str, Any]]) -> CheckResult:
 
 
 def answers_beside(path: Path, name: str) -> Path:
-    """Where the logits lie that a file's model gives; `name` is its precision."""
+    """Return the file of the logits that a file's model gives; `name` is its precision."""
     return path.with_name(f"expected_{name}.npy")

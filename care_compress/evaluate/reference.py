@@ -16,7 +16,8 @@ from rich.markup import escape
 from care_compress.console import say
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, TargetError
-from care_compress.evaluate.comparison import BF16, CompareOptions, find_entries, score
+from care_compress.evaluate.comparison import BF16, CompareOptions
+from care_compress.evaluate.file_measurements import find_entries, score
 from care_compress.evaluate.resolve import MakeRun, NamedModel, named_models
 from care_compress.files import read_json, size_of
 from care_compress.machine import git_revision
@@ -71,7 +72,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Within the tolerance; what is exactly at it counts as within."""
+        """Whether it is within the tolerance; what is exactly at it counts as within."""
         return abs(self.value - self.accepted) <= self.tolerance + 1e-9
 
     def __str__(self) -> str:
@@ -85,16 +86,21 @@ class Check:
 def run_reference(
     names: list[str], file: Path, runs: Path, make_run: MakeRun, console: Console
 ) -> int:
-    """Measure and check; 0 only if every value holds."""
+    """Measure and check; return 0 only if every value holds."""
     chosen = read_reference(file, names)
-    recipes = {name: _recipe(name, accepted) for name, accepted in chosen.items()}
+    recipes = {}
+    for name, accepted in chosen.items():
+        for target in accepted.targets:
+            load_target(target)  # a misspelt one is an error, before anything is made
+        # Laid out for one class of processor, whichever measures it: sizes are of one placement.
+        fixed = {"export.targets": list(accepted.targets), "export.dot_products": True}
+        recipes[name] = load_recipe(name, [], fixed)
     checks: list[Check] = []
     for name, accepted in chosen.items():
         run = _run_of(recipes[name], name, runs, make_run, console)
         found, missing = _measured(run, tuple(accepted.targets), console)
         for target, why in missing.items():
-            told = f"skipped {name} on {target}: {why}"
-            say(told, console)
+            say(f"skipped {name} on {target}: {why}", console)
         for check in checked(name, accepted, found):
             checks.append(check)
             say(str(check), console)
@@ -106,7 +112,7 @@ def run_reference(
 
 
 def read_reference(file: Path, names: list[str]) -> dict[str, AcceptedRecipe]:
-    """The accepted values of these recipes; of all, if none is named."""
+    """Read the accepted values of these recipes; of all, if none is named."""
     known = parse(AcceptedValues, read_yaml(file) or {}, str(file)).recipes
     for name in names:
         if name not in known:
@@ -119,7 +125,7 @@ def read_reference(file: Path, names: list[str]) -> dict[str, AcceptedRecipe]:
 def checked(
     name: str, accepted: AcceptedRecipe, found: Mapping[str, MeasuredFile]
 ) -> Iterator[Check]:
-    """Every value that could be measured, beside its accepted one."""
+    """Yield every value that could be measured, beside its accepted one."""
     for target, one in found.items():
         known = accepted.targets[target]
         yield Check(name, target, "top-1", one.top1, known.top1, accepted.top1_tolerance)
@@ -127,19 +133,10 @@ def checked(
         yield Check(name, target, "bytes", one.size_bytes, known.size_bytes, allowed)
 
 
-def _recipe(name: str, accepted: AcceptedRecipe) -> Recipe:
-    """A shipped recipe that exports to these targets alone."""
-    for target in accepted.targets:
-        load_target(target)  # a misspelt one is an error, before anything is made
-    # Laid out for one class of processor, whichever measures it: sizes are of one placement.
-    fixed = {"export.targets": list(accepted.targets), "export.dot_products": True}
-    return load_recipe(name, [], fixed)
-
-
 def _run_of(
     recipe: Recipe, name: str, runs: Path, make_run: MakeRun, console: Console
 ) -> NamedModel:
-    """The run that this commit made of a recipe, or a new one."""
+    """Return the run that this commit made of a recipe, or a new one."""
     run = f"reference_{name}"
     if not _is_current(runs / run, recipe):
         console.print(f"making {escape(str(runs / run))}", soft_wrap=True)
@@ -150,7 +147,7 @@ def _run_of(
 
 
 def _is_current(run: Path, recipe: Recipe) -> bool:
-    """Made by this commit, from this recipe, to the end."""
+    """Tell whether this commit made the run from this recipe, to the end."""
     revision = git_revision()
     if revision is None or revision.endswith("+changes"):
         return False  # what the code was then is not known
@@ -168,7 +165,7 @@ def _is_current(run: Path, recipe: Recipe) -> bool:
 def _measured(
     one: NamedModel, targets: tuple[str, ...], console: Console
 ) -> tuple[dict[str, MeasuredFile], dict[str, str]]:
-    """Each file on its target, and why there is none; floats are never rounded on their own."""
+    """Measure each file on its target, or say why not; floats are never rounded on their own."""
     assert one.recipe is not None
     options = CompareOptions(targets=targets)
     entries, missing = find_entries([one], options)

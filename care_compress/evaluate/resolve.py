@@ -56,12 +56,6 @@ class NamedModel:
             found[target] = export
         return found
 
-    @property
-    def parameters(self) -> int | None:
-        """Of the rewritten network, where a run tells."""
-        rewrites = self.results.get("rewrites")
-        return rewrites[-1]["parameters"] if rewrites else None
-
     def same_start(self, other: "NamedModel") -> bool:
         """Whether both runs began with the same model and images."""
         if self.recipe is None or other.recipe is None:
@@ -78,7 +72,7 @@ def same_images(one: DataSection, other: DataSection) -> bool:
 
 
 def named_models(names: list[str], runs: Path) -> list[NamedModel | str]:
-    """Whom the names mean; a name with no run stays a name."""
+    """Find whom the names mean; a name with no run stays a name."""
     found = {name: _options(name, runs) for name in names}
     # The last name that means one thing tells which model and images are meant.
     settled = next((found[name][0] for name in reversed(names) if found[name]), None)
@@ -95,32 +89,25 @@ def named_models(names: list[str], runs: Path) -> list[NamedModel | str]:
 
 
 def _options(name: str, runs: Path) -> list[NamedModel]:
-    """What a name may mean, best first."""
+    """Return what a name may mean, best first."""
     path = Path(name)
     if path.suffix in (*READERS, *CHECKPOINT_SUFFIXES, ".engine"):
         if not os.path.isfile(path):
             raise CareError(f"{name} is not a file.", "check the path, or name a run")
-        return [NamedModel(name, {_reader(path): path})]
+        target = READERS.get(path.suffix, SIMULATION)
+        if path.suffix == ".engine":
+            target = path.resolve().parent.name  # exports/<target>/int8.engine
+        return [NamedModel(name, {target: path})]
     if os.path.isfile(runs / name / "results.json"):
         return [_of_run(runs / name)]
-    every = [_of_run(folder.parent) for folder in runs.glob("*/results.json")]
+    every = [(file, _of_run(file.parent)) for file in runs.glob("*/results.json")]
     wanted = [
-        one
-        for one in every
+        (file, one)
+        for file, one in every
         if one.results.get("recipe") == name or one.results.get("precision") == name
     ]
-    return sorted(wanted, key=_age)
-
-
-def _reader(path: Path) -> str:
-    if path.suffix == ".engine":
-        return path.resolve().parent.name  # exports/<target>/int8.engine
-    return READERS.get(path.suffix, SIMULATION)
-
-
-def _age(contender: NamedModel) -> float:
-    assert contender.run is not None
-    return -(contender.run / "results.json").stat().st_mtime
+    newest_first = sorted(wanted, key=lambda pair: -pair[0].stat().st_mtime)
+    return [one for _, one in newest_first]
 
 
 def _of_run(run: Path) -> NamedModel:
@@ -136,7 +123,7 @@ def _of_run(run: Path) -> NamedModel:
 
 
 def float_recipe_of(candidate: NamedModel) -> Recipe:
-    """The float baseline of a quantized run: the same model on the same images."""
+    """Return the float baseline of a quantized run: the same model on the same images."""
     assert candidate.recipe is not None
     start = candidate.recipe
     checkpoint: str | None = start.model.checkpoint

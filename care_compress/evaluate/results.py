@@ -1,18 +1,29 @@
-"""``results.json``: what a run was made from, how its models did, and what it exported."""
+"""``results.json``: what a run was made from, how its models did, and what it exported.
+
+With it goes everything a reader should know about the numbers: the checks of the run.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.markup import escape
+from rich.table import Table
 
-from care_compress.console import show_checks
-from care_compress.data.samples import Samples
-from care_compress.evaluate.checks import run_checks
-from care_compress.evaluate.run_accuracy import Scores
+from care_compress.console import CheckResult, show_checks
+from care_compress.data.checks import coverage_check, overlap_checks
+from care_compress.data.samples import Samples, spread_indices
+from care_compress.evaluate.accuracy import answers_check
+from care_compress.evaluate.readback import exports_check
+from care_compress.evaluate.run_accuracy import Scores, seen_images
+from care_compress.files import read_json
 from care_compress.model.rewrite import RewriteStep
+from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_health
+from care_compress.quantize.stages import CALIBRATION_FILE
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
+
+UNREADABLE = "health.json is not beside the model: make the run again under another --name"
 
 
 def write_results(
@@ -23,7 +34,7 @@ def write_results(
     scores: Scores,
     exports: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Put together, written and told in short; `exports` by target, as ``export.json`` has them."""
+    """Put the results together, write and tell them; `exports` by target, as in ``export.json``."""
     console, accuracy = context.console, scores.accuracy
     # The other processes report nothing, and may not see the run directory.
     main = context.world.is_main
@@ -57,8 +68,46 @@ def write_results(
     return results
 
 
+def run_checks(
+    context: RunContext,
+    recipe: Recipe,
+    validation: Samples,
+    scores: Scores,
+    exports: Mapping[str, Any],
+) -> list[CheckResult]:
+    """Make every check of the run's numbers; worst first."""
+    indices, best = spread_indices(len(validation), recipe.evaluate.images), scores.best
+    answers = {"float": scores.accuracy}
+    health: list[CheckResult] = []
+    if best is not None:
+        assert recipe.quantize is not None
+        answers = {"float": best.paired.baseline, best.name: best.paired.candidate}
+        if recipe.quantize.backend == "nncf":
+            health = Health.missing(NNCF_TELLS_NOTHING)
+        else:
+            read = read_health(best.path.with_name("health.json"))
+            health = Health.missing(UNREADABLE) if read is None else read.checks()
+    # Names of the calibration images, and digests of what they are stored as.
+    calibration: list[tuple[str, int]] | None = []
+    if recipe.quantize is not None:
+        images = read_json(context.run.path / CALIBRATION_FILE)["images"]
+        if all("stored" in image for image in images):
+            calibration = [(image["name"], int(image["stored"], 16)) for image in images]
+        else:
+            calibration = None  # a list of an earlier version, taken over with its stage
+    found = [
+        exports_check(exports),
+        answers_check(answers),
+        coverage_check(validation, indices),
+        *overlap_checks(validation, seen_images(context, validation), calibration),
+        *health,
+    ]
+    order = ("warning", "not measured", "fine")
+    return sorted(found, key=lambda check: order.index(check.status))
+
+
 def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str, Any]:
-    """What only a run with a quantize section has."""
+    """Return what only a run with a quantize section has."""
     best, limit = scores.best, recipe.budget.max_top1_drop
     if best is None or recipe.quantize is None:
         return {}
@@ -82,7 +131,7 @@ def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str,
 
 
 def _tell(context: RunContext, recipe: Recipe, scores: Scores) -> None:
-    """The outcome in one or two lines, and what to do next."""
+    """Tell the outcome in one or two lines, and what to do next."""
     console, accuracy, best = context.console, scores.accuracy, scores.best
     if best is None or recipe.quantize is None:
         console.print(
@@ -98,3 +147,17 @@ def _tell(context: RunContext, recipe: Recipe, scores: Scores) -> None:
         f"Accuracy is that of {measured}. Next, accuracy and speed of the exported files: "
         f"python eval/compare.py fp32 {context.run.name}"
     )
+
+
+def rewrite_table(steps: list[RewriteStep]) -> Table:
+    """Show the cost of one image after each exact rewrite."""
+    table = Table(title="Exact rewrites", title_justify="left")
+    table.add_column("after")
+    for column in ("parameters", "MACs (M)", "operations"):
+        table.add_column(column, justify="right")
+    for step in steps:
+        cost = step.cost
+        table.add_row(
+            step.name, f"{cost.parameters:,}", f"{cost.macs / 1e6:.2f}", str(cost.operations)
+        )
+    return table

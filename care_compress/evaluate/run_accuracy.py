@@ -3,18 +3,27 @@
 Each process counts its share of the images, so all of a run's processes must come here.
 """
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from rich.markup import escape
+from rich.table import Table
 
 from care_compress.data.checks import Contents
 from care_compress.data.loader import images_at_once
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.evaluate.accuracy import NOTHING, Accuracy, measure_module, own_share
-from care_compress.evaluate.pairs import Paired, measure_pair
-from care_compress.evaluate.tables import quantized_table
+from care_compress.evaluate.accuracy import (
+    NOTHING,
+    Accuracy,
+    measure_module,
+    own_share,
+    shown_batches,
+)
+from care_compress.evaluate.pairs import Paired, count_pairs
 from care_compress.files import digest_of, write_text
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
@@ -31,6 +40,7 @@ from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
 
 SEEN_FILE = "validation.digests"
+_PAIRED = TypeAdapter(Paired)
 
 
 @dataclass(frozen=True)
@@ -59,13 +69,28 @@ def score(
     tried: Sequence[Candidate],
     validation: Samples,
 ) -> Scores:
-    """Which quantized model is kept; without any, the float one on the validation images."""
+    """Choose the quantized model to keep; without any, measure the float one."""
     if not tried:
         return Scores(_float_accuracy(context, recipe, compact, validation))
     # The last one, unless it ended below an earlier one.
     best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
-    console = context.console
-    console.print(quantized_table([(one.name, one.paired) for one in tried], best.name))
+    before, console = tried[0].paired.baseline, context.console
+    table = Table(title=f"On {before.images:,} validation images", title_justify="left")
+    table.add_column("model")
+    for column in ("top-1", "top-5", "drop [95 %]", "same answer", "logit SQNR"):
+        table.add_column(column, justify="right")
+    table.add_row("float", f"{before.top1:.2f} %", f"{before.top5:.2f} %", "", "", "")
+    for one in tried:
+        paired, (low, high) = one.paired, one.paired.drop_ci95
+        table.add_row(
+            f"{one.name} (kept)" if one is best else one.name,
+            f"{paired.candidate.top1:.2f} %",
+            f"{paired.candidate.top5:.2f} %",
+            f"{paired.drop:.2f} [{low:.2f}, {high:.2f}]",
+            f"{paired.agreement:.2f} %",
+            f"{paired.distance.sqnr_db:.1f} dB",
+        )
+    console.print(table)
     if best is not tried[-1]:
         console.print(
             f"[yellow]{tried[-1].name} ended below {best.name}[/], so the {best.name} weights "
@@ -78,7 +103,7 @@ def score(
 def _float_accuracy(
     context: RunContext, recipe: Recipe, compact: CompactCare, validation: Samples
 ) -> Accuracy:
-    """Accuracy of a recipe that quantizes nothing."""
+    """Measure the model of a recipe that quantizes nothing."""
 
     def measure() -> Json:
         chosen = spread_indices(len(validation), recipe.evaluate.images)
@@ -104,7 +129,7 @@ def evaluated(
     compact: CompactCare,
     validation: Samples,
 ) -> Candidate:
-    """A quantized model that was written: read again and measured beside the float one."""
+    """Read a quantized model that was written, and measure it beside the float one."""
     section, device = recipe.quantize, context.world.device
     assert section is not None
     simulated = None if section.backend == "nncf" else load_quantized(path)
@@ -114,7 +139,8 @@ def evaluated(
             predict = open_predictor(str(path), device)
         else:
             predict = TorchPredictor(simulated, simulated.num_classes, device)
-        return _compared(context, recipe, compact, predict, validation).as_record()
+        found = _compared(context, recipe, compact, predict, validation)
+        return json.loads(_PAIRED.dump_json(found))
 
     made_from = {
         **recipe_parts(recipe)["evaluate"],
@@ -122,15 +148,15 @@ def evaluated(
         "model": digest_of(path),
         "validation images": validation.content_digest(),
     }
-    counted = once(context, f"evaluate {name}", made_from, measure, together=True)
+    record = once(context, f"evaluate {name}", made_from, measure, together=True)
     plan = None if simulated is None else simulated.plan
-    return Candidate(name, path, Paired.of_record(counted), plan)
+    return Candidate(name, path, _PAIRED.validate_python(record), plan)
 
 
 def judging(
     context: RunContext, recipe: Recipe, compact: CompactCare, validation: Samples
 ) -> Judge:
-    """What the search for bits calls, in the main process alone; the others wait for it."""
+    """Return what the search for bits calls, in the main process alone; the others wait for it."""
 
     def judge(model: QuantizedCare, images: int) -> float:
         # Made anew each time: the context counts seconds for the stage that is under way.
@@ -149,16 +175,14 @@ def _compared(
     validation: Samples,
     images: int | None = None,
 ) -> Paired:
-    """A quantized model beside the float one; on `images`, or as many as the recipe evaluates."""
+    """Compare a quantized model with the float one; on `images`, or as many as the recipe says."""
     world, size = context.world, _batch_size(context, recipe)
     chosen = spread_indices(len(validation), images or recipe.evaluate.images)
     with context.stage("evaluate"):
-        mine = measure_pair(
-            TorchPredictor(compact, len(validation.classes), world.device),
-            model,
+        batches = shown_batches(
             validation,
             recipe.data,
-            batch_size=size,
+            size,
             indices=own_share(chosen, size, world),
             bad=context.bad,
             console=context.console,
@@ -166,6 +190,9 @@ def _compared(
             # The whole set is read at least once; what a search looks at is a part of it.
             contents=None if images or len(context.seen) else context.seen,
         )
+        baseline = TorchPredictor(compact, len(validation.classes), world.device)
+        with contextlib.closing(batches):  # both models see each image, decoded once
+            mine = count_pairs(baseline, model, batches)
         _keep_seen(context, validation)
         first, *others = world.gathered(mine)
         return sum(others, first)
@@ -176,7 +203,7 @@ def _batch_size(context: RunContext, recipe: Recipe) -> int:
 
 
 def _keep_seen(context: RunContext, validation: Samples) -> None:
-    """Every process knows what all have seen; the main one keeps it, as a part of the scores."""
+    """Tell every process what all have seen; the main one keeps it, as a part of the scores."""
     context.seen.take(context.world.gathered(context.seen))
     if context.world.is_main and len(context.seen):
         # With the images' own digest: a run that takes these scores over takes this over, too.
@@ -186,7 +213,7 @@ def _keep_seen(context: RunContext, validation: Samples) -> None:
 
 
 def seen_images(context: RunContext, validation: Samples) -> Contents:
-    """Digests of the validation images, from this run or the one whose scores it took over."""
+    """Return digests of the validation images, of this run or the one whose scores it took over."""
     path = context.run.path / SEEN_FILE
     if not len(context.seen) and path.is_file():
         known, _, text = path.read_text(encoding="utf-8").strip().partition("\n")

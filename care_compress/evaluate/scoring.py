@@ -8,11 +8,10 @@ import contextlib
 import json
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from care_compress import machine
@@ -58,14 +57,14 @@ class ProgressFile:
 
     @classmethod
     def beside(cls, json_file: Path | None, world: World, evaluation: str) -> "ProgressFile":
-        """Of this process: a share of other processes is another evaluation."""
+        """Open the file of this process: a share of other processes is another evaluation."""
         if json_file is None:
             return cls(None, evaluation)
         process = "" if world.size == 1 else f"-{world.rank}-of-{world.size}"
         return cls(json_file.with_name(f"{json_file.name}.progress{process}"), evaluation)
 
     def read(self) -> ScoringProgress:
-        """Where the same evaluation was interrupted; the beginning, if it was not."""
+        """Read where the same evaluation was interrupted; the beginning, if it was not."""
         if self.path is None or not self.path.is_file():
             return ScoringProgress()
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: not ours to continue
@@ -90,19 +89,15 @@ class ProgressFile:
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """The evaluation is through."""
+        """Remove it: the evaluation is through."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
     def hint(self) -> str:
-        """What a user who interrupts should know."""
+        """Say what a user who interrupts should know."""
         if self.path is None:
             return "with --json FILE the same command would go on from here"
         return "the same command goes on from here"
-
-
-# On a CPU memory of larger batches is new each time, and the system clears it first: at 224 that
-# costs more than everything else beside the network (LOG.md).
 
 
 def measure_artifact(
@@ -124,16 +119,25 @@ def measure_artifact(
         predict = open_predictor(artifact, world.device, threads)
         samples = open_samples(data, "val")
         check_classes(samples, predict.num_classes)
+        # On a CPU memory of larger batches is new each time, and the system clears it first: at
+        # 224 that costs more than everything else beside the network (LOG.md).
         batch_size = images_at_once(batch_size, world.device)
         chosen = own_share(spread_indices(len(samples), images), batch_size, world)
-        job = _Job(samples, data, chosen, batch_size, world.device)
-        evaluation = fingerprint([digest_of(path), images, world.rank, world.size, *job.facts()])
-        state = ProgressFile.beside(json_file, world, evaluation)
+        job = _Job(samples, data, chosen, batch_size)
+        # What decides the numbers; how many processes decode does not.
+        about = data.model_dump(mode="json", exclude={"workers"})
+        asked = [digest_of(path), images, world.rank, world.size]
+        given = [about, samples.content_digest(), batch_size, world.device.type]
+        state = ProgressFile.beside(json_file, world, fingerprint([*asked, *given]))
         mine = _score(predict, job, state, world, console)
         every = world.gathered(mine)
         accuracy = sum((one.accuracy for one in every), NOTHING)
         skipped = {name: why for one in every for name, why in one.skipped.items()}
-        _show(accuracy, skipped, console)
+        for name, reason in skipped.items():
+            console.print(f"skipped {name}: {reason}", markup=False)
+        show_checks([answers_check({"the model": accuracy})], console)
+        shares = f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %"
+        console.print(f"{shares}  on {accuracy.images:,} images")
         if json_file is not None and world.is_main:
             result = {
                 "artifact": artifact,
@@ -159,18 +163,12 @@ class _Job:
     data: DataSection
     indices: Sequence[int]  # rising
     batch_size: int
-    device: torch.device
-
-    def facts(self) -> list[object]:
-        """What decides the numbers beside the model; how many processes decode does not."""
-        data = self.data.model_dump(mode="json", exclude={"workers"})
-        return [data, self.samples.content_digest(), self.batch_size, self.device.type]
 
 
 def _score(
     predict: Predictor, job: _Job, state: ProgressFile, world: World, console: Console
 ) -> ScoringProgress:
-    """The share of one process, from where it was interrupted."""
+    """Score the share of one process, from where it was interrupted."""
     so_far = state.read()
     before = sum(world.gathered(so_far.done))
     if before:
@@ -178,13 +176,33 @@ def _score(
     elif state.is_of_another:
         console.print("another evaluation was interrupted here: starting anew")
     state.write(so_far)  # a place that cannot be written to is found now, not after hours
+    bad, indices = BadImages(dict(so_far.skipped)), job.indices
+    batches = prepared_batches(
+        job.samples,
+        job.data,
+        job.batch_size,
+        bad=bad,
+        indices=indices[so_far.done :],
+        device=world.device,
+    )
     try:
-        with progress_bar(console, "evaluating", len(job.indices)) as advance:
+        with (
+            progress_bar(console, "evaluating", len(indices)) as advance,
+            contextlib.closing(batches),
+        ):
             advance(so_far.done)
-            for found in _batches(predict, job, so_far):
-                advance(found.done - so_far.done)
-                so_far = found
+            for batch in batches:
+                accuracy = so_far.accuracy + count_batch(predict, batch)
+                # Bad images are no part of a batch, but its last image tells which batch it is.
+                number = bisect_left(indices, int(batch.indices[-1])) // job.batch_size
+                done = min((number + 1) * job.batch_size, len(indices))
+                advance(done - so_far.done)
+                so_far = ScoringProgress(done, accuracy, bad.reasons)
                 state.keep(so_far)
+            # The last batches may have been nothing but bad images.
+            advance(len(indices) - so_far.done)
+            so_far = ScoringProgress(len(indices), so_far.accuracy, bad.reasons)
+            state.keep(so_far)
     except BaseException as error:
         if so_far.done:
             state.write(so_far)
@@ -196,34 +214,3 @@ def _score(
             error.hint = state.hint()
         raise
     return so_far
-
-
-def _batches(predict: Predictor, job: _Job, start: ScoringProgress) -> Iterator[ScoringProgress]:
-    """What is known after each batch."""
-    bad = BadImages(dict(start.skipped))
-    accuracy = start.accuracy
-    batches = prepared_batches(
-        job.samples,
-        job.data,
-        job.batch_size,
-        bad=bad,
-        indices=job.indices[start.done :],
-        device=job.device,
-    )
-    with contextlib.closing(batches):
-        for batch in batches:
-            accuracy += count_batch(predict, batch)
-            # Bad images are no part of a batch, but its last image tells which batch it is.
-            number = bisect_left(job.indices, int(batch.indices[-1])) // job.batch_size
-            done = min((number + 1) * job.batch_size, len(job.indices))
-            yield ScoringProgress(done, accuracy, bad.reasons)
-    yield ScoringProgress(len(job.indices), accuracy, bad.reasons)
-
-
-def _show(accuracy: Accuracy, skipped: Mapping[str, str], console: Console) -> None:
-    for name, reason in skipped.items():
-        console.print(f"skipped {name}: {reason}", markup=False)
-    show_checks([answers_check({"the model": accuracy})], console)
-    console.print(
-        f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  on {accuracy.images:,} images"
-    )

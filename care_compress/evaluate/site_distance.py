@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from care_compress.evaluate.site_outputs import Outputs, Taken, run_module, tap_file
+from care_compress.evaluate.site_outputs import Taken, run_module, tap_file
 from care_compress.quantize.distance import Distance, sqnr_db
 
 NEAR_DB = 80.0  # above it only the order of float sums differs
@@ -28,7 +28,7 @@ class Parting:
 
 
 def sharpest_fall(distances_db: Mapping[str, float]) -> Parting | None:
-    """The first site whose output differs: where the distance falls furthest.
+    """Find the first site whose output differs: where the distance falls furthest.
 
     What comes after inherits it. None where every site is near.
     """
@@ -43,7 +43,7 @@ def sharpest_fall(distances_db: Mapping[str, float]) -> Parting | None:
 
 @torch.no_grad()
 def first_divergence(model: nn.Module, artifact: Path, sites: Iterable[str], image: Tensor) -> str:
-    """Where a file parts from the model it was made from, in words."""
+    """Say where a file parts from the model it was made from."""
     expected = run_module(model, image).sites
     names = [name for name in sites if name in expected]
     found = tap_file(artifact, names)(image)
@@ -75,7 +75,7 @@ class Absent:
     why: str  # and how to get it
 
     def as_json(self) -> dict[str, Any]:
-        """As ``fidelity.json`` holds it."""
+        """Return it as ``fidelity.json`` holds it."""
         return {"rung": self.name, "missing": self.why}
 
 
@@ -100,14 +100,11 @@ class VersionDistance:
         self.same += int((before.logits.argmax(dim=1) == answers).sum())
         self.same_as_float += int((plain.logits.argmax(dim=1) == answers).sum())
         for site in self.version.sites:
-            self._add_site(site, before.sites, found.sites)
-
-    def _add_site(self, site: str, before: Outputs, found: Outputs) -> None:
-        expected, value = before.get(site), found.get(site)
-        # A product of attention heads may leave a file in another layout, never in another size.
-        if expected is not None and value is not None and expected.numel() == value.numel():
-            distance = self.sites.setdefault(site, Distance())
-            distance.add(expected, value.reshape(expected.shape))
+            expected, value = before.sites.get(site), found.sites.get(site)
+            # A product of attention heads may leave a file in another layout, never another size.
+            if expected is not None and value is not None and expected.numel() == value.numel():
+                distance = self.sites.setdefault(site, Distance())
+                distance.add(expected, value.reshape(expected.shape))
 
     @property
     def parts_at(self) -> Parting | None:
@@ -115,7 +112,7 @@ class VersionDistance:
         return sharpest_fall({site: one.shown_db for site, one in self.sites.items()})
 
     def as_json(self) -> dict[str, Any]:
-        """As ``fidelity.json`` holds it; 200 dB stand for no difference at all."""
+        """Return it as ``fidelity.json`` holds it; 200 dB stand for no difference at all."""
         first, parting = self.version.before is None, self.parts_at
         return {
             "rung": self.version.name,
@@ -125,13 +122,7 @@ class VersionDistance:
             "to_float_db": None if first else self.to_float.shown_db,
             "same_percent": 100 * self.same / self.images,
             "same_as_float_percent": 100 * self.same_as_float / self.images,
-            "parts_at": None
-            if parting is None
-            else {
-                "site": parting.site,
-                "sqnr_db": parting.sqnr_db,
-                "before_db": parting.before_db,
-            },
+            "parts_at": None if parting is None else asdict(parting),
             "sites": {site: one.shown_db for site, one in self.sites.items()},
             "note": self.version.note,
         }

@@ -23,6 +23,7 @@ from care_compress.quantize.placement import PRODUCTS, QuantizedCare, site_of
 from care_compress.runtime.on_onnxruntime import open_session
 from care_compress.runtime.on_openvino import read_to_run
 
+TURNED = "/channels_last"
 Outputs = dict[str, Tensor]
 # Called with a quantizer of an activation, what enters it and what leaves it.
 Seen = Callable[[IntQuantizer, Tensor, Tensor], None]
@@ -59,14 +60,14 @@ class _Tap(Interpreter):
 
 
 def run_graph(model: QuantizedCare, images: Tensor, seen: Seen | None = None) -> Taken:
-    """A quantized model, with its quantizers as they are switched."""
+    """Run a quantized model, with its quantizers as they are switched."""
     tap = _Tap(model, seen)
     logits, *_ = tap.run(images)
     return Taken(logits, tap.kept)
 
 
 def run_module(model: nn.Module, images: Tensor) -> Taken:
-    """Any torch model: quantized, or a float one whose sites are its innermost modules."""
+    """Run any torch model: quantized, or a float one whose sites are its innermost modules."""
     if isinstance(model, QuantizedCare):
         return run_graph(model, images)
     kept: Outputs = {}
@@ -92,7 +93,7 @@ def run_module(model: nn.Module, images: Tensor) -> Taken:
 
 
 def tap_file(path: Path, names: Iterable[str]) -> FileTap:
-    """An exported file, compiled once to show these sites; those that it has."""
+    """Compile an exported file once to show these sites; those that it has."""
     wanted = set(names)
     return _tap_openvino(path, wanted) if path.suffix == ".xml" else _tap_onnx(path, wanted)
 
@@ -144,9 +145,6 @@ def _tap_openvino(path: Path, wanted: set[str]) -> FileTap:
 
 
 def _repeated(image: Tensor, batch: int) -> NDArray[np.float32]:
-    """One image as often as a file of fixed batch size takes it."""
+    """Repeat one image as often as a file of fixed batch size takes it."""
     repeated: NDArray[np.float32] = image.repeat(batch, 1, 1, 1).contiguous().numpy()
     return repeated
-
-
-TURNED = "/channels_last"

@@ -17,9 +17,8 @@ from care_compress.console import step_line
 from care_compress.data.samples import spread_indices
 from care_compress.device.cpu_app import FLOAT
 from care_compress.errors import ExportError, RunError, TargetError
-from care_compress.evaluate.agreement import compare_logits
+from care_compress.evaluate.agreement import HeldImages, compare_logits
 from care_compress.evaluate.device_measurements import counted_threads, import_results
-from care_compress.evaluate.images import HeldImages
 from care_compress.evaluate.readback import answers_beside
 from care_compress.export.bundle import BundleContent, Model, unpack_bundle, write_bundle
 from care_compress.export.result import About, Preprocessing

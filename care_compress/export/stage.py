@@ -24,8 +24,7 @@ from care_compress.device.deploy import build_file
 from care_compress.device.library import load_library
 from care_compress.device.problems import DeployError, TensorRtMissingError
 from care_compress.errors import ExportError, RecipeError, TargetError
-from care_compress.evaluate.agreement import compare_logits
-from care_compress.evaluate.images import HeldImages, hold_images
+from care_compress.evaluate.agreement import HeldImages, compare_logits, hold_images
 from care_compress.evaluate.readback import answers_beside
 from care_compress.evaluate.site_distance import first_divergence
 from care_compress.export.result import About, Exported, File, Preprocessing, show_exports

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from care_compress.evaluate.images import HeldImages
+from care_compress.evaluate.agreement import HeldImages
 from care_compress.export.cpu_form import Form, form_for, in_form
 from care_compress.export.gelu import write_gelu
 from care_compress.export.half import write_half

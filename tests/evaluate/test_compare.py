@@ -19,11 +19,11 @@ from rich.console import Console
 from care_compress.data.loader import Batch
 from care_compress.errors import CareError, DataError, RecipeError, RunError, TargetError
 from care_compress.evaluate.accuracy import Accuracy
-from care_compress.evaluate.compare import run_compare
+from care_compress.evaluate.compare import device_verdict, judge, run_compare
 from care_compress.evaluate.comparison import CompareOptions
-from care_compress.evaluate.device_measurements import device_verdict
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.pairs import (
+    Drop,
     Paired,
     calibration_error,
     collect_answers,
@@ -31,7 +31,6 @@ from care_compress.evaluate.pairs import (
     mcnemar_p,
     ratio_interval,
 )
-from care_compress.evaluate.verdicts import Drop, judge
 from care_compress.export.deploy import take_results
 from care_compress.files import digest_of
 from care_compress.pipeline import run_recipe

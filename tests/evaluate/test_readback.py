@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from care_compress.evaluate.pairs import unpaired_interval
+from care_compress.evaluate.compare import judge
+from care_compress.evaluate.pairs import Drop, unpaired_interval
 from care_compress.evaluate.readback import (
     counted_only,
     exports_check,
@@ -13,7 +14,6 @@ from care_compress.evaluate.readback import (
     read_back_checks,
     what_failed,
 )
-from care_compress.evaluate.verdicts import Drop, judge
 
 
 def answers(images: int = 400, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from care_compress.errors import RunError, TargetError
 from care_compress.evaluate.latency import LatencyPlan
-from care_compress.evaluate.verdicts import Drop
+from care_compress.evaluate.pairs import Drop
 from care_compress.export.tune import TriedPlacement, TuneOptions, choose, run_tune
 from care_compress.files import digest_of
 from care_compress.pipeline import run_recipe
