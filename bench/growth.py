@@ -21,8 +21,8 @@ from peers import publish
 from rich.console import Console
 
 from care_compress import machine
+from care_compress.evaluate.intervals import centre_interval
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
-from care_compress.evaluate.pairs import ratio_interval
 from care_compress.files import digest_of, fingerprint, write_text
 from care_compress.machine import git_revision
 from care_compress.model.care import ARCHITECTURES
@@ -145,7 +145,7 @@ def exponent(points: Sequence[int], medians_TP: NDArray[np.float64]) -> list[flo
     logs = np.log(np.asarray(points, np.float64))
     logs -= logs.mean()
     slopes = np.log(medians_TP) @ logs / (logs @ logs)
-    return [round(value, 3) for value in ratio_interval(slopes, np.ones_like(slopes))]
+    return [round(value, 3) for value in centre_interval(slopes)]
 
 
 def pipeline_times(root: Path, console: Console) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Which planted bugs the tests notice: ``make mutants``.
 
-``mutants.yaml`` lists plausible bugs as data. Each is planted alone in a copy of the repository, and
-the tests meant to catch it run there; a bug that they do not notice survived, and is named. One bug
-takes as long as its tests: some seconds.
+``mutants.yaml`` lists plausible bugs as data. Each is planted alone in a copy of the repository,
+and the tests meant to catch it run there; a bug that they do not notice survived, and is named. One
+bug takes as long as its tests: some seconds.
 """
 
 import os

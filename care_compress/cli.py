@@ -338,6 +338,9 @@ def compare(
     json: JsonFile = None,
     max_drop: MaxDrop = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="over the first model")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=100, help="percent of answers as the first model's")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="for bare files: their images")] = None,
     res: Annotated[int, typer.Option(help="for bare files: their resolution")] = 224,
     crop: Annotated[float, typer.Option(help="for bare files: their crop ratio")] = 0.875,
@@ -356,7 +359,7 @@ def compare(
     from care_compress.report.write import write_report
 
     wanted = None if targets is None else tuple(targets.split(","))
-    options = CompareOptions(wanted, images, json, max_drop, min_speedup, section)
+    options = CompareOptions(wanted, images, json, max_drop, min_speedup, min_agreement, section)
     found = run_compare(models, runs, options, run_recipe, Terminal())
     if report and found.models[-1].run is not None:
         write_report(found.models[-1].run, Terminal())

@@ -33,9 +33,10 @@ from care_compress.evaluate.file_measurements import (
     score,
     time_files,
 )
+from care_compress.evaluate.intervals import Interval
 from care_compress.evaluate.latency import show_machine
 from care_compress.evaluate.layers import kind_table
-from care_compress.evaluate.pairs import Drop, Interval
+from care_compress.evaluate.pairs import Drop
 from care_compress.evaluate.resolve import (
     MakeRun,
     NamedModel,
@@ -48,6 +49,7 @@ from care_compress.recipe.sections import BudgetSection, DataSection
 from care_compress.runtime.probe import probe
 
 WIDTH = 150  # of the tables
+ALIKE = 0.03  # medians of two measurements of one model on a device differ by about as much
 
 
 def run_compare(
@@ -149,7 +151,7 @@ def _check_files(models: list[NamedModel], data: DataSection) -> None:
 
 def decide(found: Comparison) -> None:
     """Fill in a verdict for each target and candidate, and the budgets of the candidates."""
-    options, timed = found.options, found.latency.get((1, 1), {})
+    options = found.options
     for candidate in found.models[1:]:
         name, files = candidate.name, candidate.files.values()
         budget = candidate.recipe.budget if candidate.recipe else BudgetSection()
@@ -157,10 +159,9 @@ def decide(found: Comparison) -> None:
         drops = {target: found.drop(target, name) for target in found.targets}
         for target, drop in drops.items():
             speedups, fault = found.speedups(target, name), found.fault(target, name)
+            same = found.agreement(target, name)
             if drop is not None or fault:
-                here = [one for key, one in timed.items() if key.startswith(f"{target}/")]
-                noisy = any(one.is_noisy for one in here)
-                found.verdicts.append(judge(target, name, speedups, drop, limit, noisy, fault))
+                found.verdicts.append(judge(target, name, speedups, drop, same, limit, fault))
             for board in found.device_results.get((target, name), ()):
                 assert candidate.recipe is not None  # a run's
                 said = device_verdict(name, candidate.recipe.precision, board)
@@ -176,6 +177,12 @@ def decide(found: Comparison) -> None:
             worst = max((drop.value for drop in drops.values() if drop is not None), default=None)
             ok = worst is not None and worst <= limit
             found.budgets.append(Budget(f"max_top1_drop of {name}", limit, worst, ok))
+        least = options.min_agreement or budget.min_agreement
+        if least is not None:
+            shares = (found.agreement(target, name) for target in found.targets)
+            value = min((share for share in shares if share is not None), default=None)
+            ok = value is not None and value >= least
+            found.budgets.append(Budget(f"min_agreement of {name} (%)", least, value, ok))
         if budget.max_size is not None:
             size = max(map(size_of, files), default=0) / 1e6
             ok = size <= budget.max_size
@@ -187,35 +194,43 @@ def judge(
     candidate: str,
     speedups: dict[str, Interval],
     drop: Drop | None,
+    agreement: float | None,
     max_drop: float | None,
-    noisy: bool,
     fault: str = "",
 ) -> Verdict:
-    """Decide for one target; `speedups` are over what a user could run instead.
+    """Decide for one target by the ends of the intervals, alike in both directions.
 
-    That is FP32, and BF16 or FP16 where there is.
-    `fault` says why the file is not the model it was made from: such a file never pays.
+    `speedups` are over what a user could run instead: FP32, and BF16 or FP16 where there is.
+    `agreement` is the percent of answers as the baseline's. `fault` says why the file is not the
+    model it was made from: such a file never pays.
     """
     if fault:
         return Verdict(target, candidate, False, f"{candidate} does not pay, because {fault}")
-    if not speedups or drop is None:
+    if not speedups or drop is None or agreement is None:
         return Verdict(target, candidate, None, "nothing to compare with was measured")
     parts = [f"{value:.2f}x over {name}" for name, (value, _, _) in speedups.items()]
-    told = ", ".join([*parts, str(drop)])
-    name, (value, low, high) = min(speedups.items(), key=lambda item: item[1][0])
+    told = ", ".join([*parts, str(drop), f"{agreement:.2f} % of answers the same"])
+    name, (value, _, _) = min(speedups.items(), key=lambda item: item[1][0])
+    low, high = (min(one[end] for one in speedups.values()) for end in (1, 2))
     between = f"{value:.2f} [{low:.2f}, {high:.2f}] times the speed of {name}"
-    pays: bool | None
-    if max_drop is not None and drop.value > max_drop:
-        lost = f"it loses more than {max_drop:g} points"
-        pays, text = False, f"{candidate} does not pay, because {lost}: {told}"
-    elif low > 1:
-        pays, text = True, f"{candidate} pays: {told}"
-    elif noisy or high > 1:
-        why = "the machine was too noisy to say" if noisy else "the difference is within the noise"
-        pays, text = None, f"{candidate}: {why} ({between}): {told}"
-    else:
-        pays, text = False, f"{candidate} does not pay, because it runs at {between}: {told}"
-    return Verdict(target, candidate, pays, text)
+    loses = f"it loses more than {max_drop:g} points" if max_drop is not None else ""
+    if max_drop is not None and drop.low > max_drop:
+        return Verdict(
+            target, candidate, False, f"{candidate} does not pay, because {loses}: {told}"
+        )
+    if high < 1:
+        text = f"{candidate} does not pay, because it runs at {between}: {told}"
+        return Verdict(target, candidate, False, text)
+    unknown = []
+    if low <= 1:
+        unknown.append(f"the difference in speed is within the noise ({between})")
+    if max_drop is not None and drop.high > max_drop:
+        unknown.append(f"these images are too few to say whether {loses}")
+    elif max_drop is None and drop.low > 0:
+        unknown.append("it loses accuracy, and no budget says how much it may (--max-drop)")
+    if unknown:
+        return Verdict(target, candidate, None, f"{candidate}: {'; '.join(unknown)}: {told}")
+    return Verdict(target, candidate, True, f"{candidate} pays: {told}")
 
 
 def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict | None:
@@ -231,6 +246,8 @@ def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict 
         return None
     ratio = speeds[baseline]["latency_ms"]["p50"] / speeds[precision]["latency_ms"]["p50"]
     said = f"{ratio:.2f}x over {baseline.upper()} on {place}"
+    if abs(ratio - 1) < ALIKE:
+        return Verdict(target, name, None, f"{name}: both are equally fast: {said}")
     load = speeds[precision]["before"].get("load_average")
     if is_busy(load, found["board"].get("cores", 1)):
         return Verdict(target, name, None, f"{name}: other programs were at work: {said}")

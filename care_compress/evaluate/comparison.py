@@ -16,16 +16,17 @@ from care_compress import machine
 from care_compress.console import CheckResult
 from care_compress.data.samples import Samples
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
+from care_compress.evaluate.intervals import Interval, mcnemar_p
 from care_compress.evaluate.latency import Latency, LatencyPlan
 from care_compress.evaluate.pairs import (
     NO_ANSWER,
     Answers,
     Collected,
     Drop,
-    Interval,
+    alike,
     calibration_error,
     changes,
-    mcnemar_p,
+    same_answers,
 )
 from care_compress.evaluate.readback import ReadBack
 from care_compress.evaluate.resolve import SIMULATION, NamedModel
@@ -49,6 +50,7 @@ class CompareOptions:
     json_file: Path | None = None
     max_drop: float | None = None
     min_speedup: float | None = None
+    min_agreement: float | None = None  # percent of answers as the first model's
     data: DataSection | None = None
     latency: LatencyPlan = LatencyPlan()
 
@@ -184,6 +186,11 @@ class Comparison:
         pair = self.pair(target, name)
         return None if pair is None else Drop.between(pair[0].right, pair[1].right)
 
+    def agreement(self, target: str, name: str) -> float | None:
+        """Return the percent of answers that are the baseline's, on this target's files."""
+        pair = self.pair(target, name)
+        return None if pair is None else same_answers(*pair)
+
     def speedups(self, target: str, name: str) -> dict[str, Interval]:
         """Return speedups over each of the baseline's settings, batch 1, one thread."""
         timed = self.latency.get((1, 1), {})
@@ -241,7 +248,7 @@ def _pair(found: Comparison, target: str, name: str) -> dict[str, Any] | None:
     before, after = pair
     drop = Drop.between(before.right, after.right)
     lost, gained = changes(before.right, after.right)
-    same = (before.first == after.first) & (before.first != NO_ANSWER)
+    flipped = np.flatnonzero(~alike(before, after))
     labels, classes = found.collected.labels, found.samples.classes
     per_class = {}
     for place in np.unique(labels):
@@ -254,7 +261,7 @@ def _pair(found: Comparison, target: str, name: str) -> dict[str, Any] | None:
         "candidate": name,
         "drop": drop.value,
         "drop_ci95": [drop.low, drop.high],
-        "agreement": 100 * float(same.mean()),
+        "agreement": same_answers(before, after),
         "mcnemar_p": mcnemar_p(lost, gained),
         "lost": lost,
         "gained": gained,
@@ -271,9 +278,9 @@ def _pair(found: Comparison, target: str, name: str) -> dict[str, Any] | None:
                 "before": _answer(classes, int(before.first[i])),
                 "after": _answer(classes, int(after.first[i])),
             }
-            for i in np.flatnonzero(~same)[:LISTED_FLIPS]
+            for i in flipped[:LISTED_FLIPS]
         ],
-        "flipped_in_all": int((~same).sum()),
+        "flipped_in_all": len(flipped),
     }
 
 

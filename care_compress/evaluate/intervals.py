@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import chdtri, stdtr
 
+Interval = tuple[float, float, float]  # value, low, high
+
 NORMAL_95 = 1.959964  # deviations that hold 95 % of a normal distribution
 TAIL = 0.025
 FAR = 3.0  # deviations from the middle beyond which a value counts as just so far
@@ -80,15 +82,13 @@ def unpaired_interval(
     )
 
 
-def ratio_interval(
-    numerator: NDArray[np.float64], denominator: NDArray[np.float64]
-) -> tuple[float, float, float]:
+def ratio_interval(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> Interval:
     """Ratio of what was measured in pairs, one pair for each turn, with its 95 % interval."""
     value, low, high = (math.exp(end) for end in centre_interval(np.log(numerator / denominator)))
     return value, low, high
 
 
-def centre_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
+def centre_interval(values: NDArray[np.float64]) -> Interval:
     """Centre of values that were measured one after the other, with its 95 % interval.
 
     A machine that is slow stays slow for a while: neighbours are alike, and n of them say less than

@@ -1,10 +1,12 @@
 """Latency of several models, measured so that they can be compared: in turns, on one machine.
 
-Models take turns of a few runs each, so that whatever else the machine does hits all of them; a
-ratio is the median over turns of paired ratios, with its interval. Absolute figures are this
-machine's, now. Images are noise: how long a network takes does not depend on what it sees.
+Models take turns of a few runs each, in an order drawn for every turn, so that whatever else the
+machine does hits all of them; a ratio is taken turn by turn, and its interval knows that a machine
+which is slow stays slow for a while. Absolute figures are this machine's, now. Images are noise:
+how long a network takes does not depend on what it sees.
 """
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from rich.table import Table
 from care_compress import machine
 from care_compress.console import say, step_line
 from care_compress.errors import TargetError
-from care_compress.evaluate.pairs import ratio_interval
+from care_compress.evaluate.intervals import ratio_interval
 from care_compress.files import digest_of, json_text, size_of, write_text
 from care_compress.quantize.artifact import quantized_header
 from care_compress.runtime.artifact import Size, artifact_path, input_size
@@ -42,7 +44,7 @@ class LatencyPlan:
     seconds: float = 1.5
     least_runs: int = 50
     warmup: int = 10
-    turns: int = 15
+    turns: int = 24
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,11 @@ def measure_latency(
         wanted = max(plan.least_runs, min(int(plan.seconds / max(once, 1e-6)), most))
         per_turn[name] = -(-wanted // plan.turns)
     turns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in runs}
+    order, names = random.Random(0), list(runs)
     for _ in range(plan.turns):
-        for name, run in runs.items():
+        order.shuffle(names)  # whoever follows the same one each time has its caches and its heat
+        for name in names:
+            run = runs[name]
             run()  # another model's weights are in the caches
             turns[name].append(_timed(run, per_turn[name]))
     return {name: Latency(tuple(found), batch) for name, found in turns.items()}

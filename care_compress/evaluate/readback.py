@@ -14,7 +14,7 @@ from torch import Tensor
 from care_compress.console import CheckResult
 from care_compress.evaluate.accuracy import hits_of
 from care_compress.evaluate.agreement import Agreement, held_to
-from care_compress.evaluate.pairs import unpaired_interval
+from care_compress.evaluate.intervals import unpaired_interval
 
 CHECK = "files beside their models"
 

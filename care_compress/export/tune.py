@@ -22,8 +22,9 @@ from care_compress.data.sources import open_samples
 from care_compress.errors import ExportError, RunError, TargetError
 from care_compress.evaluate.accuracy import hits_of
 from care_compress.evaluate.agreement import HeldImages, hold_images
+from care_compress.evaluate.intervals import Interval
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
-from care_compress.evaluate.pairs import Drop, Interval
+from care_compress.evaluate.pairs import Drop
 from care_compress.export.result import WIDTH, Exported
 from care_compress.export.stage import check_exports, exporter_for
 from care_compress.export.variants import CPU, Variants

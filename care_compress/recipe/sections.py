@@ -158,6 +158,9 @@ class BudgetSection(Section):
     min_speedup: dict[str, Positive] | None = Field(
         None, description="over the baseline at batch 1, one thread, by target: openvino-cpu: 1.5"
     )
+    min_agreement: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="percent of answers as the baseline's, on every target"
+    )
     max_size: Positive | None = Field(None, description="of the largest exported model, in MB")
 
 

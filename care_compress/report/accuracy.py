@@ -1,7 +1,7 @@
 """How right the models are: top-1 with its interval, and each version's distance from float."""
 
 from care_compress.evaluate.fidelity import ABSENT, decibels, hardest_sites, parting_text
-from care_compress.evaluate.pairs import wilson
+from care_compress.evaluate.intervals import wilson
 from care_compress.quantize.plots import short_name
 from care_compress.report.blocks import (
     Block,

@@ -65,6 +65,14 @@ def test_calibration_error_is_a_gap_in_each_bin() -> None:
     assert calibration_error(np.ones(3, np.float32), np.array([True] * 3)) == 0.0
 
 
+def test_a_calibrated_model_has_no_calibration_error() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.3, 1.0, 50_000).astype(np.float32)
+    right = rng.uniform(size=50_000) < confidence
+    assert calibration_error(confidence, right) < 1.0
+    assert calibration_error(np.full(1000, 0.9, np.float32), np.arange(1000) % 2 == 0) > 35
+
+
 def test_latency_is_of_single_runs_and_throughput_of_images() -> None:
     runs = np.arange(1.0, 101.0)  # 1 to 100 ms
     latency = Latency((runs[:50], runs[50:]), batch=8)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from care_compress.evaluate.compare import judge
-from care_compress.evaluate.pairs import Drop, unpaired_interval
+from care_compress.evaluate.intervals import unpaired_interval
+from care_compress.evaluate.pairs import Drop
 from care_compress.evaluate.readback import (
     counted_only,
     exports_check,

@@ -16,7 +16,7 @@ from tiny import CLASSES, image_folder
 
 from care_compress.errors import RunError
 from care_compress.evaluate import evidence
-from care_compress.evaluate.pairs import wilson
+from care_compress.evaluate.intervals import wilson
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe
