@@ -28,7 +28,7 @@ endef
 WHAT ?= speed
 BENCHES := speed data train quantize evaluate ablate
 
-.PHONY: help setup quantize compare report bundle engine doctor test test-slow faults check bench known-bench reference clean audit recipes
+.PHONY: help setup quantize compare report bundle engine doctor test test-slow faults check bench known-bench reference mutants clean audit recipes
 
 help:
 	@echo "care-compress: make VERB [NAME=value]"
@@ -89,6 +89,10 @@ known-bench:
 
 reference: $(VENV)/.user ## check that recipes still give their accepted values: [MODELS="fp32 int8_ptq"]
 	@$(BIN)/care-compress reference $(if $(filter command% environment%,$(origin MODELS)),$(MODELS))
+
+# Plausible bugs, planted one at a time: every test that should notice does (bench/mutants.yaml; up to an hour).
+mutants: $(VENV)/.dev
+	@$(BIN)/python bench/mutants.py $(MUTANTS)
 
 audit: $(VENV)/.dev
 	@$(INSTALL) pip-audit
