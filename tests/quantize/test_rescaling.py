@@ -134,7 +134,7 @@ def test_sampled_rows_are_what_the_layer_multiplies_and_stay_few() -> None:
     kept = many.sample()[:, 0]
     assert ROWS / 2 <= len(kept) < 2 * ROWS and many.images == 2400
     shares = torch.bincount(kept.long(), minlength=60)
-    assert float(shares.max()) <= 2 * float(shares.min()), "early and late images count alike"
+    assert float(shares.max()) <= 1.5 * float(shares.min()), "early and late images count alike"
 
 
 def test_a_value_is_cut_off_where_it_is_more_than_half_a_step_outside() -> None:

@@ -139,7 +139,9 @@ def test_the_first_images_are_as_many_as_asked_for_and_no_more_are_read() -> Non
 
     assert first_images(batches, 25).tolist() == list(range(25))
     assert read == [0, 10, 20]
+    read.clear()
     assert first_images(batches, 20).tolist() == list(range(20))
+    assert read == [0, 10]
     assert len(first_images(batches, 100)) == 40, "all, if there are fewer"
 
 
