@@ -95,7 +95,7 @@ def seen(*digests: int) -> Contents:
 
 
 def test_copies_in_validation_are_counted_and_those_of_another_class_come_first() -> None:
-    found, *_ = overlap_checks(samples([0, 0, 1, 1, 2]), seen(7, 7, 5, 9, 5), [])
+    found, *_ = overlap_checks(samples([0, 0, 1, 1, 2]), seen(3, 3, 5, 9, 5), [])
     assert found.status == "warning"
     assert found.text.startswith("2 of 5 validation images are copies")
     assert found.text.endswith("1 of them under another class")
@@ -134,7 +134,13 @@ def test_classes_that_no_image_belongs_to_are_named() -> None:
 
 @pytest.mark.parametrize(
     ("size", "resized"),
-    [((100, 200), (50, 100)), ((200, 100), (100, 50)), ((60, 60), (50, 50)), ((3, 5), (50, 83))],
+    [
+        ((100, 200), (50, 100)),
+        ((200, 100), (100, 50)),
+        ((60, 60), (50, 50)),
+        ((6, 11), (50, 91)),
+        ((11, 6), (91, 50)),
+    ],
 )
 def test_the_shorter_side_is_resized_and_the_longer_is_cut(
     size: tuple[int, int], resized: tuple[int, int]
