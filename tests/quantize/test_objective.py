@@ -1,24 +1,23 @@
 """What QAT minimises, by hand: distillation, labels, the pull to the grid, what decays."""
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from quantized import KEPT, SIZE, W4A4, care, images, network, section
 from torch import Tensor, nn
 
-from care_compress.model.rewrite import rewrite
-from care_compress.quantize.placement import simulate
-from care_compress.quantize.ptq import planned
+from care_compress.quantize.fakequant import IntQuantizer
+from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.qat import (
     FollowFloat,
     dampening,
     grouped,
-    prepare_to_learn,
     qat_fingerprint,
 )
+from care_compress.quantize.spec import TensorSpec
 from care_compress.recipe.quantize import QatSection
 
 TAUGHT = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
@@ -85,23 +84,50 @@ def test_stage_outputs_count_by_their_relative_error() -> None:
     assert loss(features=3.0) - loss() == pytest.approx(3 * 0.25, rel=1e-5)
 
 
+class OnGrid(QuantizedCare):
+    """Says what `Student` says, and holds one row of weights of step 0.5."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.training = True
+        quantizer = IntQuantizer(TensorSpec(4, "channel"), "site", "weight", 1)
+        quantizer.set_qparams(torch.tensor([0.5]), torch.tensor([0]))
+        self.own = quantizer
+        self.row = nn.Parameter(torch.tensor([[0.6, -0.5, 1.4, 90.0]]))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return Student()(images)
+
+    def integers(self, operand: str | None = None) -> Iterator[IntQuantizer]:
+        yield self.own
+
+    def weight(self, site: str) -> nn.Parameter:
+        return self.row
+
+
+def test_the_distance_to_the_grid_is_a_mean_over_weights_in_steps() -> None:
+    """0.6 is 0.2 steps from the grid, as 1.4 is; what is cut off is on its end."""
+    model = OnGrid()
+    pull = dampening(model)
+    assert float(pull.detach()) == pytest.approx((0.2**2 + 0.2**2) / 4, rel=1e-4)
+    pull.backward()
+    assert model.row.grad is not None
+    assert (model.row.grad > 0).tolist() == [[True, False, False, False]], "0.6 goes down"
+    assert (model.row.grad < 0).tolist() == [[False, False, True, False]], "1.4 goes up"
+
+
 def test_the_pull_to_the_grid_comes_late_and_whole() -> None:
-    model = simulate(*planned(network(), section(W4A4), SIZE))
-    with torch.no_grad():
-        for quantizer in model.integers():
-            quantizer.scale.fill_(0.05)
-    prepare_to_learn(model)
-    pull = float(dampening(model))
-    teacher, x = network(), images(4)
+    model, images = OnGrid(), torch.zeros(2, 3, 4, 4)
 
     def at(progress: float, weight: float) -> float:
         plan = QatSection(dampening=weight)
-        with torch.no_grad():
-            return float(FollowFloat(teacher, plan)(model, x, torch.zeros(4, 5), progress).loss)
+        objective = FollowFloat(cast(Any, Teacher()), plan)
+        return float(objective(model, images, LABELS, progress).loss.detach())
 
-    added = [at(progress, 2.0) - at(progress, 0.0) for progress in (0.0, 0.5, 1.0)]
-    assert pull > 0.01
-    assert added == pytest.approx([0.0, pull, 2 * pull], rel=1e-3, abs=1e-4)
+    added = [at(progress, 2.0) - at(progress, 0.0) for progress in (0.0, 0.25, 0.5, 1.0)]
+    pull = float(dampening(model).detach())
+    early = 2 * pull * (1 - 0.5**0.5) / 2
+    assert added == pytest.approx([0.0, early, pull, 2 * pull], rel=1e-2, abs=1e-5)
 
 
 def test_matrices_decay_and_nothing_else() -> None:
@@ -125,7 +151,9 @@ def test_a_training_is_another_one_where_anything_that_decides_it_differs() -> N
             recipe=SimpleNamespace(data=data, seed=seed),
             samples=SimpleNamespace(content_digest=lambda: content),
         )
-        models = [rewrite(care(seed=one), KEPT) for one in (start, teacher)]
+        models = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+        for model, value in zip(models, (start, teacher), strict=True):
+            nn.init.constant_(model.weight, value)
         return qat_fingerprint(QatSection(epochs=epochs), cast(Any, training), *models)
 
     usual = fingerprint()

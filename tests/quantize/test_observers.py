@@ -172,8 +172,10 @@ def test_either_end_is_cut_alone_where_only_that_helps() -> None:
 
 def test_entropy_is_the_published_search_step_by_step() -> None:
     """Bins outside go to the outermost inside; each level spreads evenly over what it holds."""
-    rng = np.random.default_rng(3)
-    x = torch.from_numpy(np.concatenate([rng.normal(size=4000), rng.normal(size=40) * 6])).float()
+    # A long tail on one side: where what is cut goes to, and that it counts, decides the range.
+    rng = np.random.default_rng(2)
+    x = np.concatenate([rng.normal(size=4000), rng.exponential(3, size=400)])
+    x = torch.from_numpy(x).float()
     watcher = observer(EntropyObserver, 4)
     watcher(x)
     centres, counts = (values.tolist() for values in watcher.filled())
@@ -227,3 +229,36 @@ def test_a_weight_scale_weighs_errors_by_what_flows_in() -> None:
     for share in torch.linspace(1.0, 0.3, 64):
         assert bool((error(scale) <= error(full * share) * (1 + 1e-5)).all())
     assert bool((error(scale) < 0.5 * error(weight_scale(quantizer, weight))).all())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_weight_is_kept_where_no_error_is_asked_for(bits: int) -> None:
+    """It is the top of its row, or the bottom, and no rounding cuts it off."""
+    weight = heavy_tailed(512).reshape(4, 128)
+    quantizer = IntQuantizer(TensorSpec(bits, granularity="channel"), "s", "weight", 4)
+    quantizer.set_qparams(weight_scale(quantizer, weight), torch.zeros(4))
+    most = weight.abs().amax(dim=1)
+    torch.testing.assert_close(quantizer(weight).abs().amax(dim=1), most)
+    assert torch.allclose(quantizer.scale * (2 ** (bits - 1) - 1), most)
+
+
+def test_a_value_stands_in_the_middle_of_its_bin_on_average() -> None:
+    x = torch.rand(60_000) * 2 - 1
+    watcher = observer(SquaredErrorObserver)
+    watcher(x)
+    centres, counts = watcher.filled()
+    half_a_bin = 1 / BINS
+    mean = float((centres * counts).sum() / counts.sum())
+    assert mean == pytest.approx(float(x.double().mean()), abs=half_a_bin / 10)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_moving_average_forgets_what_came_once(granularity: str) -> None:
+    spec = TensorSpec(8, granularity, axis=1, symmetric=False, range="moving_average")
+    quantizer = IntQuantizer(spec, "s", "input", 1 if granularity == "tensor" else 2)
+    watcher = make_observer(quantizer, 99.99)
+    usual = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 2, 4, 4).contiguous()
+    for x in (usual, usual * 101, *[usual] * 20):
+        watcher(x)
+    assert bool((watcher.max_val > 1.0).all() and (watcher.max_val < 2.0).all())
+    assert bool((watcher.min_val < -1.0).all() and (watcher.min_val > -2.0).all())
