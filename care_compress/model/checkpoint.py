@@ -274,19 +274,6 @@ def _size(shape: torch.Size) -> str:
     return "x".join(str(n) for n in shape) or "a scalar"
 
 
-def _class_count(state: Mapping[str, Tensor], path: Path) -> int:
-    classes = int(state["head.fc.weight"].shape[0])
-    if classes < 1:
-        raise CheckpointError(f"{path} has a head with no classes.")
-    return classes
-
-
-def _with_counters(state: Mapping[str, Tensor], model: Care) -> dict[str, Tensor]:
-    """Add the BatchNorm step counters that some exporters drop; they do not affect inference."""
-    counters = {n: t for n, t in model.state_dict().items() if n.endswith("num_batches_tracked")}
-    return {**counters, **state}
-
-
 def state_digest(state: Mapping[str, Tensor]) -> str:
     """Hex digest of named tensors: names, shapes, types and values."""
     digest = hashlib.sha256()
