@@ -40,7 +40,7 @@ ONNX, XML = "onnxruntime-cpu", "openvino-cpu"
 
 def answers(first: Sequence[int]) -> Answers:
     right = np.array(first) == LABELS
-    sure = np.full(len(first), 0.75, np.float32)
+    sure = np.full(len(first), 0.7, np.float32)
     return Answers(np.array(first, np.int32), right, right, sure, Distance(10.0, 1.0))
 
 
@@ -65,7 +65,7 @@ def compared(
     samples: Any = SimpleNamespace(classes=("cat", "dog", "owl"), fingerprint=lambda: "images")
     timed = {
         (batch, 1): {
-            key: Latency(tuple(np.full(3, batch * ms) for _ in range(6)), batch)
+            key: Latency(tuple(np.full(3, batch * (ms + 1) - 1) for _ in range(6)), batch)
             for key, ms in (milliseconds or {}).items()
         }
         for batch in (1, 8)
@@ -96,11 +96,18 @@ def test_a_pair_tells_what_was_lost_where_and_how_sure_that_is(tmp_path: Path) -
     assert [flip["index"] for flip in pair["flipped"]] == [10, 30, 60, 70]
     assert pair["flipped"][0] == {"index": 10, "label": "cat", "before": "cat", "after": "dog"}
     assert pair["flipped"][2]["after"] == "no number" and pair["flipped_in_all"] == 4
-    # 0.75 sure and right 7 times of 8, and 5 times of 8.
-    assert pair["ece"] == pytest.approx({"float": 12.5, "mine": 12.5})
+    # 0.7 sure and right 7 times of 8, and 5 times of 8.
+    assert pair["ece"] == pytest.approx({"float": 17.5, "mine": 7.5}, abs=1e-4)
     assert pair["sqnr_db"] == pytest.approx(10.0)
     assert value["models"]["mine"]["size_bytes"] == 1_500_000
     assert value["targets"][ONNX]["mine"]["not_finite"] == 1
+
+
+def test_another_wrong_answer_is_a_flip_and_no_drop(tmp_path: Path) -> None:
+    (pair,) = comparison_as_json(compared(tmp_path, {ONNX: (*BEFORE[:-1], 1)}))["pairs"]
+    assert (pair["lost"], pair["gained"], pair["drop"], pair["agreement"]) == (0, 0, 0.0, 87.5)
+    (flip,) = pair["flipped"]
+    assert (flip["before"], flip["after"], flip["label"]) == ("cat", "dog", "owl")
 
 
 def test_speed_is_over_the_baseline_and_throughput_of_images(tmp_path: Path) -> None:
@@ -109,8 +116,9 @@ def test_speed_is_over_the_baseline_and_throughput_of_images(tmp_path: Path) -> 
     one, eight = value["latency"]
     assert [(row["name"], row["speedup"]) for row in one["rows"]] == [("float", 1), ("mine", 2)]
     assert one["rows"][1]["speedup_ci95"] == pytest.approx([2.0, 2.0])
-    assert eight["batch"] == 8 and eight["rows"][1]["latency_ms"]["p50"] == 16.0
-    assert eight["rows"][1]["throughput"] == pytest.approx(500)
+    assert eight["batch"] == 8 and eight["rows"][1]["latency_ms"]["p50"] == 23.0
+    assert eight["rows"][1]["throughput"] == pytest.approx(8000 / 23)
+    assert eight["rows"][1]["speedup"] == pytest.approx(39 / 23)
     assert one["rows"][1]["runs"] == 18 and not one["rows"][1]["noisy"]
     row = value["targets"][ONNX]["mine"]
     assert row["latency_ms"]["p50"] == 2.0, "of one image on one thread"

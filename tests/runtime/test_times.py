@@ -8,6 +8,7 @@ import onnx
 import pytest
 from graphs import onnx_file
 
+from care_compress.runtime import dot_products
 from care_compress.runtime.layer_times import FLOAT, GROUPS, INTEGER, OTHER, LayerTime, Profile
 from care_compress.runtime.layer_times import modules_of as of
 from care_compress.runtime.probe import MOST_BATCH, MOST_SIDE, check_shape
@@ -137,3 +138,27 @@ def test_only_batches_of_images_are_run(shape: tuple[int, ...], fine: bool) -> N
     else:
         with pytest.raises(ValueError, match="no batch of images"):
             check_shape(shape)
+
+
+class Products:
+    """ONNX Runtime on a processor that adds products exactly, or in 16 bits that saturate."""
+
+    saturates = False
+
+    def __init__(self, content: bytes, providers: object) -> None:
+        (weight,) = onnx.load_model_from_string(content).graph.initializer
+        self.weight = onnx.numpy_helper.to_array(weight).astype(int)
+
+    def run(self, outputs: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        products = feed["input"].astype(int)[:, :, None] * self.weight
+        pairs = products[:, ::2] + products[:, 1::2]
+        return [(pairs.clip(-32768, 32767) if self.saturates else pairs).sum(axis=1)]
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_the_largest_products_tell_whether_a_processor_saturates(
+    saturates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Products, "saturates", saturates)
+    monkeypatch.setattr(dot_products.onnxruntime, "InferenceSession", Products)
+    assert dot_products.onnxruntime_is_exact.__wrapped__() is not saturates
