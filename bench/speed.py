@@ -105,8 +105,8 @@ def bench(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
     entries = entries_of(ours, plain, published, peers)
     files = {entry.key: said_of(entry.made) for entry in entries}
     about = machine.describe()
-    features = dict(about["cpu"]["features"])
-    key = fingerprint([files, str(PLAN), machine.installed_versions(), features])
+    processor = [about["cpu"]["name"], dict(about["cpu"]["features"])]
+    key = fingerprint([files, str(PLAN), machine.installed_versions(), processor])
     store = folder / f"speed_{scale.resolution}.json"
     kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
     if kept.get("key") != key:

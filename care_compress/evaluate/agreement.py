@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
+from torch.fx import Interpreter, Node
 
 from care_compress.data.loader import BadImages, pixel_batches
 from care_compress.data.samples import Samples, spread_indices
@@ -15,18 +16,20 @@ from care_compress.data.transforms import normalize
 from care_compress.errors import DataError
 from care_compress.model.predictor import Predictor
 from care_compress.quantize.distance import sqnr_db
+from care_compress.quantize.placement import QuantizedCare
 from care_compress.recipe.sections import DataSection
 
-# Rounding to a step is chaotic: a difference in the last bit of a float sum moves a value by a
-# whole step, so two exact implementations of one INT8 model are 35 to 50 dB apart (the simulation
-# itself, in batches of 64 and one by one: 49 dB). A wrong scale or a lost pair costs far more. The
-# coarser a model is, the further apart they are, about as far as the model is from float.
-LEAST_SQNR_DB = 25.0
-BELOW_OWN_DB = 3.0  # allowed below the model's own distance to float, where that is the lower bar
+# Rounding to a step is chaotic: a difference in the last bits of a float moves a value by a whole
+# step, and that the next ones. So two exact implementations of one quantized model differ, by how
+# much depends on the model: `Rounded` to 16 bits, which is how exactly runtimes requantize, INT8
+# differs from itself by 34 dB, W4A4 by 18, a network quantized naively by 21. A file may have twice
+# that noise; a wrong scale or a lost pair costs far more.
+REQUANTIZED_BITS, HALF_BITS = 16, 11
+TWICE_DB = 6.0
+MOST_DB = 50.0  # demanded of any file: a float model in float16 reaches 59 to 67
 LEAST_AGREEMENT = 99.5
-# Two classes are a tie where they are closer than so many deviations of a file that is this much
-# better than it needs to be.
-TIE, BETTER_DB = 4.0, 10.0
+# Two classes are a tie where they are closer than so many deviations of an exact implementation.
+TIE = 4.0
 NO_NUMBERS = "some logits are NaN or infinite"
 
 
@@ -58,6 +61,29 @@ def hold_images(
         raise DataError("there is no image to compare on.", "check the val split")
     pixels = torch.cat([batch.images for batch in batches])
     return HeldImages(pixels, torch.cat([batch.labels for batch in batches]), data)
+
+
+class Rounded(Interpreter):
+    """Another implementation of a simulation: each result of an operation has only so many bits."""
+
+    def __init__(self, model: QuantizedCare, bits: int) -> None:
+        super().__init__(model.graph)
+        self.num_classes = model.num_classes
+        self.bits = bits
+
+    def run_node(self, n: Node) -> Any:
+        """Run one operation and round what it gives."""
+        out = super().run_node(n)
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        mantissa, exponent = torch.frexp(out)
+        return torch.ldexp((mantissa * 2.0**self.bits).round() / 2.0**self.bits, exponent)
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        logits: Tensor
+        logits, *_ = self.run(images_BCHW)
+        return logits
 
 
 @dataclass(frozen=True)
@@ -113,25 +139,29 @@ class Agreement:
         }
 
 
-def compare_logits(
-    reference_NK: Tensor, found_NK: Tensor, float_NK: Tensor | None = None
-) -> Agreement:
+def least_db(exact_db: float) -> float:
+    """How near a file has to come to a model of which two exact implementations come so near."""
+    return min(MOST_DB, exact_db - TWICE_DB)
+
+
+def compare_logits(reference_NK: Tensor, found_NK: Tensor, exact_db: float = math.inf) -> Agreement:
     """Compare `found` with `reference`; what is no number agrees with nothing.
 
-    With the float model's logits, a reference that is coarser than `LEAST_SQNR_DB` is held to less.
+    `exact_db` is how near two exact implementations come; without it, it is a float model.
     """
-    own_db = math.inf if float_NK is None else sqnr_db(float_NK, reference_NK)
-    return held_to(min(LEAST_SQNR_DB, own_db - BELOW_OWN_DB), reference_NK, found_NK)
+    return held_to(least_db(exact_db), reference_NK, found_NK)
 
 
-def held_to(least_db: float, reference_NK: Tensor, found_NK: Tensor) -> Agreement:
+def held_to(demanded_db: float, reference_NK: Tensor, found_NK: Tensor) -> Agreement:
     """Compare `found` with `reference`, where it is known how near it has to be."""
     found_db = sqnr_db(reference_NK, found_NK)
     if found_db == -math.inf:
-        return Agreement(len(found_NK), 0, 0, found_db, least_db)
+        return Agreement(len(found_NK), 0, 0, found_db, demanded_db)
     answers = found_NK.argmax(dim=1, keepdim=True)
     same = (reference_NK.argmax(dim=1, keepdim=True) == answers).squeeze(1)
     margin = reference_NK.amax(dim=1) - reference_NK.gather(1, answers).squeeze(1)
-    deviation = reference_NK.double().square().mean().sqrt() * 10 ** (-(least_db + BETTER_DB) / 20)
+    deviation = reference_NK.double().square().mean().sqrt() * 10 ** (
+        -(demanded_db + TWICE_DB) / 20
+    )
     ties = ~same & (margin <= TIE * deviation)
-    return Agreement(len(found_NK), int(same.sum()), int(ties.sum()), found_db, least_db)
+    return Agreement(len(found_NK), int(same.sum()), int(ties.sum()), found_db, demanded_db)

@@ -4,11 +4,13 @@ An export reads its own files back, but on the processor that made them. Where a
 adds or saturates in its own way, only a file read there can tell.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict
 from torch import Tensor
 
 from care_compress.console import CheckResult
@@ -17,6 +19,37 @@ from care_compress.evaluate.agreement import Agreement, held_to
 from care_compress.evaluate.intervals import unpaired_interval
 
 CHECK = "files beside their models"
+LARGEST_HALF = 65504.0
+HEADROOM = 0.5  # of it: other images reach further than the ones that were looked at
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest magnitude among the float16 values of a graph."""
+
+    # An overflow is infinite, and JSON has no number for that.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")
+
+    value: float
+    layer: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether float16 holds it, with room for other images."""
+        return self.value <= HEADROOM * LARGEST_HALF
+
+    def __str__(self) -> str:
+        reach = f"{self.value:.3g}" if math.isfinite(self.value) else "infinity"
+        return f"its float16 values reach {reach} at {self.layer}, and float16 ends at 65504"
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``export.json`` holds it; no value where float16 overflowed."""
+        return {"value": self.value if math.isfinite(self.value) else None, "layer": self.layer}
+
+    @classmethod
+    def of_json(cls, found: Mapping[str, Any]) -> "Peak":
+        """What `as_json` gave."""
+        return cls(math.inf if found["value"] is None else found["value"], found["layer"])
 
 
 @dataclass(frozen=True)
@@ -119,8 +152,11 @@ def what_failed(export: Mapping[str, Any], precision: str | None = None) -> dict
     for model in chosen:
         if model["holds"]:
             continue
+        peak = model.get("float16_peak")
         said = "it answers NaN or infinity"
-        if model["sqnr_db"] is not None:
+        if peak is not None and not Peak.of_json(peak).fits:
+            said = str(Peak.of_json(peak))
+        elif model["sqnr_db"] is not None:
             said = (
                 f"{model['agreement']:.1f} % of answers as its model's, {model['sqnr_db']:.1f} dB "
                 f"of at least {model['least_sqnr_db']:.1f}"

@@ -6,12 +6,19 @@ over all positions may exceed 65504, and LayerNorm squares. They are under 1 % o
 """
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import Tensor
 
 from care_compress.errors import ExportError
+from care_compress.evaluate.readback import Peak
 from care_compress.export.to_onnx import (
     OUTPUT,
     add_constant,
@@ -20,6 +27,7 @@ from care_compress.export.to_onnx import (
     drop_unread,
     module_of,
 )
+from care_compress.runtime.on_onnxruntime import open_session
 
 _FLOAT32 = re.compile(r"(stages\.\d+\.blocks\.\d+\.token_mixer\.core|pool|heads)\b")
 _KINDS = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
@@ -66,3 +74,44 @@ def _half(value: ir.Value) -> NDArray[np.float16]:
             "export to a float32 target; no float16 engine can hold this checkpoint",
         )
     return narrow
+
+
+def highest_half(path: Path, batches: Iterable[Tensor]) -> Peak | None:
+    """Find the largest float16 value that a graph computes for these images; None without any.
+
+    ONNX Runtime computes float16 nodes on a CPU in float32, so an overflow that an engine would
+    have shows in no answer: each tensor's own maximum is read, in float32.
+    """
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    typed = {
+        value.name
+        for value in (*graph.value_info, *graph.output)
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16
+    }
+    made = {name: node.name for node in graph.node for name in node.output if name in typed}
+    if not made:
+        return None
+    model = onnx.load(path)
+    for name in made:
+        model.graph.node.extend(
+            [
+                helper.make_node("Cast", [name], [f"{name}/wide"], to=TensorProto.FLOAT),
+                helper.make_node("Abs", [f"{name}/wide"], [f"{name}/abs"]),
+                helper.make_node("ReduceMax", [f"{name}/abs"], [f"{name}/peak"], keepdims=0),
+            ]
+        )
+    del model.graph.output[:]
+    model.graph.output.extend(
+        helper.make_tensor_value_info(f"{name}/peak", TensorProto.FLOAT, []) for name in made
+    )
+    session = open_session(path, model.SerializeToString())
+    images = session.get_inputs()[0]
+    size = images.shape[0] if isinstance(images.shape[0], int) else 0
+    highest = np.zeros(len(made))
+    for batch in batches:
+        for part in torch.split(batch, size or len(batch)):
+            whole = part.repeat(-(-size // len(part)), 1, 1, 1)[:size] if size else part
+            found = session.run(None, {images.name: whole.float().numpy()})
+            highest = np.maximum(highest, np.nan_to_num(np.array(found), nan=np.inf, posinf=np.inf))
+    worst = int(highest.argmax())
+    return Peak(float(highest[worst]), list(made.values())[worst])

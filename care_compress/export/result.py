@@ -17,6 +17,7 @@ from rich.table import Table
 
 from care_compress.console import say, widened
 from care_compress.evaluate.agreement import Agreement
+from care_compress.evaluate.readback import Peak
 from care_compress.files import digest_of, size_of
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import NEEDS, Target
@@ -86,6 +87,12 @@ class File:
     ]
     agreement: Agreement
     diverges: str  # the first layer that does not agree; nothing where all do
+    peak: Peak | None = None  # of its float16 values
+
+    @property
+    def holds(self) -> bool:
+        """Whether it computes what its model does, here and where float16 is float16."""
+        return self.agreement.holds and (self.peak is None or self.peak.fits)
 
 
 @dataclass
@@ -135,6 +142,8 @@ class Exported:
                     "sha256": digest_of(file.path),
                     "size_bytes": size_of(file.path),
                     **file.agreement.as_json(),
+                    "holds": file.holds,
+                    **({} if file.peak is None else {"float16_peak": file.peak.as_json()}),
                     **({"parts_at": file.diverges} if file.diverges else {}),
                 }
                 for name, file in self.files.items()

@@ -4,8 +4,10 @@ Files go to ``exports/<target>/``, with an ``export.json`` that says what they a
 images they were compared on to ``exports/samples/``, for the bundles that go to devices.
 """
 
+import itertools
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from care_compress import machine
 from care_compress.console import step_line
 from care_compress.data.samples import Samples, spread_indices
+from care_compress.data.sources import open_samples
 from care_compress.device.build import BuildOptions
 from care_compress.device.deploy import build_file
 from care_compress.device.library import load_library
@@ -27,15 +30,18 @@ from care_compress.errors import ExportError, RecipeError, TargetError
 from care_compress.evaluate.agreement import HeldImages, compare_logits, hold_images
 from care_compress.evaluate.readback import answers_beside
 from care_compress.evaluate.site_distance import first_divergence
+from care_compress.export.half import highest_half
 from care_compress.export.result import About, Exported, File, Preprocessing, show_exports
 from care_compress.export.to_openvino import write_ir
-from care_compress.export.variants import Variant, Variants
+from care_compress.export.variants import CPU, Reference, Variant, Variants
 from care_compress.files import atomic_file, digest_of, fingerprint, sha256_file
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
 from care_compress.model.predictor import Predictor
 from care_compress.quantize.placement import QuantizedCare
+from care_compress.quantize.selection import read_list
+from care_compress.quantize.stages import CALIBRATION_FILE
 from care_compress.recipe.recipe import Precision, Recipe
 from care_compress.recipe.target import Target, all_targets, load_target
 from care_compress.run.context import RunContext
@@ -45,6 +51,7 @@ from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.runtime.profile_openvino import executed_layers, integer_macs, quantized_macs
 
+READ_AT_ONCE = 8  # images, for the range of float16
 SAMPLES = 64  # images that travel to a device
 SAMPLES_FOLDER = "samples"
 BASELINE = "fp16"  # what INT8 has to beat on a GPU
@@ -132,6 +139,12 @@ def check_exports(done: Sequence[Exported]) -> None:
             raise ExportError(f"{one.target.name}: {one.failed}")
         for file in one.files.values():
             near = file.agreement
+            if file.peak is not None and not file.peak.fits:
+                raise ExportError(
+                    f"{one.target.name}: {file.path.name} is unsafe: {file.peak}; an engine would "
+                    "answer NaN to some images.",
+                    "train with smaller activations, or leave the target out of export.targets",
+                )
             if not near.comparable:
                 raise ExportError(
                     f"{one.target.name}: {file.path.name} answers NaN or infinity; it parts from "
@@ -158,6 +171,7 @@ class Exporter:
     precision: Precision  # what the exported model is called
     recipe_part: Mapping[str, object]  # what of the recipe decides the files
     checked_on: object  # what tells the images that files are compared on from others
+    calibrated_on: Callable[[], Iterator[Tensor]]  # further images for the range of float16
     notify: Callable[[str], None]
     compared: dict[str, File] = field(default_factory=dict)  # by digest
 
@@ -233,23 +247,23 @@ class Exporter:
         """Write an ONNX file, compared through ONNX Runtime."""
         path = self._path(done.target, name, ".onnx")
         variant.write(path, about)
-        self._compare(done, name, path, variant.module, variant.logits, lambda: OnnxPredictor(path))
+        self._compare(done, name, path, variant, lambda: OnnxPredictor(path))
 
     def _ir_to(self, done: Exported, path: Path, about: About) -> None:
         """Write OpenVINO's IR, of our graph or of NNCF's own file, compared through OpenVINO."""
         nncf = self.variants.nncf
+        variant: Reference
         if nncf is not None:
             write_ir(nncf, about, path, half=False)
             done.planned_macs = quantized_macs(nncf)
-            module: nn.Module = self.variants.compact
             logits = self.variants.images.logits(OpenVinoPredictor(nncf))
+            variant = Reference(self.variants.compact, logits, math.inf)
         else:
-            variant = self.variants.of(done.target)
-            module, logits = variant.module, variant.logits
-            variant.write(path, about, half=done.target.float_type == "fp16")
+            variant = ours = self.variants.of(done.target)
+            ours.write(path, about, half=done.target.float_type == "fp16")
         predict = OpenVinoPredictor(path)
         self.context.run.record_output(path.with_suffix(".bin"))
-        self._compare(done, self.precision, path, module, logits, lambda: predict)
+        self._compare(done, self.precision, path, variant, lambda: predict)
         if done.target.device == "cpu":  # what another device runs, this one cannot tell
             done.executed_macs = integer_macs(executed_layers(predict.compiled))
 
@@ -282,13 +296,13 @@ class Exporter:
         done: Exported,
         name: str,
         path: Path,
-        module: nn.Module,
-        logits: Tensor,
+        made_from: Reference,
         read: Callable[[], Predictor],
     ) -> None:
         """Read the file back and compare it; one of the same bytes was compared already."""
         self.context.run.record_output(path)
         key, images, as_float = digest_of(path), self.variants.images, self.variants.float_logits
+        module, logits = made_from.module, made_from.logits
         if isinstance(module, QuantizedCare):
             sites = [decision.site.name for decision in module.plan.decisions]
             macs = sum(d.site.macs for d in module.plan.decisions if d.in_integers)
@@ -296,10 +310,12 @@ class Exporter:
         else:
             sites = [name for name, _ in module.named_modules()]
         if key not in self.compared:
-            near, where = compare_logits(logits, images.logits(read()), as_float), ""
+            near, where = compare_logits(logits, images.logits(read()), made_from.exact_db), ""
             if not near.holds:
                 where = first_divergence(module, path, sites, next(images.batches(1)))
-            self.compared[key] = File(path, near, where)
+            looked_at = itertools.chain(images.batches(READ_AT_ONCE), self.calibrated_on())
+            peak = highest_half(path, looked_at) if done.target.is_typed else None
+            self.compared[key] = File(path, near, where, peak)
         done.files[name] = replace(self.compared[key], path=path)
         if name == self.precision:
             done.answers_as_float = compare_logits(as_float, logits).percent
@@ -349,4 +365,13 @@ def exporter_for(
     about = About(recipe.name, fingerprint(content), tuple(validation.classes), prepared)
     part = recipe_parts(recipe)["export"]
     checked_on = validation.content_digest(), images
-    return Exporter(context, variants, about, recipe.precision, part, checked_on, notify)
+    listed = context.run.path / CALIBRATION_FILE
+
+    def calibrated_on() -> Iterator[Tensor]:
+        if listed.is_file():
+            chosen = read_list(listed, open_samples(recipe.data, "train"))
+            yield from chosen.batches(recipe.data, READ_AT_ONCE, CPU)
+
+    return Exporter(
+        context, variants, about, recipe.precision, part, checked_on, calibrated_on, notify
+    )

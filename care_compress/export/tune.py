@@ -36,7 +36,7 @@ from care_compress.files import (
     temporary_folder,
     write_text,
 )
-from care_compress.model.checkpoint import load_checkpoint
+from care_compress.model.checkpoint import load_checkpoint, state_digest
 from care_compress.model.rewrite import rewrite
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.target import AS_SHIPPED, Target, load_target
@@ -44,6 +44,7 @@ from care_compress.run.context import RunContext
 from care_compress.run.directory import Run
 from care_compress.run.finished import FinishedRun, find_run
 from care_compress.run.processes import World
+from care_compress.run.stages import code_digest
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.runners import open_runner
@@ -190,12 +191,18 @@ class _Bench:
     def key(self) -> str:
         """Equal only where measuring again would find the same."""
         assert self.variants.kept is not None
+        cpu = machine.read_machine().cpu
         return fingerprint(
             {
                 "model": digest_of(self.variants.kept),
+                "float model": state_digest(self.variants.model.state_dict()),
                 "target": self.target.model_dump(mode="json"),
-                "images": len(self.images.labels),
+                "images": [self.validation.content_digest(), len(self.images.labels)],
+                "data": self.recipe.data.model_dump(mode="json"),
                 "libraries": dict(machine.installed_versions()),
+                # A name alone does not say what it executes: "AMD EPYC" is one of two classes.
+                "processor": [cpu.name, dict(cpu.features)],
+                "care-compress": code_digest(__name__),
             }
         )
 

@@ -5,8 +5,9 @@ its answers on the images that files are compared on.
 """
 
 import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +15,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from care_compress.evaluate.agreement import HeldImages
+from care_compress.evaluate.agreement import (
+    HALF_BITS,
+    REQUANTIZED_BITS,
+    HeldImages,
+    Rounded,
+)
 from care_compress.export.cpu_form import Form, form_for, in_form
 from care_compress.export.gelu import write_gelu
 from care_compress.export.half import write_half
@@ -29,6 +35,7 @@ from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.artifact import Saved, load_saved
+from care_compress.quantize.distance import sqnr_db
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.retarget import export_rules, retarget
 from care_compress.recipe.sections import ExportSection, RewriteSection
@@ -36,16 +43,24 @@ from care_compress.recipe.target import Target
 from care_compress.runtime.on_torch import TorchPredictor
 
 CPU = torch.device("cpu")
+EXACT_IMAGES = 64  # that two exact implementations are compared on
 # What two targets must have in common to share a variant.
 SHARED = {"activations", "weights", "rules", "gelu", "float_type", "opset"}
 
 
 @dataclass(frozen=True)
-class Variant:
+class Reference:
+    """What a file has to compute."""
+
+    module: nn.Module  # a simulation, or the float model
+    logits: Tensor  # on the check images
+    exact_db: float  # how near two exact implementations of it come
+
+
+@dataclass(frozen=True)
+class Variant(Reference):
     """A model in the form that targets of one kind execute."""
 
-    module: nn.Module  # what a file has to compute: a simulation, or the float model
-    logits: Tensor  # on the check images
     graph: ir.Model
 
     def write(self, path: Path, about: About, half: bool = False) -> None:
@@ -104,7 +119,7 @@ class Variants:
         network = rewrite(self.model, RewriteSection())
         graph = self._graph(network)
         write_half(graph)
-        return Variant(network, self._logits(network), graph)
+        return Variant(network, self._logits(network), math.inf, graph)
 
     def of(self, target: Target) -> Variant:
         """What `target` executes; `RecipeError` if it cannot. Targets of the same limits share."""
@@ -136,8 +151,18 @@ class Variants:
         if target.runtime == "openvino" and target.device == "cpu":
             scale_branches(graph)
         logits = self.float_logits if quantized is None else self._logits(quantized)
-        self.made[key] = Variant(network if quantized is None else quantized, logits, graph)
+        if quantized is None:
+            self.made[key] = Variant(network, logits, math.inf, graph)
+        else:
+            exact_db = self._exact_db(quantized, logits, target.float_type == "fp16")
+            self.made[key] = Variant(quantized, logits, exact_db, graph)
         return self.made[key]
+
+    def _exact_db(self, quantized: QuantizedCare, logits_NK: Tensor, half: bool) -> float:
+        """How near an exact implementation that rounds elsewhere comes, on some of the images."""
+        few = replace(self.images, pixels_BCHW=self.images.pixels_BCHW[:EXACT_IMAGES])
+        other = Rounded(quantized, HALF_BITS if half else REQUANTIZED_BITS)
+        return sqnr_db(logits_NK[:EXACT_IMAGES], few.logits(other))
 
     def _graph(self, network: CompactCare) -> ir.Model:
         return float_graph(copy.deepcopy(network), self.resolution, self.section.batch)
