@@ -188,19 +188,29 @@ def test_placements_are_measured_again_for_another_model_target_or_library(
     def bench(images: int = 8, target: Target = ONNX) -> Any:
         exporter = asked.exporter
         held: Any = SimpleNamespace(labels=torch.zeros(images))
-        samples: Any = None
+        samples: Any = SimpleNamespace(content_digest=lambda: asked.images)
         return _Bench(exporter.context, asked.recipe, target, exporter.variants, held, samples)
 
     keys = [bench().key, bench(images=9).key, bench(target=ONNX.at_full_range()).key]
-    asked.kept = b"other weights"
-    keys.append(bench().key)
-    asked.kept = b"model"
+    for name, other in (
+        ("kept", b"other weights"),
+        ("float_model", doubled()),
+        ("images", "others of the same names"),
+        ("recipe", load_recipe("int8_ptq", ["data.crop_pct=0.5"])),
+    ):
+        before = getattr(asked, name)
+        setattr(asked, name, other)
+        keys.append(bench().key)
+        setattr(asked, name, before)
     assert bench().key == keys[0]
     with monkeypatch.context() as patch:
-        patch.setattr(machine, "installed_versions", lambda: {"onnxruntime": "0.0"})
+        patch.setattr(machine, "installed_versions", lambda names=(): {"onnxruntime": "0.0"})
         keys.append(bench().key)
-    assert len(set(keys)) == 5
-    before, other = bench().record, other_processor()
-    named = replace(other, cpu=replace(other.cpu, name="Another (R) Processor"))
-    monkeypatch.setattr(machine, "read_machine", lambda: named)
-    assert bench().record.name == "onnxruntime-cpu-another-r-processor.json" != before.name
+    record, elsewhere = bench().record, other_processor()
+    named = replace(elsewhere, cpu=replace(elsewhere.cpu, name="Another (R) Processor"))
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "read_machine", lambda: elsewhere)
+        keys.append(bench().key)
+        patch.setattr(machine, "read_machine", lambda: named)
+        assert bench().record.name == "onnxruntime-cpu-another-r-processor.json" != record.name
+    assert len(set(keys)) == len(keys) == 9
