@@ -158,6 +158,21 @@ def test_a_fingerprint_is_of_what_a_file_answers_and_not_of_its_name(asked: Aske
     assert len(known) == 6
 
 
+def test_weights_that_lie_beside_a_graph_count(asked: Asked, tmp_path: Path) -> None:
+    """NNCF's model is OpenVINO's: an .xml, whose weights are in the .bin beside it."""
+    graph = tmp_path / "nncf.xml"
+    graph.write_bytes(b"graph")
+    known = set()
+    for weights in (b"weights", b"others"):
+        graph.with_suffix(".bin").write_bytes(weights)
+        exporter = asked.exporter
+        variants: Any = SimpleNamespace(model=shared(), compact=shared(), kept=graph)
+        samples: Any = SimpleNamespace(classes=("cat", "dog"), content_digest=lambda: "images")
+        made = exporter_for(exporter.context, asked.recipe, variants, samples, 8, lambda text: None)
+        known.add(made.about.fingerprint)
+    assert len(known) == 2
+
+
 def near(same: int, sqnr_db: float) -> Agreement:
     return Agreement(1000, same, 0, sqnr_db, 25.0)
 
