@@ -14,7 +14,7 @@ from care_compress.device.build import BuildMonitor
 from care_compress.device.cuda import CudaGpu
 from care_compress.device.enginefile import EngineOrigin, read_engine, write_engine
 from care_compress.device.layers import network_layers
-from care_compress.device.manifest import Bundle, merge_results
+from care_compress.device.manifest import Bundle, merge_results, satisfies
 from care_compress.device.problems import EngineMismatchError
 from care_compress.device.samples import likeliest, run_pixels
 from care_compress.device.sensors import is_busy
@@ -158,3 +158,11 @@ def test_a_product_is_in_integers_where_both_its_inputs_are(
     ]
     network = SimpleNamespace(num_layers=4, get_layer=lambda index: layers[index])
     assert network_layers(network)[-1].precision == precision
+
+
+@pytest.mark.parametrize(
+    ("requirement", "fits"),
+    [("==10.3", True), ("<=10.3", True), (">10.3", False), ("!=10.3", False), ("<10.4", True)],
+)
+def test_a_release_of_a_version_counts_as_that_version(requirement: str, fits: bool) -> None:
+    assert satisfies((10, 3, 0, 30), f"tensorrt{requirement}") is fits

@@ -182,6 +182,7 @@ def test_no_answer_is_no_confidence_and_agrees_with_nothing() -> None:
     odds = [np.exp(2) / (np.exp(2) + 2), np.e / (np.e + 2), 0.0]
     assert one.confidence.tolist() == pytest.approx(odds, abs=1e-6)
     assert one.first.tolist() == [0, 1, NO_ANSWER] and one.broken == 1
+    assert one.in_top5.tolist() == [True, True, False]
     assert (one.top1, same_answers(one, one)) == (pytest.approx(100 / 3), pytest.approx(200 / 3))
     # Six numbers that are 1 away: the power of the first two images is 5.
     assert found.answers["b"].sqnr_db == pytest.approx(10 * np.log10(5 / 6))
