@@ -155,6 +155,21 @@ def test_the_smallest_group_limit_counts_version_2(tmp_path: Path):
     assert cgroup_limits(tmp_path, "0::/other\n") == (None, None)
 
 
+def test_of_two_groups_that_are_limited_the_smaller_limit_counts(tmp_path: Path):
+    for group, cores, memory in (("a", 400000, 1 << 30), ("a/b", 200000, 3 << 30)):
+        write(tmp_path, f"{group}/cpu.max", f"{cores} 100000\n")
+        write(tmp_path, f"{group}/memory.max", f"{memory}\n")
+    assert cgroup_limits(tmp_path, "0::/a/b\n") == (2.0, 1 << 30)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(0.5, 1), (2.5, 2), (3.0, 3), (99.0, 8)])
+def test_a_part_of_a_core_is_none(quota: float, cores: int, monkeypatch: pytest.MonkeyPatch):
+    whole = machine.Cpu("a processor", 8, 8, {})
+    monkeypatch.setattr(machine, "_read_processor", lambda usable: whole)
+    found = machine._read_cpu(quota)
+    assert (found.physical_cores, found.logical_cores) == (cores, cores)
+
+
 def test_group_limits_version_1(tmp_path: Path):
     write(tmp_path, "cpu/cpu.cfs_quota_us", "150000\n")
     write(tmp_path, "cpu/cpu.cfs_period_us", "100000\n")

@@ -359,7 +359,7 @@ def exporter_for(
 ) -> Exporter:
     """The exporter of a recipe's model, which compares on so many of the validation images."""
     kept, prepared = variants.kept, Preprocessing.of(recipe.data)
-    weights = sha256_file(kept) if kept else state_digest(variants.compact.state_dict())
+    weights = digest_of(kept) if kept else state_digest(variants.compact.state_dict())
     # The fingerprint is of contents, wherever they lie.
     content = {"model": weights, "preprocessing": asdict(prepared), "classes": validation.classes}
     about = About(recipe.name, fingerprint(content), tuple(validation.classes), prepared)

@@ -151,6 +151,22 @@ def test_the_state_of_another_evaluation_is_not_continued(
     assert found.images == {"images": 20}.get(change, 47)
 
 
+def test_other_images_of_the_same_names_are_another_evaluation(
+    artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = image_folder(tmp_path / "images", per_class=8), tmp_path / "out.json"
+    data = DataSection(source=str(folder), resolution=32, crop_pct=1.0, workers=0)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(1, KeyboardInterrupt, patch)
+        with pytest.raises(KeyboardInterrupt):
+            measure_artifact(artifact, data, None, 8, file, QUIET)
+    (folder / "val" / "red" / "0.png").write_bytes(
+        (folder / "val" / "blue" / "0.png").read_bytes() + b"another one"
+    )
+    measure_artifact(artifact, data, None, 8, file, Console())
+    assert "starting anew" in capsys.readouterr().out
+
+
 def test_a_place_that_cannot_be_written_is_named_before_the_work(
     artifact: str, data: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

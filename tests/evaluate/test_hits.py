@@ -52,6 +52,18 @@ def test_a_pair_counts_what_was_lost_and_what_was_gained() -> None:
     assert found.answers["b"].top1 == 40.0 and found.labels.tolist() == labels.tolist()
 
 
+def test_the_same_wrong_answer_is_the_same_answer() -> None:
+    batch = Batch(torch.zeros(3, 3, 1, 1), torch.tensor([0, 1, 2]), torch.arange(3))
+    pair = count_pairs(lambda x: rows(0, 2, 1), lambda x: rows(0, 2, 3), [batch])
+    assert (pair.agreeing, pair.lost, pair.gained) == (2, 0, 0)
+
+
+def test_the_two_surest_bins_are_apart() -> None:
+    """15 bins end at 0.867, 0.933 and 1: a gap of 0.9 down and one of 0.05 up."""
+    found = calibration_error(np.array([0.9, 0.95], np.float32), np.array([False, True]))
+    assert found == pytest.approx(100 * (0.9 + 0.05) / 2, abs=1e-4)
+
+
 def test_calibration_error_is_a_gap_in_each_bin() -> None:
     """Confidence 0.9 right every time (a gap of 0.1) and 0.5 right half of the time (none)."""
     confidence = np.array([0.9] * 4 + [0.5] * 4, np.float32)

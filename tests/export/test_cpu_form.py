@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from quantized import SIZE, network, section
+from quantized import SIZE, images, network, section
 
 from care_compress.export.cpu_form import Form, form_for, in_form
 from care_compress.model.care import build_model
@@ -26,6 +26,15 @@ def test_every_form_is_the_same_function(arch: str, size: int, form: Form) -> No
         difference = (in_form(model, form)(x) - expected).abs().max() / expected.abs().max()
     # The mask of the heads is exact in any float type.
     assert difference < 1e-12
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_keeps_biases_and_scales_that_training_left(form: Form) -> None:
+    """A network fresh from its initialisation has no bias that could go astray."""
+    model = network().double()
+    with torch.no_grad():
+        expected, found = model(images(2).double()), in_form(model, form)(images(2).double())
+    assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
 def test_what_is_quantized_keeps_its_form() -> None:

@@ -1,0 +1,125 @@
+"""A stage is done once: again only where something it came from, or what it left, is another."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from care_compress.errors import DamagedRunError
+from care_compress.recipe.recipe import load_recipe
+from care_compress.run import stages
+from care_compress.run.context import RunContext
+from care_compress.run.directory import Run
+from care_compress.run.processes import World
+from care_compress.run.stages import once
+
+
+class Stage:
+    """A stage that writes one file and counts how often it was done."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.done, self.made_from = root, 0, {"images": "a", "recipe": [1, 2]}
+        self.handed_in: list[Any] = []
+
+    def __call__(self, repair: bool = False) -> tuple[Any, RunContext]:
+        """As a new process does it: its value, and the context afterwards."""
+        run = Run(self.root, "run")
+        with run.open(load_recipe("fp32"), {}, repair):
+            context = RunContext(run, World(), Console(quiet=True), repair=repair)
+            context.bad.reasons["earlier"] = "cut short"
+
+            def make() -> Any:
+                self.done += 1
+                (run.path / "out.bin").write_bytes(b"result")
+                run.record_output(run.path / "out.bin")
+                run.record_input("checkpoint", "abc")
+                context.bad.reasons["one.png"] = "no image"
+                context.spend("work", 2.5)
+                return {"top1": 90.0}
+
+            handed = self.handed_in
+            value = once(context, "stage", self.made_from, make, handed_in=handed)
+        return value, context
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    made = Stage(tmp_path)
+    made()
+    assert made.done == 1
+    yield made
+
+
+def test_what_is_taken_over_is_told_as_if_it_were_done(stage: Stage) -> None:
+    value, context = stage()
+    assert stage.done == 1 and value == {"top1": 90.0}
+    assert context.seconds == {"work": 2.5}
+    assert context.bad.reasons == {"earlier": "cut short", "one.png": "no image"}
+    assert context.run.stage("stage") is not None
+
+
+def test_anything_it_is_made_from_makes_it_again(stage: Stage) -> None:
+    for number, changed in enumerate(
+        ({"images": "b"}, {"recipe": [2, 1]}, {"new": None}, {"images": 0}), 2
+    ):
+        stage.made_from = {**stage.made_from, **changed}
+        stage()
+        assert stage.done == number, changed
+    del stage.made_from["new"]
+    stage()
+    assert stage.done == 6, "what no longer counts is a change, too"
+    stage()
+    assert stage.done == 6
+
+
+def test_another_library_makes_it_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = stages.installed_versions
+    for number, name in enumerate(("torch", "torchao", "numpy"), 2):
+        other = {name: "0.0"}
+        monkeypatch.setattr(stages, "installed_versions", lambda names, other=other: {
+            **real(names), **{key: value for key, value in other.items() if key in names}
+        })  # fmt: skip
+        stage()
+        assert stage.done == number, name
+
+
+def test_code_that_is_handed_in_counts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.handed_in = [load_recipe]
+    stage()
+    assert stage.done == 2
+    known = stages._digests()
+    monkeypatch.setattr(stages, "_digests", lambda: {**known, "care_compress.recipe.recipe": "x"})
+    stage()
+    assert stage.done == 3
+
+
+def test_a_file_that_is_gone_is_made_again_and_a_damaged_one_only_when_asked(stage: Stage) -> None:
+    path = stage.root / "run" / "out.bin"
+    path.unlink()
+    stage()
+    assert stage.done == 2
+    path.write_bytes(b"resulT")
+    with pytest.raises(DamagedRunError, match=r"out\.bin is not what stage wrote"):
+        stage()
+    stage(repair=True)
+    assert stage.done == 3 and path.read_bytes() == b"result"
+
+
+def test_a_stage_that_fails_is_done_again_and_its_files_are_not_trusted(stage: Stage) -> None:
+    stage.made_from["images"] = "b"
+    run = Run(stage.root, "run")
+    with run.open(load_recipe("fp32"), {}):
+        context = RunContext(run, World(), Console(quiet=True))
+
+        def fails() -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            once(context, "stage", stage.made_from, fails)
+        assert run.stage("stage") is None
+        assert context.bad.reasons == {} and context.seconds == {}
+    stage.made_from["images"] = "a"
+    stage()
+    assert stage.done == 2
