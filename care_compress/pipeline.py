@@ -53,8 +53,8 @@ def run_recipe(
         tried: list[Candidate] = []
         section = recipe.quantize
         if section is not None:
-            judge = judging(context, recipe, compact, validation)
-            ptq = quantized(context, recipe, section, compact, validation, judge)
+            judge = judging(context, recipe, compact)
+            ptq = quantized(context, recipe, section, compact, judge)
             tried.append(evaluated(context, recipe, "ptq", ptq, compact, validation))
             if section.qat is not None:
                 validate = validating(context, recipe, validation)

@@ -1,7 +1,7 @@
 """Whether a file computes what the model does: logits beside logits, on real images."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,10 +53,15 @@ class HeldImages:
 
 
 def hold_images(
-    samples: Samples, data: DataSection, count: int | None, bad: BadImages
+    samples: Samples,
+    data: DataSection,
+    count: int | None,
+    bad: BadImages,
+    indices: Sequence[int] | None = None,
 ) -> HeldImages:
-    """Decode `count` images of a split, evenly spaced, or all of them."""
-    batches = list(pixel_batches(samples, data, spread_indices(len(samples), count), 32, bad))
+    """Decode `count` images of a split, evenly spaced, or all of them; or those of `indices`."""
+    chosen = spread_indices(len(samples), count) if indices is None else indices
+    batches = list(pixel_batches(samples, data, chosen, 32, bad))
     if not batches:
         raise DataError("there is no image to compare on.", "check the val split")
     pixels = torch.cat([batch.images for batch in batches])

@@ -96,6 +96,7 @@ def run_checks(
         else:
             calibration = None  # a list of an earlier version, taken over with its stage
     found = [
+        choice_check(recipe),
         exports_check(exports),
         answers_check(answers),
         coverage_check(validation, indices),
@@ -104,6 +105,17 @@ def run_checks(
     ]
     order = ("warning", "not measured", "fine")
     return sorted(found, key=lambda check: order.index(check.status))
+
+
+def choice_check(recipe: Recipe) -> CheckResult:
+    """Say what was chosen by images, and that those were not the ones that are reported."""
+    quantize = recipe.quantize
+    told = ["nothing was chosen by the validation images that are reported"]
+    if quantize is not None and quantize.searches:
+        told.append("the search chose by training images that calibrate nothing")
+    if quantize is not None and quantize.qat is not None:
+        told.append("QAT's weights are kept unless they are beyond doubt worse than PTQ's")
+    return CheckResult("choices", "fine", "; ".join(told))
 
 
 def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str, Any]:

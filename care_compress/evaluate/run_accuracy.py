@@ -23,6 +23,7 @@ from care_compress.evaluate.accuracy import (
     own_share,
     shown_batches,
 )
+from care_compress.evaluate.intervals import drop_interval
 from care_compress.evaluate.pairs import Paired, count_pairs
 from care_compress.files import digest_of, write_text
 from care_compress.model.checkpoint import state_digest
@@ -72,8 +73,14 @@ def score(
     """Choose the quantized model to keep; without any, measure the float one."""
     if not tried:
         return Scores(_float_accuracy(context, recipe, compact, validation))
-    # The last one, unless it ended below an earlier one.
-    best = max(reversed(tried), key=lambda candidate: candidate.paired.candidate.correct)
+    # The last one, whatever its number: chosen by that, it would be too good. Only where it is
+    # beyond doubt worse than the one it started from is that one kept.
+    best = tried[-1]
+    for one in tried[:-1]:
+        lost = best.paired.lost + one.paired.gained
+        gained = best.paired.gained + one.paired.lost
+        if drop_interval(lost, gained, best.paired.images)[0] > 0:
+            best = one
     before, console = tried[0].paired.baseline, context.console
     table = Table(title=f"On {before.images:,} validation images", title_justify="left")
     table.add_column("model")
@@ -153,16 +160,14 @@ def evaluated(
     return Candidate(name, path, _PAIRED.validate_python(record), plan)
 
 
-def judging(
-    context: RunContext, recipe: Recipe, compact: CompactCare, validation: Samples
-) -> Judge:
+def judging(context: RunContext, recipe: Recipe, compact: CompactCare) -> Judge:
     """Return what the search for bits calls, in the main process alone; the others wait for it."""
 
-    def judge(model: QuantizedCare, images: int) -> float:
+    def judge(model: QuantizedCare, samples: Samples, indices: Sequence[int]) -> float:
         # Made anew each time: the context counts seconds for the stage that is under way.
         alone = replace(context, world=World(device=context.world.device))
         predict = TorchPredictor(model, model.num_classes, alone.world.device)
-        return _compared(alone, recipe, compact, predict, validation, images).drop
+        return _compared(alone, recipe, compact, predict, samples, indices).drop
 
     return judge
 
@@ -172,28 +177,31 @@ def _compared(
     recipe: Recipe,
     compact: CompactCare,
     model: Predictor,
-    validation: Samples,
-    images: int | None = None,
+    samples: Samples,
+    indices: Sequence[int] | None = None,
 ) -> Paired:
-    """Compare a quantized model with the float one; on `images`, or as many as the recipe says."""
+    """Compare a quantized model with the float one; on those validation images the recipe says.
+
+    `indices` are of other images, on which something is chosen.
+    """
     world, size = context.world, _batch_size(context, recipe)
-    chosen = spread_indices(len(validation), images or recipe.evaluate.images)
+    chosen = indices or spread_indices(len(samples), recipe.evaluate.images)
     with context.stage("evaluate"):
         batches = shown_batches(
-            validation,
+            samples,
             recipe.data,
             size,
             indices=own_share(chosen, size, world),
             bad=context.bad,
             console=context.console,
             device=world.device,
-            # The whole set is read at least once; what a search looks at is a part of it.
-            contents=None if images or len(context.seen) else context.seen,
+            contents=None if indices or len(context.seen) else context.seen,
         )
-        baseline = TorchPredictor(compact, len(validation.classes), world.device)
+        baseline = TorchPredictor(compact, len(samples.classes), world.device)
         with contextlib.closing(batches):  # both models see each image, decoded once
             mine = count_pairs(baseline, model, batches)
-        _keep_seen(context, validation)
+        if indices is None:
+            _keep_seen(context, samples)
         first, *others = world.gathered(mine)
         return sum(others, first)
 

@@ -38,6 +38,8 @@ from care_compress.files import (
 )
 from care_compress.model.checkpoint import load_checkpoint, state_digest
 from care_compress.model.rewrite import rewrite
+from care_compress.quantize.selection import read_list
+from care_compress.quantize.stages import CALIBRATION_FILE
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.target import AS_SHIPPED, Target, load_target
 from care_compress.run.context import RunContext
@@ -47,6 +49,7 @@ from care_compress.run.processes import World
 from care_compress.run.stages import code_digest
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_openvino import unasked_precision
+from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.runners import open_runner
 
 
@@ -103,7 +106,7 @@ def run_tune(
         budget = bench.recipe.budget.max_top1_drop
         limit = budget if options.max_drop is None else options.max_drop
         best = choose(tried, limit, bench.usual)
-        table = tune_table(tried, best, target, len(bench.images.labels))
+        table = tune_table(tried, best, target, len(bench.judges.labels))
         widened(console, WIDTH).print(table)
         with step_line(console) as notify:
             done = bench.export(run, best.name, notify)
@@ -160,7 +163,8 @@ class _Bench:
     recipe: Recipe
     target: Target
     variants: Variants
-    images: HeldImages
+    images: HeldImages  # that files are compared on with their model
+    judges: HeldImages  # training images that calibrate nothing: a placement is chosen by these
     validation: Samples
 
     @property
@@ -197,7 +201,9 @@ class _Bench:
                 "model": digest_of(self.variants.kept),
                 "float model": state_digest(self.variants.model.state_dict()),
                 "target": self.target.model_dump(mode="json"),
-                "images": [self.validation.content_digest(), len(self.images.labels)],
+                "images": state_digest(
+                    {"pixels": self.judges.pixels_BCHW, "labels": self.judges.labels}
+                ),
                 "data": self.recipe.data.model_dump(mode="json"),
                 "libraries": dict(machine.installed_versions()),
                 # A name alone does not say what it executes: "AMD EPYC" is one of two classes.
@@ -221,10 +227,14 @@ def _open_bench(
     context = RunContext(run, World(), console)
     validation = open_samples(recipe.data, "val")
     model = load_checkpoint(finished.checked_checkpoint(), recipe.model.arch)
-    images = hold_images(validation, recipe.data, options.images, context.bad)
+    images = hold_images(validation, recipe.data, recipe.export.images, context.bad)
+    chosen = read_list(run.path / CALIBRATION_FILE, open_samples(recipe.data, "train"))
+    judges = hold_images(
+        chosen.samples, recipe.data, None, context.bad, chosen.held_back(options.images)
+    )
     network, size = rewrite(model, recipe.rewrite), recipe.data.resolution
     variants = Variants(model, network, kept, lambda: images, size, export)
-    return _Bench(context, recipe, target, variants, images, validation)
+    return _Bench(context, recipe, target, variants, images, judges, validation)
 
 
 def _tried(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
@@ -239,7 +249,9 @@ def _tried(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
     with temporary_folder(bench.record) as folder, step_line(bench.context.console) as notify:
         drops, runners = {}, {}
         example = next(bench.images.batches(1))
-        before = hits_of(bench.variants.float_logits, bench.images.labels).first.numpy()
+        labels, network = bench.judges.labels, bench.variants.compact
+        as_float = TorchPredictor(network, bench.variants.model.num_classes, CPU)
+        before = hits_of(bench.judges.logits(as_float), labels).first.numpy()
         for name in names:
             notify(f"exporting: {name}")
             with Run(folder, name).open(bench.recipe, {}) as run:
@@ -247,8 +259,7 @@ def _tried(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
             path = done.files[bench.recipe.precision].path
             # Scored in the setting in which it is timed.
             predict = open_predictor(str(path), CPU, precision=precision)
-            logits = bench.images.logits(predict)
-            after = hits_of(logits, bench.images.labels).first.numpy()
+            after = hits_of(bench.judges.logits(predict), labels).first.numpy()
             drops[name] = Drop.between(before, after)
             runners[name] = open_runner(path, example, 1, precision, "CPU").run
         notify("timing")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from care_compress.console import say
 from care_compress.data.loader import BadImages, prepared_batches
-from care_compress.data.samples import Samples
+from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.errors import BadImageError, CalibrationError, RecipeError
 from care_compress.files import read_json, write_text
@@ -61,6 +61,20 @@ class CalibrationSet:
         with contextlib.closing(loaded):
             for batch in loaded:
                 yield batch.images
+
+    def held_back(self, count: int) -> list[int]:
+        """Evenly spaced training images that calibrate nothing: what is chosen is chosen on these.
+
+        Not on validation images, since a number is too good on those that chose it.
+        """
+        taken = set(self.indices)
+        rest = [index for index in range(len(self.samples)) if index not in taken]
+        if not rest:
+            raise RecipeError(
+                "every training image calibrates, so none is left to choose by.",
+                "lower quantize.calibrate.images",
+            )
+        return [rest[place] for place in spread_indices(len(rest), count)]
 
     def listing(self) -> dict[str, Any]:
         """Name, sha256 of the decoded RGB pixels, and a digest of the stored bytes of each."""

@@ -5,7 +5,7 @@ They make models and score none: what has to be judged on the way is judged by f
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -52,8 +52,8 @@ CALIBRATION_FILE = "calibration.json"
 SITE_BATCH = 64  # of the images that every site is measured on
 SHOWN_SITES = 15  # the hardest; the JSON has all
 UNITS = {"bit_operations": "bit operations of one image", "energy": "energy of one image (mJ)"}
-# A simulation, and on how many validation images; its top-1 drop in points.
-Judge = Callable[[QuantizedCare, int], float]
+# A simulation, and images of a data set; its top-1 drop there in points.
+Judge = Callable[[QuantizedCare, Samples, Sequence[int]], float]
 
 
 def quantized(
@@ -61,7 +61,6 @@ def quantized(
     recipe: Recipe,
     section: QuantizeSection,
     compact: CompactCare,
-    validation: Samples,
     judge: Judge,
 ) -> Path:
     """PTQ on calibration images of the training split; kept in ``ptq/``."""
@@ -71,9 +70,11 @@ def quantized(
         images = _calibration(context, recipe, section, chosen)
         with context.stage("ptq"):
             if section.backend == "nncf":
-                _ptq_by_nncf(context, recipe, section, compact, images, validation, path)
+                _ptq_by_nncf(context, recipe, section, compact, images, chosen, path)
             else:
-                _ptq_by_torchao(context, recipe, section, compact, images.batches, judge, path)
+                _ptq_by_torchao(
+                    context, recipe, section, compact, images.batches, chosen, judge, path
+                )
         _record_model(context, path)
 
     if world.is_main:
@@ -83,7 +84,7 @@ def quantized(
             **recipe_parts(recipe)["ptq"],
             **made_from_network(section, compact),
             "calibration images": chosen.listing(),
-            "validation images": validation.content_digest() if section.searches else None,
+            "images to choose by": chosen.samples.content_digest() if section.searches else None,
         }
         once(context, "ptq", made_from, make, handed_in=[judge] if section.searches else [])
         compact.cpu()
@@ -252,12 +253,13 @@ def _ptq_by_torchao(
     section: QuantizeSection,
     compact: CompactCare,
     batches: Batches,
+    chosen: CalibrationSet,
     judge: Judge,
     path: Path,
 ) -> None:
     job = PtqJob(compact, recipe.data.resolution, recipe.seed, batches)
     if section.search is not None:
-        found = _searched(context, recipe, section, job, judge)
+        found = _searched(context, recipe, section, job, chosen, judge)
         made, section = found.quantized, found.section
     else:
         with step_line(context.console) as notify:
@@ -271,7 +273,12 @@ def _ptq_by_torchao(
 
 
 def _searched(
-    context: RunContext, recipe: Recipe, section: QuantizeSection, job: PtqJob, judge: Judge
+    context: RunContext,
+    recipe: Recipe,
+    section: QuantizeSection,
+    job: PtqJob,
+    chosen: CalibrationSet,
+    judge: Judge,
 ) -> Found:
     """Bits per site by trial; the trail and its picture are kept in ``ptq/``."""
     console, search, max_drop = context.console, section.search, recipe.budget.max_top1_drop
@@ -286,7 +293,12 @@ def _searched(
         )
 
     console.print("measuring every site at every precision")
-    found = search_bits(job, section, max_drop, lambda model: judge(model, search.images), show)
+    held_back = chosen.held_back(search.images)
+
+    def drop_of(model: QuantizedCare) -> float:
+        return judge(model, chosen.samples, held_back)
+
+    found = search_bits(job, section, max_drop, drop_of, show)
     trials = [asdict(trial) for trial in found.trials]
     context.run.write_json("ptq/trials.json", {"cost": search.cost, "trials": trials})
     picture = context.run.path / "ptq" / "trials.svg"
@@ -307,16 +319,16 @@ def _ptq_by_nncf(
     section: QuantizeSection,
     compact: CompactCare,
     calibration: Calibration,
-    validation: Samples,
+    chosen: CalibrationSet,
     path: Path,
 ) -> None:
     nncf, control = section.nncf or NncfSection(), None
     if nncf.accuracy_control:
         # Evenly spaced, and kept as pixels: the search looks at them many times.
         wanted = min(CONTROL_IMAGES, recipe.evaluate.images or CONTROL_IMAGES)
-        indices = spread_indices(len(validation), wanted)
+        indices = chosen.held_back(wanted)
         size = images_at_once(recipe.evaluate.batch_size, context.world.device)
-        batches = pixel_batches(validation, recipe.data, indices, size, context.bad)
+        batches = pixel_batches(chosen.samples, recipe.data, indices, size, context.bad)
         items = [(batch.images, batch.labels) for batch in batches]
         assert recipe.budget.max_top1_drop is not None  # the recipe's own check
         control = AccuracyControl(recipe.budget.max_top1_drop, items, recipe.data)

@@ -116,7 +116,9 @@ class SearchSection(Section):
     )
     trials: Count = 40
     minutes: Positive = Field(20.0, description="of trials; every site is measured before them")
-    images: Count = Field(1000, description="validation images a trial is judged on")
+    images: Count = Field(
+        1000, description="training images that calibrate nothing, which judge a trial"
+    )
 
 
 class NncfSection(Section):

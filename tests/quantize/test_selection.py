@@ -16,7 +16,7 @@ import care_compress
 from care_compress.data.loader import BadImages
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_samples
-from care_compress.errors import BadImageError, CalibrationError
+from care_compress.errors import BadImageError, CalibrationError, RecipeError
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.selection import (
     CalibrationSet,
@@ -184,3 +184,13 @@ def test_diverse_leaves_outliers_out(samples: Samples) -> None:
     section = CalibrateSection(images=24, method="diverse")
     chosen = select_images(samples, section, 0, compute)
     assert len(far) >= 3 and not far & set(chosen.indices)
+
+
+def test_what_is_chosen_is_chosen_on_images_that_calibrate_nothing(samples: Samples) -> None:
+    chosen = select(samples, images=32)
+    few, rest = chosen.held_back(10), chosen.held_back(10_000)
+    assert len(few) == len(set(few)) == 10 and not set(few) & set(chosen.indices)
+    assert sorted({*rest, *chosen.indices}) == list(range(len(samples)))
+    assert few[0] < len(samples) // 4 and few[-1] > len(samples) // 2, "spread over the split"
+    with pytest.raises(RecipeError, match=r"none is left to choose by.*calibrate\.images"):
+        select(samples, images=len(samples)).held_back(10)
