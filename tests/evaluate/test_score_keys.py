@@ -105,17 +105,6 @@ def candidate(name: str, correct: int) -> Candidate:
     return Candidate(name, Path(f"{name}.safetensors"), pair, None)
 
 
-@pytest.mark.parametrize(("ptq", "qat", "kept"), [(90, 93, "qat"), (93, 90, "ptq"), (9, 9, "qat")])
-def test_the_better_model_is_kept_and_of_equal_ones_the_last(
-    tmp_path: Path, ptq: int, qat: int, kept: str
-) -> None:
-    context = RunContext(Run(tmp_path, "run"), World(), QUIET)
-    tried = [candidate("ptq", ptq), candidate("qat", qat)]
-    scores = score(context, load_recipe("int8_qat"), shared(), tried, validation())
-    assert scores.best is not None and scores.best.name == kept
-    assert scores.accuracy.correct == max(ptq, qat)
-
-
 @pytest.fixture
 def gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
     """The evidence of a run: how often it was measured so far, and on how many images."""

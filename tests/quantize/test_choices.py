@@ -216,16 +216,15 @@ def linear(value: float) -> Any:
 
 def ptq_made_from(
     noted: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, folder: Path,
-    listed: str = "a", validation: str = "v", weight: float = 1.0, searches: bool = False,
+    listed: str = "a", training: str = "t", weight: float = 1.0, searches: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    chosen = SimpleNamespace(listing=lambda: {"images": [listed]})
+    chosen = SimpleNamespace(listing=lambda: {"images": [listed]}, samples=samples(training))
     monkeypatch.setattr(stages, "calibration_images", lambda *given: chosen)
     more = ["quantize.search={trials: 1}"] if searches else []
     recipe = load_recipe("int8_ptq", more)
     assert recipe.quantize is not None
     quantized(
-        context(folder), recipe, recipe.quantize, linear(weight), samples(validation),
-        cast(Any, None),
+        context(folder), recipe, recipe.quantize, linear(weight), cast(Any, None),
     )  # fmt: skip
     return noted["ptq"]
 
@@ -240,8 +239,8 @@ def test_ptq_is_made_again_for_other_images_or_another_network(
     assert usual == made_from()
     assert usual != made_from(listed="b")
     assert usual != made_from(weight=2.0)
-    assert usual == made_from(validation="w"), "only a search looks at validation images"
-    assert made_from(searches=True) != made_from(searches=True, validation="w")
+    assert usual == made_from(training="u"), "only a search looks at images beside the list"
+    assert made_from(searches=True) != made_from(searches=True, training="u")
 
 
 def test_qat_is_made_again_for_other_images_or_another_start(
