@@ -31,6 +31,11 @@ from care_compress.runtime.on_onnxruntime import open_session
 
 _FLOAT32 = re.compile(r"(stages\.\d+\.blocks\.\d+\.token_mixer\.core|pool|heads)\b")
 _KINDS = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
+# What these give is no larger than what they are given, which is looked at, or than 1.
+_NOT_LARGER = {
+    "Concat", "DequantizeLinear", "Erf", "Identity", "Reshape", "Sigmoid", "Slice", "Split",
+    "Tanh", "Transpose",
+}  # fmt: skip
 
 
 def write_half(model: ir.Model) -> None:
@@ -88,7 +93,13 @@ def highest_half(path: Path, batches: Iterable[Tensor]) -> Peak | None:
         for value in (*graph.value_info, *graph.output)
         if value.type.tensor_type.elem_type == TensorProto.FLOAT16
     }
-    made = {name: node.name for node in graph.node for name in node.output if name in typed}
+    made = {
+        name: node.name
+        for node in graph.node
+        if node.op_type not in _NOT_LARGER
+        for name in node.output
+        if name in typed
+    }
     if not made:
         return None
     model = onnx.load(path)

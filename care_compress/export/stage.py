@@ -51,7 +51,7 @@ from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.runtime.profile_openvino import executed_layers, integer_macs, quantized_macs
 
-READ_AT_ONCE = 8  # images, for the range of float16
+LOOKED_AT = 32  # check images, and calibration images, for the range of float16
 SAMPLES = 64  # images that travel to a device
 SAMPLES_FOLDER = "samples"
 BASELINE = "fp16"  # what INT8 has to beat on a GPU
@@ -313,7 +313,9 @@ class Exporter:
             near, where = compare_logits(logits, images.logits(read()), made_from.exact_db), ""
             if not near.holds:
                 where = first_divergence(module, path, sites, next(images.batches(1)))
-            looked_at = itertools.chain(images.batches(READ_AT_ONCE), self.calibrated_on())
+            few = spread_indices(len(images.labels), LOOKED_AT)
+            first = replace(images, pixels_BCHW=images.pixels_BCHW[few])
+            looked_at = itertools.chain(first.batches(LOOKED_AT), self.calibrated_on())
             peak = highest_half(path, looked_at) if done.target.is_typed else None
             self.compared[key] = File(path, near, where, peak)
         done.files[name] = replace(self.compared[key], path=path)
@@ -370,7 +372,8 @@ def exporter_for(
     def calibrated_on() -> Iterator[Tensor]:
         if listed.is_file():
             chosen = read_list(listed, open_samples(recipe.data, "train"))
-            yield from chosen.batches(recipe.data, READ_AT_ONCE, CPU)
+            few = replace(chosen, indices=chosen.indices[:LOOKED_AT])
+            yield from few.batches(recipe.data, LOOKED_AT, CPU)
 
     return Exporter(
         context, variants, about, recipe.precision, part, checked_on, calibrated_on, notify
