@@ -178,7 +178,7 @@ def select(
 def tune(
     target: Annotated[str, typer.Argument(help="openvino-cpu, onnxruntime-cpu")],
     run: Annotated[str, typer.Option(help="the run whose export is tuned")] = "int8_qat",
-    images: Annotated[int, typer.Option(min=1, help="validation images for the drop")] = 512,
+    images: Annotated[int, typer.Option(min=1, help="training images for the drop")] = 512,
     max_drop: MaxDrop = None,
     again: Annotated[bool, typer.Option("--again", help="measure, whatever is known")] = False,
     runs: Runs = Path("runs"),
