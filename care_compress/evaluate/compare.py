@@ -48,7 +48,7 @@ from care_compress.files import digest_of, json_text, size_of, write_text
 from care_compress.recipe.sections import BudgetSection, DataSection
 from care_compress.runtime.probe import probe
 
-WIDTH = 150  # of the tables
+WIDTH = 170  # of the tables: wider than the widest row, since rich cuts figures silently
 ALIKE = 0.03  # medians of two measurements of one model on a device differ by about as much
 
 

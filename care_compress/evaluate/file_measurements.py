@@ -91,6 +91,10 @@ def _why_not(one: NamedModel, target: str, path: Path | None) -> str:
         return f"OpenVINO sees no {about.device.upper()} here; compare on a machine with one"
     if about.is_engine and path.suffix != ".engine":
         return f"needs its device: make bundle TARGET={target}, then care-compress import-results"
+    here = machine.read_machine()
+    platform = f"{here.system} {here.arch}"
+    if about.needs.platforms and platform not in about.needs.platforms:
+        return f"it is for {' or '.join(about.needs.platforms)}, and this is {platform}"
     if one.run is not None and about.device == "cpu":
         try:
             check_needs(path, one.export_of[target].get("needs"), about.runtime)

@@ -3,6 +3,9 @@
 Min-max and moving average are torchao's. Its histogram observer looks for the least squared error
 of 256 levels, whatever the bits, so percentile, MSE and entropy share one histogram of our own.
 All of them keep a fixed number of bins, whatever the number of images.
+
+A new range is a class here, its name in `RangeMethod` (recipe/quantize.py), and in
+`RANGES_OF_WEIGHTS` (quantize/plan.py) if weights, which are no stream of values, may use it.
 """
 
 import math

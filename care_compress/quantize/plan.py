@@ -15,6 +15,7 @@ from care_compress.quantize.spec import FLOAT, Decision, Granularity, Plan, Site
 from care_compress.recipe.quantize import RuleSection, TensorSection
 from care_compress.recipe.target import Target
 
+RANGES_OF_WEIGHTS = ("min_max", "mse")  # the others choose from a stream of values
 ATTENTION_PRODUCTS = ("attention.kv", "attention.out")
 CHANNEL_AXIS = 1  # of (B, C, H, W); also the heads of (B, h, d, N)
 
@@ -152,7 +153,7 @@ def _weight_spec(
         raise RecipeError(
             f"{where} weights are symmetric on every target.", "drop symmetric: false"
         )
-    if wanted.range in ("moving_average", "entropy", "percentile"):
+    if wanted.range not in RANGES_OF_WEIGHTS:
         raise RecipeError(
             f"{where} a weight is no stream of values.", "use range: min_max or mse for weights"
         )

@@ -220,7 +220,7 @@ def _missing(
     platform = f"{machine.system} {machine.arch}"
     if target.needs.platforms and platform not in target.needs.platforms:
         names = " or ".join(target.needs.platforms)
-        return (Missing(f"Its runtime exists for {names} only; this is {platform}."),)
+        return (Missing(f"It is for {names} only; this is {platform}."),)
     if target.device in _BOARDS:
         return _missing_on_jetson(target, machine)
     packages = _missing_packages(own_packages, machine, tried)

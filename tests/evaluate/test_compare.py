@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.console import Console
 from care_compress.data.loader import Batch
 from care_compress.errors import CareError, DataError, RecipeError, RunError, TargetError
 from care_compress.evaluate.accuracy import Accuracy
-from care_compress.evaluate.compare import device_verdict, judge, run_compare
+from care_compress.evaluate.compare import WIDTH, accuracy_table, device_verdict, judge, run_compare
 from care_compress.evaluate.comparison import CompareOptions
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.evaluate.pairs import (
@@ -502,3 +503,20 @@ def test_one_drop_has_one_interval_wherever_it_is_told() -> None:
     pair = Paired(counts[0], counts[1], lost=9, gained=4, agreeing=480, distance=Distance())
     assert (pair.drop, pair.drop_ci95) == (drop.value, (drop.low, drop.high))
     assert drop.value == pytest.approx(1.0) and drop.low < 0 < drop.high
+
+
+def test_the_widest_row_of_a_comparison_is_cut_nowhere() -> None:
+    names = "care_s2_fp32", "care_s2_int8_fastact_qat"
+    target = "tensorrt-jetson-orin"
+    row = {
+        "available": True, "top1": 100.0, "top5": 100.0, "size_bytes": 123_450_000,
+        "peak_memory_bytes": 1_234_500_000,
+    }  # fmt: skip
+    pair = {
+        "target": target, "candidate": names[1], "drop": -12.34, "drop_ci95": [-23.45, -11.11],
+        "mcnemar_p": 1.2e-123, "agreement": 100.0, "sqnr_db": 123.4,
+    }  # fmt: skip
+    value = {"images": 1_000_000, "targets": {target: dict.fromkeys(names, row)}, "pairs": [pair]}
+    text = StringIO()
+    Console(file=text, width=WIDTH).print(accuracy_table(value))
+    assert "…" not in text.getvalue() and "-12.34 [-23.45, -11.11]" in text.getvalue()

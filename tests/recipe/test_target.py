@@ -97,7 +97,7 @@ def test_a_file_without_keys(tmp_path: Path):
 def test_an_unknown_target_suggests_the_nearest():
     with pytest.raises(RecipeError, match="did you mean openvino-cpu"):
         load_target("openvino_cpu")
-    with pytest.raises(RecipeError, match="Targets: onnxruntime-cpu"):
+    with pytest.raises(RecipeError, match="Targets: .*onnxruntime-cpu"):
         load_target("../recipes/fp32")
 
 
