@@ -122,13 +122,8 @@ def read_mutants() -> list[Mutant]:
 @contextmanager
 def copies(count: int) -> Iterator[SimpleQueue[Path]]:
     """As many copies of what git tracks, in a queue of those that are free."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True)
     names = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
     with tempfile.TemporaryDirectory() as folder:
         free: SimpleQueue[Path] = SimpleQueue()

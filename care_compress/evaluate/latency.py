@@ -6,7 +6,6 @@ which is slow stays slow for a while. Absolute figures are this machine's, now. 
 how long a network takes does not depend on what it sees.
 """
 
-import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -97,10 +96,10 @@ def measure_latency(
         wanted = max(plan.least_runs, min(int(plan.seconds / max(once, 1e-6)), most))
         per_turn[name] = -(-wanted // plan.turns)
     turns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in runs}
-    order, names = random.Random(0), list(runs)
+    rng, names = np.random.default_rng(0), list(runs)
     for _ in range(plan.turns):
-        order.shuffle(names)  # whoever follows the same one each time has its caches and its heat
-        for name in names:
+        # Drawn: whoever follows the same one each time has its caches and its heat.
+        for name in (names[place] for place in rng.permutation(len(names))):
             run = runs[name]
             run()  # another model's weights are in the caches
             turns[name].append(_timed(run, per_turn[name]))
