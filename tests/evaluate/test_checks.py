@@ -165,7 +165,7 @@ def test_a_sound_run_says_that_all_is_fine(checkpoint: Path, tmp_path: Path) -> 
     recipe = load_recipe("int8_ptq", [], {**small(folder, checkpoint), **exporting})
     text = StringIO()
     results = run_recipe(recipe, tmp_path, "run", Console(file=text, width=200))
-    assert {one["status"] for one in results["checks"]} == {"fine"} and len(results["checks"]) == 7
+    assert {one["status"] for one in results["checks"]} == {"fine"} and len(results["checks"]) == 8
     assert "take note" not in text.getvalue()
 
 
