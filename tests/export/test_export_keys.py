@@ -202,9 +202,13 @@ def test_placements_are_measured_again_for_another_model_target_or_library(
 ) -> None:
     def bench(images: int = 8, target: Target = ONNX) -> Any:
         exporter = asked.exporter
-        held: Any = SimpleNamespace(labels=torch.zeros(images))
-        samples: Any = SimpleNamespace(content_digest=lambda: asked.images)
-        return _Bench(exporter.context, asked.recipe, target, exporter.variants, held, samples)
+        # Which training images judge, by their content.
+        pixels = torch.full((images, 3, 2, 2), len(str(asked.images)), dtype=torch.uint8)
+        judges: Any = SimpleNamespace(pixels_BCHW=pixels, labels=torch.zeros(images))
+        nothing: Any = None
+        return _Bench(
+            exporter.context, asked.recipe, target, exporter.variants, nothing, judges, nothing
+        )
 
     keys = [bench().key, bench(images=9).key, bench(target=ONNX.at_full_range()).key]
     for name, other in (
