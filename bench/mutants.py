@@ -80,14 +80,19 @@ def main(
             raise SystemExit(f"no mutant is called {', '.join(sorted(unknown))}; see {LIST.name}")
         mutants = [mutant for mutant in mutants if mutant.name in only]
     with copies(workers) as free:
-        every = sorted(
-            {part for mutant in mutants for part in shlex.split(mutant.tests.split(" -k ")[0])}
-        )
-        root = free.get()
-        sound = tests_pass(root, every)
-        free.put(root)
-        if sound is not None:
-            raise SystemExit(f"tests fail without any bug: {sound}")
+        selections = sorted({mutant.tests for mutant in mutants})
+
+        def sound(tests: str) -> str | None:
+            root = free.get()
+            try:
+                return tests_pass(root, shlex.split(tests))
+            finally:
+                free.put(root)
+
+        with ThreadPoolExecutor(workers) as pool:
+            for tests, said in zip(selections, pool.map(sound, selections), strict=True):
+                if said is not None:
+                    raise SystemExit(f"{tests} fails without any bug: {said}")
 
         def tried(mutant: Mutant) -> Outcome:
             root = free.get()
