@@ -90,7 +90,7 @@ known-bench:
 reference: $(VENV)/.user ## check that recipes still give their accepted values: [MODELS="fp32 int8_ptq"]
 	@$(BIN)/care-compress reference $(if $(filter command% environment%,$(origin MODELS)),$(MODELS))
 
-# Plausible bugs, planted one at a time: every test that should notice does (bench/mutants.yaml; up to an hour).
+# Plausible bugs, planted one at a time: every test that should notice does (bench/mutants.yaml).
 mutants: $(VENV)/.dev
 	@$(BIN)/python bench/mutants.py $(MUTANTS)
 

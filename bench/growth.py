@@ -55,8 +55,8 @@ def measure_growth(scale: Scale, root: Path, console: Console) -> dict[str, Any]
     chosen = sorted({*RESOLUTIONS, scale.resolution})
     subjects = subjects_of(ours, scale, chosen, root, console)
     digests = [digest_of(path) for one in subjects for path in one.files.values()]
-    features = dict(machine.read_machine().cpu.features)
-    key = fingerprint([digests, str(PLAN), machine.installed_versions(), features])
+    processor = machine.read_machine().cpu.kind
+    key = fingerprint([digests, str(PLAN), machine.installed_versions(), processor])
     store = root / scale.arch / f"growth_{scale.resolution}.json"
     kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
     if kept.get("key") != key:

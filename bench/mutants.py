@@ -62,7 +62,6 @@ class Outcome:
     mutant: Mutant
     killed: bool
     seconds: float
-    said: str  # the last line of pytest
 
 
 def main(
@@ -100,11 +99,11 @@ def main(
             kept = (root / "care_compress" / mutant.file).read_bytes()
             try:
                 mutant.plant(root)
-                said = tests_pass(root, shlex.split(mutant.tests))
+                killed = tests_pass(root, shlex.split(mutant.tests)) is not None
             finally:
                 (root / "care_compress" / mutant.file).write_bytes(kept)
                 free.put(root)
-            return Outcome(mutant, said is not None, time.monotonic() - began, said or "passed")
+            return Outcome(mutant, killed, time.monotonic() - began)
 
         with ThreadPoolExecutor(workers) as pool:
             outcomes = list(

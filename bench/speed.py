@@ -105,7 +105,7 @@ def bench(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
     entries = entries_of(ours, plain, published, peers)
     files = {entry.key: said_of(entry.made) for entry in entries}
     about = machine.describe()
-    processor = [about["cpu"]["name"], dict(about["cpu"]["features"])]
+    processor = machine.read_machine().cpu.kind
     key = fingerprint([files, str(PLAN), machine.installed_versions(), processor])
     store = folder / f"speed_{scale.resolution}.json"
     kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}

@@ -73,6 +73,15 @@ class Cpu:
     governor: str | None = None
 
     @property
+    def kind(self) -> list[object]:
+        """What results of one processor are known by, and not taken for another's.
+
+        A name alone does not say what it executes: "AMD EPYC" is one with dot products, or one
+        without.
+        """
+        return [self.name, dict(self.features)]
+
+    @property
     def dot_products(self) -> bool | None:
         """Whether it adds products of 8-bit integers in 32 bits at once; None: nothing is known."""
         return any(map(self.features.get, DOT_FEATURES)) if self.features else None

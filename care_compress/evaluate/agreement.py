@@ -41,6 +41,11 @@ class HeldImages:
     labels: Tensor
     data: DataSection
 
+    def only(self, places: Sequence[int]) -> "HeldImages":
+        """Return some of them."""
+        chosen = list(places)
+        return HeldImages(self.pixels_BCHW[chosen], self.labels[chosen], self.data)
+
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield the network's inputs."""
         for pixels in torch.split(self.pixels_BCHW, size):

@@ -96,7 +96,7 @@ def run_checks(
         else:
             calibration = None  # a list of an earlier version, taken over with its stage
     found = [
-        choice_check(recipe),
+        choice_check(recipe, scores),
         exports_check(exports),
         answers_check(answers),
         coverage_check(validation, indices),
@@ -107,8 +107,12 @@ def run_checks(
     return sorted(found, key=lambda check: order.index(check.status))
 
 
-def choice_check(recipe: Recipe) -> CheckResult:
-    """Say what was chosen by images, and that those were not the ones that are reported."""
+def choice_check(recipe: Recipe, scores: Scores) -> CheckResult:
+    """Say what was chosen by images, and whether those were the ones that are reported."""
+    if scores.best is not None and scores.best is not scores.candidates[-1]:
+        kept, dropped = scores.best.name, scores.candidates[-1].name
+        text = f"{dropped} was beyond doubt worse, so the images that are reported chose {kept}"
+        return CheckResult("choices", "warning", text)
     quantize = recipe.quantize
     told = ["nothing was chosen by the validation images that are reported"]
     if quantize is not None and quantize.searches:

@@ -87,22 +87,21 @@ def highest_half(path: Path, batches: Iterable[Tensor]) -> Peak | None:
     ONNX Runtime computes float16 nodes on a CPU in float32, so an overflow that an engine would
     have shows in no answer: each tensor's own maximum is read, in float32.
     """
-    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
     typed = {
         value.name
-        for value in (*graph.value_info, *graph.output)
+        for value in (*model.graph.value_info, *model.graph.output)
         if value.type.tensor_type.elem_type == TensorProto.FLOAT16
     }
     made = {
         name: node.name
-        for node in graph.node
+        for node in model.graph.node
         if node.op_type not in _NOT_LARGER
         for name in node.output
         if name in typed
     }
     if not made:
         return None
-    model = onnx.load(path)
     for name in made:
         model.graph.node.extend(
             [

@@ -193,7 +193,7 @@ class Exporter:
 
     @cached_property
     def _made_from(self) -> dict[str, object]:
-        variants, cpu = self.variants, machine.read_machine().cpu
+        variants = self.variants
         return {
             **self.recipe_part,
             "about": asdict(self.about),
@@ -201,9 +201,8 @@ class Exporter:
             "model": variants.kept and digest_of(variants.kept),
             "validation images": self.checked_on,
             "packages": machine.installed_versions(EVERYTHING),
-            # Which decides what runs in integers, and how exactly. A name alone does not say it:
-            # "AMD EPYC" is one with dot products, or one without.
-            "processor": [cpu.name, dict(cpu.features)],
+            # Which decides what runs in integers, and how exactly.
+            "processor": machine.read_machine().cpu.kind,
         }
 
     @property
@@ -314,8 +313,7 @@ class Exporter:
             if not near.holds:
                 where = first_divergence(module, path, sites, next(images.batches(1)))
             few = spread_indices(len(images.labels), LOOKED_AT)
-            first = replace(images, pixels_BCHW=images.pixels_BCHW[few])
-            looked_at = itertools.chain(first.batches(LOOKED_AT), self.calibrated_on())
+            looked_at = itertools.chain(images.only(few).batches(LOOKED_AT), self.calibrated_on())
             peak = highest_half(path, looked_at) if done.target.is_typed else None
             self.compared[key] = File(path, near, where, peak)
         done.files[name] = replace(self.compared[key], path=path)

@@ -11,7 +11,7 @@ from rich.console import Console
 from care_compress.evaluate.accuracy import Accuracy
 from care_compress.evaluate.pairs import Paired
 from care_compress.evaluate.results import choice_check
-from care_compress.evaluate.run_accuracy import Candidate, score
+from care_compress.evaluate.run_accuracy import Candidate, Scores, score
 from care_compress.quantize.distance import Distance
 from care_compress.recipe.recipe import load_recipe
 
@@ -46,7 +46,19 @@ def test_a_training_that_is_beyond_doubt_worse_is_not_kept() -> None:
 
 
 def test_results_say_what_was_chosen_and_by_which_images() -> None:
-    said = {name: choice_check(load_recipe(name)).text for name in ("int8_ptq", "int8_qat")}
+    nothing = Scores(Accuracy(IMAGES, 800, 900))
+    said = {
+        name: choice_check(load_recipe(name), nothing).text for name in ("int8_ptq", "int8_qat")
+    }
     assert "QAT" in said["int8_qat"] and "QAT" not in said["int8_ptq"]
-    searched = choice_check(load_recipe("mixed_auto")).text
+    searched = choice_check(load_recipe("mixed_auto"), nothing).text
     assert "training images that calibrate nothing" in searched
+
+
+def test_results_warn_where_the_reported_images_did_choose() -> None:
+    ptq, qat = candidate("ptq", 10, 5), candidate("qat", 60, 5)
+    recipe = load_recipe("int8_qat")
+    fallen = choice_check(recipe, Scores(ptq.paired.candidate, (ptq, qat), ptq))
+    assert fallen.status == "warning" and "qat was beyond doubt worse" in fallen.text
+    kept = choice_check(recipe, Scores(qat.paired.candidate, (ptq, qat), qat))
+    assert kept.status == "fine"
