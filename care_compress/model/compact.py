@@ -167,9 +167,10 @@ class PooledDepthwise(nn.Module):
 
 def _reached(size: int, like: Tensor) -> Tensor:
     """Whether row d of a 3-wide kernel reaches a position from inside: (3, size)."""
-    place = torch.arange(size, device=like.device)
+    # Made from `like`: an exported graph would keep the device that `torch.arange` was given.
+    ones = like.new_ones(size)
     # Row 0 looks one up, so it never reads the last position; row 2 never the first.
-    return torch.stack([place < size - 1, place >= 0, place > 0]).to(like.dtype)
+    return torch.stack([F.pad(ones[1:], (0, 1)), ones, F.pad(ones[1:], (1, 0))])
 
 
 class TwinHeads(nn.Module):

@@ -4,12 +4,13 @@ import re
 import pytest
 import torch
 import yaml
-from quantized import SIZE, network, rules, section
+from quantized import SIZE, images, network, rules, section
 
 import care_compress
 from care_compress.errors import RecipeError
 from care_compress.model.cost import measure_cost
 from care_compress.model.rewrite import rewrite
+from care_compress.quantize.placement import simulate
 from care_compress.quantize.plan import make_plan
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.sites import find_sites
@@ -160,3 +161,13 @@ def test_the_readme_of_recipes_shows_rules_that_work() -> None:
     shown = QuantizeSection.model_validate_json(json.dumps(yaml.safe_load(block)["quantize"]))
     model = rewrite(care_compress.build_model("care_s0"))
     assert any("4" in d.precision for d in planned(model, shown, 224)[1].decisions)
+
+
+@pytest.mark.parametrize("rewrites", [{}, {"pool_last_depthwise": False}, {"merge_heads": False}])
+def test_the_simulation_goes_to_any_device(rewrites: dict[str, bool]) -> None:
+    # A graph that kept the device it was traced on would mix two of them on a GPU.
+    elsewhere = torch.device("meta")
+    start = network(**rewrites)
+    model = simulate(*planned(start, section(), SIZE)).to(elsewhere)
+    model.enable(False)  # rounding is not written for this device
+    assert model(images(2).to(elsewhere)).device == elsewhere
