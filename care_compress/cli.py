@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from care_compress import __version__
 from care_compress.console import Terminal, one_line, shortened
 from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
@@ -26,6 +27,7 @@ from care_compress.recipe.recipe import (
     recipe_files,
 )
 from care_compress.recipe.sections import DataSection
+from care_compress.shipped import install_command
 from care_compress.signals import full_disks_named, stops_in_order
 
 LONGEST_NAME = 128  # bytes; files beside a run are named after it
@@ -60,12 +62,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 JsonFile = Annotated[Path | None, typer.Option(help="also write the numbers here")]
 
 app = typer.Typer(
-    help="Make a float CARE Transformer small and fast on edge devices. "
-    "--debug, anywhere, shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end, before a verb is asked for."""
+    if wanted:
+        typer.echo(f"care-compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def of_all_verbs(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="show it")
+    ] = False,
+) -> None:
+    """Make a float CARE Transformer small and fast on edge devices.
+
+    --debug, anywhere, shows the traceback of an error.
+    """
 
 
 def on_a_recipe(*options: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -245,7 +264,9 @@ def recipes(
     targets = all_targets()
     console = Terminal()
     if not loaded:
-        raise CareError(f"no recipe found in {RECIPES_DIR}.", "run from a full checkout")
+        raise CareError(
+            f"no recipe found in {RECIPES_DIR}.", f"install it again: {install_command()}"
+        )
     if check:
         from care_compress.model.checkpoint import resolve_checkpoint
 

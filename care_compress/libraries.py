@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from care_compress.errors import TargetError
+from care_compress.shipped import install_command
 
-FIX = "pip install -e '.[openvino]'"
 REPORTER = "openvino_telemetry"
 
 
@@ -97,7 +97,7 @@ def _load(name: str) -> Any:
         with silent():
             return importlib.import_module(name)
     except ImportError as error:
-        raise TargetError(f"{name} is not installed here.", FIX) from error
+        raise TargetError(f"{name} is not installed here.", install_command("openvino")) from error
     finally:
         if not reports:
             del sys.modules[REPORTER]

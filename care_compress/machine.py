@@ -36,6 +36,7 @@ from care_compress.device.sensors import (
     system_text,
     tool_output,
 )
+from care_compress.shipped import IN_CHECKOUT
 
 X86_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 # Linux's names; asimddp is the NEON dot product.
@@ -298,6 +299,8 @@ def _read_processor(usable: set[int]) -> Cpu:
 
 def git_revision() -> str | None:
     """The checkout's commit, with ``+changes`` if the tree differs from it; None outside git."""
+    if not IN_CHECKOUT:  # the package may lie in an environment in somebody else's repository
+        return None
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         head, changes = (

@@ -47,6 +47,7 @@ from care_compress.evaluate.resolve import (
 from care_compress.files import digest_of, json_text, size_of, write_text
 from care_compress.recipe.sections import BudgetSection, DataSection
 from care_compress.runtime.probe import probe
+from care_compress.shipped import QUANTIZE, quantize_command
 
 WIDTH = 170  # of the tables: wider than the widest row, since rich cuts figures silently
 ALIKE = 0.03  # medians of two measurements of one model on a device differ by about as much
@@ -99,7 +100,7 @@ def _settled(
     if one != "fp32" or start is None:
         raise RunError(
             f"there is no run called {one}, of a recipe {one} or of that precision in {runs}.",
-            f"make quantize RECIPE={one}, or name a run or a file",
+            f"{quantize_command(one)}, or name a run or a file",
         )
     name = f"{start.name}_fp32"
     console.print(f"no fp32 run of this model yet: making {escape(str(runs / name))}")
@@ -136,7 +137,7 @@ def _check_files(models: list[NamedModel], data: DataSection) -> None:
             path = one.files[target]
             known = {entry["sha256"] for entry in export["models"].values()}
             if path.is_file() and digest_of(path) not in known:
-                raise RunError(f"{path} is not the file that was exported.", "make quantize again")
+                raise RunError(f"{path} is not the file that was exported.", f"{QUANTIZE} again")
     said = {
         json.dumps([export["preprocessing"], export["classes"]], sort_keys=True)
         for one in models

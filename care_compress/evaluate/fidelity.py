@@ -42,6 +42,7 @@ from care_compress.recipe.target import AS_SHIPPED, Target, load_target
 from care_compress.run.finished import FinishedRun, find_run
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
+from care_compress.shipped import QUANTIZE
 
 FLOAT, REWRITTEN, RESCALED, SIMULATED = "published", "rewritten", "rescaled", "simulated"
 NOT_ALL = "left out: depthwise convs of the interactions, whose channels and bias move"
@@ -134,7 +135,7 @@ class Versions:
             if name not in exports:
                 raise RunError(
                     f"{self.run.path.name} has no export for {name}.",
-                    f"it has {', '.join(exports) or 'none'}; make quantize with export.targets",
+                    f"it has {', '.join(exports) or 'none'}; {QUANTIZE} with export.targets",
                 )
         shared: dict[str, tuple[Path, list[Target]]] = {}
         reasons: dict[str, list[str]] = {}
@@ -147,7 +148,7 @@ class Versions:
                 continue
             path = self.run.path / "exports" / name / main["file"]
             if not path.is_file():
-                gone = f"{path.name} is gone; make quantize exports it again"
+                gone = f"{path.name} is gone; {QUANTIZE} exports it again"
                 reasons.setdefault(gone, []).append(name)
                 continue
             # As its file was written; older runs do not name the placement.
@@ -170,7 +171,7 @@ class Versions:
         path = next((path for path in built if path.is_file()), None)
         if path is None:
             if target.builds_without_device:
-                how = "install the tensorrt-rtx extra, then make quantize"
+                how = f"install the tensorrt-rtx extra, then {QUANTIZE}"
             elif target.device == "gpu":
                 how = f"make engine TARGET={target.name}, on a machine with that GPU"
             else:

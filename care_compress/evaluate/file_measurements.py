@@ -40,9 +40,10 @@ from care_compress.runtime.memory import peak_memory
 from care_compress.runtime.on_openvino import has_bfloat16, openvino_devices
 from care_compress.runtime.profile import SECONDS, profile_layers, read_engine_profile
 from care_compress.runtime.runners import Runner, open_runner
+from care_compress.shipped import QUANTIZE
 
 BARE = "a file without a run says nothing of the model it was made from"
-OTHER_IMAGES = "its export was checked on other images; make quantize exports it again"
+OTHER_IMAGES = f"its export was checked on other images; {QUANTIZE} exports it again"
 BATCHES = (1, 8)
 
 
@@ -81,9 +82,9 @@ def _why_not(one: NamedModel, target: str, path: Path | None) -> str:
         if "failed" in export:
             return f"the export of {one.name} failed: {export['failed']}"
         skipped = export.get("skipped", "")
-        return skipped or f"{one.name} has no file for {target}; make quantize exports it"
+        return skipped or f"{one.name} has no file for {target}; {QUANTIZE} exports it"
     if not path.is_file():
-        return f"{path} is gone; make quantize again"
+        return f"{path} is gone; {QUANTIZE} again"
     if target == SIMULATION:
         return ""
     about = load_target(target)

@@ -22,11 +22,12 @@ from care_compress.evaluate.resolve import MakeRun, NamedModel, named_models
 from care_compress.files import read_json, size_of
 from care_compress.machine import git_revision
 from care_compress.recipe.reading import read_yaml
-from care_compress.recipe.recipe import RECIPES_DIR, Recipe, load_recipe, parse
+from care_compress.recipe.recipe import Recipe, load_recipe, parse
 from care_compress.recipe.sections import Count, Section
 from care_compress.recipe.target import load_target
+from care_compress.shipped import shipped
 
-REFERENCE_FILE = RECIPES_DIR.parent / "eval" / "reference.yaml"
+REFERENCE_FILE = shipped("eval/reference.yaml")
 Tolerance = Annotated[float, Field(ge=0)]
 
 
@@ -105,7 +106,9 @@ def run_reference(
             checks.append(check)
             say(str(check), console)
     if not checks:
-        raise TargetError("no target of these recipes can be measured here.", "make doctor")
+        raise TargetError(
+            "no target of these recipes can be measured here.", "care-compress doctor"
+        )
     drifts = sum(not check.holds for check in checks)
     console.print(f"{len(checks)} values, {drifts} of them drifted")
     return 1 if drifts else 0

@@ -31,6 +31,7 @@ from care_compress.recipe.sections import RewriteSection
 from care_compress.recipe.target import Target, load_target
 from care_compress.run.finished import FinishedRun, as_written, find_run
 from care_compress.runtime.artifact import open_predictor
+from care_compress.shipped import QUANTIZE
 
 # Kernels on a device round in other places than the simulation, and 64 images are few: at least 61
 # of them answer alike in all but one of 250 cases where 99 % of all images do.
@@ -41,6 +42,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 
 def make_bundle(runs: Path, run: str, target_name: str, console: Console) -> Path:
     """Pack what a device needs into ``runs/<run>/bundles/``."""
+    find_run(runs, run)  # it may bring a target of its own
     target = load_target(target_name)
     if not target.is_bundled:
         raise TargetError(
@@ -70,6 +72,7 @@ def make_engine(runs: Path, run: str, target_name: str, console: Console) -> int
 
     By the bundle's own script, so that what is proven here is what goes to other boards.
     """
+    find_run(runs, run)
     target = load_target(target_name)
     if not target.is_engine:
         raise TargetError(
@@ -118,7 +121,7 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
     if not (folder / "export.json").is_file():
         raise RunError(
             f"run {run} has no export for {target.name}.",
-            "make one with make quantize, which says why if it leaves a target out, or name "
+            f"make one with {QUANTIZE}, which says why if it leaves a target out, or name "
             "another with --run",
         )
     export = _parsed(folder / "export.json")
@@ -214,12 +217,12 @@ def _checked(folder: Path, entry: dict[str, Any], needs: str) -> Model:
     path = folder / str(entry["file"])
     if not entry["holds"]:
         raise RunError(
-            f"{path} does not compute what its model does: make quantize said so.",
+            f"{path} does not compute what its model does: {QUANTIZE} said so.",
             "bundle a run whose exports passed",
         )
     files = model_files(path)
     if not all(file.is_file() for file in files) or digest_of(path) != entry["sha256"]:
-        raise RunError(f"{path} is not the file that was exported.", "export again: make quantize")
+        raise RunError(f"{path} is not the file that was exported.", f"export again: {QUANTIZE}")
     return Model(files, str(entry["sha256"]), needs)
 
 
@@ -227,4 +230,4 @@ def _array(path: Path) -> NDArray[Any]:
     try:
         return np.asarray(np.load(path, allow_pickle=False))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}.", "export again: make quantize") from error
+        raise RunError(f"{path} cannot be read: {error}.", f"export again: {QUANTIZE}") from error

@@ -43,19 +43,20 @@ from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.selection import read_list
 from care_compress.quantize.stages import CALIBRATION_FILE
 from care_compress.recipe.recipe import Precision, Recipe
-from care_compress.recipe.target import Target, all_targets, load_target
+from care_compress.recipe.target import Target, all_targets, load_target, own_target
 from care_compress.run.context import RunContext
+from care_compress.run.directory import TARGETS_FOLDER
 from care_compress.run.stages import EVERYTHING, once, recipe_parts
 from care_compress.runtime.dot_products import check_needs
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.runtime.profile_openvino import executed_layers, integer_macs, quantized_macs
+from care_compress.shipped import install_command
 
 LOOKED_AT = 32  # check images, and calibration images, for the range of float16
 SAMPLES = 64  # images that travel to a device
 SAMPLES_FOLDER = "samples"
 BASELINE = "fp16"  # what INT8 has to beat on a GPU
-INSTALL_RTX = ".venv/bin/python -m pip install -c constraints.txt -e '.[tensorrt-rtx]'"
 # What is told of an engine; its layers stand beside it.
 OF_ENGINES = ("library", "version", "engine_sha256", "size_bytes", "layers_from", "precisions")
 
@@ -72,6 +73,11 @@ def exported(
     done: list[Exported] = []
     section, targets = recipe.export, chosen_targets(recipe)
     if context.world.is_main:
+        for target in targets:
+            if (own := own_target(target.name)) is not None:  # whoever reads the run needs it
+                context.run.write_json(
+                    f"{TARGETS_FOLDER}/{own.name}.yaml", own.model_dump(mode="json")
+                )
         # Files of an earlier model, for targets not asked for now, would pass for its own.
         root = context.run.path / "exports"
         wanted = {SAMPLES_FOLDER, *(target.name for target in targets)}
@@ -286,7 +292,9 @@ class Exporter:
                 for path in (engine, engine.with_suffix(".engine.json")):
                     self.context.run.record_output(path)
         except TensorRtMissingError:
-            done.not_built = str(TargetError("tensorrt-rtx is not installed here.", INSTALL_RTX))
+            done.not_built = str(
+                TargetError("tensorrt-rtx is not installed here.", install_command("tensorrt-rtx"))
+            )
         except DeployError as error:
             raise ExportError(error.message, error.fix) from error
 

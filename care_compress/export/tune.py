@@ -91,13 +91,13 @@ def run_tune(
     runs: Path, name: str, target_name: str, options: TuneOptions, console: Console
 ) -> str:
     """Try the target's placements on a finished run and return the name of the one kept."""
+    finished, run = find_run(runs, name), Run(runs, name)
     target = load_target(target_name)
     if not target.placements or target.device != "cpu":
         raise TargetError(
             f"{target.name} has no placements to try on this machine.",
             "tune openvino-cpu or onnxruntime-cpu; a board measures its own engines",
         )
-    finished, run = find_run(runs, name), Run(runs, name)
     if finished.recipe.full_range:
         target = target.at_full_range()
     with run.reopen():

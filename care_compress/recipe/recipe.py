@@ -28,8 +28,9 @@ from care_compress.recipe.sections import (
     Section,
     TrainSection,
 )
+from care_compress.shipped import shipped
 
-RECIPES_DIR = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES_DIR = shipped("recipes")
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "w4a8", "w4a4", "mixed"]
 AnySection = TypeVar("AnySection", bound=Section)

@@ -16,6 +16,7 @@ from care_compress.recipe.quantize import RuleSection
 from care_compress.recipe.reading import did_you_mean, read_yaml
 from care_compress.recipe.recipe import RECIPES_DIR, parse
 from care_compress.recipe.sections import Section
+from care_compress.shipped import install_command
 
 TARGETS_DIR = RECIPES_DIR / "targets"
 
@@ -123,7 +124,7 @@ class Target(Section):
     )
     needs: Needs
     _placement: str = PrivateAttr(AS_SHIPPED)
-    notes: tuple[str, ...] = Field(description="why the values above are what they are")
+    notes: tuple[str, ...] = Field((), description="why the values above are what they are")
 
     @property
     def file_needs(self) -> str | None:
@@ -187,15 +188,37 @@ class Target(Section):
         return self
 
 
+# Targets from files of users' own, by name, once this process has read them.
+_own: dict[str, Target] = {}
+
+
 def load_target(name: str, full_range: bool = False) -> Target:
-    """The shipped target called `name`, e.g. ``openvino-cpu``; see `Target.at_full_range`."""
+    """The target called `name`, e.g. ``openvino-cpu``, or that of a ``.yaml`` of one's own.
+
+    One of one's own goes by its file's name from then on. See `Target.at_full_range`.
+    """
     path = TARGETS_DIR / f"{name}.yaml"
     if path in target_files(TARGETS_DIR):
         target = read_target(path)
-        return target.at_full_range() if full_range else target
-    known = [file.stem for file in target_files(TARGETS_DIR)]
-    fix = f"{did_you_mean(name, known)} Targets: {', '.join(known)}".lstrip()
-    raise RecipeError(f"there is no target {name!r}.", fix)
+    elif Path(name).suffix in {".yaml", ".yml"}:
+        target = read_target(Path(name))
+        if (TARGETS_DIR / f"{target.name}.yaml").is_file():
+            raise RecipeError(
+                f"{name} has the name of a shipped target.", "give your file another name"
+            )
+        _own[target.name] = target
+    elif name in _own:
+        target = _own[name]
+    else:
+        known = [*(file.stem for file in target_files(TARGETS_DIR)), *_own]
+        fix = f"{did_you_mean(name, known)} Targets: {', '.join(known)}, or a .yaml file".lstrip()
+        raise RecipeError(f"there is no target {name!r}.", fix)
+    return target.at_full_range() if full_range else target
+
+
+def own_target(name: str) -> Target | None:
+    """The target of one's own called `name`, as its file says; None for one that ships."""
+    return _own.get(name)
 
 
 def all_targets() -> tuple[Target, ...]:
@@ -208,7 +231,7 @@ def target_files(directory: Path) -> list[Path]:
     files = sorted(directory.rglob("*.yaml"))
     if not files:
         raise RecipeError(
-            f"{directory} holds no target files.", "install care-compress from its checkout"
+            f"{directory} holds no target files.", f"install it again: {install_command()}"
         )
     return files
 

@@ -25,6 +25,7 @@ from care_compress.report.drawing import (
     legend_mark,
 )
 from care_compress.report.sources import Json, Sources
+from care_compress.shipped import quantize_command
 
 KINDS = ("kept in float", "1x1 and dense", "attention", "depthwise")  # in the order of SERIES
 SHOWN = 12  # of the most sensitive sites in the plot
@@ -225,7 +226,7 @@ def training(sources: Sources) -> list[Block]:
     elif not sources.is_float:
         blocks.append(
             missing(
-                "This recipe has no quantization-aware training: make quantize RECIPE=int8_qat "
+                f"This recipe has no quantization-aware training: {quantize_command('int8_qat')} "
                 "is one that has."
             )
         )

@@ -15,6 +15,7 @@ from care_compress.report.blocks import (
     table,
 )
 from care_compress.report.sources import Json, Sources
+from care_compress.shipped import QUANTIZE
 
 
 def plan(sources: Sources) -> list[Block]:
@@ -69,7 +70,7 @@ def exports(sources: Sources) -> list[Block]:
     """List files beside the models they were made from, engines, and what was not exported."""
     found = sources.results["exports"]
     if not found:
-        return [missing("This run exported nothing: make quantize with export.targets does that.")]
+        return [missing(f"This run exported nothing: {QUANTIZE} with export.targets does that.")]
     files: list[Row] = [
         {
             "target": export["target"],
@@ -169,7 +170,7 @@ def manifest(sources: Sources) -> list[Block]:
     rows += [(f"export {target}", one["fingerprint"]) for target, one in sources.exports.items()]
     again = _pairs("How to make it again", rows)
     if not found:
-        return [*again, missing("manifest.json is gone: make quantize writes one.")]
+        return [*again, missing(f"manifest.json is gone: {QUANTIZE} writes one.")]
     return [*again, *_pairs("Machine and versions", _flat("", found["machine"]))]
 
 

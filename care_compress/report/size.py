@@ -16,6 +16,7 @@ from care_compress.report.blocks import (
 )
 from care_compress.report.drawing import Labelled, bars
 from care_compress.report.sources import Json, Sources
+from care_compress.shipped import QUANTIZE
 
 
 def size(sources: Sources) -> list[Block]:
@@ -42,7 +43,7 @@ def size(sources: Sources) -> list[Block]:
     if len(rows) == 1:
         blocks.append(
             missing(
-                "No file was exported: make quantize with export.targets naming a target that "
+                f"No file was exported: {QUANTIZE} with export.targets naming a target that "
                 "executes this precision writes one."
             )
         )

@@ -8,6 +8,7 @@ from typing import Any
 from care_compress.errors import RunError
 from care_compress.files import read_json, sha256_file
 from care_compress.recipe.reading import read_yaml
+from care_compress.shipped import QUANTIZE
 
 Json = dict[str, Any]
 
@@ -67,7 +68,7 @@ def read_results(run_dir: Path) -> Json:
     """Read results.json, without which there is nothing to report."""
     found = _json(run_dir / "results.json")
     if found is None:
-        raise RunError(f"{run_dir} has no results.json.", "make the run first: make quantize")
+        raise RunError(f"{run_dir} has no results.json.", f"make the run first: {QUANTIZE}")
     return found
 
 

@@ -15,6 +15,7 @@ from care_compress.report.blocks import (
 )
 from care_compress.report.size import float_bytes, float_energy, smallest
 from care_compress.report.sources import Json, Sources
+from care_compress.shipped import QUANTIZE
 
 LISTED = 8  # items in one sentence
 # Worst first.
@@ -120,7 +121,7 @@ def checks(sources: Sources) -> list[Block]:
     found = sources.results.get("checks")
     if found is None:
         return [
-            missing("The run was made before its data and ranges were checked: make quantize does.")
+            missing(f"The run was made before its data and ranges were checked: {QUANTIZE} does.")
         ]
     if sources.compare is not None:
         # What the files do comes first, and warnings before what is fine, as in the run's own.

@@ -19,7 +19,8 @@ from care_compress.files import json_text, not_writable, read_json, sha256_file,
 from care_compress.machine import git_revision
 from care_compress.recipe.recipe import Recipe
 
-REPAIR = "--repair (make quantize REPAIR=1) makes it again"
+TARGETS_FOLDER = "targets"  # in a run: the targets of its user's own
+REPAIR = "--repair (make: REPAIR=1) makes it again"
 
 
 @dataclass

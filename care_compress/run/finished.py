@@ -13,6 +13,9 @@ from care_compress.files import read_json, sha256_file
 from care_compress.model.checkpoint import resolve_checkpoint
 from care_compress.recipe.reading import read_yaml
 from care_compress.recipe.recipe import Recipe, parse
+from care_compress.recipe.target import load_target
+from care_compress.run.directory import TARGETS_FOLDER
+from care_compress.shipped import quantize_command
 
 
 @contextlib.contextmanager
@@ -76,6 +79,8 @@ class FinishedRun:
 def read_run(path: Path) -> FinishedRun:
     """The run in a directory; `RunError` where it cannot be read."""
     try:
+        for file in sorted((path / TARGETS_FOLDER).glob("*.yaml")):
+            load_target(str(file))
         results = read_json(path / "results.json")
         recipe = parse(Recipe, read_yaml(path / "recipe.yaml"), str(path / "recipe.yaml"))
     except (OSError, ValueError, RecursionError) as error:
@@ -92,7 +97,7 @@ def find_run(runs: Path, name: str) -> FinishedRun:
         there = f"there are {', '.join(known)}; or " if known else ""
         raise RunError(
             f"there is no finished run called {name} in {runs}.",
-            f"{there}make one: make quantize RECIPE={name}",
+            f"{there}make one: {quantize_command(name)}",
         )
     found = read_run(runs / name)
     with as_written(runs / name / "results.json"):

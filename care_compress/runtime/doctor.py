@@ -23,6 +23,7 @@ from care_compress.console import Terminal
 from care_compress.device.processor import ISA_LIMITS, LIMITS_WITHOUT_DOT_PRODUCTS
 from care_compress.machine import LIBRARIES, Cpu, Machine, read_machine
 from care_compress.recipe.target import Runtime, Target, all_targets
+from care_compress.shipped import PIP, install_command
 
 Stage = Literal["export", "build", "run", "measure"]
 STAGES: tuple[Stage, ...] = ("export", "build", "run", "measure")
@@ -35,14 +36,7 @@ IMPLEMENTED: frozenset[tuple[Runtime, Stage]] = frozenset(
 # Every export starts as a Q/DQ ONNX file; OpenVINO's goes on to its own format.
 EXPORT_PACKAGES = ("torch>=2.10", "torchao>=0.18", "onnx>=1.18", "onnxscript>=0.5")
 
-_PIP = ".venv/bin/python -m pip install"
-_INSTALL = {
-    "openvino": f"{_PIP} -c constraints.txt -e '.[openvino]'",
-    "tensorrt": f"{_PIP} -c constraints.txt -e '.[tensorrt]'",
-    "tensorrt-rtx": f"{_PIP} -c constraints.txt -e '.[tensorrt-rtx]'",
-    "torchao": f"{_PIP} -c constraints.txt 'torchao>=0.18'",
-}
-_INSTALL_BASE = f"{_PIP} -c constraints.txt -e ."
+_EXTRAS = ("openvino", "tensorrt", "tensorrt-rtx")  # named after the package they bring
 _INSTALL_JETPACK = "sudo apt install nvidia-jetpack"
 _BOARDS = {"jetson-orin": "Orin", "jetson-thor": "Thor"}
 
@@ -276,7 +270,7 @@ def _missing_packages(
     found = []
     for wanted in map(Requirement, requirements):
         name, installed = wanted.name, machine.libraries.get(wanted.name)
-        command = _INSTALL.get(name, _INSTALL_BASE)
+        command = install_command(name if name in _EXTRAS else "")
         if installed is None:
             found.append(Missing(f"{name} is not installed.", command))
         elif not wanted.specifier.contains(installed, prereleases=True):
@@ -285,7 +279,7 @@ def _missing_packages(
         elif name in tried.broken:
             again = f"{name}=={installed.partition('+')[0]}"
             reason = f"{name} {installed} does not load: {tried.broken[name]}"
-            found.append(Missing(reason, f"{_PIP} --force-reinstall -c constraints.txt {again}"))
+            found.append(Missing(reason, f"{PIP} --force-reinstall {again}"))
     return tuple(found)
 
 

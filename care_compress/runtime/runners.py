@@ -16,6 +16,7 @@ from care_compress.libraries import load_openvino, openvino_core
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_onnxruntime import open_session
 from care_compress.runtime.on_openvino import read_to_run
+from care_compress.shipped import QUANTIZE
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def open_runner(
     except Exception as error:  # each runtime has classes of its own
         raise TargetError(
             f"{path.name} does not run on {len(images_BCHW)} images at once.",
-            "export it again: make quantize",
+            f"export it again: {QUANTIZE}",
         ) from error
     return Runner(run, time.perf_counter() - began)
 

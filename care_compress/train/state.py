@@ -123,6 +123,6 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise TrainingError(
             f"{path} is damaged, so this training cannot resume.",
-            "--repair (make quantize REPAIR=1) goes back to the state before it, or trains anew",
+            "--repair (make: REPAIR=1) goes back to the state before it, or trains anew",
         ) from error
     return state

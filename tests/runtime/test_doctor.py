@@ -214,7 +214,7 @@ def test_a_broken_library_is_a_reason_not_a_crash():
     assert able(diagnosis, "openvino-cpu") == "brm"
     [missing] = diagnosis.missing["openvino-cpu", "export"]
     assert message in missing.reason
-    assert missing.command.endswith("--force-reinstall -c constraints.txt torch==2.13.0")
+    assert missing.command.endswith("-c constraints.txt --force-reinstall torch==2.13.0")
     assert "[Errno 2]" in shown(diagnosis), "brackets must not be taken for markup"
 
 
