@@ -1,6 +1,7 @@
 """Hugging Face ``datasets``: a set on the hub, a local directory, or parquet files."""
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,6 +73,15 @@ def open_hub(reference: str, data: DataSection, split: Split) -> HubSamples:
             f"{source} cannot be loaded ({reason}).",
             "check the name; without a network, use a local directory or .parquet files",
         ) from error
+    return hub_samples(tables, data, split, source)
+
+
+def hub_samples(
+    tables: "Mapping[str, datasets.Dataset]", data: DataSection, split: Split, source: str
+) -> HubSamples:
+    """One split of these tables, by the names of their parts."""
+    import datasets
+
     part = choose_part(tables.keys(), split, data, source)
     if part.name is None:
         raise DataError(

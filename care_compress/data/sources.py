@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from care_compress.data.folder import open_folder, open_zip
+from care_compress.data.given import open_given
 from care_compress.data.hub import open_hub
 from care_compress.data.listing import Split, summary
 from care_compress.data.samples import Samples
@@ -31,6 +32,8 @@ def open_samples(data: DataSection, split: Split) -> Samples:
         return samples
     if colon and kind == "hf":
         return open_hub(rest, data, split)
+    if colon and kind == "given":
+        return open_given(rest, data, split)
     if colon and kind == "wds":
         return open_shards(rest, data, split)
     # os.path and not pathlib, which raises for ~nobody and for a name that is too long.
