@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from care_compress.console import say
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, RunError, TrainingError
 from care_compress.export.stage import check_targets, chosen_targets, placed
@@ -22,7 +23,7 @@ from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.plan import make_plan
-from care_compress.quantize.plan_table import plan_as_json, print_plan
+from care_compress.quantize.plan_table import plan_as_json, print_plan, rule_text
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import export_rules
 from care_compress.quantize.selection import read_list
@@ -244,11 +245,23 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
         rules, targets = export_rules(recipe.export, section, target), (target,)
         plan = plan_for(recipe, network, plan, target)
     space = needed_space(recipe, Size.of_plan(plan), plan, targets)
+    chain = recipe.origins.chain(recipe.name)
+    # A target's own rules come behind those of the recipe.
+    said_by = [recipe.origins.said("quantize", "rules") or recipe.name] * len(section.rules)
+    said_by += [f"{exported_to}.yaml"] * (len(rules) - len(section.rules))
     if as_json:
-        disk = {**space.folders, "total": space.total, "temporary": space.temporary}
-        console.print_json(data={**plan_as_json(plan), "disk_bytes": disk})
+        about = {
+            "recipe": {"chain": chain, "said_by": recipe.origins.as_json()},
+            "rules": [
+                {"rule": rule_text(rule), "said_by": file}
+                for rule, file in zip(rules, said_by, strict=True)
+            ],
+            "disk_bytes": {**space.folders, "total": space.total, "temporary": space.temporary},
+        }
+        console.print_json(data={**plan_as_json(plan), **about})
         return
-    print_plan(plan, rules, console)
+    say(f"recipe: {' over '.join(chain)}", console)
+    print_plan(plan, rules, said_by, console)
     if target is not None and target.placements:
         console.print(f"[bold]placement[/]: {target.placement}", highlight=False)
     console.print(f"[bold]disk[/] of a run: {space}", highlight=False, soft_wrap=True)

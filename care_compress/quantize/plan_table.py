@@ -1,5 +1,6 @@
 """A plan as a person reads it, and as JSON."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,10 +14,12 @@ from care_compress.recipe.quantize import RuleSection
 WIDTH = 132
 
 
-def print_plan(plan: Plan, rules: tuple[RuleSection, ...], console: Console) -> None:
-    """Every site with the rule that decided it, then the sums."""
-    for number, rule in enumerate(rules, 1):
-        say(f"rule {number}: {rule_text(rule)}", console)
+def print_plan(
+    plan: Plan, rules: tuple[RuleSection, ...], said_by: Sequence[str], console: Console
+) -> None:
+    """Every site with the rule that decided it, then the sums; `said_by` names each rule's file."""
+    for number, (rule, file) in enumerate(zip(rules, said_by, strict=True), 1):
+        say(f"rule {number}: {rule_text(rule)}  # {file}", console)
     target = plan.target or "none: simulated, no runtime's limits"
     table = Table(title=f"target {target}, {plan.resolution}x{plan.resolution}")
     table.title_justify = "left"

@@ -1,23 +1,26 @@
 """Recipes: one YAML file says everything about one compressed model.
 
 A recipe is data, typed, frozen and strict. An unknown key or a bad value ends in a `RecipeError`
-that names the file, the key and the fix, before any work starts. ``--set section.key=value``
-changes one value on the command line under the same rules.
+that names the file, the key and the fix, before any work starts. ``base: int8_ptq`` puts a recipe
+over another (`care_compress.recipe.layers`), ``--set section.key=value`` changes one value on the
+command line under the same rules.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from care_compress.console import shortened
 from care_compress.errors import RecipeError
+from care_compress.recipe.layers import ENDINGS, Origins, read_layers
 from care_compress.recipe.quantize import QuantizeSection
-from care_compress.recipe.reading import did_you_mean, parse_yaml, read_yaml
+from care_compress.recipe.reading import did_you_mean, parse_yaml
 from care_compress.recipe.sections import (
     BudgetSection,
     DataSection,
@@ -51,6 +54,12 @@ class Recipe(Section):
     export: ExportSection = ExportSection()
     budget: BudgetSection = BudgetSection()
     evaluate: EvaluateSection = EvaluateSection()
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+
+    @property
+    def origins(self) -> Origins:
+        """Where its values stand."""
+        return self._origins
 
     @property
     def full_range(self) -> bool:
@@ -85,20 +94,21 @@ def load_recipe(
     `overrides` are ``section.key=value`` texts, `values` are dotted keys with ready values.
     """
     path = Path(name_or_path)
-    if path.suffix not in {".yaml", ".yml"}:
+    if path.suffix not in ENDINGS:
         path = RECIPES_DIR / f"{name_or_path}.yaml"
         if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
             known = [file.stem for file in recipe_files()]
             fix = f"{did_you_mean(name_or_path, known)} Shipped recipes: {', '.join(known)}"
             name = shortened(repr(name_or_path))
             raise RecipeError(f"there is no recipe {name}.", fix.lstrip())
-    raw = read_yaml(path)
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} holds no sections.", "see recipes/fp32.yaml for the form")
+    raw, origins = read_layers(path, RECIPES_DIR, Recipe.model_fields)
     raw.setdefault("name", path.stem)
-    for key, value in (values or {}).items():
+    for key, value in chain((values or {}).items(), _read_overrides(overrides)):
         _assign(raw, key, value)
-    return parse_section(Recipe, raw, overrides, str(path))
+        origins.set(key, value)
+    recipe = parse(Recipe, raw, str(path), origins)
+    recipe._origins = origins
+    return recipe
 
 
 def parse_section(
@@ -106,6 +116,13 @@ def parse_section(
 ) -> AnySection:
     """One section from ready values and ``key=value`` texts."""
     raw = dict(values)
+    for key, value in _read_overrides(overrides):
+        _assign(raw, key, value)
+    return parse(kind, raw, where)
+
+
+def _read_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of ``--set`` texts."""
     for override in overrides:
         given = shortened(repr(override))
         key, equals, text = override.partition("=")
@@ -115,8 +132,7 @@ def parse_section(
             value = parse_yaml(text)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {given} is not a YAML value: {error}.") from error
-        _assign(raw, key.strip(), value)
-    return parse(kind, raw, where)
+        yield key.strip(), value
 
 
 def recipe_files() -> list[Path]:
@@ -138,8 +154,13 @@ def _assign(raw: dict[str, Any], key: str, value: object) -> None:
     node[leaf] = value
 
 
-def parse(kind: type[AnySection], raw: Mapping[str, Any], where: str) -> AnySection:
-    """Validate plain data as `kind`; the first problem becomes one readable line."""
+def parse(
+    kind: type[AnySection], raw: Mapping[str, Any], where: str, origins: Origins | None = None
+) -> AnySection:
+    """Validate plain data as `kind`; the first problem becomes one readable line.
+
+    Where the data come from several files, `origins` knows which of them has the problem.
+    """
     try:
         # Through JSON, because there strict mode still takes a list for a tuple.
         return kind.model_validate_json(json.dumps(raw))
@@ -147,9 +168,12 @@ def parse(kind: type[AnySection], raw: Mapping[str, Any], where: str) -> AnySect
         # A mistyped required key is also a missing one; the typo is the helpful half.
         problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         keys = [str(part) for part in problem["loc"]]
+        where = where if origins is None else origins.where(*keys)
         more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
         if problem["type"] == "extra_forbidden":
             known = _fields_at(kind, keys[:-1])
+            if kind is Recipe and len(keys) == 1:
+                known = ["base", *known]
             fix = did_you_mean(keys[-1], known) or f"known keys: {', '.join(known)}"
             key = shortened(".".join(keys))
             raise RecipeError(f"{where}: unknown key {key}{more}.", fix) from None

@@ -12,11 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from care_compress.errors import DamagedRunError, RunError, Stopped
 from care_compress.files import json_text, not_writable, read_json, sha256_file, sweep, write_text
 from care_compress.machine import git_revision
+from care_compress.recipe.layers import commented
 from care_compress.recipe.recipe import Recipe
 
 TARGETS_FOLDER = "targets"  # in a run: the targets of its user's own
@@ -76,7 +75,7 @@ class Run:
                 (self.path / "results.json").unlink(missing_ok=True)
             except OSError as error:
                 raise not_writable(self.path, error) from error
-            write_text(self.path / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
+            write_text(self.path / "recipe.yaml", commented(resolved, recipe.name, recipe.origins))
             self._write_manifest()
             try:
                 yield self
