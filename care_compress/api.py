@@ -12,6 +12,7 @@ raises a `CareError` that says what to do. A run lies in its directory, where th
 """
 
 import io
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from torch import nn
 
@@ -31,13 +33,13 @@ from care_compress.evaluate.resolve import NamedModel, float_recipe_of, named_mo
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint, state_digest
 from care_compress.pipeline import run_recipe
-from care_compress.quantize.artifact import load_quantized, load_saved
+from care_compress.quantize.artifact import load_quantized
 from care_compress.quantize.spec import Plan
-from care_compress.recipe.recipe import Recipe, load_recipe, parse_section
+from care_compress.recipe.layers import ENDINGS
+from care_compress.recipe.recipe import Recipe, load_recipe
 from care_compress.recipe.target import load_target
 from care_compress.report.write import write_report
 from care_compress.run.finished import FinishedRun, find_run
-from care_compress.runtime.artifact import open_predictor  # noqa: F401
 
 Tell = Callable[[str], None]
 WIDTH = 120  # of what is told line by line
@@ -114,7 +116,7 @@ class Result:
         kept = self.run.kept
         if kept is None or kept.suffix != ".safetensors":
             return None
-        return load_saved(kept).plan
+        return load_quantized(kept).plan
 
     @property
     def exports(self) -> dict[str, Path]:
@@ -123,9 +125,7 @@ class Result:
         assert isinstance(found, NamedModel)
         return found.files
 
-    def export(
-        self, target: str, *, verbose: bool = False, progress: Tell | None = None
-    ) -> Path:
+    def export(self, target: str, *, verbose: bool = False, progress: Tell | None = None) -> Path:
         """The file for a target, made if it is not there; read back and compared, as always.
 
         Raises `ExportError` where the file does not compute what the model does.
@@ -200,21 +200,13 @@ def quantize(
     if resolution is not None:
         values["data.resolution"] = resolution
     values |= settings or {}
-    if isinstance(recipe, Recipe):
-        recipe = recipe.model_dump(mode="json")
-    chosen = (
-        parse_section(Recipe, _with(recipe, values), [], "recipe")
-        if isinstance(recipe, Mapping)
-        else load_recipe(str(recipe), [], values)
-    )
+    chosen = _load(recipe, values)
     run = name or chosen.name
     run_recipe(chosen, runs, run, _console(verbose, progress))
     return Result(runs / run)
 
 
-def fp32(
-    result: Result, *, verbose: bool = False, progress: Tell | None = None
-) -> Result:
+def fp32(result: Result, *, verbose: bool = False, progress: Tell | None = None) -> Result:
     """The float model that a run began with, exported to the same targets: the baseline."""
     (start,) = named_models([result.name], result.path.parent)
     assert isinstance(start, NamedModel)
@@ -276,9 +268,22 @@ def _is_shipped(recipe: object) -> bool:
     return isinstance(recipe, str) and not recipe.endswith((".yaml", ".yml"))
 
 
-def _with(recipe: Mapping[str, Any], values: Mapping[str, object]) -> dict[str, Any]:
-    """A mapping's recipe with dotted keys set; the caller's own stays as it is."""
-    raise NotImplementedError
+def _load(recipe: str | Path | Mapping[str, Any] | Recipe, values: Mapping[str, object]) -> Recipe:
+    """The recipe; a mapping is read as the file that says the same would be."""
+    if isinstance(recipe, str | Path):
+        return load_recipe(str(recipe), [], values)
+    said = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else dict(recipe)
+    base = str(said.get("base", "recipe"))
+    if base.endswith(ENDINGS):
+        said["base"] = str(Path(base).absolute())
+    said.setdefault("name", Path(base).stem)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        try:
+            path.write_text(yaml.safe_dump(said), encoding="utf-8")
+        except yaml.YAMLError as error:
+            raise RecipeError(f"the recipe holds more than plain values: {error}.") from error
+        return load_recipe(str(path), [], values)
 
 
 class _Lines(io.TextIOBase):

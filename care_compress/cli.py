@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from care_compress import __version__
 from care_compress.console import Terminal, one_line, shortened
 from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
@@ -27,7 +26,7 @@ from care_compress.recipe.recipe import (
     recipe_files,
 )
 from care_compress.recipe.sections import DataSection
-from care_compress.shipped import install_command
+from care_compress.shipped import VERSION, install_command
 from care_compress.signals import full_disks_named, stops_in_order
 
 LONGEST_NAME = 128  # bytes; files beside a run are named after it
@@ -71,7 +70,7 @@ app = typer.Typer(
 def show_version(wanted: bool) -> None:
     """Print the version and end, before a verb is asked for."""
     if wanted:
-        typer.echo(f"care-compress {__version__}")
+        typer.echo(f"care-compress {VERSION}")
         raise typer.Exit
 
 

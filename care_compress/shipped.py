@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+VERSION = "0.1.0"
+
 PACKAGE = Path(__file__).resolve().parent
 # ``setup.py`` copies what a checkout has beside the package into the wheel's `PACKAGE`/shipped.
 IN_CHECKOUT = (PACKAGE.parent / "setup.py").is_file() and not (PACKAGE / "shipped").is_dir()

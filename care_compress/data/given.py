@@ -54,6 +54,12 @@ def give(data: Any) -> str:
         )
     if not parts:
         raise DataError("data holds no images.", "give train and val")
+    for name, part in parts.items():
+        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
+            raise DataError(
+                f"data ({name}) is {type(part).__name__}, which has no length or no places.",
+                "give a list of (image, label), a dataset with __getitem__, or a folder",
+            )
     tables = [type(part).__module__.startswith("datasets.") for part in parts.values()]
     if all(tables):
 
@@ -157,8 +163,7 @@ def _labelled(part: Any, name: str) -> tuple[Sequence[Any], list[Any], list[str]
         labels = list(labels) if labels is not None else [part[i][1] for i in range(size)]
     except (TypeError, LookupError, ValueError) as error:
         raise DataError(
-            f"data ({name}) is no sequence of (image, label): {error}.",
-            "give a list of pairs, a dataset with __len__ and __getitem__, or a folder",
+            f"data ({name}) is no sequence of (image, label): {error}.", "give pairs"
         ) from error
     if not size or len(labels) != size:
         raise DataError(f"data ({name}) has {size} images and {len(labels)} labels.", "check it")

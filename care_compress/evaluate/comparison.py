@@ -6,6 +6,7 @@ more and may grow.
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from html import escape
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,13 @@ class Comparison:
     def holds(self) -> bool:
         """Whether every budget holds."""
         return all(budget.ok for budget in self.budgets)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: one row for each verdict and each limit."""
+        rows = [(one.target, one.text) for one in self.verdicts]
+        rows += [("limit", str(one)) for one in self.budgets]
+        cells = "".join(f"<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows)
+        return f"<table>{cells}</table>"
 
     @property
     def baseline(self) -> NamedModel:

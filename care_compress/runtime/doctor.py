@@ -18,12 +18,11 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
-from care_compress import __version__
 from care_compress.console import Terminal
 from care_compress.device.processor import ISA_LIMITS, LIMITS_WITHOUT_DOT_PRODUCTS
 from care_compress.machine import LIBRARIES, Cpu, Machine, read_machine
 from care_compress.recipe.target import Runtime, Target, all_targets
-from care_compress.shipped import PIP, install_command
+from care_compress.shipped import PIP, VERSION, install_command
 
 Stage = Literal["export", "build", "run", "measure"]
 STAGES: tuple[Stage, ...] = ("export", "build", "run", "measure")
@@ -297,7 +296,7 @@ def diagnosis_as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
         for target in diagnosis.targets
     }
     return {
-        "care_compress": __version__,
+        "care_compress": VERSION,
         "machine": asdict(diagnosis.machine),
         "targets": targets,
         "int8": diagnosis.int8,
@@ -361,7 +360,7 @@ def _render_table(diagnosis: Diagnosis, console: Console) -> None:
     if len(IMPLEMENTED) < len({target.runtime for target in diagnosis.targets}) * len(STAGES):
         _paragraph(
             console,
-            f"* This machine can, care-compress {__version__} does not yet: a later version will.",
+            f"* This machine can, care-compress {VERSION} does not yet: a later version will.",
         )
 
 
