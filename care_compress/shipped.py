@@ -25,6 +25,7 @@ def install_command(extra: str = "") -> str:
 
 
 QUANTIZE = "make quantize" if IN_CHECKOUT else "care-compress quantize"
+COMPARE = "python eval/compare.py" if IN_CHECKOUT else "care-compress compare"
 
 
 def quantize_command(recipe: str) -> str:

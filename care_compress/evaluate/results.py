@@ -22,6 +22,7 @@ from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_healt
 from care_compress.quantize.stages import CALIBRATION_FILE
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
+from care_compress.shipped import COMPARE
 
 UNREADABLE = "health.json is not beside the model: make the run again under another --name"
 
@@ -161,7 +162,7 @@ def _tell(context: RunContext, recipe: Recipe, scores: Scores) -> None:
     measured = "the file" if recipe.quantize.backend == "nncf" else "the simulation"
     console.print(
         f"Accuracy is that of {measured}. Next, accuracy and speed of the exported files: "
-        f"python eval/compare.py fp32 {context.run.name}"
+        f"{COMPARE} fp32 {context.run.name}"
     )
 
 

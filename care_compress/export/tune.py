@@ -51,6 +51,7 @@ from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.runners import open_runner
+from care_compress.shipped import COMPARE
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def run_tune(
         write_text(bench.record, json_text(record))
     where = run.path / "exports" / target.name
     console.print(f"kept: {best.name}; {escape(str(where))} holds it", soft_wrap=True)
-    console.print(f"Compare: python eval/compare.py fp32 {escape(name)}", soft_wrap=True)
+    console.print(f"Compare: {COMPARE} fp32 {escape(name)}", soft_wrap=True)
     return best.name
 
 

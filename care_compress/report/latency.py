@@ -20,6 +20,7 @@ from care_compress.report.blocks import (
 from care_compress.report.drawing import Labelled, bars
 from care_compress.report.sources import Json, Sources
 from care_compress.runtime.layer_times import FLOAT, INTEGER
+from care_compress.shipped import COMPARE
 
 PRODUCTS = (INTEGER, FLOAT)
 HERE = "this machine"
@@ -58,7 +59,7 @@ def latency(sources: Sources) -> list[Block]:
     if sources.compare is None:
         blocks.append(
             missing(
-                f"Latency here has not been measured: python eval/compare.py fp32 {sources.name} "
+                f"Latency here has not been measured: {COMPARE} fp32 {sources.name} "
                 "does that, each model beside the other."
             )
         )

@@ -16,7 +16,7 @@ from care_compress.report.blocks import (
 )
 from care_compress.report.drawing import Labelled, bars
 from care_compress.report.sources import Json, Sources
-from care_compress.shipped import QUANTIZE
+from care_compress.shipped import COMPARE, QUANTIZE
 
 
 def size(sources: Sources) -> list[Block]:
@@ -54,9 +54,7 @@ def size(sources: Sources) -> list[Block]:
         if one.get("peak_memory_bytes")
     ]
     blocks += table("Memory of one image, above the runtime's own", memory) or [
-        missing(
-            f"Memory has not been measured: python eval/compare.py fp32 {sources.name} does that."
-        )
+        missing(f"Memory has not been measured: {COMPARE} fp32 {sources.name} does that.")
     ]
     plan = sources.results.get("plan")
     if plan is None:

@@ -15,7 +15,7 @@ from care_compress.report.blocks import (
 )
 from care_compress.report.size import float_bytes, float_energy, smallest
 from care_compress.report.sources import Json, Sources
-from care_compress.shipped import QUANTIZE
+from care_compress.shipped import COMPARE, QUANTIZE
 
 LISTED = 8  # items in one sentence
 # Worst first.
@@ -84,7 +84,7 @@ def _speed(sources: Sources) -> list[Block]:
         return [
             missing(
                 "Speed, and the accuracy of the exported files themselves, have not been measured: "
-                f"python eval/compare.py fp32 {sources.name} does that."
+                f"{COMPARE} fp32 {sources.name} does that."
             )
         ]
     rows: list[Row] = []
