@@ -70,8 +70,9 @@ def write_recipe(given: Given, yes: bool, force: bool, console: Console) -> None
         if said is not None or not asks:
             return check(suggested if said is None else said)
         while True:
+            typed = _prompted(question, suggested)
             try:
-                return check(_prompted(question, suggested))
+                return check(typed)
             except CareError as error:
                 say(str(error), console)
 
