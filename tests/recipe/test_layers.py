@@ -38,7 +38,8 @@ def over(folder: Path, text: str, name: str = "mine") -> Recipe:
     return load_recipe(str(folder / f"{name}.yaml"))
 
 
-def test_mappings_merge_and_lists_and_values_replace(tmp_path: Path) -> None:
+def test_mappings_merge_and_lists_and_values_replace(tmp_path: Path, base: Path) -> None:
+    base.write_text(f"name: other\n{BASE}")  # each recipe is called after its own file
     text = """\
 base: base.yaml
 data: {resolution: 96, mean: [0.5, 0.5, 0.5]}
