@@ -253,10 +253,44 @@ def doctor(json: AsJson = False) -> None:
 
 
 @app.command()
+def init(
+    ckpt: Annotated[str | None, typer.Option(help="file or builtin:NAME")] = None,
+    data: Annotated[str | None, typer.Option(help="folder, zip, hf:, wds:")] = None,
+    res: Annotated[int | None, typer.Option(help="input resolution")] = None,
+    base: Annotated[str | None, typer.Option(help="the shipped recipe to start from")] = None,
+    target: Annotated[str | None, typer.Option(help="openvino-cpu, onnxruntime-cpu, ...")] = None,
+    out: Annotated[Path | None, typer.Option(help="the recipe to write")] = None,
+    crop: Annotated[float | None, typer.Option(help="crop ratio; 0.9 if left out")] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="of images that are not divided; 0.1 if left out")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="file with the model's classes, one per line")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="ask nothing, take what is suggested")] = False,
+    force: Annotated[bool, typer.Option("--force", help="write over the file")] = False,
+) -> None:
+    """Ask for checkpoint, images and target, try them, and write a recipe of your own."""
+    from care_compress.newrecipe import Given, write_recipe
+
+    given = Given(ckpt, data, res, base, target, out, crop, val_fraction, classes)
+    write_recipe(given, yes, force, Terminal())
+
+
+@app.command()
 def recipes(
     check: Annotated[bool, typer.Option(help="only validate every recipe and target")] = False,
+    copy: Annotated[
+        Path | None, typer.Option(help="copy recipes and targets to this folder, as a start")
+    ] = None,
 ) -> None:
     """List the recipes that ship."""
+    if copy is not None:
+        from care_compress.newrecipe import copy_recipes
+
+        copy_recipes(copy, Terminal())
+        return
+
     from care_compress.recipe.target import all_targets
 
     loaded = [load_recipe(str(path)) for path in recipe_files()]

@@ -105,6 +105,7 @@ def read_layers(
     while "base" in said[-1]:
         above = files[-1]
         file = _base_file(said[-1].pop("base"), above, shipped)
+        below = _read(file, above)  # first: a name that no file can have is refused here
         reals = [os.path.realpath(one) for one in files]
         files.append(file)
         named = " -> ".join(str(one) for one in files)
@@ -115,7 +116,6 @@ def read_layers(
                 f"{path} stands over more than {MOST_FILES - 1} bases: {named}.",
                 "write some of them together",
             )
-        below = _read(file, above)
         if not set(below) & ({*known, "base"} - {"name"}):
             raise RecipeError(
                 f"{above}: its base {file} is no recipe: it has none of a recipe's sections.",

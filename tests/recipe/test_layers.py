@@ -38,7 +38,8 @@ def over(folder: Path, text: str, name: str = "mine") -> Recipe:
     return load_recipe(str(folder / f"{name}.yaml"))
 
 
-def test_mappings_merge_and_lists_and_values_replace(tmp_path: Path) -> None:
+def test_mappings_merge_and_lists_and_values_replace(tmp_path: Path, base: Path) -> None:
+    base.write_text(f"name: other\n{BASE}")  # each recipe is called after its own file
     text = """\
 base: base.yaml
 data: {resolution: 96, mean: [0.5, 0.5, 0.5]}
@@ -239,3 +240,12 @@ def test_a_copy_of_the_recipes_is_on_its_own(tmp_path: Path) -> None:
         mine, shipped = load_recipe(str(folder / file.name)), load_recipe(file.stem)
         chain = {*mine.origins.chain("")}
         assert (mine == shipped) is not ("int8_ptq" in chain or file.stem == "int8_ptq"), file
+
+
+def test_the_page_shows_a_recipe_that_loads(tmp_path: Path) -> None:
+    page = (RECIPES_DIR / "README.md").read_text(encoding="utf-8")
+    block = page.split("## A recipe over another")[1].split("```yaml\n")[1].split("```")[0]
+    recipe = over(tmp_path, block)
+    assert recipe.quantize is not None and recipe.quantize.qat is not None
+    assert recipe.origins.chain("mine") == ("mine", "int8_qat", "int8_ptq")
+    assert recipe.quantize.qat.max_steps == 1000 and recipe.quantize.qat.ema_decay == 0.99
