@@ -9,6 +9,7 @@ measures nothing.
 
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +77,15 @@ def run_gate(
     options.check()
     run = find_run(runs, name)
     path = run.path / "compare.json"
-    again = f"care-compress compare fp32 {name} --runs {runs}"
+    again = shlex.join(["care-compress", "compare", "fp32", name, "--runs", str(runs)])
     if not path.is_file():
         raise RunError(f"{name} was not compared yet: there is no {path}.", again)
     now = read_compared(path, name, again)
     if now.name != name:
         raise RunError(f"{path} is not of {name} but of {now.name}.", again)
     check_current(run, now, again)
-    before = read_compared(baseline, name, f"store one: cp {path} {baseline}")
+    store = shlex.join(["cp", str(path), str(baseline)])
+    before = read_compared(baseline, name, f"store one: {store}")
     check_comparable(before, now)
     checks = list(compared(before, now, options))
     if junit is not None:
