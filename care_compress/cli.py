@@ -421,6 +421,31 @@ def compare(
 
 
 @app.command()
+def gate(
+    run: GivenRun,
+    baseline: Annotated[Path, typer.Option(help="the compare.json it is held against")],
+    max_drop: Annotated[
+        float | None, typer.Option(min=0, help="points of top-1; 0.3 if left out")
+    ] = None,
+    max_slowdown: Annotated[
+        float | None,
+        typer.Option(min=0, help="percent of latency beside the float model's; 10 if left out"),
+    ] = None,
+    max_size: Annotated[
+        float | None, typer.Option(min=0, help="percent of bytes; 2 if left out")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="also write the checks here, as XML")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Hold a compared run against a stored comparison; exit code 1 if it became worse."""
+    from care_compress.evaluate.gate import GateOptions, run_gate
+
+    given = {"max_drop": max_drop, "max_slowdown": max_slowdown, "max_size": max_size}
+    options = GateOptions(**{key: value for key, value in given.items() if value is not None})
+    sys.exit(run_gate(runs, plain_name(run), baseline, options, junit, Terminal()))
+
+
+@app.command()
 def fidelity(
     run: GivenRun,
     targets: Targets = None,

@@ -131,6 +131,7 @@ def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSecti
 def _check_files(models: list[NamedModel], data: DataSection) -> None:
     """Raise unless files are those that were exported, or can be run, and prepare images alike."""
     for one in models:
+        _ = one.checkpoint_sha256  # a damaged manifest is named now, not after minutes of work
         for path in one.files.values() if one.run is None else ():
             probe(path, data.resolution)
         for target, export in one.export_of.items() if one.run is not None else ():

@@ -244,6 +244,8 @@ def _model(found: Comparison, one: NamedModel) -> dict[str, Any]:
         "top5": None if answers is None else answers.top5,
         "size_bytes": None if entry is None else size_of(entry.path),
         "params": rewrites[-1]["parameters"] if rewrites else None,
+        "precision": None if one.recipe is None else one.recipe.precision,
+        "checkpoint_sha256": one.checkpoint_sha256,
         "run": None if one.run is None else str(one.run),
         "measured_on": None if entry is None else entry.target,
     }

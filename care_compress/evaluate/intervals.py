@@ -22,18 +22,37 @@ AUTOCORRELATIONS = np.arange(20) / 20
 def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
     """95 % interval of the drop, in points, where `lost` answers turned wrong and `gained` right.
 
-    The exact Poisson limits (l, u) of both counts (Garwood 1936), joined as variances are (MOVER,
-    Zou and Donner 2008):
+    The exact Poisson limits (l, u) of both counts (Garwood 1936), joined by `sum_interval`:
 
         low = lost - gained - sqrt((lost - l_lost)^2 + (u_gained - gained)^2),
 
     the upper end likewise. No flip seen says up to 3.7 either way, and one flip seen says more: a
     bootstrap of what was seen knows nothing of what was not, and is surer the less there is.
     """
-    (lost_low, lost_high), (gained_low, gained_high) = map(_poisson_limits, (lost, gained))
-    low = lost - gained - math.hypot(lost - lost_low, gained_high - gained)
-    high = lost - gained + math.hypot(lost_high - lost, gained - gained_low)
+    turned = (float(lost), *_poisson_limits(lost)), (float(gained), *_poisson_limits(gained))
+    _, low, high = sum_interval(turned[0], negated(turned[1]))
     return max(-100.0, 100 * low / images), min(100.0, 100 * high / images)
+
+
+def sum_interval(*parts: Interval) -> Interval:
+    """Sum of estimates that know nothing of each other, with its 95 % interval.
+
+    Their distances to their own ends are joined as deviations are (MOVER, Zou and Donner 2008):
+
+        low = sum v_i - sqrt(sum (v_i - l_i)^2),    high = sum v_i + sqrt(sum (u_i - v_i)^2)
+
+    Estimates that err to the same side have a wider sum; their difference has a narrower one, so
+    for a difference of such the interval is too wide rather than too narrow.
+    """
+    value = math.fsum(one for one, _, _ in parts)
+    low = value - math.hypot(*(one - low for one, low, _ in parts))
+    return value, low, value + math.hypot(*(high - one for one, _, high in parts))
+
+
+def negated(interval: Interval) -> Interval:
+    """Turn an estimate round: its ends change places."""
+    value, low, high = interval
+    return -value, -high, -low
 
 
 def _poisson_limits(count: int) -> tuple[float, float]:
@@ -69,17 +88,13 @@ def unpaired_interval(
 ) -> tuple[float, float]:
     """95 % interval of before minus after, in points, of models scored on images of their own.
 
-    Newcombe's, from the Wilson intervals (l, u) of both: the lower end is
+    Newcombe's, from the Wilson intervals (l, u) of both, joined by `sum_interval`: the lower end is
     d - sqrt((before - l_before)^2 + (u_after - after)^2), the upper one likewise. Wider than the
     truth where both saw the same images, since those would cancel.
     """
-    difference = before - after
-    low_b, high_b = wilson(before, images_before)
-    low_a, high_a = wilson(after, images_after)
-    return (
-        difference - math.hypot(before - low_b, high_a - after),
-        difference + math.hypot(high_b - before, after - low_a),
-    )
+    first = before, *wilson(before, images_before)
+    _, low, high = sum_interval(first, negated((after, *wilson(after, images_after))))
+    return low, high
 
 
 def ratio_interval(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> Interval:

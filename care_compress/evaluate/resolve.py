@@ -16,7 +16,7 @@ from care_compress.errors import CareError
 from care_compress.files import read_json
 from care_compress.recipe.recipe import Precision, Recipe, load_recipe
 from care_compress.recipe.sections import DataSection
-from care_compress.run.finished import as_written, read_run
+from care_compress.run.finished import FinishedRun, as_written, read_run
 from care_compress.runtime.artifact import CHECKPOINT_SUFFIXES
 
 # The target whose runtime reads a bare file.
@@ -40,6 +40,13 @@ class NamedModel:
         """Those it has a file for, and those whose export failed."""
         exports = self.results.get("exports", {})
         return [*self.files, *(target for target, one in exports.items() if "failed" in one)]
+
+    @property
+    def checkpoint_sha256(self) -> str | None:
+        """Digest of the float weights it was made from; None where nobody noted it."""
+        if self.run is None or self.recipe is None:
+            return None
+        return FinishedRun(self.run, self.recipe, self.results).checkpoint_sha256
 
     @property
     def export_of(self) -> dict[str, dict[str, Any]]:

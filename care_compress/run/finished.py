@@ -52,6 +52,20 @@ class FinishedRun:
         assert self.recipe.model.checkpoint is not None  # the recipe's own check
         return resolve_checkpoint(self.recipe.model.checkpoint)
 
+    @property
+    def checkpoint_sha256(self) -> str | None:
+        """Digest of the float weights, as the run noted it; None where its manifest is gone."""
+        manifest = self.path / "manifest.json"
+        if not manifest.is_file():
+            return None
+        with as_written(manifest):
+            recorded = read_json(manifest)
+            if self.recipe.train is not None:
+                known = recorded["outputs"].get("float/model.safetensors")
+            else:
+                known = recorded["inputs"].get("checkpoint", {}).get("sha256")
+        return None if known is None else str(known)
+
     def checked_checkpoint(self) -> Path:
         """The float weights, if they are still where they were and what they were."""
         path = self.checkpoint
@@ -60,15 +74,8 @@ class FinishedRun:
                 f"the float model of {self.path.name}, {path}, is gone.",
                 "put it back, or make the run again",
             )
-        manifest, known = self.path / "manifest.json", None
-        if manifest.is_file():  # it may be gone, and then nobody knows
-            with as_written(manifest):
-                recorded = read_json(manifest)
-                if self.recipe.train is not None:
-                    known = recorded["outputs"].get("float/model.safetensors")
-                else:
-                    known = recorded["inputs"].get("checkpoint", {}).get("sha256")
-        if known is not None and sha256_file(path) != str(known):
+        known = self.checkpoint_sha256
+        if known is not None and sha256_file(path) != known:
             raise CheckpointError(
                 f"{path} is not the float model that {self.path.name} was made from.",
                 "put that one back, or make the run again",

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from comparison import board_results, comparison, cpu_results
@@ -26,7 +27,15 @@ from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
 from care_compress.device.manifest import BUNDLE_KIND, open_bundle
 from care_compress.errors import CareError
+from care_compress.evaluate.gate import (
+    GateOptions,
+    as_junit,
+    check_comparable,
+    compared,
+    summary,
+)
 from care_compress.evaluate.resolve import named_models
+from care_compress.evaluate.stored_comparison import read_compared
 from care_compress.export.deploy import bundle_content, take_results
 from care_compress.quantize.selection import read_list
 from care_compress.recipe.sections import DataSection
@@ -462,6 +471,40 @@ def test_results_of_devices(tmp_path: Path) -> None:
         "measured",
         tmp_path.name,
     }
+
+
+def _baseline() -> dict[str, Any]:
+    """compare.json of two files on two targets, as far as a gate asks it."""
+    value, targets = comparison("mine"), ("openvino-cpu", "onnxruntime-cpu")
+    one = next(pair for pair in value["pairs"] if pair["candidate"] == "mine")
+    times = {"name": "mine", "speedup": 1.2, "speedup_ci95": [1.1, 1.3]}
+    return value | {
+        "models": {name: {"precision": None, "checkpoint_sha256": "0"} for name in ("fp32", "mine")},
+        "pairs": [{**one, "target": target} for target in targets],
+        "latency": [{"batch": 1, "threads": 1, "rows": [{**times, "target": target} for target in targets]}],
+        "data": {"samples": "0", "resolution": 64, "crop_pct": 1.0, "mean": [0.5], "std": [0.5], "exif_rotate": False},
+        "machine": {"arch": "x86_64", "cpu": {"name": "x", "features": {"avx2": True}}},
+    }  # fmt: skip
+
+
+def test_baselines_of_a_gate(tmp_path: Path) -> None:
+    (tmp_path / "good.json").write_text(json.dumps(_baseline()))
+    now, options = read_compared(tmp_path / "good.json", "mine", "store one"), GateOptions()
+    path = tmp_path / "base.json"
+
+    def hold() -> str:
+        before = read_compared(path, "mine", "store one")
+        check_comparable(before, now)
+        checks = list(compared(before, now, options))
+        ElementTree.fromstring(as_junit("mine", checks))
+        return summary(before, now, checks, options)
+
+    shutil.copy(tmp_path / "good.json", path)
+    assert "is not worse than mine" in CASES.attempt(hold)
+    for content in _variants(_baseline(), 60, 6):
+        path.write_bytes(content)
+        with sealed(tmp_path):
+            CASES.attempt(hold)
 
 
 def test_bundles_with_a_lying_manifest(tmp_path: Path) -> None:
