@@ -208,7 +208,7 @@ def _cached(repository: str, revision: str) -> Path | None:
         # No pattern: only the folder is wanted, however much of the repository lies in it.
         folder = snapshot_download(
             repository, revision=revision, local_files_only=True, allow_patterns=[]
-        )  # nosec B615 # the revision is resolved to a commit, which is what is being done here
+        )
     except (LocalEntryNotFoundError, OSError):
         return None
     return Path(folder)
