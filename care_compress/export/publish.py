@@ -478,23 +478,23 @@ class Card:
 
     def _devices(self) -> Iterator[dict[str, Any]]:
         """What other machines measured of these exports, by the script of a bundle."""
-        published = {file.target.name for file in self.files}
+        published = {(file.target.name, file.precision): file for file in self.files}
         for found in device_measurements(self.run.path):
-            if found["target"] not in published:
-                continue
-            for model, (_, row) in zip(
-                found["models"],
-                device_rows(self.run.path.name, self.recipe.precision, found),
-                strict=True,
-            ):
+            rows = device_rows(self.run.path.name, self.recipe.precision, found)
+            for precision, (_, row) in zip(found["models"], rows, strict=True):
+                file = published.get((found["target"], precision))
+                if file is None:  # a bundle for a CPU has the float model, too
+                    continue
                 about, latency = row["measured_on"], row["latency_ms"]
+                threads = about["threads"]
+                failed = " (**answers wrong there**)" if about["verified"] is False else ""
                 yield {
-                    "target": found["target"],
-                    "file": _code(f"{found['target']}/{model}"),
-                    "device": about["board"],
+                    "target": file.target.name,
+                    "file": _code(file.path),
+                    "device": about["board"] + (f", {threads} threads" if threads else ""),
                     "library": about["library"],
                     "p50": "" if latency is None else _milliseconds(latency),
-                    "top1": "" if row["top1"] is None else f"{row['top1']:.2f} %",
+                    "top1": "" if row["top1"] is None else f"{row['top1']:.2f}{failed}",
                 }
 
     def _snippets(self) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from comparison import board_results, cpu_results
 from huggingface_hub import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
@@ -226,6 +227,26 @@ def test_figures_of_other_files_are_not_told(
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "## Speed\n\nNot measured.\n" in card and "Some CPU" not in card and "89.75" not in card
     assert "the card says no latency" in capsys.readouterr().out
+
+
+def test_what_devices_measured_is_told_of_published_files(
+    files: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in(tmp_path, files)
+    board, wrong = board_results("mine"), cpu_results("mine")
+    board["target"] = "tensorrt-gpu"  # with fp16, which this run has no file of
+    wrong["models"]["int8"]["accuracy"]["passed"] = False
+    there = [board, wrong]
+    monkeypatch.setattr("care_compress.export.publish.device_measurements", lambda _: there)
+    assert published(tmp_path, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"\| `tensorrt-gpu/int8.onnx` .*", card)
+    assert row.endswith("| NVIDIA Jetson AGX Orin | tensorrt 10.3.0 | 0.310 | 95.30 |")
+    (row,) = re.findall(r"\| `onnxruntime-cpu/int8.onnx` .*", card)
+    assert ", 2 threads |" in row and row.endswith("| 3.000 | 95.30 (**answers wrong there**) |")
+    assert "fp16" not in card and "fp32" not in card
+    (limit,) = re.findall(r"\*\*Not measured\*\*.*", card)
+    assert "OpenVINO on a CPU" in limit and "NVIDIA" not in limit
 
 
 def test_a_model_of_the_hub_is_named_as_the_base(files: dict[int, Path], tmp_path: Path) -> None:
