@@ -39,7 +39,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 RECIPE_OPTIONS: dict[str, tuple[str, type, str]] = {
     "method": ("quantize.calibrate.method", str, ": random, stratified, diverse"),
     "images": ("quantize.calibrate.images", int, ""),
-    "ckpt": ("model.checkpoint", str, ": file or builtin:NAME"),
+    "ckpt": ("model.checkpoint", str, ": file, builtin:NAME, hf-hub:owner/name"),
     "arch": ("model.arch", str, "; inferred if left out"),
     "data": ("data.source", str, ": folder, zip, hf:, wds:"),
     "res": ("data.resolution", int, ""),
@@ -245,6 +245,34 @@ def import_results(
 
 
 @app.command()
+def publish(
+    run: GivenRun,
+    folder: Annotated[Path, typer.Argument(help="a new folder, ready for hf upload")],
+    license_: Annotated[
+        str, typer.Option("--license", help="apache-2.0, mit, ... as the Hub names it; other:NAME")
+    ],
+    license_file: Annotated[
+        Path | None, typer.Option(help="the licence's text; known for apache-2.0")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="owner/name of the float model; that of hf-hub: is known")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="owner/name of the images; that of hf: is known")
+    ] = None,
+    targets: Targets = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write a run's files and a model card into a folder for the Hugging Face Hub."""
+    from care_compress.export.publish import PublishOptions
+    from care_compress.export.publish import publish as write_folder
+
+    wanted = None if targets is None else tuple(targets.split(","))
+    options = PublishOptions(license_, license_file, base_model, dataset, wanted)
+    write_folder(runs, plain_name(run), folder, options, Terminal())
+
+
+@app.command()
 def doctor(json: AsJson = False) -> None:
     """Show what this machine can export, build, run and measure."""
     from care_compress.runtime.doctor import run_doctor
@@ -316,7 +344,9 @@ def recipes(
 
 @app.command()
 def accuracy(
-    artifact: Annotated[str, typer.Argument(help="checkpoint, builtin:NAME, .onnx, .xml, .engine")],
+    artifact: Annotated[
+        str, typer.Argument(help="checkpoint, builtin:, hf-hub:, .onnx, .xml, .engine")
+    ],
     data: Annotated[str, typer.Option(help="folder, zip, hf:, wds: or builtin: source")],
     res: Annotated[int, typer.Option(help="input resolution")],
     crop: Annotated[float, typer.Option(help="crop ratio; 1.0 for no crop")] = 0.875,
@@ -350,7 +380,9 @@ def accuracy(
 
 @app.command()
 def latency(
-    artifact: Annotated[str, typer.Argument(help=".onnx, .xml, .engine, checkpoint, builtin:NAME")],
+    artifact: Annotated[
+        str, typer.Argument(help=".onnx, .xml, .engine, checkpoint, builtin:, hf-hub:")
+    ],
     batch: Annotated[str, typer.Option(help="images at once, separated by commas")] = "1,8",
     threads: Annotated[
         str | None, typer.Option(help="separated by commas; one and all if left out")

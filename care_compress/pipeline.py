@@ -24,7 +24,13 @@ from care_compress.export.stage import check_exports, exported
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import RewriteStep, rewrite_in_steps
-from care_compress.preflight import Ready, check_space, own_section, preflight
+from care_compress.preflight import (
+    Ready,
+    check_space,
+    own_section,
+    preflight,
+    with_pinned_checkpoint,
+)
 from care_compress.quantize.sensitivity import Sensitivity
 from care_compress.quantize.stages import measure_sites, quantized, trained_quantized
 from care_compress.recipe.recipe import Recipe
@@ -43,6 +49,7 @@ def run_recipe(
     Stages that an earlier run of this name left are taken over where nothing they came from has
     changed (`care_compress.run.stages`); `repair` makes those again whose files were damaged.
     """
+    recipe = with_pinned_checkpoint(recipe)
     with _begun(recipe, runs, name, console, repair) as (context, ready):
         validation = open_samples(recipe.data, "val")  # everything is measured on these images
         if context.world.is_main:
@@ -76,7 +83,7 @@ def run_sensitivity(
     recipe: Recipe, runs: Path, name: str, images: int, console: Console
 ) -> list[Sensitivity]:
     """Measure every site of a recipe's PTQ result alone, in a run of its own."""
-    section = own_section(recipe)
+    section, recipe = own_section(recipe), with_pinned_checkpoint(recipe)
     nothing = recipe.export.model_copy(update={"targets": ()})
     recipe = recipe.model_copy(update={"export": nothing})
     ready = preflight(recipe, World(), Console(quiet=True))

@@ -21,6 +21,7 @@ from care_compress.libraries import load_nncf
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.model.compact import CompactCare
+from care_compress.model.hub import pinned
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.plan import make_plan
 from care_compress.quantize.plan_table import plan_as_json, print_plan, rule_text
@@ -204,6 +205,17 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
     leaves = sum(not any(module.children()) for module in network.modules())
     size = Size(parameters, leaves, network.num_classes)
     return Ready(start, needed_space(recipe, size, None, targets))
+
+
+def with_pinned_checkpoint(recipe: Recipe) -> Recipe:
+    """The recipe whose checkpoint on the Hub is named by its commit.
+
+    All that goes on from a run reads its recipe: it finds these weights, whatever the branch does.
+    """
+    if recipe.model.checkpoint is None:
+        return recipe
+    model = recipe.model.model_copy(update={"checkpoint": pinned(recipe.model.checkpoint)})
+    return recipe.model_copy(update={"model": model})
 
 
 def model_of(recipe: Recipe) -> Care:

@@ -130,7 +130,9 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
         batch = FREE if export["batch"] == "dynamic" else export["batch"]
         size = preprocessing["resolution"]
         needs = str(export.get("needs") or "")
-        models = {name: _checked(folder, entry, needs) for name, entry in export["models"].items()}
+        models = {
+            name: checked_model(folder, entry, needs) for name, entry in export["models"].items()
+        }
         pixels = _array(folder.parent / "samples" / "pixels.npy")
         # A CPU's file has answers to every check image, of which the samples are some.
         answers = {name: _array(answers_beside(folder / name, name)) for name in models}
@@ -212,13 +214,13 @@ def _parsed(path: Path) -> dict[str, Any]:
     return value
 
 
-def _checked(folder: Path, entry: dict[str, Any], needs: str) -> Model:
+def checked_model(folder: Path, entry: dict[str, Any], needs: str) -> Model:
     """Return an exported model; RunError unless its files are those that were compared."""
     path = folder / str(entry["file"])
     if not entry["holds"]:
         raise RunError(
             f"{path} does not compute what its model does: {QUANTIZE} said so.",
-            "bundle a run whose exports passed",
+            "take a run whose exports passed",
         )
     files = model_files(path)
     if not all(file.is_file() for file in files) or digest_of(path) != entry["sha256"]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from care_compress.errors import CheckpointError, UnsafeCheckpointError
 from care_compress.files import atomic_file
 from care_compress.model.care import ARCHITECTURES, Care, architecture
+from care_compress.model.hub import fetch, is_hub
 
 BUILTIN_PREFIX = "builtin:"
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
@@ -60,7 +61,8 @@ def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
     """A CARE in eval mode with the weights of `path`; arch and class count are inferred.
 
     Reads ``.pth``, ``.pth.tar``, ``.pt`` and ``.safetensors``, bare or nested under the usual
-    keys, and ``builtin:NAME`` for weights that ship with the package.
+    keys, ``builtin:NAME`` for weights that ship with the package, and
+    ``hf-hub:owner/name[@revision]`` for those of a repository on the Hugging Face Hub.
     """
     where = resolve_checkpoint(path)
     state = read_state_dict(where)
@@ -70,6 +72,8 @@ def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
     classes = int(state["head.fc.weight"].shape[0])
     if classes < 1:
         raise CheckpointError(f"{where} has a head with no classes.")
+    if is_hub(path):
+        fetch(str(path)).check(found, classes)
     model = Care(found, classes)
     # Some exporters drop the step counters of BatchNorm, which do not affect inference.
     own = model.state_dict()
@@ -79,7 +83,9 @@ def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The file behind a checkpoint argument."""
+    """The file behind a checkpoint argument; one of the Hub is downloaded if need be."""
+    if is_hub(path):
+        return fetch(str(path)).weights
     if not str(path).startswith(BUILTIN_PREFIX):
         # Not Path.expanduser, which raises for ~nobody.
         return Path(os.path.expanduser(path))

@@ -24,7 +24,8 @@ class ModelSection(Section):
     """Which float network to start from."""
 
     checkpoint: str | None = Field(
-        None, description="a file, builtin:NAME, or nothing to train from scratch"
+        None,
+        description="a file, builtin:NAME, hf-hub:owner/name, or nothing to train from scratch",
     )
     arch: Arch | None = Field(None, description="care_nano, care_s0, ...; inferred if left out")
 

@@ -20,16 +20,18 @@ from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.probe import MOST_SIDE, probe
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")
+GRAPH_SUFFIXES = (".onnx", ".xml", ".engine")
+HUB_PICKLE = "pytorch_model.bin"  # any other .bin is the second file of an OpenVINO model
 
 
 def artifact_path(artifact: str) -> Path:
     """The file behind an artifact's name, if it is there and of a kind that can be run."""
     path = resolve_checkpoint(artifact)
-    if path.suffix not in (*CHECKPOINT_SUFFIXES, ".onnx", ".xml", ".engine"):
+    if path.suffix not in (*CHECKPOINT_SUFFIXES, *GRAPH_SUFFIXES) and path.name != HUB_PICKLE:
         raise TargetError(
             f"{artifact} is of no kind that can be run.",
-            f"give a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}), builtin:NAME, an .onnx, an "
-            ".xml or an .engine file",
+            f"give a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}), builtin:NAME, "
+            "hf-hub:owner/name, an .onnx, an .xml or an .engine file",
         )
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise TargetError(f"{path} is not a file.", "check the path")
@@ -60,7 +62,7 @@ def open_predictor(
     if path.suffix == ".safetensors" and quantized_header(path) is not None:
         quantized = load_quantized(path)
         return TorchPredictor(quantized, quantized.num_classes, device)
-    model = load_checkpoint(path)
+    model = load_checkpoint(artifact)
     return TorchPredictor(rewrite(model), model.num_classes, device)
 
 

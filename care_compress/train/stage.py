@@ -19,6 +19,7 @@ from care_compress.errors import DataError, TrainingError
 from care_compress.files import fingerprint, sha256_file
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
+from care_compress.model.hub import origin
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import WATCHING, ModelSection, TrainSection
@@ -35,17 +36,24 @@ class LoadedModel:
     """A recipe's checkpoint, read once and before anything is written."""
 
     model: Care
-    path: Path
-    sha256: str
+    about: dict[str, object]  # what the manifest says of it
     seconds: float
 
     @classmethod
     def of(cls, section: ModelSection) -> "LoadedModel":
         """Read the checkpoint that the section names."""
         assert section.checkpoint is not None
-        began, path = time.monotonic(), resolve_checkpoint(section.checkpoint)
-        model = load_checkpoint(path, section.arch)  # first: it says what is wrong with a file
-        return cls(model, path, sha256_file(path), time.monotonic() - began)
+        began = time.monotonic()
+        # First: it says what is wrong with a file.
+        model = load_checkpoint(section.checkpoint, section.arch)
+        about = described(section.checkpoint)
+        return cls(model, about, time.monotonic() - began)
+
+
+def described(checkpoint: str) -> dict[str, object]:
+    """Which weights these were: file, digest and, from the Hub, the commit."""
+    path = resolve_checkpoint(checkpoint)
+    return {"path": str(path), "sha256": sha256_file(path), **origin(checkpoint)}
 
 
 def loaded(context: RunContext, start: LoadedModel, validation: Samples) -> Care:
@@ -54,11 +62,10 @@ def loaded(context: RunContext, start: LoadedModel, validation: Samples) -> Care
     check_classes(validation, model.num_classes)
     context.spend("load", start.seconds)
     if context.world.is_main:
-        about = {"path": str(start.path), "sha256": start.sha256}
-        context.run.record_input("checkpoint", about)
+        context.run.record_input("checkpoint", start.about)
+    shown = escape(str(start.about["path"]))
     context.console.print(
-        f"loaded {model.arch} with {model.num_classes} classes from {escape(str(start.path))}",
-        soft_wrap=True,
+        f"loaded {model.arch} with {model.num_classes} classes from {shown}", soft_wrap=True
     )
     return model
 
@@ -96,6 +103,8 @@ def trained(
             history = trainee.progress.history
         if context.world.is_main:
             context.run.record_input("training_images", samples.fingerprint())
+            if recipe.model.checkpoint is not None:
+                context.run.record_input("checkpoint", described(recipe.model.checkpoint))
             about = {
                 "made_by": f"make quantize RECIPE={recipe.name}",
                 "seed": str(recipe.seed),
