@@ -16,7 +16,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.markup import escape
 
-import care_compress
 from care_compress.console import listed, one_line
 from care_compress.errors import RunError
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
@@ -27,17 +26,17 @@ from care_compress.files import json_text, not_writable, read_json, sha256_file,
 from care_compress.model.checkpoint import BUILTIN_PREFIX, load_checkpoint
 from care_compress.model.hub import is_hub, is_repository, parse_reference
 from care_compress.quantize.artifact import quantized_header
-from care_compress.recipe.recipe import RECIPES_DIR
 from care_compress.recipe.target import Target, load_target
 from care_compress.run.finished import FinishedRun, as_written, find_run
+from care_compress.shipped import COMPARE, QUANTIZE, VERSION, shipped
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = "care-compress"
-OUR_LICENSE = "apache-2.0"  # whose text lies in the checkout
-LICENSE_TEXT = RECIPES_DIR.parent / "LICENSE"
+OUR_LICENSE = "apache-2.0"  # whose text ships
+LICENSE_TEXT = shipped("LICENSE")
 # What the Hub knows by name, without those made for somebody's own models.
 LICENSES = tuple(
     "apache-2.0 mit bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc zlib ncsa unlicense wtfpl "
@@ -162,7 +161,7 @@ def publish(runs: Path, name: str, folder: Path, options: PublishOptions, consol
     if not content.measured.speed:
         console.print(
             "the card says no latency: it was not compared, or these files were not "
-            f"(python eval/compare.py fp32 {escape(run.path.name)})",
+            f"({COMPARE} fp32 {escape(run.path.name)})",
             soft_wrap=True,
         )
     if content.base_model is None:
@@ -214,7 +213,7 @@ def publishable(run: FinishedRun, targets: tuple[str, ...] | None) -> list[Publi
     if not there:
         raise RunError(
             f"run {run.path.name} has no exports.",
-            "make quantize says why; export.targets names what to export to",
+            f"{QUANTIZE} says why; export.targets names what to export to",
         )
     unknown = [target for target in targets or () if target not in there]
     if unknown:
@@ -240,7 +239,7 @@ def _files_of(run: FinishedRun, target_name: str) -> Iterator[PublishedFile]:
                 known = export["engines"][precision]["engine_sha256"]
                 if not engine[1].is_file() or not path.is_file() or sha256_file(path) != known:
                     raise RunError(
-                        f"{path} is not the engine that was built.", "export again: make quantize"
+                        f"{path} is not the engine that was built.", f"export again: {QUANTIZE}"
                     )
             yield PublishedFile(target, precision, files, entry, needs, batch, engine)
 
@@ -317,7 +316,7 @@ class Card:
             "quantization": self._quantization,
             "base_model": self.base_model,
             "files": files,
-            "made_by": f"{LIBRARY} {care_compress.__version__}",
+            "made_by": f"{LIBRARY} {VERSION}",
         }
 
     @property
@@ -545,7 +544,7 @@ class Card:
         yield f"Accuracy is that on {_code(self._images)}; nothing is known of other images."
 
     def _made(self) -> Iterator[tuple[str, str]]:
-        yield "tool", f"{LIBRARY} {care_compress.__version__}"
+        yield "tool", f"{LIBRARY} {VERSION}"
         yield "recipe", f"{_code(self.results['recipe'])}: {_plain(self.recipe.claim)}"
         about = self.manifest.get("inputs", {}).get("checkpoint", {})
         if self.recipe.train is not None:
