@@ -153,7 +153,7 @@ def run_of(name: str, scale: Scale, root: Path, console: Console) -> Finished:
 def recipe_for(name: str, scale: Scale, root: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A shipped recipe for the CPU targets; weights and images are made where none are given."""
     if scale.trained is None:
-        images, calibration = IMAGES["val"], CALIBRATION
+        calibration = CALIBRATION
         made = image_folder(root / "images")
         data = made.model_copy(update={"resolution": scale.resolution})
         weights = root / scale.folder / "model.safetensors"
@@ -161,12 +161,12 @@ def recipe_for(name: str, scale: Scale, root: Path, overrides: Sequence[str] = (
             model = lifelike(scale.arch, first_images(data, 16))
             save_checkpoint(model, weights, {"made_by": "make bench", "seed": "0"})
     else:
-        images, calibration = scale.trained.images, TRAINED_CALIBRATION
+        calibration = TRAINED_CALIBRATION
         data, weights = scale.trained.data, scale.trained.checkpoint
     values: dict[str, object] = {
         "model": {"checkpoint": str(weights)},
         "data": data.model_dump(mode="json"),
-        "evaluate.images": images,
+        "evaluate.images": IMAGES["val"],  # of the simulation; files are scored by speed.py
         "export.images": IMAGES["val"],
         "export.targets": list(TARGETS),
     }

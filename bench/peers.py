@@ -167,10 +167,12 @@ def _other(tool: str, published: Path, path: Path, images: list[NDArray[np.float
         raise RuntimeError("not installed: make bench PEERS=all")
     with tempfile.TemporaryDirectory() as folder:
         pixels, target = Path(folder) / "images.npy", Path(folder) / path.name
+        source = Path(folder) / published.name  # Model-Optimizer writes into what it is given
+        source.write_bytes(published.read_bytes())
         np.save(pixels, np.concatenate(images))
         script = str(Path(__file__).with_name("peer_quantizers.py"))
         done = subprocess.run(
-            [sys.executable, script, tool, str(published.resolve()), str(pixels), str(target)],
+            [sys.executable, script, tool, str(source), str(pixels), str(target)],
             env={**os.environ, "PYTHONPATH": str(PACKAGES)},
             cwd=folder,  # they leave files of their own there
             capture_output=True,
