@@ -77,11 +77,19 @@ check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipes and t
 
 # INT8 beside every alternative (speed: 25 to 50 minutes, into docs/PERFORMANCE.md), what each method is worth (ablate: into
 # docs/RESULTS.md), and what loading, training, quantizing and evaluating cost. speed and ablate go on where they stopped.
-bench: known-bench $(VENV)/.dev ## measure: WHAT=speed|data|train|quantize|evaluate|ablate [ARCH= CKPT= DATA= RES=]
+bench: known-bench $(VENV)/.dev $(if $(filter all,$(PEERS)),.peers/.done) ## measure: WHAT=speed|data|train|quantize|evaluate|ablate [ARCH= CKPT= DATA= RES= CROP= PEERS=all]
 	@$(BIN)/python bench/$(WHAT).py $(BENCH_$(WHAT))
 
-BENCH_speed = $(if $(ARCH),--arch '$(ARCH)')
+BENCH_speed = $(if $(ARCH),--arch '$(ARCH)') $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') \
+	$(if $(RES),--resolution '$(RES)') $(if $(CROP),--crop '$(CROP)')
 BENCH_ablate = --report $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
+
+# Quantizers that are no dependencies, in a folder that only bench/peer_quantizers.py looks into.
+.peers/.done: bench/peers.txt | $(VENV)/.dev
+	@echo "installing other tools' quantizers into .peers"
+	@rm -rf .peers
+	@$(INSTALL) --no-deps --target .peers -r $<
+	@touch $@
 
 # Before anything is installed for it.
 known-bench:
@@ -102,7 +110,7 @@ recipes: $(VENV)/.user
 	@$(BIN)/care-compress recipes
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed. Fix: install it, or make PYTHON=/path/to/python3.11"; exit 1; }

@@ -1,9 +1,10 @@
-"""What the speed bench measures: a seeded checkpoint of each size, images, and real runs of them.
+"""What the speed bench measures: a checkpoint, images, and real runs of them.
 
 Trained weights of the published sizes do not come with the product, and speed does not ask for
 them. It does ask for 1,000 classes and for channels as uneven as trained ones: even weights would
 give ranges that no trained network has. So the weights are random between BatchNorms that have
 seen the images, and the images are those of builtin:shapes, as files of a 1,000-class folder.
+Where a trained checkpoint is given, all is its own, and its answers count, too.
 """
 
 import json
@@ -21,7 +22,7 @@ from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.shapes import Shapes
 from care_compress.data.sources import open_samples
 from care_compress.errors import RunError
-from care_compress.files import digest_of, write_text
+from care_compress.files import digest_of, fingerprint, write_text
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint
 from care_compress.pipeline import run_recipe
@@ -33,15 +34,39 @@ from care_compress.recipe.sections import DataSection
 CLASSES = 1000  # as the published heads have
 IMAGES = {"train": 128, "val": 64}
 CALIBRATION = 64  # images; ours and the peers' are the same ones
+TRAINED_CALIBRATION = 256  # where the answers count
 TARGETS = ("openvino-cpu", "onnxruntime-cpu")
 
 
 @dataclass(frozen=True)
-class Scale:
-    """One network at one size of images."""
+class Trained:
+    """A trained checkpoint, and its images."""
 
-    arch: str
+    checkpoint: Path
+    data: DataSection
+    images: int  # validation images that files are scored on
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One network at one size of images; its weights are random unless it is `trained`."""
+
+    arch: str  # or the name of the trained checkpoint
     resolution: int
+    trained: Trained | None = None
+
+    @property
+    def name(self) -> str:
+        """Its measurements' name."""
+        return self.arch if self.trained is None else f"{self.arch}_{self.resolution}"
+
+    @property
+    def folder(self) -> str:
+        """Where its files lie; those of another checkpoint or of other images lie elsewhere."""
+        if self.trained is None:
+            return self.arch
+        about = [digest_of(self.trained.checkpoint), self.trained.data.model_dump(mode="json")]
+        return f"{self.name}_{fingerprint(about)[:8]}"
 
 
 @dataclass(frozen=True)
@@ -122,25 +147,31 @@ def first_images(data: DataSection, count: int) -> Tensor:
 def run_of(name: str, scale: Scale, root: Path, console: Console) -> Finished:
     """A shipped recipe on this network: the run that is there already, or a new one."""
     recipe = recipe_for(name, scale, root)
-    return finished(recipe, root / scale.arch, name, console)
+    return finished(recipe, root / scale.folder, name, console)
 
 
 def recipe_for(name: str, scale: Scale, root: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A shipped recipe for the CPU targets, on weights and images that are made where missing."""
-    data = image_folder(root / "images").model_copy(update={"resolution": scale.resolution})
-    weights = root / scale.arch / "model.safetensors"
-    if not weights.is_file():
-        model = lifelike(scale.arch, first_images(data, 16))
-        save_checkpoint(model, weights, {"made_by": "make bench", "seed": "0"})
+    """A shipped recipe for the CPU targets; weights and images are made where none are given."""
+    if scale.trained is None:
+        calibration = CALIBRATION
+        made = image_folder(root / "images")
+        data = made.model_copy(update={"resolution": scale.resolution})
+        weights = root / scale.folder / "model.safetensors"
+        if not weights.is_file():
+            model = lifelike(scale.arch, first_images(data, 16))
+            save_checkpoint(model, weights, {"made_by": "make bench", "seed": "0"})
+    else:
+        calibration = TRAINED_CALIBRATION
+        data, weights = scale.trained.data, scale.trained.checkpoint
     values: dict[str, object] = {
         "model": {"checkpoint": str(weights)},
         "data": data.model_dump(mode="json"),
-        "evaluate.images": IMAGES["val"],
+        "evaluate.images": IMAGES["val"],  # of the simulation; files are scored by speed.py
         "export.images": IMAGES["val"],
         "export.targets": list(TARGETS),
     }
     if name != "fp32":
-        values["quantize.calibrate.images"] = CALIBRATION
+        values["quantize.calibrate.images"] = calibration
     return load_recipe(name, overrides, values)
 
 

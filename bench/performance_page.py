@@ -31,7 +31,7 @@ def write_page(docs: Path) -> None:
     if BEGIN not in text or END not in text:
         raise CareError(f"{page} has lost its markers.", f"put back {BEGIN} and {END}")
     parts = []
-    for path in sorted(store.glob("care_*.json")):
+    for path in sorted(set(store.glob("*.json")) - set(store.glob("growth*.json"))):
         found = json.loads(path.read_text())
         plot_table(found, path.with_suffix(".svg"))
         parts.append(f"{table_of(found)}\n\n![{path.stem}](performance/{path.stem}.svg)\n")
@@ -65,36 +65,58 @@ def table_of(found: Found) -> str:
         f"{found['date']}, {cpu['name']}, {cpu['logical_cores']} cores, {_libraries(found)}. "
         f"Files made at {_short(found['revision'])}.",
     ]
+    answers = found.get("answers", {})
+    lines += ["", _about(answers)]
     for setting in found["settings"]:
-        lines += ["", *_setting(setting)]
+        lines += ["", *_setting(setting, answers)]
     lines += ["", "The files, by the digest that their runs evaluated them under:", ""]
     lines += [f"- `{sha[:16]}` {names}" for sha, names in _digests(found).items()]
     return "\n".join(lines)
 
 
-def _setting(setting: Found) -> list[str]:
+def _about(answers: Found) -> str:
+    if not answers:
+        return "Its weights are random, so its answers are not scored; trained weights' are."
+    base = answers["published/OpenVINO"]
+    return (
+        "Top-1 lost and the same answers are held against the published network in FP32 in the "
+        f"same runtime, which has {base['top1']:.2f} %, on {base['images']:,} validation images."
+    )
+
+
+def _setting(setting: Found, answers: Found) -> list[str]:
     low, high = setting["load_average"]
     many = "one thread" if setting["threads"] == 1 else f"{setting['threads']} threads"
     busy = "; other work ran" if min(low, high) > setting["threads"] + OWN else ""
     load = f"load average {low:.1f} before, {high:.1f} after{busy}"
+    scored = " top-1 lost [95 %] | same answer |" if answers else ""
     lines = [
         f"Batch {setting['batch']}, {many} ({load}):",
         "",
         "| runtime | file | ms (p50) | faster than published FP32 [95 %] "
-        "| our INT8 is faster by [95 %] |",
-        "|---|---|---|---|---|",
+        f"| our INT8 is faster by [95 %] |{scored}",
+        "|---" * (7 if answers else 5) + "|",
     ]
     for row in setting["rows"]:
         head = f"| {row['runtime']} | {row['what']} |"
         if "reason" in row:
-            lines.append(f"{head} does not run: {_cell(row['reason'])} | | |")
+            empty = " |" * (4 if answers else 2)
+            lines.append(f"{head} does not run: {_cell(row['reason'])} |{empty}")
             continue
         noise = " (noisy)" if row["noisy"] else ""
         ours = "" if row["key"].startswith("int8/") else _interval(row["int8_over_it"])
-        lines.append(
+        line = (
             f"{head} {row['ms']['p50']:.2f}{noise} | {_interval(row['over_published'])} | {ours} |"
         )
+        lines.append(line + (_answered(answers[row["key"]]) if answers else ""))
     return lines
+
+
+def _answered(mine: Found) -> str:
+    if "reason" in mine:
+        return f" not scored: {_cell(mine['reason'])} | |"
+    value, low, high = mine["lost"]
+    return f" {value:.2f} [{low:.2f}, {high:.2f}] | {mine['same']:.2f} % |"
 
 
 def _interval(ratio: list[float]) -> str:

@@ -1,6 +1,7 @@
-"""The speed bench: peers' files, tables from made-up timings, the fit of a curve."""
+"""The speed bench: peers' files and answers, tables from made-up timings, the fit of a curve."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import speed
 import torch
 from rich.console import Console
 
-from care_compress.errors import CareError, RunError
+from care_compress.errors import CareError, RunError, TargetError
 from care_compress.evaluate.latency import Latency, LatencyPlan
 from care_compress.recipe.sections import DataSection
 
@@ -57,16 +58,25 @@ def test_a_lifelike_network_is_seeded_and_uneven(network: Any, images: DataSecti
 def test_peers_leave_files_that_run_or_a_reason(
     network: Any, images: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> None:
+    sources = []
+
+    def fails(source: Path, path: Path, *_: object) -> None:
+        sources.append((path.stem, source.name))
         raise RuntimeError("Check failed\n  no such operation\n")
 
     monkeypatch.setattr(peers, "_nncf", fails)
+    monkeypatch.setattr(peers, "PACKAGES", tmp_path / "nowhere")
     published = peers.publish(network, SIZE, tmp_path)
     pixels = material.first_images(images, 2)
-    made = peers.make_peers(published, pixels)
-    assert {made[f"{name}.xml"].reason for name in (peers.NNCF, peers.NNCF_TRANSFORMER)} == {
-        "no such operation"
+    made = peers.make_peers(published, tmp_path / "fp32.xml", pixels)
+    assert {made[f"{name}.xml"].reason for name in peers.OPENVINO_PEERS} == {"no such operation"}
+    assert dict(sources) == {
+        peers.NNCF: "published.xml",
+        peers.NNCF_TRANSFORMER: "published.xml",
+        peers.NNCF_OURS: "fp32.xml",
     }
+    for name, suffix in product((peers.MODELOPT, peers.AIMET), ("onnx", "xml")):
+        assert made[f"{name}.{suffix}"].reason == "not installed: make bench PEERS=all"
     setting = speed.Setting(pixels[:1], 1)
     entries = [
         speed.Entry("published/OpenVINO", "", "OpenVINO", peers.Made(published)),
@@ -83,8 +93,135 @@ def test_peers_leave_files_that_run_or_a_reason(
         (False, "no such operation"),
     ]
     text = (tmp_path / f"{peers.STATIC_PRODUCTS}.onnx").read_bytes()
-    assert peers.make_peers(published, pixels)[f"{peers.STATIC_PRODUCTS}.onnx"].path.is_file()
+    again = peers.make_peers(published, tmp_path / "fp32.xml", pixels)
+    assert again[f"{peers.STATIC_PRODUCTS}.onnx"].path.is_file()
     assert (tmp_path / f"{peers.STATIC_PRODUCTS}.onnx").read_bytes() == text
+
+
+@pytest.mark.parametrize(
+    ("work", "reason"),
+    [
+        ("open(output_path, 'w').write(f'{calibration_data.shape} of {open(source).read()}')", ""),
+        ("open(source, 'w').write('spoilt'); open(output_path, 'w')", ""),
+        ("raise ValueError('Check failed\\nno such operation')", "no such operation"),
+        ("os.kill(os.getpid(), 9)", "modelopt was stopped: exit code -9"),
+    ],
+)
+def test_a_quantizer_with_packages_of_its_own_leaves_a_file_or_a_reason(
+    work: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "packages" / "modelopt" / "onnx" / "quantization"
+    package.mkdir(parents=True)
+    # What it says on the way out is not why it failed.
+    (package / "__init__.py").write_text(
+        "import atexit, os, sys\n"
+        "atexit.register(print, 'bye', file=sys.stderr)\n"
+        f"def quantize(source, calibration_data, output_path, **_):\n    {work}\n"
+    )
+    monkeypatch.setattr(peers, "PACKAGES", tmp_path / "packages")
+    monkeypatch.chdir(tmp_path)
+    published, path = Path("in.onnx"), tmp_path / "modelopt.onnx"
+    published.write_text("a network")
+    pixels = [np.zeros((1, 3, 4, 4), np.float32)] * 5
+    made = peers._made(path, lambda target: peers._other("modelopt", published, target, pixels))
+    assert made == peers.Made(path, reason)
+    assert published.read_text() == "a network"
+    if "shape" in work:
+        assert path.read_text() == "(5, 3, 4, 4) of a network"
+
+
+@pytest.mark.parametrize("dot_products", [True, False, None])
+def test_quantize_static_has_weights_of_7_bits_where_its_guide_says_so(
+    dot_products: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime.quantization as theirs
+    from onnxruntime.quantization import shape_inference
+
+    asked = []
+
+    def quantize_static(source: Path, target: Path, *_: object, **settings: object) -> None:
+        target.write_bytes(b"")
+        asked.append(settings["reduce_range"])
+
+    monkeypatch.setattr(theirs, "quantize_static", quantize_static)
+    monkeypatch.setattr(shape_inference, "quant_pre_process", lambda *_: None)
+    monkeypatch.setattr(peers.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(peers.machine, "dot_products_in", lambda _: dot_products)
+    peers._ort_static(tmp_path / "in.onnx", tmp_path / "out.onnx", [], None)
+    assert asked == [dot_products is False]
+
+
+def test_answers_are_held_against_the_published_network_in_the_same_runtime(
+    images: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Always:
+        num_classes = material.CLASSES
+
+        def __init__(self, path: str, *_: object, precision: str) -> None:
+            if path == "broken":
+                raise TargetError("two outputs", "give one")
+            self.answer = int(path)
+
+        def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(len(images_BCHW), self.num_classes)
+            logits[:, self.answer] = 1
+            return logits
+
+    monkeypatch.setattr(speed, "open_predictor", Always)
+    samples = material.open_samples(images, "val")
+    labels = list(samples.labels)
+    right, other = labels[0], next(label for label in labels if label != labels[0])
+    never = material.CLASSES - 1
+    entries = [
+        speed.Entry(key, "", key.partition("/")[2], made)
+        for key, made in {
+            "published/OpenVINO": peers.Made(Path(str(right))),
+            "ours/OpenVINO": peers.Made(Path(str(never))),
+            "broken/OpenVINO": peers.Made(Path("broken")),
+            "absent/OpenVINO": peers.Made(Path("absent"), "not installed"),
+            "published/ONNX Runtime": peers.Made(Path(str(other))),
+            "ours/ONNX Runtime": peers.Made(Path(str(other))),
+        }.items()
+    ]
+    found = speed.answers_of(entries, images, len(samples), Console(quiet=True))
+    share = round(100 * labels.count(right) / len(labels), 2)
+    assert found["published/OpenVINO"]["top1"] == share > 0
+    value, low, high = found["ours/OpenVINO"]["lost"]
+    assert value == share and low < value < high
+    assert found["ours/OpenVINO"]["same"] == 0
+    assert found["ours/ONNX Runtime"]["lost"][0] == 0
+    assert found["ours/ONNX Runtime"]["same"] == 100
+    assert found["broken/OpenVINO"] == {"reason": "two outputs Fix: give one"}
+    assert found["absent/OpenVINO"] == {"reason": "not installed"}
+
+
+def test_a_trained_checkpoint_brings_its_images_and_a_folder_of_its_own(
+    images: DataSection, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.pth"
+    path.write_bytes(b"weights")
+    trained = material.Trained(path, images, 40)
+    scale = material.Scale("mine", SIZE, trained)
+    recipe = material.recipe_for("int8_ptq", scale, tmp_path)
+    assert recipe.model.checkpoint == str(path)
+    assert recipe.data == images
+    assert scale.name == f"mine_{SIZE}"
+    before = scale.folder
+    cropped = images.model_copy(update={"crop_pct": 0.9})
+    other = material.Scale("mine", SIZE, material.Trained(path, cropped, 40))
+    assert other.folder != before
+    path.write_bytes(b"other weights")
+    assert scale.folder != before
+
+
+def test_a_checkpoint_without_images_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["speed.py", "--ckpt", "mine.pth"])
+    with pytest.raises(SystemExit) as stopped:
+        speed.main()
+    assert stopped.value.code == 2
+    assert "--ckpt and --data belong together" in capsys.readouterr().err
 
 
 def test_ratios_are_within_a_runtime() -> None:
@@ -182,6 +319,26 @@ def test_the_page_holds_tables_and_plots_and_keeps_what_people_wrote(tmp_path: P
         assert "<svg" in svg and len(svg) < 100_000
     page.write_page(docs)
     assert (docs / "PERFORMANCE.md").read_text() == text
+
+
+def test_answers_stand_beside_the_speed_of_a_trained_checkpoint() -> None:
+    trained = made_up()
+    rows = trained["settings"][0]["rows"]
+    rows.insert(2, {**rows[1], "key": "aimet/OpenVINO", "what": "AIMET"})
+    trained["answers"] = {
+        "published/OpenVINO": {"images": 1234, "top1": 77.5, "lost": [0, -0.1, 0.1], "same": 100},
+        "int8/OpenVINO": {"images": 1234, "top1": 77.4, "lost": [0.1, -0.2, 0.4], "same": 99.5},
+        "aimet/OpenVINO": {"reason": "c | d"},
+        "nncf/OpenVINO": {"reason": "a | b"},
+    }
+    table = page.table_of(trained)
+    assert "has 77.50 %, on 1,234 validation images" in table
+    assert "| 6.00 (noisy) | 2.00x [1.00, 2.50] |  | 0.10 [-0.20, 0.40] | 99.50 % |" in table
+    lines = [line for line in table.splitlines() if line.startswith("| ") or "|---" in line]
+    assert {line.count("|") for line in lines} == {8}
+    assert any("| AIMET | 6.00" in line and "not scored: c / d" in line for line in lines)
+    assert any("| NNCF | does not run: a / b |" in line for line in lines)
+    assert "weights are random" in page.table_of(made_up())
 
 
 def test_a_class_of_processors_does_not_overwrite_the_other(tmp_path: Path) -> None:
