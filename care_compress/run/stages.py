@@ -150,7 +150,8 @@ def reached_modules(*modules: str) -> dict[str, Path]:
         name = ahead.pop()
         if name in _modules() and name not in reached:
             reached.add(name)
-            ahead |= _imports(name)
+            # The package's own names are for users: no module of ours goes by way of them.
+            ahead |= _imports(name) if "." in name else set()
     return {name: _modules()[name] for name in sorted(reached)}
 
 

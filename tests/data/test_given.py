@@ -74,15 +74,19 @@ def test_one_set_is_divided_and_nothing_is_lost() -> None:
     train, val = (opened(data, split, val_fraction=0.25) for split in ("train", "val"))
     names = [one.name(i) for one in (train, val) for i in range(len(one))]
     assert len(val) == 3 and sorted(names) == sorted(f"train/{i}" for i in range(12))
+    for place in range(3):
+        there = int(val.name(place).removeprefix("train/"))
+        assert np.array_equal(np.array(val.image(place)), PIXELS[there])
+        assert val.labels[place] == LABELS[there]
     with pytest.raises(DataError, match=r"data\.val_fraction"):
         opened(data, "val")
 
 
 def test_names_as_labels_are_classes_in_order() -> None:
-    named = [(p, "cat" if label else "ant") for p, label in zip(PIXELS, LABELS, strict=True)]
+    named = [(p, "ant" if label else "cat") for p, label in zip(PIXELS, LABELS, strict=True)]
     samples = opened({"train": named})
     assert samples.classes == ("ant", "cat")
-    assert samples.labels.tolist() == [min(label, 1) for label in LABELS]
+    assert samples.labels.tolist() == [1, 0, 0] * 4
 
 
 def test_the_name_follows_what_was_handed_over() -> None:

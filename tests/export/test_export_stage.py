@@ -357,7 +357,7 @@ def test_a_changed_export_is_not_bundled(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bundle", "tensorrt-jetson-orin", "--run", "absent"], "run absent has no export"),
+        (["bundle", "tensorrt-jetson-orin", "--run", "absent"], "no finished run called absent"),
         (["bundle", "openvino-npu", "--run", "int8"], "no bundle is made for openvino-npu"),
         (["engine", "openvino-cpu", "--run", "int8"], "needs no engine"),
         (["bundle", "jetson", "--run", "int8"], "there is no target 'jetson'"),
