@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import yaml
 from rich.console import Console
 from torch import nn
 
-from care_compress.console import Terminal
+from care_compress.console import Terminal, html_table
 from care_compress.data.given import give
 from care_compress.errors import RecipeError, RunError
 from care_compress.evaluate.compare import run_compare
@@ -34,9 +33,10 @@ from care_compress.model.care import Care
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint, state_digest
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.artifact import load_quantized
+from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.spec import Plan
 from care_compress.recipe.layers import ENDINGS
-from care_compress.recipe.recipe import Recipe, load_recipe
+from care_compress.recipe.recipe import Recipe, load_recipe, plain_name
 from care_compress.recipe.target import load_target
 from care_compress.report.write import write_report
 from care_compress.run.finished import FinishedRun, find_run
@@ -116,7 +116,8 @@ class Result:
         kept = self.run.kept
         if kept is None or kept.suffix != ".safetensors":
             return None
-        return load_quantized(kept).plan
+        assert isinstance(self.model, QuantizedCare)
+        return self.model.plan
 
     @property
     def exports(self) -> dict[str, Path]:
@@ -162,8 +163,7 @@ class Result:
                 if one.get("agreement") is not None
             ]
             rows.append((target, "; ".join(told) or str(export.get("failed", "no file"))))
-        cells = "".join(f"<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows)
-        return f"<table>{cells}</table>"
+        return html_table(rows)
 
 
 def quantize(
@@ -201,7 +201,7 @@ def quantize(
         values["data.resolution"] = resolution
     values |= settings or {}
     chosen = _load(recipe, values)
-    run = name or chosen.name
+    run = plain_name(name or chosen.name)
     run_recipe(chosen, runs, run, _console(verbose, progress))
     return Result(runs / run)
 
@@ -265,7 +265,7 @@ def _checkpoint(model: Care | str | Path, runs: Path) -> str:
 
 
 def _is_shipped(recipe: object) -> bool:
-    return isinstance(recipe, str) and not recipe.endswith((".yaml", ".yml"))
+    return isinstance(recipe, str) and not recipe.endswith(ENDINGS)
 
 
 def _load(recipe: str | Path | Mapping[str, Any] | Recipe, values: Mapping[str, object]) -> Recipe:

@@ -23,13 +23,13 @@ from care_compress.recipe.recipe import (
     Recipe,
     load_recipe,
     parse_section,
+    plain_name,
     recipe_files,
 )
 from care_compress.recipe.sections import DataSection
 from care_compress.shipped import VERSION, install_command
 from care_compress.signals import full_disks_named, stops_in_order
 
-LONGEST_NAME = 128  # bytes; files beside a run are named after it
 LONGEST_LINE = 2000  # letters of an error; a path can be longer
 # What typer raises for a verb or an option that does not exist. It brings click along or uses the
 # one installed, depending on its version, and names the class in neither case.
@@ -118,17 +118,6 @@ def on_a_recipe(*options: str) -> Callable[[Callable[..., None]], Callable[..., 
         return run
 
     return decorate
-
-
-def plain_name(run: str) -> str:
-    """A run's name, if it leads nowhere else and any file system takes it."""
-    plain = run.isprintable() and 0 < len(os.fsencode(run)) <= LONGEST_NAME
-    if not plain or Path(run).name != run or run.startswith("."):
-        raise CareError(
-            f"{shortened(repr(run))} is no run name.",
-            "use a plain name, and --runs for the folder",
-        )
-    return run
 
 
 @app.command()

@@ -9,6 +9,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from html import escape as escape_html
 from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -112,6 +113,12 @@ class CheckResult:
         """Return the result as ``results.json`` holds it."""
         items = list(self.items[:LISTED])
         return {**asdict(self), "items": items, "count": len(self.items)}
+
+
+def html_table(rows: Sequence[tuple[str, str]]) -> str:
+    """Name and text of each row as a notebook shows them; nothing in them is read as HTML."""
+    cells = "".join(f"<tr><th>{escape_html(a)}</th><td>{escape_html(b)}</td></tr>" for a, b in rows)
+    return f"<table>{cells}</table>"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -115,6 +115,12 @@ def test_a_wrong_recipe_is_a_care_error(recipe: object, says: str, tmp_path: Pat
     assert not any(tmp_path.iterdir())
 
 
+def test_a_run_stays_in_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(cc.CareError, match="is no run name"):
+        cc.quantize(BUILTIN, recipe="int8_ptq", runs=tmp_path / "runs", name="../elsewhere")
+    assert not any(tmp_path.iterdir())
+
+
 def test_images_of_ones_own_need_a_resolution(tmp_path: Path) -> None:
     with pytest.raises(cc.CareError, match="give resolution=224"):
         cc.quantize(BUILTIN, data=tmp_path, recipe="int8_ptq", runs=tmp_path)

@@ -6,7 +6,6 @@ more and may grow.
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from html import escape
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from care_compress import machine
-from care_compress.console import CheckResult
+from care_compress.console import CheckResult, html_table
 from care_compress.data.samples import Samples
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
 from care_compress.evaluate.intervals import Interval, mcnemar_p
@@ -153,8 +152,7 @@ class Comparison:
         """What a notebook shows: one row for each verdict and each limit."""
         rows = [(one.target, one.text) for one in self.verdicts]
         rows += [("limit", str(one)) for one in self.budgets]
-        cells = "".join(f"<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows)
-        return f"<table>{cells}</table>"
+        return html_table(rows)
 
     @property
     def baseline(self) -> NamedModel:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from care_compress.console import shortened
-from care_compress.errors import RecipeError
+from care_compress.errors import CareError, RecipeError
 from care_compress.recipe.layers import ENDINGS, Origins, read_layers
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.reading import did_you_mean, parse_yaml
@@ -34,6 +34,7 @@ from care_compress.recipe.sections import (
 from care_compress.shipped import shipped
 
 RECIPES_DIR = shipped("recipes")
+LONGEST_NAME = 128  # bytes; files beside a run are named after it
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "w4a8", "w4a4", "mixed"]
 AnySection = TypeVar("AnySection", bound=Section)
@@ -133,6 +134,17 @@ def _read_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {given} is not a YAML value: {error}.") from error
         yield key.strip(), value
+
+
+def plain_name(run: str) -> str:
+    """A run's name, if it leads nowhere else and any file system takes it."""
+    plain = run.isprintable() and 0 < len(os.fsencode(run)) <= LONGEST_NAME
+    if not plain or Path(run).name != run or run.startswith("."):
+        raise CareError(
+            f"{shortened(repr(run))} is no run name.",
+            "use a plain name, and --runs for the folder",
+        )
+    return run
 
 
 def recipe_files() -> list[Path]:

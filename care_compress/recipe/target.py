@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from care_compress.device import processor
 from care_compress.errors import RecipeError
+from care_compress.recipe.layers import ENDINGS
 from care_compress.recipe.quantize import RuleSection
 from care_compress.recipe.reading import did_you_mean, read_yaml
 from care_compress.recipe.recipe import RECIPES_DIR, parse
@@ -200,7 +201,7 @@ def load_target(name: str, full_range: bool = False) -> Target:
     path = TARGETS_DIR / f"{name}.yaml"
     if path in target_files(TARGETS_DIR):
         target = read_target(path)
-    elif Path(name).suffix in {".yaml", ".yml"}:
+    elif name.endswith(ENDINGS):
         target = read_target(Path(name))
         if (TARGETS_DIR / f"{target.name}.yaml").is_file():
             raise RecipeError(
