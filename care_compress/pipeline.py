@@ -1,7 +1,7 @@
 """The whole product in one place: from a recipe to results, stage after stage.
 
-    recipe -> float model (trained, or loaded) -> rewrite -> quantize -> (train) -> export
-           -> results.json
+    recipe -> float model (trained, or loaded) -> (slim) -> rewrite -> quantize -> (train)
+           -> export -> results.json
 
 Each stage takes its own section of the recipe and the previous stage's value, and leaves what it
 made in the run directory. What must score on the way is handed the function that does.
@@ -20,10 +20,12 @@ from care_compress.data.sources import open_samples
 from care_compress.evaluate.accuracy import validating
 from care_compress.evaluate.results import rewrite_table, write_results
 from care_compress.evaluate.run_accuracy import Candidate, evaluated, judging, score
+from care_compress.evaluate.slim_accuracy import score_slim
 from care_compress.export.stage import check_exports, exported
+from care_compress.export.width_times import timing
 from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
-from care_compress.model.rewrite import RewriteStep, rewrite_in_steps
+from care_compress.model.rewrite import RewriteStep, rewrite, rewrite_in_steps
 from care_compress.preflight import (
     Ready,
     check_space,
@@ -38,6 +40,7 @@ from care_compress.run.context import RunContext, open_run
 from care_compress.run.directory import Run
 from care_compress.run.processes import World, join_world
 from care_compress.runtime.artifact import teacher_opener
+from care_compress.slim.stage import slimmed
 from care_compress.train.stage import loaded, trained
 
 
@@ -54,7 +57,13 @@ def run_recipe(
         validation = open_samples(recipe.data, "val")  # everything is measured on these images
         if context.world.is_main:
             context.run.record_input("validation_images", validation.fingerprint())
-        model = _float_model(context, recipe, ready, validation)
+        given = model = _float_model(context, recipe, ready, validation)
+        slim = None
+        if recipe.slim is not None:
+            validate = validating(context, recipe, validation)
+            latency = timing(recipe, runs, context.console)
+            slim = slimmed(context, recipe, recipe.slim, given, validate, latency)
+            model = slim.model
         compact, steps = _rewritten(context, recipe, model)
 
         tried: list[Candidate] = []
@@ -65,8 +74,9 @@ def run_recipe(
             tried.append(evaluated(context, recipe, "ptq", ptq, compact, validation))
             if section.qat is not None:
                 validate = validating(context, recipe, validation)
+                teacher = compact if slim is None else rewrite(given, recipe.rewrite)
                 qat = trained_quantized(
-                    context, recipe, section, section.qat, compact, ptq, validate
+                    context, recipe, section, section.qat, compact, teacher, ptq, validate
                 )
                 tried.append(evaluated(context, recipe, "qat", qat, compact, validation))
 
@@ -74,7 +84,10 @@ def run_recipe(
         kept = scores.best.path if scores.best else None
         exports = exported(context, recipe, model, compact, kept, validation)
         as_json = {one.target.name: one.as_json() for one in exports}
-        results = write_results(context, recipe, validation, steps, scores, as_json)
+        lost = None
+        if slim is not None:
+            lost = score_slim(context, recipe, given, slim, scores.best, validation)
+        results = write_results(context, recipe, validation, steps, scores, as_json, lost)
         check_exports(exports)
         return results
 

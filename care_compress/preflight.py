@@ -17,6 +17,7 @@ from care_compress.console import say
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, RunError, TrainingError
 from care_compress.export.stage import check_targets, chosen_targets, placed
+from care_compress.export.width_times import check_timed
 from care_compress.libraries import load_nncf
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint
@@ -34,6 +35,7 @@ from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import TrainSection
 from care_compress.recipe.target import Target, load_target
 from care_compress.run.processes import World
+from care_compress.slim.plan import check_budget, check_slim, cost_of
 from care_compress.train.stage import LoadedModel, check_batch_size
 
 # Measured (LOG.md): what a file holds beside its weights grows with the number of sites. Unasked, a
@@ -103,9 +105,14 @@ def needed_space(recipe: Recipe, size: Size, plan: Plan | None, targets: Sequenc
         ]
         weights = sum(count * bits // 8 for count, bits in stored)
         weights += WEIGHT * max(0, parameters - sum(count for count, _ in stored))
-    folders = {"float": 0, "ptq": 0, "qat": 0, "exports": 0, "records": RECORDS}
+    folders = {"float": 0, "slim": 0, "ptq": 0, "qat": 0, "exports": 0, "records": RECORDS}
     if recipe.train is not None:
         folders["float"] = floats + _states(recipe.train, floats)
+    if recipe.slim is not None:
+        course = recipe.slim.heal or (section and section.qat)
+        healed = 0 if recipe.slim.heal is None else floats + _states(recipe.slim.heal, floats)
+        folders["slim"] = floats + healed
+        folders["slim"] += floats + _states(course, floats) if course else 0
     if section is not None:
         kept = model if section.backend == "torchao" else weights + TEXT_SITE * sites
         folders["ptq"] = kept
@@ -174,8 +181,9 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
     section = recipe.quantize
     listed = None if section is None else section.calibrate.list
     qat = None if section is None else section.qat
-    trainings = [training for training in (recipe.train, qat) if training is not None]
-    if trainings or listed:
+    heal = None if recipe.slim is None else recipe.slim.heal
+    trainings = [one for one in (recipe.train, heal, qat) if one is not None]
+    if trainings or listed or recipe.slim:
         samples = open_samples(recipe.data, "train")
         for training in trainings:
             check_batch_size(training, len(samples), world)
@@ -193,7 +201,16 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
             )
 
     start = None if recipe.train else LoadedModel.of(recipe.model)
-    network = rewrite(start.model if start else model_of(recipe), recipe.rewrite)
+    whole = start.model if start else model_of(recipe)
+    if recipe.slim is not None:
+        check_slim(whole, recipe.slim)
+        if recipe.slim.budget.kind == "latency":
+            check_timed(recipe.slim.target)
+        else:
+            resolution = recipe.data.resolution
+            check_budget(recipe.slim, cost_of(whole, recipe.slim.budget.kind, resolution))
+    # Sites are those of the whole network; what is cut has as many, or narrower ones.
+    network = rewrite(whole, recipe.rewrite)
     targets = chosen_targets(recipe)
     if section is not None and section.backend == "torchao":
         network, plan = planned(network, section, recipe.data.resolution)

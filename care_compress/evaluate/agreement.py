@@ -1,7 +1,7 @@
 """Whether a file computes what the model does: logits beside logits, on real images."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,7 +46,7 @@ class HeldImages:
         chosen = list(places)
         return HeldImages(self.pixels_BCHW[chosen], self.labels[chosen], self.data)
 
-    def batches(self, size: int) -> Iterator[Tensor]:
+    def batches(self, size: int) -> Generator[Tensor]:
         """Yield the network's inputs."""
         for pixels in torch.split(self.pixels_BCHW, size):
             yield normalize(pixels, self.data.mean, self.data.std)

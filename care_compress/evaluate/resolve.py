@@ -43,10 +43,10 @@ class NamedModel:
 
     @property
     def checkpoint_sha256(self) -> str | None:
-        """Digest of the float weights it was made from; None where nobody noted it."""
+        """Digest of the float weights it began with; None where nobody noted it."""
         if self.run is None or self.recipe is None:
             return None
-        return FinishedRun(self.run, self.recipe, self.results).checkpoint_sha256
+        return FinishedRun(self.run, self.recipe, self.results).start_sha256
 
     @property
     def export_of(self) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from care_compress.data.samples import Samples, spread_indices
 from care_compress.evaluate.accuracy import answers_check
 from care_compress.evaluate.readback import exports_check
 from care_compress.evaluate.run_accuracy import Scores, seen_images
+from care_compress.evaluate.slim_accuracy import SLIM
 from care_compress.files import read_json
 from care_compress.model.rewrite import RewriteStep
 from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_health
@@ -34,8 +35,12 @@ def write_results(
     steps: Sequence[RewriteStep],
     scores: Scores,
     exports: Mapping[str, Any],
+    slim: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Put the results together, write and tell them; `exports` by target, as in ``export.json``."""
+    """Put the results together, write and tell them; `exports` by target, as in ``export.json``.
+
+    `slim` is what `score_slim` found of a network that was cut.
+    """
     console, accuracy = context.console, scores.accuracy
     # The other processes report nothing, and may not see the run directory.
     main = context.world.is_main
@@ -57,6 +62,7 @@ def write_results(
         "exports": dict(exports),
         "seconds": context.seconds,
         **_quantized(context, recipe, scores),
+        **_slimmed(recipe, scores, slim),
     }
     if main:
         path = context.run.write_json("results.json", results)
@@ -65,7 +71,7 @@ def write_results(
                 f"[yellow]{len(context.bad)} images could not be decoded and were skipped"
             )
         console.print(f"results: {escape(str(path))}", soft_wrap=True)
-    _tell(context, recipe, scores)
+    _tell(context, recipe, scores, results.get("budget"))
     return results
 
 
@@ -147,18 +153,32 @@ def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str,
     }
 
 
-def _tell(context: RunContext, recipe: Recipe, scores: Scores) -> None:
+def _slimmed(
+    recipe: Recipe, scores: Scores, slim: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return what only a run with a slim section has; its drop counts from the whole network."""
+    if slim is None:
+        return {}
+    limit = recipe.budget.max_top1_drop
+    drop = slim["models"][SLIM if scores.best is None else scores.best.name]["drop"]
+    budget = None if limit is None else {"max_top1_drop": limit, "met": drop <= limit}
+    return {"slim": dict(slim), "budget": budget}
+
+
+def _tell(
+    context: RunContext, recipe: Recipe, scores: Scores, budget: Mapping[str, Any] | None
+) -> None:
     """Tell the outcome in one or two lines, and what to do next."""
     console, accuracy, best = context.console, scores.accuracy, scores.best
+    if budget is not None and not budget["met"]:
+        limit = budget["max_top1_drop"]
+        console.print(f"[yellow]the drop in top-1 is over the budget of {limit} points[/]")
     if best is None or recipe.quantize is None:
         console.print(
             f"[bold]top-1 {accuracy.top1:.2f} %[/]  top-5 {accuracy.top5:.2f} %  "
             f"on {accuracy.images:,} images (float32)"
         )
         return
-    drop, limit = best.paired.drop, recipe.budget.max_top1_drop
-    if limit is not None and drop > limit:
-        console.print(f"[yellow]a drop of {drop:.2f} points is over the budget of {limit}[/]")
     measured = "the file" if recipe.quantize.backend == "nncf" else "the simulation"
     console.print(
         f"Accuracy is that of {measured}. Next, accuracy and speed of the exported files: "

@@ -8,8 +8,9 @@ d channels of one head, g channels of one feature group, K classes. ``x_BCHW`` i
 tensor, ``q_BhdN`` one that holds tokens in its last axis.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,39 @@ ARCHITECTURES: dict[str, Architecture] = {
     "care_s1": Architecture((3, 6, 10, 6), (8, 16, 32, 64), ((2, 4), (2, 4), (4, 4), (4, 4))),
     "care_s2": Architecture((3, 6, 10, 6), (8, 16, 48, 96), ((4, 4), (4, 4), (4, 4), (4, 4))),
 }
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How wide every block is inside, in network order: what pruning changes of a size."""
+
+    hidden1: tuple[int, ...]  # channels inside interaction 1; 0 where it was taken out
+    hidden2: tuple[int, ...]  # of interaction 2; the last block's are the head's features
+
+    @classmethod
+    def published(cls, arch: str) -> "Widths":
+        """The widths of a named size, which its expansion ratios give."""
+        spec = architecture(arch)
+        stages = list(zip(spec.depths, spec.memory, spec.ratios, strict=True))
+        return cls(
+            tuple(3 * g * ratio for depth, g, (ratio, _) in stages for _ in range(depth)),
+            tuple(4 * g * ratio for depth, g, (_, ratio) in stages for _ in range(depth)),
+        )
+
+    def checked(self, arch: str) -> list[tuple[int, int]]:
+        """Both widths of each block; an error unless a network of this size can have them."""
+        most = Widths.published(arch)
+        lengths = {len(self.hidden1), len(self.hidden2), len(most.hidden1)}
+        pairs = zip(self.hidden1 + self.hidden2, most.hidden1 + most.hidden2, strict=False)
+        if len(lengths) > 1 or not all(0 <= one <= limit for one, limit in pairs):
+            raise CareError(
+                f"{arch} has {len(most.hidden1)} blocks, none wider than {max(most.hidden2)}; "
+                f"{self} does not fit it.",
+                "give a width for each block, at most that of the published network",
+            )
+        if not self.hidden2[-1]:
+            raise CareError("the last block has no features for the head.", "keep some of them")
+        return list(zip(self.hidden1, self.hidden2, strict=True))
 
 
 def positive_features(x: Tensor) -> Tensor:
@@ -140,30 +174,56 @@ class TokenMixer(nn.Module):
         return linear_attention(q_BhdN, k_BhdN, v_BhdN)
 
 
-class Interaction(nn.Module):
-    """Two inverted-bottleneck mixers: one over the features, one over memory and features."""
+class Bottleneck(NamedTuple):
+    """The layers of one half of an interaction: norm, 1x1 out, GELU, depthwise, 1x1 back."""
 
-    def __init__(self, group: int, ratios: tuple[int, int], last: bool) -> None:
+    name: str  # inter1, inter2
+    norm: nn.Module
+    fc1: nn.Conv2d
+    conv: nn.Conv2d
+    fc2: nn.Conv2d | None  # the network's last one ends with its depthwise convolution
+
+
+class Interaction(nn.Module):
+    """Two inverted-bottleneck mixers: one over the features, one over memory and features.
+
+    One without hidden channels has no layers at all: its input passes through.
+    """
+
+    def __init__(self, group: int, hidden1: int, hidden2: int, last: bool) -> None:
         super().__init__()
         features, width = 3 * group, 4 * group
-        hidden1, hidden2 = ratios[0] * features, ratios[1] * width
-        self.inter1_norm = nn.BatchNorm2d(features)
-        self.inter1_fc1 = nn.Conv2d(features, hidden1, 1)
-        self.inter1_conv = nn.Conv2d(hidden1, hidden1, 3, padding=1, groups=hidden1)
-        self.inter1_fc2 = nn.Conv2d(hidden1, features, 1)
-        self.inter1_add = Sum()
-        self.inter2_norm = nn.BatchNorm2d(width)
-        self.inter2_fc1 = nn.Conv2d(width, hidden2, 1)
-        self.inter2_conv = nn.Conv2d(hidden2, hidden2, 3, padding=1, groups=hidden2)
-        # The network's last interaction ends with its depthwise convolution.
-        self.inter2_fc2 = None if last else nn.Conv2d(hidden2, width, 1)
-        self.inter2_add = None if last else Sum()
+        if hidden1:
+            self.inter1_norm = nn.BatchNorm2d(features)
+            self.inter1_fc1 = nn.Conv2d(features, hidden1, 1)
+            self.inter1_conv = nn.Conv2d(hidden1, hidden1, 3, padding=1, groups=hidden1)
+            self.inter1_fc2 = nn.Conv2d(hidden1, features, 1)
+            self.inter1_add = Sum()
+        if hidden2:
+            self.inter2_norm = nn.BatchNorm2d(width)
+            self.inter2_fc1 = nn.Conv2d(width, hidden2, 1)
+            self.inter2_conv = nn.Conv2d(hidden2, hidden2, 3, padding=1, groups=hidden2)
+            self.inter2_fc2 = None if last else nn.Conv2d(hidden2, width, 1)
+            self.inter2_add = None if last else Sum()
+        self.has_inter1, self.has_inter2 = hidden1 > 0, hidden2 > 0
+
+    def bottlenecks(self) -> Iterator[Bottleneck]:
+        """Those that are there."""
+        if self.has_inter1:
+            fc2: nn.Conv2d | None = self.inter1_fc2
+            yield Bottleneck("inter1", self.inter1_norm, self.inter1_fc1, self.inter1_conv, fc2)
+        if self.has_inter2:
+            fc2 = self.inter2_fc2
+            yield Bottleneck("inter2", self.inter2_norm, self.inter2_fc1, self.inter2_conv, fc2)
 
     def forward(self, memory: Tensor, features: Tensor) -> Tensor:
         """Mix channels of the features, then of everything."""
-        x = F.gelu(self.inter1_fc1(self.inter1_norm(features)))
-        features = self.inter1_add(features, self.inter1_fc2(self.inter1_conv(x)))
+        if self.has_inter1:
+            x = F.gelu(self.inter1_fc1(self.inter1_norm(features)))
+            features = self.inter1_add(features, self.inter1_fc2(self.inter1_conv(x)))
         everything = torch.cat([memory, features], dim=1)
+        if not self.has_inter2:
+            return everything
         x = F.gelu(self.inter2_fc1(self.inter2_norm(everything)))
         out: Tensor = self.inter2_conv(x)
         if self.inter2_fc2 is None or self.inter2_add is None:
@@ -176,11 +236,11 @@ class Block(nn.Module):
     """Token mixer, then interaction, added to the input after a learned scale (gamma)."""
 
     def __init__(
-        self, group: int, ratios: tuple[int, int], head_dim: int | None, drop: float, last: bool
+        self, group: int, hidden: tuple[int, int], head_dim: int | None, drop: float, last: bool
     ) -> None:
         super().__init__()
         self.token_mixer = TokenMixer(group, head_dim)
-        self.inter_layer = Interaction(group, ratios, last)
+        self.inter_layer = Interaction(group, *hidden, last)
         self.drop_path = drop
         self.gamma = None if last else nn.Parameter(torch.full((4 * group,), 1e-1))
         self.add = None if last else Sum()
@@ -236,29 +296,41 @@ class Head(nn.Module):
 
 
 class Care(nn.Module):
-    """A CARE classifier: eval mode averages the two heads, training mode returns both."""
+    """A CARE classifier: eval mode averages the two heads, training mode returns both.
 
-    def __init__(self, arch: str, num_classes: int = 1000, drop_path_rate: float = 0.0) -> None:
+    With other `widths` than the published ones it is a slimmed network of that size.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        widths: Widths | None = None,
+    ) -> None:
         super().__init__()
-        spec = architecture(arch)
+        spec, widths = architecture(arch), widths or Widths.published(arch)
+        hidden = widths.checked(arch)
         if num_classes < 1:
             raise CareError(f"num_classes is {num_classes}.", "give at least one class")
         self.arch = arch
         self.num_classes = num_classes
+        self.widths = widths
         self.stem = nn.Sequential(
             nn.Conv2d(3, spec.widths[0], STEM_STRIDE, stride=STEM_STRIDE),
             nn.BatchNorm2d(spec.widths[0]),
         )
         self.stages = nn.ModuleList()
         total, index = sum(spec.depths), 0
-        for i, (group, (inter1, inter2)) in enumerate(zip(spec.memory, spec.ratios, strict=True)):
+        for i, group in enumerate(spec.memory):
             linear = i in LINEAR_ATTENTION_STAGES
             head_dim = spec.head_dims[i - LINEAR_ATTENTION_STAGES[0]] if linear else None
             blocks = []
             for _ in range(spec.depths[i]):
                 drop = drop_path_rate * index / max(1, total - 1)  # grows linearly with depth
+                last = index == total - 1
+                blocks.append(Block(group, hidden[index], head_dim, drop, last))
                 index += 1
-                blocks.append(Block(group, (inter1, inter2), head_dim, drop, index == total))
             downsample = None
             if i > 0:
                 before, after = spec.widths[i - 1 : i + 1]
@@ -266,9 +338,13 @@ class Care(nn.Module):
                     nn.BatchNorm2d(before), nn.Conv2d(before, after, 2, stride=2)
                 )
             self.stages.append(Stage(blocks, downsample))
-        features = spec.ratios[-1][1] * spec.widths[-1]
-        self.head = Head(features, num_classes)
-        self.dist_head = Head(features, num_classes)
+        self.head = Head(hidden[-1][1], num_classes)
+        self.dist_head = Head(hidden[-1][1], num_classes)
+
+    @property
+    def is_slimmed(self) -> bool:
+        """Whether it is narrower than the published size."""
+        return self.widths != Widths.published(self.arch)
 
     def forward_features(self, x_BCHW: Tensor) -> list[Tensor]:
         """The four stage outputs, at strides 4, 8, 16 and 32."""

@@ -17,6 +17,8 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from care_compress.errors import CheckpointError, UnsafeCheckpointError
 from care_compress.files import atomic_file
-from care_compress.model.care import ARCHITECTURES, Care, architecture
+from care_compress.model.care import ARCHITECTURES, Care, Widths, architecture
 from care_compress.model.hub import fetch, is_hub
 
 BUILTIN_PREFIX = "builtin:"
@@ -58,7 +60,7 @@ QUANTIZED_HEADER = "care_compress_quantized"  # metadata key of files that are n
 
 
 def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
-    """A CARE in eval mode with the weights of `path`; arch and class count are inferred.
+    """A CARE in eval mode with the weights of `path`; arch, widths and class count are inferred.
 
     Reads ``.pth``, ``.pth.tar``, ``.pt`` and ``.safetensors``, bare or nested under the usual
     keys, ``builtin:NAME`` for weights that ship with the package, and
@@ -74,7 +76,7 @@ def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
         raise CheckpointError(f"{where} has a head with no classes.")
     if is_hub(path):
         fetch(str(path)).check(found, classes)
-    model = Care(found, classes)
+    model = Care(found, classes, widths=widths_in(state, found))
     # Some exporters drop the step counters of BatchNorm, which do not affect inference.
     own = model.state_dict()
     counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
@@ -101,7 +103,13 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def save_checkpoint(model: Care, path: Path, metadata: Mapping[str, str]) -> None:
     """Write weights as safetensors, with arch and class count beside `metadata` in the header."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    about = {"arch": model.arch, "num_classes": model.num_classes, **metadata}
+    about: dict[str, object] = {
+        "arch": model.arch,
+        "num_classes": model.num_classes,
+        **metadata,
+    }
+    if model.is_slimmed:  # for readers of the header; loading goes by the shapes
+        about["widths"] = asdict(model.widths)
     # One key, because safetensors writes several in random order: equal weights, equal bytes.
     content = save(tensors, metadata={"care_compress": json.dumps(about, sort_keys=True)})
     with atomic_file(path) as temporary:
@@ -253,11 +261,41 @@ def infer_arch(state: Mapping[str, Tensor], path: Path, wanted: str | None = Non
     return nearest
 
 
+def widths_in(state: Mapping[str, Tensor], arch: str) -> Widths:
+    """The widths that these weights have as a network of this size.
+
+    A slimmed network says them by its shapes alone, so any file of its weights will do. Where they
+    are no widths of a slimmed network, those of the published one stand.
+    """
+    published = Widths.published(arch)
+    narrowed = []
+    for number, full in ((1, published.hidden1), (2, published.hidden2)):
+        found = []
+        for place, most in zip(block_names(arch), full, strict=True):
+            name = f"{place}.inter_layer.inter{number}_"
+            fc1 = state.get(f"{name}fc1.weight")
+            if fc1 is not None and fc1.dim() == 4 and 1 <= fc1.shape[0] <= most:
+                found.append(int(fc1.shape[0]))
+            else:
+                # Taken out as a whole, or a file that lacks some of it.
+                found.append(most if any(key.startswith(name) for key in state) else 0)
+        narrowed.append(tuple(found))
+    if not narrowed[1][-1] or not any(chain(*narrowed)):  # no network of ours: say what is missing
+        return published
+    return Widths(*narrowed)
+
+
+def block_names(arch: str) -> list[str]:
+    """The blocks of a size, in network order."""
+    depths = architecture(arch).depths
+    return [f"stages.{i}.blocks.{j}" for i, depth in enumerate(depths) for j in range(depth)]
+
+
 def _differences(state: Mapping[str, Tensor], arch: str) -> list[str]:
     """What keeps these weights from loading as `arch`, one phrase per tensor."""
     head = state.get("head.fc.weight")
     classes = int(head.shape[0]) if head is not None and head.dim() == 2 else 1
-    expected = _shapes(arch, max(1, classes))
+    expected = _shapes(arch, max(1, classes), widths_in(state, arch))
     phrases = []
     for name, shape in expected.items():
         if name not in state:
@@ -270,10 +308,11 @@ def _differences(state: Mapping[str, Tensor], arch: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes(arch: str, classes: int) -> dict[str, torch.Size]:
+def _shapes(arch: str, classes: int, widths: Widths) -> dict[str, torch.Size]:
     """The shapes of a size's tensors, by name."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in Care(arch, classes).state_dict().items()}
+        model = Care(arch, classes, widths=widths)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _size(shape: torch.Size) -> str:

@@ -77,15 +77,20 @@ class CompactInteraction(Interaction):
         for name in ("inter2_fc2", "inter2_add"):  # the last interaction has neither
             if not hasattr(self, name):
                 setattr(self, name, None)
+        self.has_inter1, self.has_inter2 = source.has_inter1, source.has_inter2
         self.activation: nn.Module = nn.GELU()
         self.inter1_rotation: nn.Module = nn.Identity()
         self.inter2_rotation: nn.Module = nn.Identity()
 
     def forward(self, memory: Tensor, features: Tensor) -> Tensor:
         """Mix channels of the features, then of everything."""
-        x: Tensor = self.activation(self.inter1_fc1(self.inter1_norm(features)))
-        x = self.inter1_fc2(self.inter1_rotation(self.inter1_conv(x)))
-        everything = torch.cat([memory, self.inter1_add(features, x)], dim=1)
+        if self.has_inter1:
+            x: Tensor = self.activation(self.inter1_fc1(self.inter1_norm(features)))
+            x = self.inter1_fc2(self.inter1_rotation(self.inter1_conv(x)))
+            features = self.inter1_add(features, x)
+        everything = torch.cat([memory, features], dim=1)
+        if not self.has_inter2:
+            return everything
         x = self.activation(self.inter2_fc1(self.inter2_norm(everything)))
         x = self.inter2_conv(x)
         if self.inter2_fc2 is None or self.inter2_add is None:
@@ -222,6 +227,7 @@ class CompactCare(nn.Module):
         source = copy.deepcopy(model).eval()
         self.arch = source.arch
         self.num_classes = source.num_classes
+        self.widths = source.widths
         self.stem = source.stem
         self.stages = source.stages
         for block in blocks(self):

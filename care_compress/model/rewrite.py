@@ -74,10 +74,9 @@ def fold_norms(model: CompactCare) -> None:
     Exact here because none of these convolutions pads; a padded one would see c at its border.
     """
     for block in blocks(model):
-        inter = block.inter_layer
-        for norm, conv in (("inter1_norm", inter.inter1_fc1), ("inter2_norm", inter.inter2_fc1)):
-            _fold_norm_forward(getattr(inter, norm), conv)
-            setattr(inter, norm, nn.Identity())
+        for half in block.inter_layer.bottlenecks():
+            _fold_norm_forward(half.norm, half.fc1)
+            setattr(block.inter_layer, f"{half.name}_norm", nn.Identity())
     for stage in stages(model):
         if stage.downsample is not None:
             conv = _conv(stage.downsample[1])
@@ -96,16 +95,14 @@ def merge_heads(model: CompactCare) -> None:
 def fold_depthwise_bias(model: CompactCare) -> None:
     """A depthwise bias is constant over positions, so the following 1x1 can add it: b2 + W2 b."""
     for block in blocks(model):
-        inter = block.inter_layer
-        pairs = ((inter.inter1_conv, inter.inter1_fc2), (inter.inter2_conv, inter.inter2_fc2))
-        for depthwise, pointwise in pairs:
-            if pointwise is None:
+        for half in block.inter_layer.bottlenecks():
+            if half.fc2 is None:
                 continue
-            weight = pointwise.weight.double()
-            assert pointwise.bias is not None and depthwise.bias is not None
-            bias = pointwise.bias.double() + weight.flatten(1) @ depthwise.bias.double()
-            assign(pointwise, weight, bias)
-            depthwise.bias = None
+            weight = half.fc2.weight.double()
+            assert half.fc2.bias is not None and half.conv.bias is not None
+            bias = half.fc2.bias.double() + weight.flatten(1) @ half.conv.bias.double()
+            assign(half.fc2, weight, bias)
+            half.conv.bias = None
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """A quantized model as a file: weights, scales and what is needed to build the graph again."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from care_compress.console import one_line, shortened
-from care_compress.errors import CheckpointError
+from care_compress.errors import CareError, CheckpointError
 from care_compress.files import atomic_file
-from care_compress.model.care import build_model
+from care_compress.model.care import Care, Widths
 from care_compress.model.checkpoint import QUANTIZED_HEADER
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
@@ -32,19 +32,22 @@ class _Header(Section):
     resolution: Annotated[int, Field(ge=32, le=2048)]
     rewrite: RewriteSection
     quantize: QuantizeSection
+    widths: Widths | None = None  # of a slimmed network
 
 
 def save_quantized(
     model: QuantizedCare, section: QuantizeSection, rewrites: RewriteSection, path: Path
 ) -> None:
     """Write the model; its header holds everything but the numbers."""
-    about = {
+    about: dict[str, object] = {
         "arch": model.arch,
         "num_classes": model.num_classes,
         "resolution": model.plan.resolution,
         "rewrite": rewrites.model_dump(mode="json"),
         "quantize": section.model_dump(mode="json"),
     }
+    if model.widths != Widths.published(model.arch):
+        about["widths"] = asdict(model.widths)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     content = save(tensors, metadata={QUANTIZED_HEADER: json.dumps(about, sort_keys=True)})
     with atomic_file(path) as temporary:
@@ -96,8 +99,12 @@ def load_saved(path: Path) -> Saved:
         )
     if 4 * about.num_classes > path.stat().st_size:  # a number for each, in the head's bias
         raise _damaged(path, f"it is too small for {about.num_classes:,} classes")
-    with torch.random.fork_rng():
-        network = rewrite(build_model(about.arch, about.num_classes), about.rewrite)
+    try:
+        with torch.random.fork_rng():
+            made = Care(about.arch, about.num_classes, widths=about.widths)
+    except CareError as error:
+        raise _damaged(path, shortened(one_line(str(error)))) from error
+    network = rewrite(made, about.rewrite)
     network, plan = planned(network, about.quantize, about.resolution)
     model = simulate(network, plan)
     try:

@@ -55,10 +55,10 @@ class Rescaling:
 def norms_to_affine(model: CompactCare) -> None:
     """Freeze every BatchNorm that is left into the multiply-add it is in eval mode."""
     for block in blocks(model):
-        for name in ("inter1_norm", "inter2_norm"):
-            norm = getattr(block.inter_layer, name)
-            if isinstance(norm, nn.BatchNorm2d):
-                setattr(block.inter_layer, name, ChannelAffine(*norm_as_affine(norm)))
+        for half in block.inter_layer.bottlenecks():
+            if isinstance(half.norm, nn.BatchNorm2d):
+                affine = ChannelAffine(*norm_as_affine(half.norm))
+                setattr(block.inter_layer, f"{half.name}_norm", affine)
     for stage in stages(model):
         if stage.downsample is not None and isinstance(stage.downsample[0], nn.BatchNorm2d):
             stage.downsample[0] = ChannelAffine(*norm_as_affine(stage.downsample[0]))

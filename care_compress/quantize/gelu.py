@@ -65,14 +65,11 @@ def use_hard_swish(network: CompactCare) -> None:
         inter = block.inter_layer
         assert isinstance(inter, CompactInteraction)
         inter.activation = nn.Hardswish()
-        for pointwise, depthwise in (
-            (inter.inter1_fc1, inter.inter1_conv),
-            (inter.inter2_fc1, inter.inter2_conv),
-        ):
-            assert pointwise.bias is not None
-            pointwise.weight.mul_(HARD_SWISH_SLOPE)
-            pointwise.bias.mul_(HARD_SWISH_SLOPE)
+        for half in inter.bottlenecks():
+            assert half.fc1.bias is not None
+            half.fc1.weight.mul_(HARD_SWISH_SLOPE)
+            half.fc1.bias.mul_(HARD_SWISH_SLOPE)
             # The network's last depthwise may have become part of the pool.
-            reader = depthwise if isinstance(depthwise, nn.Conv2d) else network.pool
+            reader = half.conv if isinstance(half.conv, nn.Conv2d) else network.pool
             assert isinstance(reader, nn.Conv2d | PooledDepthwise)
             reader.weight.div_(HARD_SWISH_SLOPE)

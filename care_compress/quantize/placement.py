@@ -25,6 +25,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from care_compress.errors import DataError
 from care_compress.libraries import quiet
+from care_compress.model.care import Widths
 from care_compress.model.compact import CompactCare
 from care_compress.model.structure import Latest, structure_of
 from care_compress.quantize.fakequant import IntQuantizer, TensorQuantizer, make_quantizer
@@ -49,12 +50,15 @@ class QuantizedCare(nn.Module):
     In training mode it returns (logits, stage outputs), in eval mode the logits.
     """
 
-    def __init__(self, graph: GraphModule, plan: Plan, arch: str, num_classes: int) -> None:
+    def __init__(
+        self, graph: GraphModule, plan: Plan, arch: str, num_classes: int, widths: Widths
+    ) -> None:
         super().__init__()
         self.graph = graph
         self.plan = plan
         self.arch = arch
         self.num_classes = num_classes
+        self.widths = widths
 
     def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits (B, K)."""
@@ -231,7 +235,8 @@ def _with_quantizers(
 ) -> QuantizedCare:
     with quiet():
         placed = prepare_qat_pt2e(graph, PlanQuantizer(plan))
-    return QuantizedCare(placed, plan, made_from.arch, made_from.num_classes).eval()
+    about = (made_from.arch, made_from.num_classes, made_from.widths)
+    return QuantizedCare(placed, plan, *about).eval()
 
 
 def site_of(node: Node) -> str:

@@ -8,7 +8,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from care_compress.files import fingerprint
 from care_compress.libraries import quiet
@@ -18,7 +17,7 @@ from care_compress.quantize.placement import QuantizedCare
 from care_compress.recipe.quantize import QatSection
 from care_compress.recipe.sections import WATCHING, TrainSection
 from care_compress.train.loop import HALF_PRECISION, ParameterGroup
-from care_compress.train.objective import Outcome
+from care_compress.train.objective import Outcome, follow_float
 from care_compress.train.stage import Training
 from care_compress.train.state import Progress
 
@@ -75,8 +74,7 @@ def prepare_to_learn(model: QuantizedCare) -> None:
 class FollowFloat:
     """Distance of a quantized model from its float teacher.
 
-    loss = (1 - labels) T^2 KL(teacher / T || student / T) + labels CE
-         + features mean_i ||f_i - t_i||^2 / ||t_i||^2 + lambda(t) dampening
+    loss = what `follow_float` says + lambda(t) dampening
 
     lambda rises as a cosine from 0: late in training it pulls weights that oscillate between two
     integers towards the nearer one (arXiv 2203.11086), ||s w_int - clip(w)||^2 over steps squared.
@@ -98,20 +96,7 @@ class FollowFloat:
             taught = self.teacher.stage_outputs(images_BCHW)
             taught_BK = self.teacher.classify(taught[-1])
         logits_BK, features = model(images_BCHW)
-        student, teacher = (
-            F.log_softmax(one.float() / section.temperature, dim=1)
-            for one in (logits_BK, taught_BK)
-        )
-        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        loss = (1 - section.labels) * (divergence * section.temperature**2)
-        if section.labels:
-            loss = loss + section.labels * F.cross_entropy(logits_BK, targets_BK)
-        if section.features:
-            distances = [
-                (f.float() - t.float()).square().mean() / t.float().square().mean().clamp(min=1e-12)
-                for f, t in zip(features, taught, strict=True)
-            ]
-            loss = loss + section.features * torch.stack(distances).mean()
+        loss = follow_float(logits_BK, features, taught_BK, taught, targets_BK, section)
         weight = section.dampening * (1 - math.cos(math.pi * progress)) / 2
         if weight:
             simulated = model if isinstance(model, QuantizedCare) else model.module  # of DDP

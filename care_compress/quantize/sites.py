@@ -102,7 +102,8 @@ def kept_in_float(model: CompactCare, resolution: int) -> tuple[Kept, ...]:
     if norms := count(ChannelAffine | nn.BatchNorm2d):
         why = "one multiply-add per channel in front of a quantize, which it fuses into"
         kept.append(Kept("pre-norm scale and shift", norms, why))
-    kept.append(Kept("GELU", 2 * count(Interaction), "element-wise, in the epilogue of a conv"))
+    gelus = sum(len(list(m.bottlenecks())) for m in modules if isinstance(m, Interaction))
+    kept.append(Kept("GELU", gelus, "element-wise, in the epilogue of a conv"))
     if rotations := count(Rotation):
         macs = _macs_by_module(model, resolution)
         turning = sum(macs.get(n, 0) for n, m in model.named_modules() if isinstance(m, Rotation))

@@ -98,10 +98,14 @@ def trained_quantized(
     section: QuantizeSection,
     qat: QatSection,
     compact: CompactCare,
+    teacher: CompactCare,
     start: Path,
     validate: Validate,
 ) -> Path:
-    """QAT from the PTQ result `start`; kept in ``qat/``."""
+    """QAT from the PTQ result `start`; kept in ``qat/``.
+
+    `teacher` is the float network it follows: `compact` itself, or the whole one it was cut from.
+    """
     path = context.run.path / "qat" / MODEL_FILES[section.backend]
     samples, listed = open_samples(recipe.data, "train"), context.run.path / CALIBRATION_FILE
 
@@ -117,7 +121,7 @@ def trained_quantized(
                 )
             else:
                 saved = load_saved(start)
-                model, progress = train_quantized(saved.model, compact, qat, training)
+                model, progress = train_quantized(saved.model, teacher, qat, training)
                 if context.world.is_main:
                     save_quantized(model, saved.section, recipe.rewrite, path)
                     # The channels were watched in the float model, which training leaves behind.
@@ -132,6 +136,7 @@ def trained_quantized(
         **recipe_parts(recipe)["qat"],
         **made_from_network(section, compact),
         "ptq": digest_of(start),
+        "teacher": state_digest(teacher.state_dict()),
         "training images": samples.content_digest(),
     }
     once(context, "qat", made_from, make, together=True, handed_in=[validate])

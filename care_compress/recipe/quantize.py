@@ -5,13 +5,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from care_compress.recipe.sections import (
-    AugmentSection,
     Count,
+    FollowSection,
     Fraction,
     NonNegative,
     Positive,
     Section,
-    TrainSection,
 )
 
 Bits = Literal["float", "fp16", "bf16", 8, 6, 4]
@@ -78,7 +77,7 @@ class ReconstructSection(Section):
     drop: Fraction = Field(0.5, description="share of activations left unquantized (QDrop)")
 
 
-class QatSection(TrainSection):
+class QatSection(FollowSection):
     """Quantization-aware training: everything the float trainer has, and what quantization adds."""
 
     place: ClassVar[str] = "quantize.qat"
@@ -87,24 +86,10 @@ class QatSection(TrainSection):
     batch_size: Count = 64
     learning_rate: Positive = 5e-5
     scale_rate: Positive = Field(20.0, description="times learning_rate, for scales and offsets")
-    weight_decay: NonNegative = 0.0
-    label_smoothing: Fraction = 0.0
-    labels: Unit = Field(0.0, description="weight of the labels beside the float model's logits")
-    temperature: Positive = 2.0
-    augment: AugmentSection = AugmentSection(scale=(0.5, 1.0))
-    features: NonNegative = Field(
-        1.0, description="weight of the distance between the stage outputs"
-    )
     dampening: NonNegative = Field(
         0.0, description="weight at the end of the pull towards the grid; rises as a cosine"
     )
     freeze_scales: Unit = Field(0.8, description="part of the training after which scales stay")
-
-    @model_validator(mode="after")
-    def _no_other_teacher(self) -> "QatSection":
-        if self.distill is not None or self.drop_path:
-            raise ValueError("qat learns from its own float model: no distill, no drop_path")
-        return self
 
 
 class SearchSection(Section):

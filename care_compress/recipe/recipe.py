@@ -31,6 +31,7 @@ from care_compress.recipe.sections import (
     Section,
     TrainSection,
 )
+from care_compress.recipe.slim import SlimSection
 from care_compress.shipped import shipped
 
 RECIPES_DIR = shipped("recipes")
@@ -50,6 +51,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     train: TrainSection | None = None
+    slim: SlimSection | None = None
     rewrite: RewriteSection = RewriteSection()
     quantize: QuantizeSection | None = None
     export: ExportSection = ExportSection()

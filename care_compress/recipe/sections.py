@@ -123,6 +123,28 @@ class TrainSection(Section):
         return min(self.epochs * steps_per_epoch, self.max_steps or self.epochs * steps_per_epoch)
 
 
+class FollowSection(TrainSection):
+    """A training whose teacher is the run's own float model: of QAT, and after a cut."""
+
+    weight_decay: NonNegative = 0.0
+    label_smoothing: Fraction = 0.0
+    labels: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="weight of the labels beside the float model's logits"
+    )
+    temperature: Positive = 2.0
+    augment: AugmentSection = AugmentSection(scale=(0.5, 1.0))
+    features: NonNegative = Field(
+        1.0, description="weight of the distance between the stage outputs"
+    )
+
+    @model_validator(mode="after")
+    def _no_other_teacher(self) -> "FollowSection":
+        if self.distill is not None or self.drop_path:
+            what = self.place.rsplit(".", 1)[-1]
+            raise ValueError(f"{what} learns from its own float model: no distill, no drop_path")
+        return self
+
+
 class ExportSection(Section):
     """Which targets get files, and how the files are checked."""
 

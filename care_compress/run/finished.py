@@ -17,6 +17,10 @@ from care_compress.recipe.target import load_target
 from care_compress.run.directory import TARGETS_FOLDER
 from care_compress.shipped import quantize_command
 
+# What the slim stage leaves: the narrow network as it was cut, and after it healed.
+SLIM_CUT = "slim/cut.safetensors"
+SLIM_HEALED = "slim/model.safetensors"
+
 
 @contextlib.contextmanager
 def as_written(what: Path) -> Iterator[None]:
@@ -46,22 +50,34 @@ class FinishedRun:
 
     @property
     def checkpoint(self) -> Path:
-        """The float weights: those the run trained, or those the recipe names."""
+        """The float weights of what the run quantized and exported."""
+        slim = self.recipe.slim
+        if slim is None:
+            return self.start
+        return self.path / (SLIM_CUT if slim.heal is None else SLIM_HEALED)
+
+    @property
+    def start(self) -> Path:
+        """The float weights it began with: those the run trained, or those the recipe names."""
         if self.recipe.train is not None:
             return self.path / "float" / "model.safetensors"
         assert self.recipe.model.checkpoint is not None  # the recipe's own check
         return resolve_checkpoint(self.recipe.model.checkpoint)
 
     @property
-    def checkpoint_sha256(self) -> str | None:
-        """Digest of the float weights, as the run noted it; None where its manifest is gone."""
+    def start_sha256(self) -> str | None:
+        """Digest of the float weights it began with, as the run noted it."""
+        return self._noted(self.start)
+
+    def _noted(self, weights: Path) -> str | None:
+        """What the manifest says of a file of weights; None where it is gone or says nothing."""
         manifest = self.path / "manifest.json"
         if not manifest.is_file():
             return None
         with as_written(manifest):
             recorded = read_json(manifest)
-            if self.recipe.train is not None:
-                known = recorded["outputs"].get("float/model.safetensors")
+            if weights.is_relative_to(self.path):
+                known = recorded["outputs"].get(str(weights.relative_to(self.path)))
             else:
                 known = recorded["inputs"].get("checkpoint", {}).get("sha256")
         return None if known is None else str(known)
@@ -74,7 +90,7 @@ class FinishedRun:
                 f"the float model of {self.path.name}, {path}, is gone.",
                 "put it back, or make the run again",
             )
-        known = self.checkpoint_sha256
+        known = self._noted(path)
         if known is not None and sha256_file(path) != known:
             raise CheckpointError(
                 f"{path} is not the float model that {self.path.name} was made from.",

@@ -56,6 +56,8 @@ def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
             "model": said["model"],
             "train": _without(said["train"] or {}, WATCHING),
         },
+        "slim": {**learned, "slim": _without(said["slim"] or {}, {"heal"})},
+        "follow": learned,
         "calibration": {**seen, "quantize.calibrate": quantize.get("calibrate")},
         "ptq": {**seen, "quantize": _without(quantize, {"qat"}), **judged},
         "qat": {

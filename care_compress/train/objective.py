@@ -4,6 +4,7 @@ An objective sees the model and one mixed batch and returns a loss; the loop kno
 about it. QAT brings its own objective to the same loop.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from care_compress.errors import TrainingError
 from care_compress.model.predictor import Predictor
-from care_compress.recipe.sections import AugmentSection, DistillSection
+from care_compress.recipe.sections import AugmentSection, DistillSection, FollowSection
 
 MIXING_STREAM = 1  # keeps the draws of `mix` apart from the loader's, which share the seed
 
@@ -70,6 +71,36 @@ def follow_teacher(student_BK: Tensor, teacher_BK: Tensor, distill: DistillSecti
     teacher = F.log_softmax(teacher_BK.float() / distill.temperature, dim=1)
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return divergence * distill.temperature**2
+
+
+def follow_float(
+    logits_BK: Tensor,
+    features: Sequence[Tensor],
+    taught_BK: Tensor,
+    taught: Sequence[Tensor],
+    targets_BK: Tensor,
+    section: FollowSection,
+) -> Tensor:
+    """Distance of a compressed model from its float teacher, on the same images.
+
+    (1 - labels) T^2 KL(teacher / T || student / T) + labels CE
+    + features mean_i ||f_i - t_i||^2 / ||t_i||^2 over the stage outputs.
+    """
+    student, teacher = (
+        F.log_softmax(one.float() / section.temperature, dim=1) for one in (logits_BK, taught_BK)
+    )
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    loss = (1 - section.labels) * (divergence * section.temperature**2)
+    if section.labels:
+        loss = loss + section.labels * F.cross_entropy(logits_BK, targets_BK)
+    if section.features:
+        distances = [
+            (f.float() - t.float()).square().mean() / t.float().square().mean().clamp(min=1e-12)
+            for f, t in zip(features, taught, strict=True)
+            if f.shape == t.shape  # the hidden channels that the network ends in may be fewer
+        ]
+        loss = loss + section.features * torch.stack(distances).mean()
+    return loss
 
 
 def soft_targets(labels_B: Tensor, num_classes: int, smoothing: float) -> Tensor:

@@ -98,7 +98,7 @@ def trained(
                 check_teacher(teacher, len(samples.classes))
             course = training.course(section, decided_by)
             trainee = training.fit(start, Classification(section.distill, teacher), course)
-            model = Care(start.arch, start.num_classes)  # on the CPU
+            model = Care(start.arch, start.num_classes, widths=start.widths)  # on the CPU
             model.load_state_dict(trainee.result.state_dict())
             history = trainee.progress.history
         if context.world.is_main:
@@ -195,7 +195,7 @@ def starting_point(recipe: Recipe, num_classes: int) -> Care:
             f"the checkpoint has {loaded.num_classes} classes, the data has {num_classes}.",
             "choose a checkpoint trained on this data, or set data.classes",
         )
-    model = Care(loaded.arch, loaded.num_classes, drop_path)
+    model = Care(loaded.arch, loaded.num_classes, drop_path, loaded.widths)
     model.load_state_dict(loaded.state_dict())
     return model
 

@@ -1,0 +1,1 @@
+"""Pruning: a smaller dense network out of a trained one, before it is quantized."""
