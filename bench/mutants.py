@@ -2,9 +2,11 @@
 
 ``mutants.yaml`` lists plausible bugs as data. Each is planted alone in a copy of the repository,
 and the tests meant to catch it run there; a bug that they do not notice survived, and is named. One
-bug takes as long as its tests: some seconds.
+bug takes as long as its tests: some seconds. Stopped, it goes on where it was, as long as no file
+has changed; what is finished is kept in ``runs/mutants.json``.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -12,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated
+from threading import Lock
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -27,8 +30,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from care_compress.files import fingerprint, sha256_file, write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_suffix(".yaml")
+STORE = ROOT / "runs" / "mutants.json"
 TIMEOUT = 900  # seconds; a test that a bug hangs has noticed it
 
 
@@ -64,6 +70,24 @@ class Outcome:
     seconds: float
 
 
+class Finished:
+    """What an earlier run of the same files has found, and what this one adds."""
+
+    def __init__(self, files: str) -> None:
+        found = json.loads(STORE.read_text(encoding="utf-8")) if STORE.is_file() else {}
+        self.content = found if found.get("files") == files else {"files": files}
+        self.lock = Lock()
+
+    def of(self, key: str, make: Callable[[], Any]) -> Any:
+        """What was found under this key, or what `make` finds now."""
+        if key not in self.content:
+            made = make()
+            with self.lock:
+                self.content[key] = made
+                write_text(STORE, json.dumps(self.content, indent=1) + "\n")
+        return self.content[key]
+
+
 def main(
     only: Annotated[
         list[str] | None, typer.Argument(help="names of mutants; all by default")
@@ -80,11 +104,15 @@ def main(
         mutants = [mutant for mutant in mutants if mutant.name in only]
     with copies(workers) as free:
         selections = sorted({mutant.tests for mutant in mutants})
+        finished = Finished(digest_of_files())
 
         def sound(tests: str) -> str | None:
             root = free.get()
             try:
-                return tests_pass(root, shlex.split(tests))
+                said: str | None = finished.of(
+                    f"without any bug: {tests}", lambda: tests_pass(root, shlex.split(tests))
+                )
+                return said
             finally:
                 free.put(root)
 
@@ -93,7 +121,7 @@ def main(
                 if said is not None:
                     raise SystemExit(f"{tests} fails without any bug: {said}")
 
-        def tried(mutant: Mutant) -> Outcome:
+        def plant(mutant: Mutant) -> list[Any]:
             root = free.get()
             began = time.monotonic()
             kept = (root / "care_compress" / mutant.file).read_bytes()
@@ -103,7 +131,11 @@ def main(
             finally:
                 (root / "care_compress" / mutant.file).write_bytes(kept)
                 free.put(root)
-            return Outcome(mutant, killed, time.monotonic() - began)
+            return [killed, time.monotonic() - began]
+
+        def tried(mutant: Mutant) -> Outcome:
+            killed, seconds = finished.of(mutant.model_dump_json(), lambda: plant(mutant))
+            return Outcome(mutant, killed, seconds)
 
         with ThreadPoolExecutor(workers) as pool:
             outcomes = list(
@@ -123,12 +155,23 @@ def read_mutants() -> list[Mutant]:
     return mutants
 
 
+def tracked() -> list[str]:
+    """Files that git tracks, or would."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True)
+    return [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+
+
+def digest_of_files() -> str:
+    """Digest of all code and tests: what was noticed before a change may not be after it."""
+    code = [name for name in sorted(tracked()) if name.endswith(".py")]
+    return fingerprint({name: sha256_file(ROOT / name) for name in code})
+
+
 @contextmanager
 def copies(count: int) -> Iterator[SimpleQueue[Path]]:
     """As many copies of what git tracks, in a queue of those that are free."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True)
-    names = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+    names = tracked()
     with tempfile.TemporaryDirectory() as folder:
         free: SimpleQueue[Path] = SimpleQueue()
         for number in range(count):
