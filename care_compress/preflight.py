@@ -11,13 +11,15 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from care_compress.console import say
+from care_compress.data.loader import BadImages
 from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, RunError, TrainingError
 from care_compress.export.stage import check_targets, chosen_targets, placed
-from care_compress.export.width_times import check_timed
+from care_compress.export.width_times import check_timed, timing
 from care_compress.libraries import load_nncf
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint
@@ -33,9 +35,21 @@ from care_compress.quantize.spec import Plan
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import TrainSection
+from care_compress.recipe.slim import SlimSection
 from care_compress.recipe.target import Target, load_target
 from care_compress.run.processes import World
-from care_compress.slim.plan import check_budget, check_slim, cost_of
+from care_compress.slim.cut import cut
+from care_compress.slim.plan import (
+    SlimPlan,
+    check_budget,
+    check_slim,
+    cost_of,
+    print_slim_plan,
+)
+from care_compress.slim.plan import (
+    make_plan as make_slim_plan,
+)
+from care_compress.slim.stage import cost_by, watched
 from care_compress.train.stage import LoadedModel, check_batch_size
 
 # Measured (LOG.md): what a file holds beside its weights grows with the number of sites. Unasked, a
@@ -203,12 +217,7 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
     start = None if recipe.train else LoadedModel.of(recipe.model)
     whole = start.model if start else model_of(recipe)
     if recipe.slim is not None:
-        check_slim(whole, recipe.slim)
-        if recipe.slim.budget.kind == "latency":
-            check_timed(recipe.slim.target)
-        else:
-            resolution = recipe.data.resolution
-            check_budget(recipe.slim, cost_of(whole, recipe.slim.budget.kind, resolution))
+        _check_slim(recipe, recipe.slim, whole)
     # Sites are those of the whole network; what is cut has as many, or narrower ones.
     network = rewrite(whole, recipe.rewrite)
     targets = chosen_targets(recipe)
@@ -261,11 +270,19 @@ def plan_for(recipe: Recipe, network: CompactCare, made_by: Plan, target: Target
 
 
 def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: Console) -> None:
-    """Print the plan of a recipe, or of its export to a target; needs no data."""
+    """Print the plan of a recipe, or of its export to a target; only widths need images."""
+    model, widths = model_of(recipe), None
+    if recipe.slim is not None:
+        widths = _planned_widths(recipe, recipe.slim, model, console)
+        model = cut(model, widths.kept)
+        if not as_json:
+            print_slim_plan(widths, console)
+        if recipe.quantize is None:
+            if as_json:
+                console.print_json(data={"slim": widths.as_json()})
+            return
     section = own_section(recipe)
-    network, plan = planned(
-        rewrite(model_of(recipe), recipe.rewrite), section, recipe.data.resolution
-    )
+    network, plan = planned(rewrite(model, recipe.rewrite), section, recipe.data.resolution)
     rules, target = section.rules, None
     if exported_to is None:
         targets = able_targets(recipe, network, plan, Console(quiet=True))
@@ -286,6 +303,7 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
                 for rule, file in zip(rules, said_by, strict=True)
             ],
             "disk_bytes": {**space.folders, "total": space.total, "temporary": space.temporary},
+            **({"slim": widths.as_json()} if widths else {}),
         }
         console.print_json(data={**plan_as_json(plan), **about})
         return
@@ -294,6 +312,27 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
     if target is not None and target.placements:
         console.print(f"[bold]placement[/]: {target.placement}", highlight=False)
     console.print(f"[bold]disk[/] of a run: {space}", highlight=False, soft_wrap=True)
+
+
+def _planned_widths(
+    recipe: Recipe, section: SlimSection, model: Care, console: Console
+) -> SlimPlan:
+    """Choose widths as the slim stage will, with its images and its clock."""
+    _check_slim(recipe, section, model)
+    samples, device = open_samples(recipe.data, "train"), torch.device("cpu")
+    quiet = Console(quiet=True)
+    seen = watched(recipe, section, model, samples, device, BadImages(), quiet)
+    latency = timing(recipe, Path("runs"), quiet)
+    return make_slim_plan(model, section, seen, cost_by(recipe, section, model, latency))
+
+
+def _check_slim(recipe: Recipe, section: SlimSection, whole: Care) -> None:
+    """Refuse what cannot be slimmed as asked; what a latency budget allows is known later."""
+    check_slim(whole, section)
+    if section.budget.kind == "latency":
+        check_timed(section.target)
+    else:
+        check_budget(section, cost_of(whole, section.budget.kind, recipe.data.resolution))
 
 
 def own_section(recipe: Recipe) -> QuantizeSection:

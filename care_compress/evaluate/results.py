@@ -153,9 +153,7 @@ def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str,
     }
 
 
-def _slimmed(
-    recipe: Recipe, scores: Scores, slim: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _slimmed(recipe: Recipe, scores: Scores, slim: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what only a run with a slim section has; its drop counts from the whole network."""
     if slim is None:
         return {}

@@ -65,9 +65,7 @@ def score_slim(
             simulated = load_quantized(best.path)
             models[best.name] = TorchPredictor(simulated, simulated.num_classes, device)
         size = images_at_once(recipe.evaluate.batch_size, device)
-        chosen = own_share(
-            spread_indices(len(validation), recipe.evaluate.images), size, world
-        )
+        chosen = own_share(spread_indices(len(validation), recipe.evaluate.images), size, world)
         with context.stage("evaluate"):
             batches = shown_batches(
                 validation,
@@ -80,7 +78,9 @@ def score_slim(
                 contents=None,
             )
             with contextlib.closing(batches):
-                mine = collect_answers(models, dict.fromkeys(models, GIVEN), batches, lambda n: None)
+                mine = collect_answers(
+                    models, dict.fromkeys(models, GIVEN), batches, lambda n: None
+                )
         parts = world.gathered(
             {name: _Right(one.right, one.in_top5) for name, one in mine.answers.items()}
         )

@@ -135,9 +135,7 @@ def _narrowed(place: Place, share: float, multiple: int) -> int:
     return min(place.channels, max(multiple, round(share * place.channels / multiple) * multiple))
 
 
-def _exported(
-    narrow: Care, recipe: Recipe, target: Target, held: HeldImages, folder: Path
-) -> Path:
+def _exported(narrow: Care, recipe: Recipe, target: Target, held: HeldImages, folder: Path) -> Path:
     """The network as the recipe exports it, but hardly tuned: that changes no time."""
     folder.mkdir()
     compact, kept = rewrite(narrow, recipe.rewrite), None

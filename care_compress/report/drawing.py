@@ -214,6 +214,44 @@ def curve(points: Sequence[tuple[float, float]], baseline: float | None, told: s
     return drawing.markup(told)
 
 
+@dataclass(frozen=True)
+class Point:
+    """A value over another, with its name beside it."""
+
+    label: str
+    x: float
+    y: float
+    series: int
+
+
+def scatter(points: Sequence[Point], units: tuple[str, str], told: str) -> Markup:
+    """Draw points over two axes, each with its name."""
+    height, top, bottom = 300, 30, 252
+    values = [point.y for point in points]
+    room = max(max(values) - min(values), 0.5) * 0.15
+    drawing = Drawing(height)
+    up = _axis(drawing, min(values) - room, max(values) + room, top, bottom, units[1])
+    farthest = max(point.x for point in points) * 1.1
+
+    def across(x: float) -> float:
+        return LEFT + (RIGHT - LEFT) * x / farthest
+
+    for tick in ticks(0, farthest):
+        drawing.text(across(tick), bottom + 18, f"{tick:g}", "middle", "axis")
+    drawing.text(RIGHT, bottom + 38, units[0], "end", "axis")
+    for point in points:
+        shape, kind = SERIES[point.series % len(SERIES)]
+        x, y = across(point.x), up(point.y)
+        said = f"{point.label}: {point.x:.3g} {units[0]}, {point.y:.2f} {units[1]}"
+        drawing.mark(shape, x, y, kind, said)
+        # Letters at the right end would leave the drawing.
+        if x > (LEFT + RIGHT) / 2:
+            drawing.text(x - 0.015, y - 8, point.label, "end")
+        else:
+            drawing.text(x + 0.015, y - 8, point.label)
+    return drawing.markup(told)
+
+
 def _axis(
     drawing: Drawing, low: float, high: float, top: int, bottom: int, unit: str
 ) -> Callable[[float], float]:

@@ -25,6 +25,7 @@ class Sources:
     results_sha256: str
     calibration: Json | None = None
     tuning: Json | None = None
+    slim: Json | None = None  # the widths that were chosen
     trained: Json | None = None  # history of the float training
     qat: Json | None = None
     compare: Json | None = None
@@ -94,6 +95,7 @@ def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
         manifest=_json(run_dir / "manifest.json") or {},
         calibration=_json(run_dir / "calibration.json"),
         tuning=_json(run_dir / "ptq" / "tuning.json"),
+        slim=_json(run_dir / "slim" / "plan.json"),
         trained=_json(run_dir / "float" / "history.json"),
         qat=_json(run_dir / "qat" / "history.json"),
         compare=compare,

@@ -1,6 +1,7 @@
 """The verdict: what compression cost, what it gave, and whether every budget holds."""
 
 from care_compress.console import listed
+from care_compress.evaluate.slim_accuracy import SLIM
 from care_compress.report.blocks import (
     Block,
     Cell,
@@ -14,6 +15,7 @@ from care_compress.report.blocks import (
     table,
 )
 from care_compress.report.size import float_bytes, float_energy, smallest
+from care_compress.report.slim import cut_by
 from care_compress.report.sources import Json, Sources
 from care_compress.shipped import COMPARE, QUANTIZE
 
@@ -24,24 +26,41 @@ SIGNS = {"warning": "âœ— take note", "not measured": "not measured", "fine": "âœ
 
 def verdict(sources: Sources) -> list[Block]:
     """Say whether the compressed model is worth having, in a few lines."""
+    results = sources.results
+    budget = results.get("budget")
+    limit = None if budget is None else budget["max_top1_drop"]
+    if sources.is_float and "slim" in results:
+        said = f"a slimmed float model, {cut_by(results['slim'])}"
+        return [_judged(said, results["slim"]["models"][SLIM], limit), *_speed(sources)]
     if sources.is_float:
-        found = sources.results["accuracy"]
+        found = results["accuracy"]
         said = f"{found['top1']:.2f} % of {found['images']:,} images right"
         text = f"A float model, the baseline of others: {said}. Nothing was quantized in this run."
         return [Text(text), *_speed(sources)]
-    results = sources.results
-    pair, budget = sources.pair or results["candidates"][results["kept"]], results["budget"]
-    limit = None if budget is None else budget["max_top1_drop"]
+    pair = sources.pair or results["candidates"][results["kept"]]
+    if "slim" in results:  # compare's baseline is the network as given, which was trained less
+        pair = {**pair, **results["slim"]["models"][results["kept"]]}
     return [_headline(sources, pair, limit), _tiles(sources, pair, limit), *_speed(sources)]
 
 
 def _headline(sources: Sources, pair: Json, limit: float | None) -> Text:
     """Put the drop beside its limit, of the exported files where compare has measured them."""
     results = sources.results
+    said = results["precision"].upper()
+    if "slim" in results:
+        return _judged(f"{said}, {cut_by(results['slim'])}", pair, limit)
     made = "of NNCF's file" if results["backend"] == "nncf" else "in simulation"
-    where = "on the exported files" if sources.pair else made
+    return _judged(said, pair, limit, "on the exported files" if sources.pair else made)
+
+
+def _judged(
+    what: str,
+    pair: Json,
+    limit: float | None,
+    where: str = "from the whole network trained as long",
+) -> Text:
     drop = f"{pair['drop']:.2f} points {interval(pair['drop_ci95'])}"
-    said = f"{results['precision'].upper()}: a top-1 drop of {drop} {where}"
+    said = f"{what}: a top-1 drop of {drop} {where}"
     if limit is None:
         return Text(f"{said}. The recipe sets no budget.")
     if pair["drop"] > limit:

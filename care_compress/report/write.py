@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from care_compress.evaluate.evidence import gather
 from care_compress.files import write_text
-from care_compress.report import accuracy, latency, layers, plan, size, summary
+from care_compress.report import accuracy, latency, layers, plan, size, slim, summary
 from care_compress.report.blocks import Block, Figure, PageSection, Table, Text, Tiles
 from care_compress.report.sources import Sources, read_results, read_sources
 from care_compress.run.finished import as_written
@@ -32,6 +32,7 @@ HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 SECTIONS = (
     ("verdict", "Verdict", summary.verdict),
     ("checks", "What to know about these numbers", summary.checks),
+    ("slim", "What was cut, and what it cost", slim.slim),
     ("accuracy", "Accuracy", accuracy.accuracy),
     ("latency", "Latency", latency.latency),
     ("size", "Size and energy", size.size),
@@ -52,7 +53,8 @@ def write_report(run_dir: Path, console: Console) -> tuple[Path, Path]:
     page, text = run_dir / "report.html", run_dir / "report.md"
     with as_written(run_dir):
         sources = read_sources(run_dir, results, gather(run_dir, results, console))
-        sections = [PageSection(anchor, title, of(sources)) for anchor, title, of in SECTIONS]
+        made = [PageSection(anchor, title, of(sources)) for anchor, title, of in SECTIONS]
+        sections = [section for section in made if section.blocks]
         html, markdown = as_html(sources, sections), as_markdown(sources, sections)
     write_text(page, html)
     write_text(text, markdown)

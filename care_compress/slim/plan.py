@@ -1,7 +1,7 @@
 """What a slim section makes of a network: the width of every interaction, and which budget said so.
 
-    plan = make_plan(model, section, data, statistics, cost_of_macs(model, 224))
-    slim = cut(model, plan.kept)
+plan = make_plan(model, section, data, statistics, cost_of_macs(model, 224))
+slim = cut(model, plan.kept)
 """
 
 import math

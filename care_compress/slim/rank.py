@@ -41,7 +41,7 @@ def magnitude(half: Bottleneck) -> Tensor:
 
 
 def module_aware(half: Bottleneck) -> Tensor:
-    """sum over layers of ||w_c||^2 / ||W||^2: a channel's share of its modules (H,).
+    """Sum over layers of ||w_c||^2 / ||W||^2: a channel's share of its modules (H,).
 
     DIMAP (arXiv 2404.13648): magnitudes of different modules are comparable as shares alone. Needs
     no data.

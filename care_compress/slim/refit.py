@@ -35,7 +35,7 @@ class Normal:
         self.cross += (t_SO.T @ h_SH).double().cpu()
 
     def solve(self, weight_OH: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        """argmin over W, b of E||W h + b - t||^2 + ridge mean(var h) ||W - weight||^2."""
+        """Argmin over W, b of E||W h + b - t||^2 + ridge mean(var h) ||W - weight||^2."""
         mean, target = self.first / self.samples, self.target / self.samples
         covariance = self.second / self.samples - torch.outer(mean, mean)
         cross = self.cross / self.samples - torch.outer(target, mean)
@@ -47,7 +47,9 @@ class Normal:
 
 
 @torch.no_grad()
-def refit(slim: Care, whole: Care, images: Sequence[Tensor], advance: Callable[[int], None]) -> None:
+def refit(
+    slim: Care, whole: Care, images: Sequence[Tensor], advance: Callable[[int], None]
+) -> None:
     """Refit every second 1x1 and both heads of `slim` to what `whole` computes on these images."""
     ours, theirs = ([model.eval().stem(batch) for batch in images] for model in (slim, whole))
     for stage, twin in zip(_stages(slim), _stages(whole), strict=True):

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+from rich.console import Console
 from torch import Tensor
 
 from care_compress import machine
 from care_compress.console import progress_bar
-from care_compress.data.loader import prepared_batches
+from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.files import fingerprint
@@ -82,15 +84,17 @@ def slimmed(
 
     def make() -> None:
         with context.stage("slim"):
-            statistics = watched(context, recipe, section, model, samples)
-            cost = cost_by(recipe, section, model, latency)
-            plan = make_plan(model, section, statistics, cost)
-            print_slim_plan(plan, context.console)
+            device, console = context.world.device, context.console
+            statistics = watched(recipe, section, model, samples, device, context.bad, console)
+            plan = make_plan(model, section, statistics, cost_by(recipe, section, model, latency))
+            print_slim_plan(plan, console)
             means = {place: seen.mean_H for place, seen in statistics.items()}
             narrow = cut(model, plan.kept, means)
             if section.refit:
                 images = refit_images(context, recipe, section, samples)
-                with progress_bar(context.console, "refitting", len(narrow.widths.hidden1)) as advance:
+                with progress_bar(
+                    context.console, "refitting", len(narrow.widths.hidden1)
+                ) as advance:
                     refit(narrow, model, images, advance)
         context.run.write_json(PLAN_FILE, plan.as_json())
         save_checkpoint(narrow, path, about(recipe))
@@ -113,19 +117,24 @@ def slimmed(
 
 
 def watched(
-    context: RunContext, recipe: Recipe, section: SlimSection, model: Care, samples: Samples
+    recipe: Recipe,
+    section: SlimSection,
+    model: Care,
+    samples: Samples,
+    device: torch.device,
+    bad: BadImages,
+    console: Console,
 ) -> dict[Place, HiddenStatistics]:
     """Watch hidden channels on training images; nothing where the measure needs no images."""
     if not needs_images(section):
         return {}
     indices = spread_indices(len(samples), section.images)
-    device = context.world.device
     batches = prepared_batches(
-        samples, recipe.data, IMAGES_AT_ONCE, bad=context.bad, indices=indices, device=device
+        samples, recipe.data, IMAGES_AT_ONCE, bad=bad, indices=indices, device=device
     )
     with (
         contextlib.closing(batches),
-        progress_bar(context.console, "watching channels", len(indices)) as advance,
+        progress_bar(console, "watching channels", len(indices)) as advance,
     ):
         found = measure_hidden(model.to(device), batches, recipe.seed, advance)
     model.cpu()
@@ -190,7 +199,9 @@ def followed(
         if context.world.is_main:
             save_checkpoint(result.care.cpu(), path, about(recipe))
             context.run.record_output(path)
-            context.run.write_json(f"{folder}/history.json", {"validations": trainee.progress.history})
+            context.run.write_json(
+                f"{folder}/history.json", {"validations": trainee.progress.history}
+            )
 
     once(context, f"slim {path.stem}", decided_by, make, together=True, handed_in=[validate])
     context.world.wait()
