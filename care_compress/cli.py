@@ -139,7 +139,7 @@ def quantize(
 
 
 @app.command()
-@on_a_recipe("ckpt", "arch", "res")
+@on_a_recipe("ckpt", "arch", "data", "res")
 def plan(
     recipe: Recipe,
     target: Annotated[
@@ -147,7 +147,7 @@ def plan(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Show what a recipe makes of every layer, and which rule decided; needs no data."""
+    """Show what a recipe makes of every layer, and which rule decided; only slim needs images."""
     from care_compress.preflight import show_plan
 
     show_plan(recipe, target, json, Terminal())

@@ -296,7 +296,7 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
     said_by = [recipe.origins.said("quantize", "rules") or recipe.name] * len(section.rules)
     said_by += [f"{exported_to}.yaml"] * (len(rules) - len(section.rules))
     if as_json:
-        about = {
+        about: dict[str, object] = {
             "recipe": {"chain": chain, "said_by": recipe.origins.as_json()},
             "rules": [
                 {"rule": rule_text(rule), "said_by": file}

@@ -156,12 +156,12 @@ def check_budget(section: SlimSection, cost: Cost) -> None:
         min(cost.of(place, width) for width in widths_allowed(section, place)[0])
         for place in cost.places
     )
-    share = narrowest / cost.total
-    if share > section.budget.share:
+    share, budget = narrowest / cost.total, section.budget
+    if share > budget.share:
         rules = " and slim.rules" if section.rules else ""
         raise RecipeError(
-            f"slim.budget.{section.budget.kind} {section.budget.share:g} cannot be met: with every "
-            f"interaction at its narrowest, {share:.3f} of the {NAMES[section.budget.kind]} is left.",
+            f"slim.budget.{budget.kind} {budget.share:g} cannot be met: with every interaction at "
+            f"its narrowest, {share:.3f} of the {NAMES[budget.kind]} is left.",
             f"raise it to {share + 0.01:.2f} or more, or lower slim.multiple{rules}",
         )
 
