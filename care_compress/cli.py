@@ -139,7 +139,7 @@ def quantize(
 
 
 @app.command()
-@on_a_recipe("ckpt", "arch", "data", "res")
+@on_a_recipe("ckpt", "arch", "data", "res", "crop")
 def plan(
     recipe: Recipe,
     target: Annotated[

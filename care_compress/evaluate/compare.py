@@ -44,6 +44,7 @@ from care_compress.evaluate.resolve import (
     named_models,
     same_images,
 )
+from care_compress.evaluate.slim_accuracy import slim_line
 from care_compress.files import digest_of, json_text, size_of, write_text
 from care_compress.recipe.sections import BudgetSection, DataSection
 from care_compress.runtime.probe import probe
@@ -301,6 +302,9 @@ def _report(found: Comparison, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    for one in found.models:
+        if "slim" in one.results:
+            say(f"{one.name}: {slim_line(one.results)}", console)
     for budget in found.budgets:
         say(str(budget), console)
     for path in paths:

@@ -5,6 +5,7 @@ converged gets better by any training, and that is no merit of the cut. Both are
 """
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,3 +148,16 @@ def print_slim(told: dict[str, Any], console: Console) -> None:
             f"({100 * (1 - after / before):.1f} % fewer)",
             highlight=False,
         )
+
+
+def slim_line(results: Mapping[str, Any]) -> str:
+    """What a reader of a comparison should know of a network that was cut."""
+    slim = results["slim"]
+    (macs, fewer), models = slim["macs"], slim["models"]
+    one, given, trained = (models[name] for name in (results.get("kept", SLIM), GIVEN, TRAINED))
+    low, high = one["drop_ci95"]
+    return (
+        f"cut to {fewer / macs:.3f} of the multiply-accumulates. The whole network, "
+        f"{given['top1']:.2f} % as given, has {trained['top1']:.2f} % after the same training; "
+        f"from that the drop is {one['drop']:.2f} [{low:.2f}, {high:.2f}] points in simulation"
+    )

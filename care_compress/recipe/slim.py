@@ -63,7 +63,9 @@ class SlimSection(Section):
     target: str = Field("openvino-cpu", description="whose clock a latency budget is measured by")
     importance: Importance = "reconstruct"
     refit: bool = Field(True, description="least squares of what is left on calibration images")
-    multiple: Count = Field(8, description="hidden channels are left in multiples of this")
+    multiple: Count = Field(
+        16, description="channels are left in multiples of this; what lies between saves no time"
+    )
     images: Count = Field(1024, description="training images that are watched")
     rules: tuple[SlimRuleSection, ...] = ()
     heal: HealSection | None = None

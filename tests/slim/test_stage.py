@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from quantized import care
@@ -14,11 +15,14 @@ from tiny import image_folder
 import care_compress
 from care_compress.cli import main
 from care_compress.errors import CareError
+from care_compress.evaluate.slim_accuracy import slim_line
+from care_compress.export import width_times
 from care_compress.model.care import Care, Widths
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.model.cost import measure_cost
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import Recipe, load_recipe
+from care_compress.report import write
 from care_compress.run.finished import read_run
 
 QUIET = Console(quiet=True)
@@ -162,11 +166,16 @@ def test_qat_heals_where_nothing_else_does(place: Path) -> None:
     assert results["budget"]["met"] == (models[results["kept"]]["drop"] <= 0.3)
     run = read_run(place / "runs" / "int8")
     assert run.checkpoint.name == "cut.safetensors"
+    schema = Path(write.__file__).with_name("results.schema.json")
+    jsonschema.validate(results, json.loads(schema.read_text()))
     # Everything that goes on from a run works on the slim network.
     for arguments in (["fidelity", "int8"], ["report", "int8"]):
         with pytest.raises(SystemExit) as ended:
             main([*arguments, "--runs", str(place / "runs")])
         assert ended.value.code == 0, arguments
+    page = (run.path / "report.md").read_text()
+    assert "What was cut, and what it cost" in page and "fewer multiply-accumulates" in page
+    assert "| 2.0 inter1 |" in page
 
 
 def test_a_slimmed_checkpoint_is_quantized_like_any_other(
@@ -213,3 +222,61 @@ def test_a_network_that_was_slimmed_is_not_slimmed_again(place: Path) -> None:
             "twice",
             QUIET,
         )
+
+
+def test_a_plan_shows_widths_before_and_after(
+    place: Path, finished: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["slim.budget.macs=0.7", "slim.images=32", "slim.multiple=4", "slim.heal=null"]
+    flags = [part for one in settings for part in ("--set", one)]
+    model, images = str(place / "model.safetensors"), str(place / "images")
+    data = ["--ckpt", model, "--data", images, "--res", "32", "--crop", "1.0"]
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", "slim_fp32", *data, *flags, *more])
+        assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    table, _, content = shown.partition("\n{")
+    assert "slim: macs to 0.7, by reconstruct" in table and "2.0 inter1" in table
+    widths = {one["name"]: one["width"] for one in json.loads("{" + content)["slim"]["places"]}
+    assert widths == {
+        one["name"]: one["width"]
+        for one in json.loads((place / "runs" / "slim" / "slim" / "plan.json").read_text())[
+            "places"
+        ]
+    }
+
+
+def test_a_comparison_tells_what_equal_training_gave(finished: dict[str, Any]) -> None:
+    told = slim_line(finished)
+    models = finished["slim"]["models"]
+    assert f"{models['float']['top1']:.2f} % as given" in told
+    assert f"{models['float, trained as long']['top1']:.2f} % after the same training" in told
+    assert f"the drop is {models['slim']['drop']:.2f} [" in told
+
+
+def test_times_of_widths_are_measured_once_and_decide_a_latency_budget(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float and in ONNX Runtime, which are the quickest to make and to profile."""
+    asked = {
+        "slim.budget": {"latency": 0.9},
+        "slim.target": "onnxruntime-cpu",
+        "slim.heal": None,
+        "slim.refit": False,
+        "data.resolution": 96,
+    }
+    monkeypatch.setattr(width_times, "SHARES", (1.0,))  # and the narrowest: each is an export
+    monkeypatch.setattr(width_times, "TURNS", 2)
+    timed = recipe(place, **asked)
+    results = run_recipe(timed, place / "runs", "timed", QUIET)
+    plan = json.loads((place / "runs" / "timed" / "slim" / "plan.json").read_text())
+    assert plan["budget"]["unit"] == "ms" and plan["after"] <= 0.9 * plan["before"]
+    assert results["slim"]["macs"][1] < results["slim"]["macs"][0]
+    (table,) = (place / "runs" / width_times.FOLDER).glob("*.json")
+    row = dict(json.loads(table.read_text())["places"]["3.0 inter1"])
+    assert list(row) == sorted(row) and row[max(row)] > 0
+    measured = table.stat().st_mtime_ns
+    shutil.rmtree(place / "runs" / "timed")
+    run_recipe(timed, place / "runs", "timed", QUIET)
+    assert table.stat().st_mtime_ns == measured

@@ -1,0 +1,238 @@
+"""What pruning loses and gains: every measure of importance, and top-1 over latency (`WHAT=slim`).
+
+First a table in float without any healing: each measure at several budgets, with the refit and
+without it. Then INT8 files of the cut networks, timed in turns beside those of the whole one. On
+the included model, or with ``--ckpt --data --res`` on any other. What is finished is kept in
+``runs/bench`` and not made again; the page is docs/RESULTS.md, the picture lies beside it.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from care_compress import machine
+from care_compress.console import progress_bar
+from care_compress.data.loader import BadImages, prepared_batches
+from care_compress.data.samples import spread_indices
+from care_compress.data.sources import open_samples
+from care_compress.evaluate.latency import LatencyPlan, measure_latency
+from care_compress.evaluate.pairs import Drop, collect_answers
+from care_compress.files import fingerprint, sha256_file, write_text
+from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
+from care_compress.pipeline import run_recipe
+from care_compress.quantize.plots import save_figure
+from care_compress.recipe.recipe import Recipe, load_recipe
+from care_compress.recipe.slim import SlimSection
+from care_compress.runtime.on_openvino import unasked_precision
+from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.runtime.runners import open_runner
+from care_compress.slim.cut import cut
+from care_compress.slim.plan import cost_of, make_plan
+from care_compress.slim.refit import refit
+from care_compress.slim.stage import REFIT_BATCH, watched
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+BEGIN, END = "<!-- begin: written by make bench WHAT=slim -->", "<!-- end: slim -->"
+MEASURES = ("magnitude", "module_aware", "taylor", "reconstruct")
+SHARES = (0.8, 0.7, 0.5, 0.35)
+FILES = ("reconstruct", "magnitude")  # measures whose INT8 files are timed
+CPU = torch.device("cpu")
+TARGET = "openvino-cpu"
+
+
+def main() -> None:
+    """Measure what is missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt", default="builtin:care_nano_shapes")
+    parser.add_argument("--data", default="builtin:shapes")
+    parser.add_argument("--res", type=int, default=64)
+    parser.add_argument("--images", type=int, default=2000, help="validation images to score")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--no-files", action="store_true", help="only the table in float")
+    options = parser.parse_args()
+    console = Console()
+    name = Path(options.ckpt.removeprefix("builtin:")).stem
+    root = options.runs / "bench" / f"slim_{name}_{options.res}"
+    values: dict[str, object] = {
+        "model.checkpoint": options.ckpt,
+        "data.source": options.data,
+        "data.resolution": options.res,
+        "data.crop_pct": 1.0,
+        "evaluate.images": options.images,
+        "export.targets": [TARGET],
+        "export.images": 64,
+    }
+    store = root / "slim.json"
+    recipe = load_recipe("slim_int8_ptq", [], values)
+    key = fingerprint(
+        [values, sha256_file(resolve_checkpoint(options.ckpt)), machine.installed_versions()]
+    )
+    kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
+    if kept.get("key") != key:
+        kept = {"key": key, "name": name, "resolution": options.res, "float": None, "files": None}
+    if kept["float"] is None:
+        kept |= {"date": str(datetime.now(UTC).date()), "float": in_float(recipe, console)}
+        write_text(store, json.dumps(kept, indent=1) + "\n")
+    if kept["files"] is None and not options.no_files:
+        kept |= {"cpu": asdict(machine.read_machine().cpu), "files": files(values, root, console)}
+        write_text(store, json.dumps(kept, indent=1) + "\n")
+    write_text(DOCS / "performance" / f"slim_{name}.json", json.dumps(kept, indent=1) + "\n")
+    write_page()
+
+
+def in_float(recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Top-1 lost by every measure at every share, nothing healed."""
+    assert recipe.slim is not None and recipe.model.checkpoint is not None
+    model, data = load_checkpoint(recipe.model.checkpoint), recipe.data
+    train, val = open_samples(data, "train"), open_samples(data, "val")
+    bad = BadImages()
+    seen = watched(recipe, recipe.slim, model, train, CPU, bad, console)
+    means = {place: one.mean_H for place, one in seen.items()}
+    indices = spread_indices(len(train), recipe.slim.images)
+    loaded = prepared_batches(train, data, REFIT_BATCH, bad=bad, indices=indices)
+    images = [batch.images for batch in loaded]
+    models: dict[str, torch.nn.Module] = {"whole": model}
+    cost = cost_of(model, "macs", data.resolution)
+    combinations = list(product(MEASURES, SHARES))
+    with progress_bar(console, "cutting", len(combinations)) as advance:
+        for measure, share in combinations:
+            asked = {"budget": {"macs": share}, "importance": measure}
+            section = SlimSection.model_validate_json(json.dumps(asked))
+            plan = make_plan(model, section, seen, cost)
+            models[f"{measure} {share} cut"] = cut(model, plan.kept, means)
+            narrow = cut(model, plan.kept, means)
+            refit(narrow, model, images, lambda blocks: None)
+            models[f"{measure} {share} refitted"] = narrow
+            advance(1)
+    predict = {name: TorchPredictor(one, model.num_classes, CPU) for name, one in models.items()}
+    indices = spread_indices(len(val), recipe.evaluate.images)
+    batches = prepared_batches(val, data, 64, bad=bad, indices=indices)
+    with progress_bar(console, "scoring", len(indices)) as advance:
+        baseline = dict.fromkeys(predict, "whole")
+        found = collect_answers(predict, baseline, batches, advance).answers
+    rows = {}
+    for name, answers in found.items():
+        drop = Drop.between(found["whole"].right, answers.right)
+        rows[name] = {"top1": answers.top1, "drop": [drop.value, drop.low, drop.high]}
+    return {"images": len(found["whole"].right), "rows": rows}
+
+
+def files(values: dict[str, object], root: Path, console: Console) -> list[dict[str, Any]]:
+    """Accuracy of INT8 files, and their latency beside each other."""
+    wanted: dict[str, tuple[str, tuple[str, ...]]] = {
+        "whole, FP32": ("fp32", ()),
+        "whole, INT8": ("int8_ptq", ()),
+    }
+    for measure, share in product(FILES, SHARES):
+        changed = (f"slim.budget.macs={share}", f"slim.importance={measure}")
+        wanted[f"{measure} {share}"] = ("slim_int8_ptq", changed)
+    found, paths = {}, {}
+    for name, (recipe, settings) in wanted.items():
+        console.print(f"making {name}", markup=False)
+        run = "".join(letter if letter.isalnum() else "_" for letter in name)
+        made = run_recipe(load_recipe(recipe, settings, values), root, run, Console(quiet=True))
+        found[name] = made
+        export = made["exports"][TARGET]["models"][made["precision"]]
+        paths[name] = root / run / "exports" / TARGET / export["file"]
+    size = int(str(values["data.resolution"]))
+    image, precision = torch.randn(1, 3, size, size), unasked_precision()
+    runs = {name: open_runner(path, image, 1, precision).run for name, path in paths.items()}
+    console.print("timing in turns")
+    timed = measure_latency(runs, 1, LatencyPlan(seconds=1.0, least_runs=40, warmup=3))
+    return [
+        {
+            "name": name,
+            "top1": made["accuracy"]["top1"],
+            "macs": made["rewrites"][0]["macs"],
+            "ms": timed[name].percentiles()["p50"],
+            "over_int8": timed[name].speedup_over(timed["whole, INT8"]),
+        }
+        for name, made in found.items()
+    ]
+
+
+def write_page() -> None:
+    """Put every checkpoint's tables between the markers of docs/RESULTS.md."""
+    page = DOCS / "RESULTS.md"
+    text = page.read_text(encoding="utf-8")
+    parts = []
+    for path in sorted((DOCS / "performance").glob("slim_*.json")):
+        found = json.loads(path.read_text())
+        parts.append(table_of(found))
+        if found["files"]:
+            plot(found, path.with_suffix(".svg"))
+            parts.append(f"![top-1 over latency](performance/{path.stem}.svg)\n")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    write_text(page, f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}")
+
+
+def table_of(found: dict[str, Any]) -> str:
+    """Both tables of one checkpoint as Markdown."""
+    table, heads = found["float"], [f"{100 * share:.0f} %" for share in SHARES]
+    rows = table["rows"]
+    lines = [
+        f"### {found['name']} at {found['resolution']}",
+        "",
+        f"{found['date']}, float, {table['images']:,} validation images, nothing healed; points "
+        f"lost against {rows['whole']['top1']:.2f} % with so many of the multiply-accumulates:",
+        "",
+        f"| measure | then | {' | '.join(heads)} |",
+        "|---" * (len(SHARES) + 2) + "|",
+    ]
+    for measure, then in product(MEASURES, ("cut", "refitted")):
+        drops = [rows[f"{measure} {share} {then}"]["drop"] for share in SHARES]
+        cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in drops]
+        lines.append(f"| `{measure}` | {then} | {' | '.join(cells)} |")
+    if found["files"]:
+        cpu = machine.Cpu(**found["cpu"])
+        kind = "without" if cpu.dot_products is False else "with"
+        lines += [
+            "",
+            f"INT8 files in OpenVINO, one image, one thread, in turns on {cpu.name} ({kind} "
+            "integer dot products):",
+            "",
+            "| file | top-1 | MACs (M) | ms (p50) | faster than INT8 of the whole [95 %] |",
+            "|---|---|---|---|---|",
+        ]
+        for one in found["files"]:
+            value, low, high = one["over_int8"]
+            lines.append(
+                f"| {one['name']} | {one['top1']:.2f} % | {one['macs'] / 1e6:.1f} "
+                f"| {one['ms']:.2f} | {value:.2f}x [{low:.2f}, {high:.2f}] |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Top-1 over latency: a curve for each measure, the whole network as points."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    styles = {"reconstruct": ("#2a7f4f", "o-"), "magnitude": ("#999999", "s--")}
+    for measure, (colour, style) in styles.items():
+        points = [
+            (one["ms"], one["top1"]) for one in found["files"] if one["name"].startswith(measure)
+        ]
+        axes.plot(*zip(*points, strict=True), style, color=colour, label=f"INT8, cut by {measure}")
+    for one in found["files"]:
+        if one["name"].startswith("whole"):
+            axes.plot(one["ms"], one["top1"], "D", color="#3b6ea5")
+            axes.annotate(one["name"], (one["ms"], one["top1"]), xytext=(6, -12),
+                          textcoords="offset points")  # fmt: skip
+    axes.set_xlabel("ms of one image, one thread, OpenVINO")
+    axes.set_ylabel("top-1 %, without healing")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    main()
