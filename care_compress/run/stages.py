@@ -57,7 +57,7 @@ def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
             "train": _without(said["train"] or {}, WATCHING),
         },
         "slim": {**learned, "slim": _without(said["slim"] or {}, {"heal"})},
-        "follow": learned,
+        "heal": learned,  # what it heals by is added by the stage, which may take QAT's settings
         "calibration": {**seen, "quantize.calibrate": quantize.get("calibrate")},
         "ptq": {**seen, "quantize": _without(quantize, {"qat"}), **judged},
         "qat": {

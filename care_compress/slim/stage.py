@@ -88,7 +88,8 @@ def slimmed(
             statistics = watched(recipe, section, model, samples, device, context.bad, console)
             plan = make_plan(model, section, statistics, cost_by(recipe, section, model, latency))
             print_slim_plan(plan, console)
-            means = {place: seen.mean_H for place, seen in statistics.items()}
+            # Without images no mean is known, and none is put back.
+            means = {place: seen.mean_H for place, seen in statistics.items()} or None
             narrow = cut(model, plan.kept, means)
             if section.refit:
                 images = refit_images(context, recipe, section, samples)
@@ -177,7 +178,7 @@ def followed(
 ) -> Care:
     """Train `start` to follow `teacher`; kept in `file` of the run, its state beside it."""
     path = context.run.path / file
-    learned = recipe_parts(recipe)["follow"]
+    learned = recipe_parts(recipe)["heal"]
     decided_by = {
         **learned,
         "course": section.model_dump(mode="json", exclude=WATCHING),

@@ -25,7 +25,7 @@ from care_compress.run import stages
 from care_compress.run.stages import recipe_parts
 from care_compress.signals import full_disks_named, stops_in_order
 
-EVERY = {"train", "calibration", "ptq", "qat", "evaluate", "export"}
+EVERY = {"train", "slim", "heal", "calibration", "ptq", "qat", "evaluate", "export"}
 NONE: set[str] = set()
 # A change of each key of a recipe, and the stages that are made from that key themselves. What
 # comes after them follows by the digests of what they made; tests/faults runs them all.
@@ -33,11 +33,12 @@ KEYS: dict[str, tuple[str, set[str]]] = {
     "name": ("other", {"train", "export"}),  # both write it into their files
     "claim": ("another", NONE),
     "precision": ("mixed", {"export"}),  # what files are called
-    "seed": ("1", {"train", "calibration", "ptq", "qat"}),
+    "seed": ("1", EVERY - {"evaluate", "export"}),
     "model": ("{arch: care_s0}", {"train"}),
     "data": ("{source: builtin:shapes, resolution: 96}", EVERY),
     "train": ("{epochs: 2, batch_size: 4, learning_rate: 1}", {"train"}),
-    "rewrite": ("{fold_norms: true}", EVERY - {"train"}),
+    "slim": ("{budget: {macs: 0.5}}", {"slim"}),  # how it heals goes into its own stage
+    "rewrite": ("{fold_norms: true}", EVERY - {"train", "slim", "heal"}),
     "quantize": ("{rules: [{weight: 4}]}", {"calibration", "ptq", "qat"}),
     "export": ("{batch: 2}", {"export"}),
     "budget": ("{max_top1_drop: 1.0}", NONE),

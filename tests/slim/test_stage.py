@@ -145,7 +145,10 @@ def test_another_healing_keeps_the_cut_and_another_budget_does_not(
     assert "slim: unchanged, taken over" in text and "slim model: course changed" in text
     said = Console(record=True, width=200)
     results = run_recipe(
-        recipe(place, **{"slim.budget": {"parameters": 0.8}}), place / "runs", "changed", said
+        recipe(place, **{"slim.budget": {"parameters": 0.8}, "slim.importance": "module_aware"}),
+        place / "runs",
+        "changed",
+        said,
     )
     assert "slim: slim changed, made again" in said.export_text()
     before, after = results["slim"]["parameters"]
