@@ -52,7 +52,9 @@ def score_slim(
     validation: Samples,
 ) -> Json:
     """Measure the whole network, as given and equally trained, and what was made of it."""
-    networks = {GIVEN: given, TRAINED: slim.whole, SLIM: slim.model}
+    trained = {} if slim.whole is given else {TRAINED: slim.whole}
+    networks = {GIVEN: given, **trained, SLIM: slim.model}
+    held_to = TRAINED if trained else GIVEN
 
     def measure() -> Json:
         device, world = context.world.device, context.world
@@ -65,6 +67,7 @@ def score_slim(
         elif best is not None:
             simulated = load_quantized(best.path)
             models[best.name] = TorchPredictor(simulated, simulated.num_classes, device)
+        all_to_given = dict.fromkeys(models, GIVEN)
         size = images_at_once(recipe.evaluate.batch_size, device)
         chosen = own_share(spread_indices(len(validation), recipe.evaluate.images), size, world)
         with context.stage("evaluate"):
@@ -79,17 +82,19 @@ def score_slim(
                 contents=None,
             )
             with contextlib.closing(batches):
-                mine = collect_answers(
-                    models, dict.fromkeys(models, GIVEN), batches, lambda n: None
+                # A process may have no share of few images.
+                answers = (
+                    collect_answers(models, all_to_given, batches, lambda done: None).answers
+                    if chosen
+                    else {}
                 )
-        parts = world.gathered(
-            {name: _Right(one.right, one.in_top5) for name, one in mine.answers.items()}
-        )
+        mine = {name: _Right(one.right, one.in_top5) for name, one in answers.items()}
+        parts = [part for part in world.gathered(mine) if part]
         right = {name: np.concatenate([part[name].first for part in parts]) for name in models}
         top5 = {name: np.concatenate([part[name].in_top5 for part in parts]) for name in models}
         found = {}
         for name in models:
-            against = GIVEN if name in (GIVEN, TRAINED) else TRAINED
+            against = GIVEN if name in (GIVEN, TRAINED) else held_to
             drop = Drop.between(right[against], right[name])
             found[name] = {
                 "images": len(right[name]),
@@ -154,10 +159,11 @@ def slim_line(results: Mapping[str, Any]) -> str:
     """What a reader of a comparison should know of a network that was cut."""
     slim = results["slim"]
     (macs, fewer), models = slim["macs"], slim["models"]
-    one, given, trained = (models[name] for name in (results.get("kept", SLIM), GIVEN, TRAINED))
+    one, whole = models[results.get("kept", SLIM)], f"{models[GIVEN]['top1']:.2f} % as given"
+    if TRAINED in models:
+        whole += f", {models[TRAINED]['top1']:.2f} % after the same training"
     low, high = one["drop_ci95"]
     return (
-        f"cut to {fewer / macs:.3f} of the multiply-accumulates. The whole network, "
-        f"{given['top1']:.2f} % as given, has {trained['top1']:.2f} % after the same training; "
-        f"from that the drop is {one['drop']:.2f} [{low:.2f}, {high:.2f}] points in simulation"
+        f"cut to {fewer / macs:.3f} of the multiply-accumulates; the whole network has {whole}, "
+        f"and from there the drop is {one['drop']:.2f} [{low:.2f}, {high:.2f}] points in simulation"
     )

@@ -18,7 +18,7 @@ class SlimRuleSection(Section):
     block: Annotated[int, Field(ge=0, lt=1000)] | None = None
     branch: Literal["inter1", "inter2"] | None = None
     least: Annotated[float, Field(ge=0, le=1)] = Field(
-        description="share of the hidden channels that stays; 1: all of them"
+        description="share of the channels that stays; 1: all, 0: the interaction may be taken out"
     )
 
 

@@ -1,5 +1,6 @@
 """What the slim stage did: widths before and after, and accuracy beside the whole network."""
 
+from care_compress.evaluate.slim_accuracy import TRAINED
 from care_compress.report.blocks import (
     Block,
     Cell,
@@ -30,11 +31,14 @@ def slim(sources: Sources) -> list[Block]:
         return []
     budget = found["budget"]
     text = (
-        f"{cut_by(found)[0].upper()}{cut_by(found)[1:]}. The budget left "
-        f"{100 * budget['share']:.0f} % of the {BUDGETS[budget['kind']]}. Drops of what was cut "
-        "count from the whole network after the same training: a network that has not converged "
-        "gets better by any training, and that gain is not the cut's."
+        f"{cut_by(found)}. The budget left {100 * budget['share']:.0f} % of the "
+        f"{BUDGETS[budget['kind']]}."
     )
+    if TRAINED in found["models"]:
+        text += (
+            " Drops of what was cut count from the whole network after the same training: one "
+            "that has not converged gets better by any training, and that gain is not the cut's."
+        )
     rows: list[Row] = []
     for name, one in found["models"].items():
         first = name == one["against"]

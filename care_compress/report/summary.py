@@ -1,7 +1,7 @@
 """The verdict: what compression cost, what it gave, and whether every budget holds."""
 
 from care_compress.console import listed
-from care_compress.evaluate.slim_accuracy import SLIM
+from care_compress.evaluate.slim_accuracy import SLIM, TRAINED
 from care_compress.report.blocks import (
     Block,
     Cell,
@@ -30,8 +30,9 @@ def verdict(sources: Sources) -> list[Block]:
     budget = results.get("budget")
     limit = None if budget is None else budget["max_top1_drop"]
     if sources.is_float and "slim" in results:
-        said = f"a slimmed float model, {cut_by(results['slim'])}"
-        return [_judged(said, results["slim"]["models"][SLIM], limit), *_speed(sources)]
+        said = f"Slimmed, in float, {cut_by(results['slim'])}"
+        pair = results["slim"]["models"][SLIM]
+        return [_judged(said, pair, limit, _from_whole(pair)), *_speed(sources)]
     if sources.is_float:
         found = results["accuracy"]
         said = f"{found['top1']:.2f} % of {found['images']:,} images right"
@@ -48,17 +49,17 @@ def _headline(sources: Sources, pair: Json, limit: float | None) -> Text:
     results = sources.results
     said = results["precision"].upper()
     if "slim" in results:
-        return _judged(f"{said}, {cut_by(results['slim'])}", pair, limit)
+        return _judged(f"{said}, {cut_by(results['slim'])}", pair, limit, _from_whole(pair))
     made = "of NNCF's file" if results["backend"] == "nncf" else "in simulation"
     return _judged(said, pair, limit, "on the exported files" if sources.pair else made)
 
 
-def _judged(
-    what: str,
-    pair: Json,
-    limit: float | None,
-    where: str = "from the whole network trained as long",
-) -> Text:
+def _from_whole(pair: Json) -> str:
+    as_long = " trained as long" if pair["against"] == TRAINED else ""
+    return f"from the whole network{as_long}"
+
+
+def _judged(what: str, pair: Json, limit: float | None, where: str) -> Text:
     drop = f"{pair['drop']:.2f} points {interval(pair['drop_ci95'])}"
     said = f"{what}: a top-1 drop of {drop} {where}"
     if limit is None:

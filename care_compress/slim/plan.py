@@ -145,8 +145,10 @@ def widths_allowed(section: SlimSection, place: Place) -> tuple[tuple[int, ...],
     for number, one in enumerate(section.rules, 1):
         if _matches(one, place):
             rule = number
-            least = max(section.multiple, math.ceil(one.least * place.channels))
-    multiples = range(section.multiple, place.channels, section.multiple)
+            least = math.ceil(one.least * place.channels)
+    # Nothing at all, the whole interaction taken out, only where a rule says so.
+    first = 0 if least == 0 and not place.last else section.multiple
+    multiples = range(first, place.channels, section.multiple)
     return (*(width for width in multiples if width >= least), place.channels), rule
 
 

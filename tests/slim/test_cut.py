@@ -80,6 +80,42 @@ def test_cutting_channels_that_never_vary_changes_nothing(level: float) -> None:
     assert (narrow(x) - model(x)).abs().max() < 1e-12 * model(x).abs().max()
 
 
+@pytest.mark.parametrize("branch", ["inter1", "inter2"])
+def test_taking_out_an_interaction_that_never_varies_changes_nothing(branch: str) -> None:
+    model = care().double()
+    gone = [place for place in find_places(model) if place.branch == branch and not place.last]
+    means = {}
+    for place in gone:
+        silenced(model, place, list(range(place.channels)), 0.4)
+        means[place] = torch.full((place.channels,), 0.4, dtype=torch.float64)
+        half = bottleneck_at(model, place)
+        if branch == "inter2":  # what it adds to the memory has no other place to go
+            assert half.fc2 is not None and half.fc2.bias is not None
+            with torch.no_grad():
+                memory = half.fc2.out_channels // 4
+                half.fc2.weight[:memory] = 0
+                half.fc2.bias[:memory] = 0
+    narrow = cut(model, {place: [] for place in gone}, means)
+    widths = narrow.widths.hidden1 if branch == "inter1" else narrow.widths.hidden2[:-1]
+    assert set(widths) == {0}
+    x = images(4).double()
+    assert (narrow(x) - model(x)).abs().max() < 1e-12 * model(x).abs().max()
+
+
+def test_only_a_rule_lets_an_interaction_go_as_a_whole() -> None:
+    model = care()
+    bold = slim(budget={"macs": 0.3}, rules=[{"least": 0.0}, {"stage": 0, "least": 0.1}])
+    for place in find_places(model):
+        assert min(widths_allowed(slim(), place)[0]) == min(16, place.channels)
+        allowed = min(widths_allowed(bold, place)[0])
+        assert allowed == (16 if place.stage == 0 or place.last else 0)
+    plan = make_plan(model, bold, statistics(model), cost_of(model, "macs", SIZE))
+    narrow = cut(model, plan.kept, {p: s.mean_H for p, s in statistics(model).items()})
+    refit(narrow, model, images(16).split(8), lambda done: None)
+    x = images(2)
+    torch.testing.assert_close(rewrite(narrow)(x), narrow(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_cut_network_is_an_ordinary_one_of_its_widths() -> None:
     model = care()
     kept = {place: list(range(place.channels))[::2] for place in find_places(model)}
