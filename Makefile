@@ -59,7 +59,7 @@ doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 	@$(BIN)/care-compress doctor
 
 test: $(VENV)/.dev ## the test suite (under 15 minutes on two cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-slow: $(VENV)/.dev ## what make test leaves out: searches, NNCF's control, peers (10 minutes)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow

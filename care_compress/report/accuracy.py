@@ -27,7 +27,8 @@ def accuracy(sources: Sources) -> list[Block]:
     """Show top-1 and top-5 with intervals: in simulation, and of the exported files."""
     results, compare = sources.results, sources.compare or {}
     images = results["accuracy"]["images"]
-    found: Models = {"float": results["accuracy" if sources.is_float else "float"]}
+    first = "float, slimmed" if "slim" in results else "float"
+    found: Models = {first: results["accuracy" if sources.is_float else "float"]}
     for name, candidate in results.get("candidates", {}).items():
         found[f"{name} (kept)" if name == results["kept"] else name] = candidate
     blocks = _scores(

@@ -62,7 +62,9 @@ class Sources:
         if name in self._mine or name == f"{self.results.get('kept')} (kept)":
             return 1
         bases = {pair.get("baseline") for pair in (self.compare or {}).get("pairs") or []}
-        return 0 if name in {"float", "fp32", *bases} else 3 if "16" in name else 2
+        return (
+            0 if name in {"float", "float, slimmed", "fp32", *bases} else 3 if "16" in name else 2
+        )
 
 
 def read_results(run_dir: Path) -> Json:

@@ -67,10 +67,16 @@ def follow_teacher(student_BK: Tensor, teacher_BK: Tensor, distill: DistillSecti
     teacher_BK = teacher_BK.clone()
     if distill.kind == "hard":
         return F.cross_entropy(student_BK, teacher_BK.argmax(dim=1))
-    student = F.log_softmax(student_BK.float() / distill.temperature, dim=1)
-    teacher = F.log_softmax(teacher_BK.float() / distill.temperature, dim=1)
+    return softened_distance(student_BK, teacher_BK, distill.temperature)
+
+
+def softened_distance(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
+    """KL(teacher / T || student / T) * T^2."""
+    student, teacher = (
+        F.log_softmax(one.float() / temperature, dim=1) for one in (student_BK, teacher_BK)
+    )
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return divergence * distill.temperature**2
+    return divergence * temperature**2
 
 
 def follow_float(
@@ -86,11 +92,8 @@ def follow_float(
     (1 - labels) T^2 KL(teacher / T || student / T) + labels CE
     + features mean_i ||f_i - t_i||^2 / ||t_i||^2 over the stage outputs.
     """
-    student, teacher = (
-        F.log_softmax(one.float() / section.temperature, dim=1) for one in (logits_BK, taught_BK)
-    )
-    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    loss = (1 - section.labels) * (divergence * section.temperature**2)
+    distance = softened_distance(logits_BK, taught_BK, section.temperature)
+    loss = (1 - section.labels) * distance
     if section.labels:
         loss = loss + section.labels * F.cross_entropy(logits_BK, targets_BK)
     if section.features:

@@ -314,6 +314,31 @@ def test_a_channel_that_nobody_reads_is_the_least_important() -> None:
     assert by_reconstruction(weight, seen.covariance_HH, seen.importance_O).order[0] == 11
 
 
+def test_the_taylor_score_is_the_slope_of_the_loss() -> None:
+    """By growing one channel by a little: E (d loss / d its scale)^2, image by image."""
+    model = care().double()
+    place, channel, step = find_places(model)[6], 9, 1e-5
+    batch = batches(8)[0]
+    exact = Batch(batch.images.double(), batch.labels, batch.indices)
+    seen = measure_hidden(model, [exact], 0, lambda done: None)
+    half = bottleneck_at(model, place)
+    assert half.fc2 is not None
+
+    def losses(scale: float) -> Tensor:
+        grown = torch.ones(place.channels, 1, 1, dtype=torch.float64)
+        grown[channel] = scale
+        handle = half.fc2.register_forward_pre_hook(lambda module, args: (args[0] * grown,))
+        with torch.no_grad():
+            logits = model(exact.images)
+        handle.remove()
+        return torch.nn.functional.cross_entropy(logits, exact.labels, reduction="none")
+
+    slopes = (losses(1 + step) - losses(1 - step)) / (2 * step)
+    assert float(seen[place].taylor_H[channel]) == pytest.approx(
+        float(slopes.square().mean()), rel=1e-4
+    )
+
+
 def test_the_importance_of_an_output_is_what_an_error_there_does_to_the_logits() -> None:
     """By pushing outputs at random: E (d logits)^2 is importance times the push's variance."""
     model = care()
