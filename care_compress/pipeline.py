@@ -36,11 +36,12 @@ from care_compress.preflight import (
 from care_compress.quantize.sensitivity import Sensitivity
 from care_compress.quantize.stages import measure_sites, quantized, trained_quantized
 from care_compress.recipe.recipe import Recipe
+from care_compress.recipe.slim import SlimSection
 from care_compress.run.context import RunContext, open_run
 from care_compress.run.directory import Run
 from care_compress.run.processes import World, join_world
 from care_compress.runtime.artifact import teacher_opener
-from care_compress.slim.stage import slimmed
+from care_compress.slim.stage import Slimmed, slimmed
 from care_compress.train.stage import loaded, trained
 
 
@@ -60,9 +61,7 @@ def run_recipe(
         given = model = _float_model(context, recipe, ready, validation)
         slim = None
         if recipe.slim is not None:
-            validate = validating(context, recipe, validation)
-            latency = timing(recipe, runs, context.console)
-            slim = slimmed(context, recipe, recipe.slim, given, validate, latency)
+            slim = _slimmed(context, recipe, recipe.slim, given, validation)
             model = slim.model
         compact, steps = _rewritten(context, recipe, model)
 
@@ -103,6 +102,8 @@ def run_sensitivity(
     with open_run(Run(runs, name), recipe, World(), console) as context:
         validation = open_samples(recipe.data, "val")
         model = _float_model(context, recipe, ready, validation)
+        if recipe.slim is not None:
+            model = _slimmed(context, recipe, recipe.slim, model, validation).model
         compact, _ = _rewritten(context, recipe, model)
         return measure_sites(context, recipe, section, compact, validation, images)
 
@@ -129,6 +130,16 @@ def _float_model(context: RunContext, recipe: Recipe, ready: Ready, validation: 
     validate = validating(context, recipe, validation)
     teacher = teacher_opener(recipe.data.resolution, context.world.device)
     return trained(context, recipe, recipe.train, validation, validate, teacher)
+
+
+def _slimmed(
+    context: RunContext, recipe: Recipe, section: SlimSection, given: Care, validation: Samples
+) -> Slimmed:
+    """Cut the float model to its budget, by the clock of the target where the budget asks."""
+    latency = timing(recipe, context.run.path.parent, context.console)
+    return slimmed(
+        context, recipe, section, given, validating(context, recipe, validation), latency
+    )
 
 
 def _rewritten(

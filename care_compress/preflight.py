@@ -16,7 +16,7 @@ from rich.console import Console
 
 from care_compress.console import say
 from care_compress.data.loader import BadImages
-from care_compress.data.sources import open_samples
+from care_compress.data.sources import check_classes, open_samples
 from care_compress.errors import RecipeError, RunError, TrainingError
 from care_compress.export.stage import check_targets, chosen_targets, placed
 from care_compress.export.width_times import check_timed, timing
@@ -217,6 +217,8 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
     start = None if recipe.train else LoadedModel.of(recipe.model)
     whole = start.model if start else model_of(recipe)
     if recipe.slim is not None:
+        if start is None and recipe.model.arch is not None:  # of the data's own classes
+            whole = build_model(recipe.model.arch, len(samples.classes))
         _check_slim(recipe, recipe.slim, whole)
     # Sites are those of the whole network; what is cut has as many, or narrower ones.
     network = rewrite(whole, recipe.rewrite)
@@ -318,8 +320,14 @@ def _planned_widths(
     recipe: Recipe, section: SlimSection, model: Care, console: Console
 ) -> SlimPlan:
     """Choose widths as the slim stage will, with its images and its clock."""
+    if recipe.model.checkpoint is None:
+        raise RecipeError(
+            "widths are chosen by trained weights, and this recipe trains its own first.",
+            "run it, or give a checkpoint (--ckpt)",
+        )
     _check_slim(recipe, section, model)
     samples, device = open_samples(recipe.data, "train"), torch.device("cpu")
+    check_classes(samples, model.num_classes)
     quiet = Console(quiet=True)
     seen = watched(recipe, section, model, samples, device, BadImages(), quiet)
     latency = timing(recipe, Path("runs"), quiet)
@@ -330,7 +338,7 @@ def _check_slim(recipe: Recipe, section: SlimSection, whole: Care) -> None:
     """Refuse what cannot be slimmed as asked; what a latency budget allows is known later."""
     check_slim(whole, section)
     if section.budget.kind == "latency":
-        check_timed(section.target)
+        check_timed(recipe, section)
     else:
         check_budget(section, cost_of(whole, section.budget.kind, recipe.data.resolution))
 

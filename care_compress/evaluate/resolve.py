@@ -108,10 +108,12 @@ def _options(name: str, runs: Path) -> list[NamedModel]:
     if os.path.isfile(runs / name / "results.json"):
         return [_of_run(runs / name)]
     every = [(file, _of_run(file.parent)) for file in runs.glob("*/results.json")]
+    # A slimmed network is nobody's float baseline: it is meant only where it is named.
     wanted = [
         (file, one)
         for file, one in every
-        if one.results.get("recipe") == name or one.results.get("precision") == name
+        if one.results.get("recipe") == name
+        or (one.results.get("precision") == name and not (name == "fp32" and "slim" in one.results))
     ]
     newest_first = sorted(wanted, key=lambda pair: -pair[0].stat().st_mtime)
     return [one for _, one in newest_first]

@@ -1,7 +1,8 @@
 """A slimmed network beside the whole one: what the cut lost, counted honestly.
 
 The whole network gets the same extra training before anything is held against it: one that has not
-converged gets better by any training, and that is no merit of the cut. Both are told.
+converged gets better by any training, and that is no merit of the cut. Both are told, and the
+better of the two is what the cut one is held to.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from care_compress.data.loader import images_at_once
 from care_compress.data.samples import Samples, spread_indices
+from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import own_share, shown_batches
 from care_compress.evaluate.pairs import Drop, collect_answers
 from care_compress.evaluate.run_accuracy import Candidate
@@ -54,7 +56,6 @@ def score_slim(
     """Measure the whole network, as given and equally trained, and what was made of it."""
     trained = {} if slim.whole is given else {TRAINED: slim.whole}
     networks = {GIVEN: given, **trained, SLIM: slim.model}
-    held_to = TRAINED if trained else GIVEN
 
     def measure() -> Json:
         device, world = context.world.device, context.world
@@ -82,16 +83,21 @@ def score_slim(
                 contents=None,
             )
             with contextlib.closing(batches):
-                # A process may have no share of few images.
-                answers = (
-                    collect_answers(models, all_to_given, batches, lambda done: None).answers
-                    if chosen
-                    else {}
-                )
+                try:
+                    answers = collect_answers(
+                        models, all_to_given, batches, lambda done: None
+                    ).answers
+                except DataError:  # this process has no share of few images; others have
+                    answers = {}
         mine = {name: _Right(one.right, one.in_top5) for name, one in answers.items()}
         parts = [part for part in world.gathered(mine) if part]
+        if not parts:
+            raise DataError("there was no image to evaluate.", "check the val split")
         right = {name: np.concatenate([part[name].first for part in parts]) for name in models}
         top5 = {name: np.concatenate([part[name].in_top5 for part in parts]) for name in models}
+        # Following itself, a whole network may also end below where it began: the better counts.
+        gained = bool(trained) and right[TRAINED].sum() >= right[GIVEN].sum()
+        held_to = TRAINED if gained else GIVEN
         found = {}
         for name in models:
             against = GIVEN if name in (GIVEN, TRAINED) else held_to

@@ -3,7 +3,7 @@
 The whole network is exported at a few widths, as the recipe will export it, and every file is
 profiled in turns on one image and one thread. An interaction's time is that of the layers that were
 made of it; between the widths it is interpolated. Times of single layers do not add up to a latency
-to the last percent, so the latency of what comes out is measured, never added up.
+to the last percent: `compare` measures what came out.
 """
 
 import statistics
@@ -48,9 +48,15 @@ FOLDER = ".width_times"  # in the folder of runs
 Table = Mapping[str, list[tuple[int, float]]]  # rising widths of a place, with milliseconds
 
 
-def check_timed(name: str) -> None:
-    """Refuse a target whose clock is not here."""
+def check_timed(recipe: Recipe, section: SlimSection) -> None:
+    """Refuse a clock that is not here, and a network that another backend will make."""
+    name = section.target
     target = load_target(name)
+    if recipe.quantize is not None and recipe.quantize.backend == "nncf":
+        raise RecipeError(
+            "slim.budget.latency times our own INT8 network, and backend nncf makes another.",
+            "give a budget of macs",
+        )
     if target.device != "cpu" or target.runtime not in ("openvino", "onnxruntime"):
         raise RecipeError(
             f"slim.budget.latency asks for times on {name}, which cannot be measured here.",
@@ -79,7 +85,10 @@ def width_times(recipe: Recipe, runs: Path, console: Console, model: Care) -> Co
     else:
         kept = _measured(recipe, section, model, places, runs, console)
         write_text(file, json_text(kept, indent=1))
-    table = {name: [(int(w), float(ms)) for w, ms in row] for name, row in kept["places"].items()}
+    table = {
+        name: [(0, 0.0), *((int(width), float(ms)) for width, ms in row)]
+        for name, row in kept["places"].items()
+    }
     cost = Cost("ms", kept["total_ms"], lambda place, width: _at(table[place.name], width), places)
     check_budget(section, cost)
     return cost
@@ -169,11 +178,17 @@ def _by_place(
     }
     profile = profile_layers(path, image_BCHW, 1, precision, seconds=SECONDS)
     found = dict.fromkeys(prefixes.values(), 0.0)
-    for layer in profile.layers:
+    latest: dict[str, str] = {}  # the place under way, by its block
+    for layer in profile.layers:  # in the order they run
         site = layer.sites[0] if layer.sites else layer.name
-        name = next((name for prefix, name in prefixes.items() if prefix in site), None)
-        if name is not None:
-            found[name] += layer.ms or 0.0
+        prefix = next((prefix for prefix in prefixes if prefix in site), None)
+        inter = site.partition("inter_layer.")[0]
+        if prefix is not None:
+            latest[inter] = prefixes[prefix]
+            found[prefixes[prefix]] += layer.ms or 0.0
+        elif "inter_layer.activation" in site and inter in latest:
+            # Both halves share one GELU, which runs behind the first 1x1 of its own.
+            found[latest[inter]] += layer.ms or 0.0
     return {**found, "all": profile.total_ms}
 
 
@@ -198,6 +213,7 @@ def _key(recipe: Recipe, section: SlimSection, model: Care) -> str:
             "resolution": recipe.data.resolution,
             "rewrite": recipe.rewrite.model_dump(mode="json"),
             "quantize": quantize,
+            "export": recipe.export.model_dump(mode="json", exclude={"targets", "images"}),
             "target": load_target(section.target).model_dump(mode="json"),
             "multiple": section.multiple,
             "processor": machine.read_machine().cpu.kind,

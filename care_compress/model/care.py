@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from care_compress.errors import CareError, InputSizeError
 
 ATTENTION_EPS = 1e-6
+HEAD_EPS = 1e-6
 STEM_STRIDE = 4
 MINIMUM_SIZE = STEM_STRIDE * 2**3  # three halvings must leave one pixel for the fourth stage
 LINEAR_ATTENTION_STAGES = (2, 3)  # earlier stages have too many tokens for it to pay
@@ -286,7 +287,7 @@ class Head(nn.Module):
 
     def __init__(self, features: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(features, eps=1e-6)
+        self.norm = nn.LayerNorm(features, eps=HEAD_EPS)
         self.fc = nn.Linear(features, num_classes)
 
     def forward(self, pooled_BC: Tensor) -> Tensor:

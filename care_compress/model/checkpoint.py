@@ -18,7 +18,6 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +69,14 @@ def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
     state = read_state_dict(where)
     if arch is not None:
         architecture(arch)
-    found = infer_arch(state, where, wanted=arch)
+    told = told_widths(where)
+    found = infer_arch(state, where, arch, told)
     classes = int(state["head.fc.weight"].shape[0])
     if classes < 1:
         raise CheckpointError(f"{where} has a head with no classes.")
     if is_hub(path):
         fetch(str(path)).check(found, classes)
-    model = Care(found, classes, widths=widths_in(state, found))
+    model = Care(found, classes, widths=widths_in(state, found, told))
     # Some exporters drop the step counters of BatchNorm, which do not affect inference.
     own = model.state_dict()
     counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
@@ -241,9 +241,14 @@ def _find_weights(content: Any, path: Path) -> dict[str, Tensor]:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def infer_arch(state: Mapping[str, Tensor], path: Path, wanted: str | None = None) -> str:
+def infer_arch(
+    state: Mapping[str, Tensor],
+    path: Path,
+    wanted: str | None = None,
+    told: Widths | None = None,
+) -> str:
     """The size whose names and shapes these weights have; `wanted` must be that one."""
-    differences = {arch: _differences(state, arch) for arch in ARCHITECTURES}
+    differences = {arch: _differences(state, arch, told) for arch in ARCHITECTURES}
     nearest = min(differences, key=lambda arch: len(differences[arch]))
     if differences[nearest]:
         listed = "; ".join(differences[nearest][:4])
@@ -261,26 +266,36 @@ def infer_arch(state: Mapping[str, Tensor], path: Path, wanted: str | None = Non
     return nearest
 
 
-def widths_in(state: Mapping[str, Tensor], arch: str) -> Widths:
+def told_widths(path: Path) -> Widths | None:
+    """The widths that a file of ours says it has; None of a whole network, and of other files."""
+    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+        with safe_open(path, framework="pt") as file:
+            said = json.loads((file.metadata() or {})["care_compress"])["widths"]
+        return Widths(tuple(said["hidden1"]), tuple(said["hidden2"]))
+    return None
+
+
+def widths_in(state: Mapping[str, Tensor], arch: str, told: Widths | None) -> Widths:
     """The widths that these weights have as a network of this size.
 
-    A slimmed network says them by its shapes alone, so any file of its weights will do. Where they
-    are no widths of a slimmed network, those of the published one stand.
+    A slimmed network says them by its shapes alone, so any file of its weights will do. Only an
+    interaction that is not there must be `told` by the file: it might have been lost.
     """
     published = Widths.published(arch)
     narrowed = []
+    gone = () if told is None else (told.hidden1, told.hidden2)
     for number, full in ((1, published.hidden1), (2, published.hidden2)):
         found = []
-        for place, most in zip(block_names(arch), full, strict=True):
+        for index, (place, most) in enumerate(zip(block_names(arch), full, strict=True)):
             name = f"{place}.inter_layer.inter{number}_"
             fc1 = state.get(f"{name}fc1.weight")
             if fc1 is not None and fc1.dim() == 4 and 1 <= fc1.shape[0] <= most:
                 found.append(int(fc1.shape[0]))
             else:
-                # Taken out as a whole, or a file that lacks some of it.
-                found.append(most if any(key.startswith(name) for key in state) else 0)
+                out = bool(gone) and gone[number - 1][index : index + 1] == (0,)
+                found.append(0 if out and not any(key.startswith(name) for key in state) else most)
         narrowed.append(tuple(found))
-    if not narrowed[1][-1] or not any(chain(*narrowed)):  # no network of ours: say what is missing
+    if not narrowed[1][-1]:  # no network of ours: say what is missing
         return published
     return Widths(*narrowed)
 
@@ -291,11 +306,11 @@ def block_names(arch: str) -> list[str]:
     return [f"stages.{i}.blocks.{j}" for i, depth in enumerate(depths) for j in range(depth)]
 
 
-def _differences(state: Mapping[str, Tensor], arch: str) -> list[str]:
+def _differences(state: Mapping[str, Tensor], arch: str, told: Widths | None) -> list[str]:
     """What keeps these weights from loading as `arch`, one phrase per tensor."""
     head = state.get("head.fc.weight")
     classes = int(head.shape[0]) if head is not None and head.dim() == 2 else 1
-    expected = _shapes(arch, max(1, classes), widths_in(state, arch))
+    expected = _shapes(arch, max(1, classes), widths_in(state, arch, told))
     phrases = []
     for name, shape in expected.items():
         if name not in state:

@@ -53,6 +53,7 @@ class Student(nn.Module):
 
 def train_openvino(
     network: CompactCare,
+    followed: CompactCare,
     section: QatSection,
     nncf_section: NncfSection,
     full_range: bool,
@@ -60,9 +61,9 @@ def train_openvino(
     training: Training,
     path: Path,
 ) -> Progress:
-    """Train what NNCF makes of `network` to follow it, and write the result to `path`."""
+    """Train what NNCF makes of `network` to follow another float one; write it to `path`."""
     model = simulated(network, nncf_section, full_range, calibration)
-    teacher = prepared(network).to(training.world.device).eval()
+    teacher = prepared(followed).to(training.world.device).eval()
     course = training.course(section, qat_fingerprint(section, training, model, teacher), _groups)
     with quiet():
         trainee = training.fit(model, FollowFloat(teacher, section), course)

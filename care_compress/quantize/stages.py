@@ -117,7 +117,7 @@ def trained_quantized(
                 nncf = section.nncf or NncfSection()
                 images = _calibration(context, recipe, section, read_list(listed, samples))
                 progress = train_openvino(
-                    compact, qat, nncf, section.full_range, images, training, path
+                    compact, teacher, qat, nncf, section.full_range, images, training, path
                 )
             else:
                 saved = load_saved(start)

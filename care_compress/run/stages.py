@@ -56,8 +56,14 @@ def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
             "model": said["model"],
             "train": _without(said["train"] or {}, WATCHING),
         },
-        "slim": {**learned, "slim": _without(said["slim"] or {}, {"heal"})},
-        "heal": learned,  # what it heals by is added by the stage, which may take QAT's settings
+        "slim": {
+            "seed": said["seed"],
+            "data": data,
+            "name": said["name"],
+            "slim": _without(said["slim"] or {}, {"heal"}),
+        },
+        # What it heals by is added by the stage, which may take QAT's settings.
+        "heal": {**learned, "name": said["name"]},
         "calibration": {**seen, "quantize.calibrate": quantize.get("calibrate")},
         "ptq": {**seen, "quantize": _without(quantize, {"qat"}), **judged},
         "qat": {

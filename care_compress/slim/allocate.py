@@ -21,7 +21,8 @@ def choose_widths(
 ) -> dict[Place, int]:
     """One width of each place's `options`, so that their losses together are least.
 
-    A knapsack with one choice from each place, solved exactly up to the rounding of costs.
+    A knapsack with one choice from each place, solved exactly up to the rounding of costs. The
+    caller has checked that the narrowest widths fit; where nothing else does, they are the answer.
     """
     unit = budget / STEPS
     best: NDArray[np.float64] = np.zeros(STEPS + 1)  # least loss with at most this many units spent
@@ -35,7 +36,8 @@ def choose_widths(
                 table[row, units:] = best[: STEPS + 1 - units] + loss
         chosen.append((place, table.argmin(axis=0)))
         best = table.min(axis=0)
-    assert np.isfinite(best[-1]), "the caller has checked that the least widths fit"
+    if not np.isfinite(best[-1]):
+        return {place: min(options[place]) for place in rankings}
     left, widths = STEPS, {}
     for place, rows in reversed(chosen):
         widths[place] = options[place][int(rows[left])]

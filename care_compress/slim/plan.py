@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +26,7 @@ from care_compress.slim.rank import (
     magnitude,
     module_aware,
 )
-from care_compress.slim.statistics import HiddenStatistics
+from care_compress.slim.statistics import HiddenStatistics, head_weight
 
 NAMES = {"macs": "multiply-accumulates", "parameters": "parameters", "latency": "latency"}
 
@@ -164,7 +163,9 @@ def check_budget(section: SlimSection, cost: Cost) -> None:
         raise RecipeError(
             f"slim.budget.{budget.kind} {budget.share:g} cannot be met: with every interaction at "
             f"its narrowest, {share:.3f} of the {NAMES[budget.kind]} is left.",
-            f"raise it to {share + 0.01:.2f} or more, or lower slim.multiple{rules}",
+            "raise it"
+            + (f" to {share + 0.01:.2f} or more" if share < 0.98 else "")
+            + f", or lower slim.multiple{rules}",
         )
 
 
@@ -203,19 +204,16 @@ def rank(
 ) -> Ranking:
     """The channels of one place by one measure of importance."""
     half = bottleneck_at(model, place)
+    # What is deployed of the heads is their mean.
+    readers = head_weight(model) if half.fc2 is None else half.fc2.weight.detach().flatten(1)
     if importance == "magnitude":
-        return by_scores(magnitude(half))
+        return by_scores(magnitude(half, readers))
     if importance == "module_aware":
-        return by_scores(module_aware(half))
+        return by_scores(module_aware(half, readers))
     assert statistics is not None
     if importance == "taylor":
         return by_scores(statistics.taylor_H)
-    covariance, outputs = statistics.covariance_HH, statistics.importance_O
-    if half.fc2 is not None:
-        return by_reconstruction(half.fc2.weight.detach().flatten(1), covariance, outputs)
-    # What is deployed of the heads is their mean, which moves twice as much as one of them.
-    heads = torch.stack([model.head.fc.weight, model.dist_head.fc.weight]).detach()
-    return by_reconstruction(heads.mean(dim=0), covariance, 4 * outputs)
+    return by_reconstruction(readers, statistics.covariance_HH, statistics.importance_O)
 
 
 def needs_images(section: SlimSection) -> bool:
@@ -226,6 +224,7 @@ def needs_images(section: SlimSection) -> bool:
 def print_slim_plan(plan: SlimPlan, console: Console) -> None:
     """Show the widths before and after, and which budget decided."""
     budget = plan.section.budget
+    said = "{:.3g}".format if budget.kind == "latency" else "{:,.0f}".format
     table = Table(title=f"slim: {budget.kind} to {budget.share:g}, by {plan.section.importance}")
     table.title_justify = "left"
     table.add_column("interaction", no_wrap=True)
@@ -243,8 +242,8 @@ def print_slim_plan(plan: SlimPlan, console: Console) -> None:
         )
     widened(console, 100).print(table)
     console.print(
-        f"[bold]{plan.unit}[/]: {plan.before:,.0f} before, {plan.after:,.0f} after "
-        f"({plan.after / plan.before:.3f}); the budget leaves {plan.wanted:,.0f}",
+        f"[bold]{plan.unit}[/]: {said(plan.before)} before, {said(plan.after)} after "
+        f"({plan.after / plan.before:.3f}); the budget leaves {said(plan.wanted)}",
         highlight=False,
     )
 

@@ -35,26 +35,27 @@ def by_scores(scores_H: Tensor) -> Ranking:
     return Ranking(tuple(order.tolist()), tuple(losses.tolist()))
 
 
-def magnitude(half: Bottleneck) -> Tensor:
-    """||w_c||^2 over everything that belongs to a channel (H,)."""
-    return sum(_squares(half), start=torch.zeros(()))
+def magnitude(half: Bottleneck, readers_OH: Tensor) -> Tensor:
+    """||w_c||^2 over everything that belongs to a channel (H,).
+
+    `readers_OH` is what reads the hidden channels: the second 1x1, or the mean of both heads.
+    """
+    return torch.stack(_squares(half, readers_OH)).sum(dim=0)
 
 
-def module_aware(half: Bottleneck) -> Tensor:
+def module_aware(half: Bottleneck, readers_OH: Tensor) -> Tensor:
     """Sum over layers of ||w_c||^2 / ||W||^2: a channel's share of its modules (H,).
 
     DIMAP (arXiv 2404.13648): magnitudes of different modules are comparable as shares alone. Needs
     no data.
     """
-    return sum((squares / squares.sum() for squares in _squares(half)), start=torch.zeros(()))
+    return torch.stack([one / one.sum() for one in _squares(half, readers_OH)]).sum(dim=0)
 
 
-def _squares(half: Bottleneck) -> list[Tensor]:
+def _squares(half: Bottleneck, readers_OH: Tensor) -> list[Tensor]:
     """||w_c||^2 of each layer, by hidden channel."""
-    layers = [half.fc1.weight.detach().flatten(1), half.conv.weight.detach().flatten(1)]
-    if half.fc2 is not None:
-        layers.append(half.fc2.weight.detach().flatten(1).T)
-    return [layer.double().square().sum(dim=1) for layer in layers]
+    own = [half.fc1.weight.detach().flatten(1), half.conv.weight.detach().flatten(1)]
+    return [layer.double().square().sum(dim=1) for layer in (*own, readers_OH.detach().T)]
 
 
 def by_reconstruction(weight_OH: Tensor, covariance_HH: Tensor, importance_O: Tensor) -> Ranking:

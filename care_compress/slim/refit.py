@@ -65,7 +65,8 @@ def refit(
         normal = Normal(head.fc.in_features, head.fc.out_features)
         for x, y in zip(pooled, wanted, strict=True):
             normal.add(head.norm(F.gelu(x)), teacher(y))
-        assign(head.fc, *normal.solve(head.fc.weight, RIDGE))
+        if normal.samples >= head.fc.in_features:  # an image is one sample; fewer fit anything
+            assign(head.fc, *normal.solve(head.fc.weight, RIDGE))
     slim.requires_grad_(True)
 
 

@@ -3,10 +3,11 @@
     slim/plan.json           which channels stay
     slim/cut.safetensors     the narrow network, refitted
     slim/model.safetensors   the same, healed
-    slim/whole.safetensors   the whole network after the same training: what the slim one is held to
+    slim/whole.safetensors   the whole network after the same healing,
+    slim/whole_qat.safetensors   and after as many steps of QAT's, in float
 
-A network that has not converged gets better by any training, and that gain is not ours: a drop is
-counted from the whole network with the same training.
+A network that has not converged gets better by any training, and that gain is not ours: what was
+cut is held to the whole network with the same training, or as it was where it has not gained.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from care_compress import machine
 from care_compress.console import progress_bar
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.data.sources import open_samples
+from care_compress.data.sources import check_classes, open_samples
 from care_compress.files import fingerprint
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint, state_digest
@@ -34,7 +35,7 @@ from care_compress.recipe.slim import SlimSection
 from care_compress.recipe.target import load_target
 from care_compress.run.context import RunContext
 from care_compress.run.finished import SLIM_CUT, SLIM_HEALED
-from care_compress.run.stages import once, recipe_parts
+from care_compress.run.stages import EVERYTHING, once, recipe_parts
 from care_compress.slim.cut import cut
 from care_compress.slim.heal import Follower, FollowWhole
 from care_compress.slim.places import Place
@@ -46,6 +47,7 @@ from care_compress.train.stage import training_in
 
 PLAN_FILE = "slim/plan.json"
 WHOLE_FILE = "slim/whole.safetensors"
+WHOLE_AFTER_QAT = "slim/whole_qat.safetensors"
 IMAGES_AT_ONCE = 16  # backward passes hold every activation
 REFIT_BATCH = 64
 REFITTED_AT = 224  # pixels; section.images of this size are held
@@ -70,6 +72,7 @@ def slimmed(
 ) -> Slimmed:
     """Cut, refit and heal; `latency` measures what widths cost in time, where the budget asks."""
     samples, path = open_samples(recipe.data, "train"), context.run.path / SLIM_CUT
+    check_classes(samples, model.num_classes)
     made_from: dict[str, object] = {
         **recipe_parts(recipe)["slim"],
         "float model": state_digest(model.state_dict()),
@@ -77,10 +80,13 @@ def slimmed(
     }
     timed = section.budget.kind == "latency"
     if timed:  # what is timed is the network as it will be quantized and exported
-        said = recipe.model_dump(mode="json", include={"quantize", "rewrite"})
+        said = recipe.model_dump(mode="json", include={"quantize", "rewrite", "export"})
         (said["quantize"] or {}).pop("qat", None)
+        for name in ("targets", "images"):
+            said["export"].pop(name)
         target = load_target(section.target).model_dump(mode="json")
         made_from["timed"] = [said, target, machine.read_machine().cpu.kind]
+        made_from["packages"] = machine.installed_versions(EVERYTHING)
 
     def make() -> None:
         with context.stage("slim"):
@@ -108,12 +114,12 @@ def slimmed(
     follow = partial(followed, context, recipe, model, samples, validate)
     if section.heal is not None:
         narrow = follow(narrow, section.heal, SLIM_HEALED)
-    # Where QAT heals, the whole network is trained as long by the same settings.
-    course: FollowSection | None = section.heal
-    if course is None and recipe.quantize is not None:
-        course = recipe.quantize.qat
-    if course is not None:
-        whole = follow(model, course, WHOLE_FILE)
+        whole = follow(whole, section.heal, WHOLE_FILE)
+    elif context.world.is_main:  # that of an earlier recipe would pass for this one's
+        (context.run.path / SLIM_HEALED).unlink(missing_ok=True)
+    qat = None if recipe.quantize is None else recipe.quantize.qat
+    if qat is not None:
+        whole = follow(whole, qat, WHOLE_AFTER_QAT)
     return Slimmed(narrow, whole)
 
 
@@ -156,7 +162,7 @@ def refit_images(
 ) -> list[Tensor]:
     """The images that layers are refitted on, held in memory with what both networks make of them.
 
-    At more pixels they are fewer: as many positions are seen, in as much memory.
+    At more pixels they are fewer: convolutions see as many positions, in as much memory.
     """
     shrunk = min(1.0, (REFITTED_AT / recipe.data.resolution) ** 2)
     count = max(FEWEST_IMAGES, int(section.images * shrunk))

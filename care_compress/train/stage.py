@@ -65,7 +65,9 @@ def loaded(context: RunContext, start: LoadedModel, validation: Samples) -> Care
         context.run.record_input("checkpoint", start.about)
     shown = escape(str(start.about["path"]))
     context.console.print(
-        f"loaded {model.arch} with {model.num_classes} classes from {shown}", soft_wrap=True
+        f"loaded {model.arch}{', slimmed,' if model.is_slimmed else ''} with {model.num_classes} "
+        f"classes from {shown}",
+        soft_wrap=True,
     )
     return model
 

@@ -27,7 +27,12 @@ from care_compress.slim.places import Place, bottleneck_at, find_places
 from care_compress.slim.plan import check_budget, check_slim, cost_of, make_plan, widths_allowed
 from care_compress.slim.rank import by_reconstruction, by_scores, magnitude, module_aware
 from care_compress.slim.refit import Normal, refit
-from care_compress.slim.statistics import HiddenStatistics, measure_hidden
+from care_compress.slim.statistics import (
+    HiddenStatistics,
+    head_input,
+    head_weight,
+    measure_hidden,
+)
 
 NARROW = Widths((12, 24, 16, 96, 48, 200, 8), (16, 32, 64, 128, 40, 256, 72))
 
@@ -110,6 +115,7 @@ def test_only_a_rule_lets_an_interaction_go_as_a_whole() -> None:
         allowed = min(widths_allowed(bold, place)[0])
         assert allowed == (16 if place.stage == 0 or place.last else 0)
     plan = make_plan(model, bold, statistics(model), cost_of(model, "macs", SIZE))
+    assert any(one.width == 0 for one in plan.widths)
     narrow = cut(model, plan.kept, {p: s.mean_H for p, s in statistics(model).items()})
     refit(narrow, model, images(16).split(8), lambda done: None)
     x = images(2)
@@ -166,6 +172,16 @@ def test_a_slim_file_with_a_layer_missing_is_refused_by_its_name(tmp_path: Path)
         care_compress.load_checkpoint(tmp_path / "damaged.pth")
 
 
+def test_only_a_file_that_says_so_lacks_an_interaction(tmp_path: Path) -> None:
+    hidden1 = (0, *NARROW.hidden1[1:])
+    model = Care("care_nano", 5, widths=Widths(hidden1, NARROW.hidden2))
+    save_checkpoint(model, tmp_path / "said.safetensors", {})
+    assert care_compress.load_checkpoint(tmp_path / "said.safetensors").widths.hidden1 == hidden1
+    torch.save(model.state_dict(), tmp_path / "lost.pth")
+    with pytest.raises(CheckpointError, match=r"0\.inter_layer\.inter1_norm\.weight is missing"):
+        care_compress.load_checkpoint(tmp_path / "lost.pth")
+
+
 @pytest.mark.parametrize(
     "widths",
     [
@@ -198,21 +214,46 @@ def test_scores_add_up_and_the_least_go_first() -> None:
     assert ranking.kept(2) == [0, 2] and ranking.kept(0) == []
 
 
-def test_magnitudes_count_all_that_belongs_to_a_channel() -> None:
-    model = care()
-    place = find_places(model)[2]
+@pytest.mark.parametrize("number", [2, -1])
+def test_magnitudes_count_all_that_belongs_to_a_channel(number: int) -> None:
+    model, channel = care(), 5
+    place = find_places(model)[number]
     half = bottleneck_at(model, place)
-    channel = 5
-    parts = [half.fc1.weight[channel], half.conv.weight[channel], half.fc2.weight[:, channel]]
+    readers = head_weight(model) if half.fc2 is None else half.fc2.weight.detach().flatten(1)
+    parts = [half.fc1.weight[channel], half.conv.weight[channel], readers[:, channel]]
     wanted = sum(float(part.detach().double().square().sum()) for part in parts)
-    assert float(magnitude(half)[channel]) == pytest.approx(wanted)
+    assert float(magnitude(half, readers)[channel]) == pytest.approx(wanted)
     # A layer that is a hundred times larger rules magnitudes, and no share of them.
-    before, shares = magnitude(half).argsort(), module_aware(half)
+    before, shares = magnitude(half, readers).argsort(), module_aware(half, readers)
     assert float(shares.sum()) == pytest.approx(3.0)
     with torch.no_grad():
         half.fc1.weight.mul_(100)
-    assert not torch.equal(magnitude(half).argsort(), before)
-    torch.testing.assert_close(module_aware(half), shares)
+    assert not torch.equal(magnitude(half, readers).argsort(), before)
+    torch.testing.assert_close(module_aware(half, readers), shares)
+
+
+def test_both_heads_read_the_last_channels() -> None:
+    """Each through its own norm; what one of them does not read may matter to the other."""
+    model = care()
+    place = find_places(model)[-1]
+    with torch.no_grad():
+        model.head.norm.weight[7] = 0
+        model.dist_head.norm.weight[[3, 7]] = 0
+        model.head.norm.weight[3] = 0
+    seen = statistics(model)[place]
+    ranking = by_reconstruction(head_weight(model), seen.covariance_HH, seen.importance_O)
+    assert set(ranking.order[:2]) == {3, 7}
+    with torch.no_grad():
+        model.dist_head.norm.weight[3] = 5.0
+    ranking = by_reconstruction(head_weight(model), seen.covariance_HH, seen.importance_O)
+    assert ranking.order[0] == 7 and 3 not in ranking.order[:20]
+    # The rows that are watched are what the mean of the heads is linear in.
+    x = images(4)
+    with torch.no_grad():
+        pooled = model.forward_features(x)[-1].mean(dim=(2, 3))
+        linear = head_input(pooled) @ head_weight(model).T
+        rest = model(x) - linear
+    torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=1e-4, atol=1e-4)
 
 
 def problem(samples: int = 400, hidden: int = 7, outputs: int = 4) -> tuple[Tensor, Tensor]:
@@ -268,7 +309,8 @@ def test_the_normal_equations_are_least_squares_with_a_pull() -> None:
 
 def test_refitting_brings_a_cut_network_nearer_to_the_whole_one() -> None:
     model, x = care(), images(48)
-    kept = {place: range(0, place.channels, 2) for place in find_places(model)}
+    # Not the last ones: 48 images say too little of so many of the head's weights, which stay.
+    kept = {p: range(0, p.channels, 2) for p in find_places(model) if not p.last}
     plain, refitted = cut(model, kept), cut(model, kept)
     refit(refitted, model, x.split(16), lambda done: None)
     with torch.no_grad():
@@ -423,3 +465,12 @@ def test_what_cannot_be_slimmed_as_asked_is_refused_in_one_line() -> None:
         check_budget(slim(budget={"macs": 0.05}), cost)
     assert "\n" not in refused.value.message
     check_budget(slim(budget={"macs": 0.5}), cost)
+
+
+def test_a_budget_that_only_the_narrowest_widths_meet_is_met_by_them() -> None:
+    model = care()
+    cost = cost_of(model, "macs", SIZE)
+    narrowest = {place: min(widths_allowed(slim(), place)[0]) for place in cost.places}
+    spent = cost.fixed + sum(cost.of(place, width) for place, width in narrowest.items())
+    tight = slim(budget={"macs": (spent + 1) / cost.total}, importance="magnitude")
+    assert {one.place: one.width for one in make_plan(model, tight, {}, cost).widths} == narrowest
