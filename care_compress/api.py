@@ -88,12 +88,14 @@ class Result:
         if self.run.kept is None:
             return Accuracy(**results["accuracy"])
         kept = results["candidates"][results["kept"]]
+        # What was cut is held to the whole network, not to the float one it was quantized from.
+        held = results["slim"]["models"][results["kept"]] if "slim" in results else kept
         return Accuracy(
             kept["images"],
             kept["top1"],
             kept["top5"],
-            kept["drop"],
-            tuple(kept["drop_ci95"]),
+            held["drop"],
+            tuple(held["drop_ci95"]),
             kept["agreement"],
         )
 

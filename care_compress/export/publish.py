@@ -20,6 +20,7 @@ from care_compress.console import listed, one_line
 from care_compress.errors import RunError
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
 from care_compress.evaluate.intervals import wilson
+from care_compress.evaluate.slim_accuracy import GIVEN, TRAINED
 from care_compress.export.deploy import checked_model
 from care_compress.export.to_onnx import FREE
 from care_compress.files import json_text, not_writable, read_json, sha256_file, temporary_folder
@@ -314,6 +315,7 @@ class Card:
             "classes": self.classes,
             "preprocessing": {**self.preprocessing, "interpolation": "bicubic"},
             "quantization": self._quantization,
+            **({"slim": self.results["slim"]["budget"]} if "slim" in self.results else {}),
             "base_model": self.base_model,
             "files": files,
             "made_by": f"{LIBRARY} {VERSION}",
@@ -455,10 +457,18 @@ class Card:
 
     def _accuracy(self) -> Iterator[dict[str, str]]:
         images, top1 = self.results["accuracy"]["images"], self.results["accuracy"]["top1"]
+        slim, as_float = self.results.get("slim"), "float model"
+        if slim is not None:  # drops below are of the slimmed one, which was cut from these
+            as_float = "float model, slimmed"
+            for name in (GIVEN, TRAINED):
+                if name in slim["models"]:
+                    yield _row(
+                        f"whole network, {name}", _share(slim["models"][name]["top1"], images)
+                    )
         if self._quantization is None:
-            yield _row("float model", _share(top1, images))
+            yield _row(as_float, _share(top1, images))
         else:
-            yield _row("float model", _share(self.results["float"]["top1"], images))
+            yield _row(as_float, _share(self.results["float"]["top1"], images))
             kept = self.results["candidates"][self.results["kept"]]
             drop = _points(kept["drop"], kept["drop_ci95"])
             same = f"{kept['agreement']:.2f}"

@@ -165,6 +165,8 @@ def test_qat_heals_where_nothing_else_does(place: Path) -> None:
     models = results["slim"]["models"]
     assert list(models) == ["float", "float, trained as long", "slim", results["kept"]]
     assert models[results["kept"]]["against"] in ("float", "float, trained as long")
+    told = care_compress.Result(place / "runs" / "int8").accuracy
+    assert told.drop == models[results["kept"]]["drop"]
     folder = place / "runs" / "int8" / "slim"
     assert (folder / "whole_qat.safetensors").is_file()
     assert not (folder / "model.safetensors").exists()
