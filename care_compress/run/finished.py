@@ -76,10 +76,10 @@ class FinishedRun:
             return None
         with as_written(manifest):
             recorded = read_json(manifest)
-            if weights.is_relative_to(self.path):
-                known = recorded["outputs"].get(str(weights.relative_to(self.path)))
-            else:
+            if self.recipe.train is None and weights == self.start:  # it may lie anywhere
                 known = recorded["inputs"].get("checkpoint", {}).get("sha256")
+            else:
+                known = recorded["outputs"].get(str(weights.relative_to(self.path)))
         return None if known is None else str(known)
 
     def checked_checkpoint(self) -> Path:

@@ -250,18 +250,21 @@ def test_qat_is_made_again_for_other_images_or_another_start(
     section = recipe.quantize
     assert section is not None and section.qat is not None
 
-    def made_from(content: str = "a", start: bytes = b"s", weight: float = 1.0) -> dict[str, Any]:
+    def made_from(
+        content: str = "a", start: bytes = b"s", weight: float = 1.0, teacher: float = 1.0
+    ) -> dict[str, Any]:
         monkeypatch.setattr(stages, "open_samples", lambda data, split: samples(content))
         path = tmp_path / "model.safetensors"
         path.write_bytes(start)
         trained_quantized(
-            context(tmp_path), recipe, section, section.qat, linear(weight), path, cast(Any, None)
-        )
+            context(tmp_path), recipe, section, section.qat, linear(weight), linear(teacher), path,
+            cast(Any, None),
+        )  # fmt: skip
         return noted["qat"]
 
     usual = made_from()
     assert usual == made_from()
-    for given in ({"content": "b"}, {"start": b"t"}, {"weight": 2.0}):
+    for given in ({"content": "b"}, {"start": b"t"}, {"weight": 2.0}, {"teacher": 2.0}):
         assert made_from(**given) != usual, given
 
 
