@@ -32,7 +32,9 @@ class SlimBudgetSection(Section):
     @model_validator(mode="after")
     def _is_one(self) -> "SlimBudgetSection":
         if len(self.model_dump(exclude_none=True)) != 1:
-            raise ValueError("name one of macs, parameters, latency")
+            raise ValueError(
+                "name one of macs, parameters, latency (macs: null takes a base's away)"
+            )
         return self
 
     @property
