@@ -131,7 +131,7 @@ def choice_check(recipe: Recipe, scores: Scores) -> CheckResult:
 
 def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str, Any]:
     """Return what only a run with a quantize section has."""
-    best, limit = scores.best, recipe.budget.max_top1_drop
+    best = scores.best
     if best is None or recipe.quantize is None:
         return {}
     baseline, plan = best.paired.baseline, best.plan
@@ -147,9 +147,7 @@ def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str,
         "model": str(best.path.relative_to(context.run.path)),
         "candidates": {one.name: one.paired.as_json() for one in scores.candidates},
         **({"plan": in_short} if in_short else {}),
-        "budget": None
-        if limit is None
-        else {"max_top1_drop": limit, "met": best.paired.drop <= limit},
+        "budget": _budget(recipe, best.paired.drop),
     }
 
 
@@ -157,10 +155,14 @@ def _slimmed(recipe: Recipe, scores: Scores, slim: Mapping[str, Any] | None) -> 
     """Return what only a run with a slim section has; its drop counts from the whole network."""
     if slim is None:
         return {}
+    one = slim["models"][SLIM if scores.best is None else scores.best.name]
+    return {"slim": dict(slim), "budget": _budget(recipe, one["drop"])}
+
+
+def _budget(recipe: Recipe, drop: float) -> dict[str, Any] | None:
+    """Return the limit of the drop and whether it holds; None where the recipe sets none."""
     limit = recipe.budget.max_top1_drop
-    drop = slim["models"][SLIM if scores.best is None else scores.best.name]["drop"]
-    budget = None if limit is None else {"max_top1_drop": limit, "met": drop <= limit}
-    return {"slim": dict(slim), "budget": budget}
+    return None if limit is None else {"max_top1_drop": limit, "met": drop <= limit}
 
 
 def _tell(

@@ -26,7 +26,6 @@ from care_compress.model.care import Care
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.cost import measure_cost
 from care_compress.model.predictor import Predictor
-from care_compress.quantize.artifact import load_quantized
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
 from care_compress.run.stages import Json, once, recipe_parts
@@ -63,11 +62,8 @@ def score_slim(
             name: TorchPredictor(network, network.num_classes, device)
             for name, network in networks.items()
         }
-        if best is not None and best.plan is None:
+        if best is not None:
             models[best.name] = open_predictor(str(best.path), device)
-        elif best is not None:
-            simulated = load_quantized(best.path)
-            models[best.name] = TorchPredictor(simulated, simulated.num_classes, device)
         all_to_given = dict.fromkeys(models, GIVEN)
         size = images_at_once(recipe.evaluate.batch_size, device)
         chosen = own_share(spread_indices(len(validation), recipe.evaluate.images), size, world)

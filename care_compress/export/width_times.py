@@ -8,7 +8,7 @@ to the last percent: `compare` measures what came out.
 
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ TURNS = 5  # of profiles; the median counts
 SECONDS = 0.3  # of each
 IMAGES = 8
 FOLDER = ".width_times"  # in the folder of runs
-Table = Mapping[str, list[tuple[int, float]]]  # rising widths of a place, with milliseconds
 
 
 def check_timed(recipe: Recipe, section: SlimSection) -> None:

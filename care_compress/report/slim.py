@@ -16,12 +16,7 @@ from care_compress.report.blocks import (
 from care_compress.report.drawing import Labelled, Point, bars, scatter
 from care_compress.report.sources import Json, Sources
 from care_compress.shipped import COMPARE
-
-BUDGETS = {
-    "macs": "multiply-accumulates",
-    "parameters": "parameters",
-    "latency": "latency of one image",
-}
+from care_compress.slim.plan import NAMES
 
 
 def slim(sources: Sources) -> list[Block]:
@@ -32,7 +27,7 @@ def slim(sources: Sources) -> list[Block]:
     budget = found["budget"]
     text = (
         f"{cut_by(found)}. The budget left {100 * budget['share']:.0f} % of the "
-        f"{BUDGETS[budget['kind']]}."
+        f"{NAMES[budget['kind']]}."
     )
     if TRAINED in found["models"]:
         text += (
