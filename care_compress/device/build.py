@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from care_compress.device.kernels import Traffic, parse_kernels, traffic
 from care_compress.device.layers import MULTIPLYING, LayerRow, network_layers, parse_inspector
 from care_compress.device.library import Library, Log, make_logger, open_runtime
 from care_compress.device.problems import BuildFailedError, UntypedModelError
@@ -48,8 +49,9 @@ class BuiltEngine:
 
     plan: bytes
     layers: tuple[LayerRow, ...]
-    # "engine": what it executes; "network": what the graph asks for (it cannot be loaded here).
+    # "engine": what it executes; "network": what the graph asks for (nothing told more).
     layers_from: str
+    moved: "Traffic | None"  # of the compiled engine, where it was printed
     warnings: tuple[str, ...]
     seconds: float
 
@@ -99,10 +101,13 @@ def build_engine(
     if engine is not None:
         json = library.module.LayerInformationFormat.JSON
         layers = parse_inspector(engine.create_engine_inspector().get_engine_information(json))
+    kernels = parse_kernels(log.listing)
+    layers = layers or tuple(kernel.row for kernel in kernels)
     return BuiltEngine(
         plan=plan,
         layers=layers or asked_for,
         layers_from="engine" if layers else "network",
+        moved=traffic(kernels) if kernels else None,
         warnings=warnings,
         seconds=time.monotonic() - started,
     )

@@ -73,6 +73,7 @@ def build_file(
         "build_seconds": round(built.seconds, 1),
         "warnings": list(built.warnings),
         "layers_from": built.layers_from,
+        "traffic": None if built.moved is None else asdict(built.moved),
         "precisions": dict(sorted(Counter(row.precision for row in built.layers).items())),
         "layers": [asdict(row) for row in built.layers],
     }

@@ -28,7 +28,7 @@ _TYPE_WORDS = {
     "UINT8": "UINT8",
 }
 _TYPE_PATTERN = re.compile(rf"\bk?({'|'.join(_TYPE_WORDS)})\b", re.IGNORECASE)
-_NODES = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+NODES = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 MULTIPLYING = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 # Between a DequantizeLinear and the MatMul that uses it there may stand a Transpose.
 _MOVING = ("SHUFFLE",)
@@ -59,7 +59,7 @@ def parse_inspector(text: str) -> tuple[LayerRow, ...]:
         if re.search(r"\[profile [1-9]\d*\]", name):
             continue
         inputs, outputs = (_data_types(fields.get(key, [])) for key in ("Inputs", "Outputs"))
-        nodes = _NODES.findall(str(fields.get("Metadata", "")))
+        nodes = NODES.findall(str(fields.get("Metadata", "")))
         rows.append(
             LayerRow(
                 name=name,
@@ -80,12 +80,13 @@ def _data_types(tensors: Any) -> list[str]:
         fields = tensor if isinstance(tensor, dict) else {}
         for key in ("Datatype", "DataType", "Format/Datatype"):
             if key in fields:
-                found.append(_type_in(str(fields[key])))
+                found.append(type_in(str(fields[key])))
                 break
     return found
 
 
-def _type_in(text: str) -> str:
+def type_in(text: str) -> str:
+    """The type that a text of TensorRT's names."""
     match = _TYPE_PATTERN.search(text)
     return _TYPE_WORDS[match[1].upper()] if match else "unknown"
 
@@ -104,12 +105,12 @@ def network_layers(network: Any) -> tuple[LayerRow, ...]:
             makers[layer.get_output(output).name] = layer
         if layer.type.name == "CONSTANT":
             continue
-        output_type = _type_in(layer.get_output(0).dtype.name)
+        output_type = type_in(layer.get_output(0).dtype.name)
         integer = layer.type.name in MULTIPLYING and all(
             which < layer.num_inputs and _is_dequantized(layer.get_input(which), makers)
             for which in (0, 1)
         )
-        nodes = _NODES.findall(str(getattr(layer, "metadata", "") or ""))
+        nodes = NODES.findall(str(getattr(layer, "metadata", "") or ""))
         rows.append(
             LayerRow(
                 name=layer.name,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from care_compress.device.kernels import LISTING
 from care_compress.device.manifest import required_module, version_numbers
 from care_compress.device.problems import TensorRtMissingError
 
@@ -91,10 +92,11 @@ def required_library(requirement: str) -> str:
 
 
 class Log:
-    """What TensorRT said: warnings to pass on, and the reason of the last failure."""
+    """What TensorRT said: warnings to pass on, the reason of the last failure, the kernels."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.listing = ""  # of the finished engine (`care_compress.device.kernels`)
         self._errors: list[str] = []
 
     def add(self, severity: str, text: str) -> None:
@@ -103,6 +105,8 @@ class Log:
             self._errors.append(text.strip())
         elif severity == "WARNING" and text.strip() not in self.warnings:
             self.warnings.append(text.strip())
+        elif text.startswith(LISTING):
+            self.listing = text
 
     def reason(self) -> str:
         """The first error since the last call: those after it are usually its consequences."""

@@ -56,6 +56,13 @@ def show_layers(
     wide.print(table)
     sums = {path.name: {**profile.as_json(), "available": True}}
     wide.print(kind_table(f"By kind, {path.name}", sums))
+    if (moved := profile.traffic) is not None:
+        activations, constants = moved["activation_bytes"] / 1e6, moved["constant_bytes"] / 1e6
+        console.print(
+            f"{moved['kernels']} kernels; {activations:.1f} MB of activations read and written, "
+            f"{constants:.1f} MB of constants read, for one run",
+            highlight=False,
+        )
     if not profile.is_timed:
         console.print("precisions only: an engine's layers are timed on its own GPU, not here")
     if json_file is not None:

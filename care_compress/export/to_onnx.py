@@ -50,6 +50,7 @@ from care_compress.quantize.placement import ROOT, QuantizedCare
 INPUT, OUTPUT = "images", "logits"
 FIRST_OPSET = 20  # of Gelu as one operation; what is used here means the same in later ones
 FOUR_BIT_OPSET = 21
+ANY_SIZE = 2**40
 LARGEST_SHARED = 65536  # elements: the masks of attention are one for each stage
 TRACED = 2  # images in the example; `_free_batch` takes this number out of the graph
 FREE = "batch"  # what stands for it
@@ -96,7 +97,9 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
             value = ir.tensor(tensor.detach().numpy(), name=name)
             model.graph.initializers[name].const_value = value
     _free_batch(model.graph)
-    fold_constants(model)
+    # Without limits: what a pool makes of its weights at this size of images is large, and runtimes
+    # would compute it anew for every image.
+    fold_constants(model, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE)
     _SIMPLIFY(model)
     _name_by_module(model.graph, {name for name, _ in network.named_modules()})
     DeduplicateInitializersPass(size_limit=LARGEST_SHARED)(model)
@@ -159,10 +162,15 @@ def _name_by_module(graph: ir.Graph, modules: set[str]) -> None:
     The node that computes a site, a product or the addition of a residual, has the bare name.
     """
     taken: set[str] = set()
+    homes: dict[ir.Node | None, str] = {None: ""}
     for number, node in enumerate(graph):
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-        # The deepest module whose forward pass the node comes from.
+        # The deepest module whose forward pass the node comes from. What the exporter put together
+        # itself, a Split, tells of none: it belongs to whoever made what it reads.
         module = next((str(scope) for scope in reversed(scopes) if scope in modules), "")
+        if not scopes and node.inputs and node.inputs[0] is not None:
+            module = homes[node.inputs[0].producer()]
+        homes[node] = module
         name = module if node.op_type in _PRODUCTS else f"{module}/{node.op_type}"
         if name in taken or not name:
             name = f"{module}/{node.op_type}_{number}"

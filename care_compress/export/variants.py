@@ -21,7 +21,7 @@ from care_compress.evaluate.agreement import (
     HeldImages,
     Rounded,
 )
-from care_compress.export.cpu_form import Form, form_for, in_form
+from care_compress.export.form import Form, form_for, in_form
 from care_compress.export.gelu import write_gelu
 from care_compress.export.half import write_half
 from care_compress.export.ort_channels_last import put_channels_last

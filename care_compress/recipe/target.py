@@ -4,6 +4,7 @@ The plan is checked against it before anything is trained, the export writes wha
 `care_compress.runtime.doctor` tells from it what this machine can do. Files: recipes/targets/.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,7 @@ TARGETS_DIR = RECIPES_DIR / "targets"
 NEEDS = "care_compress.needs"
 DOT_PRODUCTS = processor.DOT_PRODUCTS  # what the script of a bundle asks for
 
+_WORDS = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*$")
 AS_SHIPPED = "as shipped"  # the placement of a target's own rules
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
@@ -115,7 +117,7 @@ class Target(Section):
     )
     gelu: Gelu = Field("erf", description="the form of every GELU of an image (export/gelu.py)")
     placements: dict[str, Placement] = Field(
-        {}, description="what may be faster on one processor: `care-compress tune`"
+        {}, description="what may be faster on one processor or board: `tune`, here or there"
     )
     without_dot_products: str | None = Field(
         None, description="the placement that an export takes on processors without them"
@@ -179,6 +181,13 @@ class Target(Section):
     def _placement_exists(self) -> "Target":
         if self.without_dot_products not in (None, *self.placements):
             raise ValueError(f"without_dot_products: no placement {self.without_dot_products!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _placements_name_files(self) -> "Target":
+        odd = [name for name in self.placements if self.is_engine and not _WORDS.match(name)]
+        if odd:
+            raise ValueError(f"placements: {odd[0]!r} becomes a file: use a-z, 0-9 and dashes")
         return self
 
     @model_validator(mode="after")

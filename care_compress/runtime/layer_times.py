@@ -30,6 +30,7 @@ class Profile:
 
     layers: tuple[LayerTime, ...]
     whole_ms: float | None  # of one run, with the profiler on
+    traffic: dict[str, int] | None = None  # of an engine: kernels, and bytes that they move
 
     @property
     def total_ms(self) -> float:
@@ -63,6 +64,7 @@ class Profile:
             "by_kind": self.by_kind(),
             "layers_ms": self.total_ms if self.is_timed else None,
             "profiled_ms": self.whole_ms,  # of a run with the profiler on, overhead included
+            "traffic": self.traffic,
         }
 
 

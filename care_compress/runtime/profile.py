@@ -26,10 +26,10 @@ from care_compress.runtime.profile_openvino import profile_openvino
 
 SECONDS = 0.5  # of runs that are timed
 
-# As TensorRT's inspector and its network name them.
-_PRODUCTS = ("CONV", "GEMM", "MATRIX_MULTIPLY", "MATMUL")
+# As TensorRT's inspector, its network and its listing of kernels name them.
+_PRODUCTS = ("CONV", "GEMM", "MATRIX_MULTIPLY", "MATMUL", "CORRELATION", "RUNTIME_FUSION")
 _CONVERT = ("REFORMAT", "QUANTIZE", "CAST", "SHUFFLE", "REORDER")
-_ELEMENTWISE = ("ELEMENTWISE", "POINTWISE", "ACTIVATION", "UNARY", "NORMALIZATION", "SCALE")
+_ELEMENTWISE = ("ELEMENTWISE", "POINTWISE", "ACTIVATION", "UNARY", "NORMALIZATION", "SCALE", "KGEN")
 
 
 def profile_layers(
@@ -67,7 +67,8 @@ def read_engine_profile(path: Path) -> Profile:
     about = origin_path(path)
     layers = []
     try:
-        for layer in read_json(about)["layers"]:
+        told = read_json(about)
+        for layer in told["layers"]:
             precision = str(layer["precision"])
             if precision in ("INT32", "INT64", "BOOL"):
                 continue
@@ -80,9 +81,10 @@ def read_engine_profile(path: Path) -> Profile:
                 group = ELEMENTWISE
             name, sites = str(layer["name"]), modules_of(layer["origin"])
             layers.append(LayerTime(name, kind, sites, precision, group, None))
+        traffic = told.get("traffic")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(
             f"{about}, which tells the layers of {path.name}, cannot be read: {error!r}.",
             "keep the files of an export together, or build the engine again",
         ) from error
-    return Profile(tuple(layers), None)
+    return Profile(tuple(layers), None, traffic)

@@ -24,7 +24,7 @@ from quantized import (
 from torch import Tensor
 
 from care_compress.errors import ExportError, RecipeError
-from care_compress.export.cpu_form import form_for, in_form
+from care_compress.export.form import form_for, in_form
 from care_compress.export.half import write_half
 from care_compress.export.result import About, Preprocessing
 from care_compress.export.to_onnx import float_graph, put_integers, write_onnx

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from quantized import SIZE, images, network, quantized, section, sqnr
 
 from care_compress.evaluate.site_outputs import TURNED, tap_file
-from care_compress.export.cpu_form import form_for, in_form
+from care_compress.export.form import form_for, in_form
 from care_compress.export.ort_channels_last import NARROW, put_channels_last
 from care_compress.export.ort_head import split_head_input
 from care_compress.export.ort_products import use_integer_products

@@ -1,9 +1,10 @@
-"""The same network in the form that a CPU runtime is fastest in, before it is exported.
+"""The same network in the form that a runtime is fastest in, before it is exported.
 
-Runtimes keep images channels last, and split and join them channel by channel in reference code.
-So on a CPU attention takes its tokens as they lie in memory, all heads in one product, and both
-window convolutions are one. Measured in docs/PERFORMANCE.md. Only what the plan leaves in float is
-touched: what is quantized keeps its module, and with it the name by which its integers go in.
+Runtimes keep images channels last. CPUs split and join them channel by channel in reference code,
+and a GPU starts a kernel for every piece. So attention takes its tokens as they lie in memory, all
+heads in one product, and both window convolutions are one. Measured in docs/PERFORMANCE.md for
+CPUs, counted in docs/DEPLOY.md for TensorRT. Only what the plan leaves in float is touched: what is
+quantized keeps its module, and with it the name by which its integers go in.
 """
 
 import copy
@@ -33,7 +34,7 @@ class Form:
 
 def form_for(target: Target, plan: Plan | None) -> Form:
     """The form for a target; every part of a float model may change."""
-    if target.device != "cpu":
+    if target.device != "cpu" and not target.is_engine:  # OpenVINO's GPU and NPU: not measured
         return Form()
     quantized = {
         decision.site.name

@@ -6,7 +6,7 @@ import pytest
 import torch
 from quantized import SIZE, images, network, section
 
-from care_compress.export.cpu_form import Form, form_for, in_form
+from care_compress.export.form import Form, form_for, in_form
 from care_compress.model.care import build_model
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.ptq import planned
@@ -40,7 +40,8 @@ def test_every_form_keeps_biases_and_scales_that_training_left(form: Form) -> No
 def test_what_is_quantized_keeps_its_form() -> None:
     openvino, onnxruntime_cpu = (load_target(f"{name}-cpu") for name in ("openvino", "onnxruntime"))
     assert form_for(openvino, None) == Form(windows=True, tokens=True)
-    assert form_for(load_target("tensorrt-rtx"), None) == Form()
+    assert form_for(load_target("tensorrt-rtx"), None) == Form(windows=True, tokens=True)
+    assert form_for(load_target("openvino-gpu"), None) == Form()
     everything = planned(network(), section({"role": "attention.*", "weight": 8, "input": 8}), SIZE)
     assert form_for(onnxruntime_cpu, everything[1]) == Form()
     floating = section({"role": "depthwise", "weight": "float", "input": "float"})
