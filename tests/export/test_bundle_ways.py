@@ -26,8 +26,8 @@ from care_compress.export.bundle import BundleContent, Model, unpack_bundle, wri
 from care_compress.export.bundle_ways import nearest_scale
 from care_compress.files import sha256_file
 
-NASTY = ("ant; or not", 'q"u\\o?" ??/', "two\nlines", "élan\t☃", "${PATH} %s {{ x }} # */")
-SHOWN = ("ant; or not", 'q"u\\o?" ??/', "two lines", "élan ☃", "${PATH} %s {{ x }} # */")
+NASTY = ("ant; or not", 'q"u\\o?" ??/', "two\nlines", "éclair\t☃", "${PATH} %s {{ x }} # */")
+SHOWN = ("ant; or not", 'q"u\\o?" ??/', "two lines", "éclair ☃", "${PATH} %s {{ x }} # */")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STUB = Path(__file__).resolve().parent.parent / "support" / "tensorrt_stub"
 
