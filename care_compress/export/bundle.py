@@ -12,7 +12,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import numpy as np
 from care_compress.device.cpu_session import LIBRARIES as CPU_LIBRARIES
 from care_compress.device.manifest import BUNDLE_KIND, required_module
 from care_compress.device.verbs import VERIFY_HEADER, format_table
+from care_compress.export.bundle_ways import Deployed, page, ways
 from care_compress.files import atomic_file
 from care_compress.run.stages import reached_modules
 
@@ -132,7 +133,7 @@ Both write `results.json`. Take that file back to the machine that exported this
 `python3 care_deploy.py infer IMAGE...` classifies image files (needs Pillow: `sudo apt install
 python3-pil`), and `info` says what this board is.
 
-## What can go wrong
+{ways}## What can go wrong
 
 - `TensorRtMissingError`: `sudo apt install python3-libnvinfer`, and use `/usr/bin/python3` rather
   than a virtual environment.
@@ -219,6 +220,7 @@ class BundleContent:
     run: str
     recipe: str
     target: str
+    device: str  # as in the target file
     fingerprint: str
     classes: tuple[str, ...]
     resolution: int
@@ -242,6 +244,18 @@ class BundleContent:
     def is_for_cpu(self) -> bool:
         """Whether the files run as they are, without engines."""
         return required_module(self.requirement) in CPU_LIBRARIES
+
+    @property
+    def deployed(self) -> Deployed | None:
+        """What other programs have to know of it; nothing where they could not use it.
+
+        DeepStream, Triton and trtexec are of TensorRT: they run neither TensorRT for RTX nor CPUs.
+        """
+        if required_module(self.requirement) != "tensorrt":
+            return None
+        names = {field.name for field in fields(Deployed)} - {"models"}
+        known = {name: getattr(self, name) for name in names}
+        return Deployed(**known, models=tuple(sorted(self.models)))
 
 
 def write_bundle(content: BundleContent, path: Path) -> Path:
@@ -286,6 +300,8 @@ def _files(content: BundleContent) -> dict[str, bytes]:
     files["samples/labels.npy"] = _npy(content.labels.astype(np.int64))
     for model, logits in content.logits.items():
         files[f"samples/logits_{model}.npy"] = _npy(logits.astype(np.float32))
+    if content.deployed is not None:
+        files |= ways(content.deployed, files)
     manifest = {
         "format": 1,
         "kind": BUNDLE_KIND,
@@ -335,6 +351,7 @@ def _readme(content: BundleContent) -> str:
         sqnr_db=content.least_sqnr_db,
         batch="one image at a time" if batch == 1 else f"{batch} images at a time",
         notes=notes,
+        ways="" if content.deployed is None else page(content.deployed),
     )
 
 

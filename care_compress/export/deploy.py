@@ -140,6 +140,7 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
             run=run,
             recipe=export["recipe"],
             target=target.name,
+            device=target.device,
             fingerprint=export["fingerprint"],
             classes=classes,
             resolution=size,

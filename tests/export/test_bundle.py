@@ -63,6 +63,17 @@ def test_a_bundle_holds_what_a_board_needs_and_nothing_of_this_machine(
         "samples/labels.npy",
         "samples/logits_int8.npy",
         "samples/logits_fp16.npy",
+        "examples/cpp/CMakeLists.txt",
+        "examples/cpp/main.cpp",
+        "examples/cpp/model.h",
+        "examples/deepstream/labels.txt",
+        "examples/deepstream/nvinfer_int8.txt",
+        "examples/deepstream/nvinfer_fp16.txt",
+        "examples/triton/care_int8/config.pbtxt",
+        "examples/triton/care_int8/labels.txt",
+        "examples/triton/care_fp16/config.pbtxt",
+        "examples/triton/care_fp16/labels.txt",
+        "examples/docker/Dockerfile",
     }
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members.values()} == {
         (0, 0, 0, "", "")
@@ -79,8 +90,9 @@ def test_a_bundle_holds_what_a_board_needs_and_nothing_of_this_machine(
     for verb in ("build", "verify", "bench"):
         assert f"\n    python3 care_deploy.py {verb}\n" in readme
     assert "{" not in readme
-    assert len(readme.splitlines()) < 80
-    for name in ("README.md", "manifest.json", "care_deploy.py"):
+    assert len(readme.splitlines()) < 110
+    made = (str(path.relative_to(folder)) for path in folder.glob("examples/**/*.*"))
+    for name in ("README.md", "manifest.json", "care_deploy.py", *made):
         content_of = (folder / name).read_bytes()
         assert (
             str(Path.home()).encode() not in content_of and str(tmp_path).encode() not in content_of

@@ -87,6 +87,7 @@ def make_content(folder: Path, half: bool = True) -> BundleContent:
         run="mine",
         recipe="int8",
         target="tensorrt-orin" if half else "onnxruntime-cpu",
+        device="jetson-orin" if half else "cpu",
         fingerprint="f" * 64,
         classes=tuple(f"class {k}" for k in range(CLASSES)),
         resolution=SIDE,
