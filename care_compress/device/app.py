@@ -126,13 +126,13 @@ def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
 
 
 def _verify(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    models, limits = _built_models(bundle, options), bundle.manifest["limits"]
+    models = _built_models(bundle, options)
     with open_sessions(host, bundle, models) as (library, cuda, sessions, engines):
         verified = verify_samples(sessions, bundle, say)
         board = describe_board(host.root, library, cuda)
-    records = {model: one.as_record(limits) for model, one in verified.items()}
+    records = {model: one.as_record(bundle.limits(model)) for model, one in verified.items()}
     _merge(bundle, board, engines, "accuracy", records)
-    return show_verified(verified, limits)
+    return show_verified(verified, bundle)
 
 
 def _bench(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:

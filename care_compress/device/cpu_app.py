@@ -80,10 +80,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = Path("/")) -> int:
 def _verify(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
     box = _open(root, bundle, wanted_models(bundle, options), 1)
     verified = verify_samples(box.sessions, bundle, say)
-    limits = bundle.manifest["limits"]
-    records = {model: one.as_record(limits) for model, one in verified.items()}
+    records = {model: one.as_record(bundle.limits(model)) for model, one in verified.items()}
     box.merge(bundle, "accuracy", records)
-    return show_verified(verified, limits)
+    return show_verified(verified, bundle)
 
 
 def _bench(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from care_compress.device.problems import BundleDamagedError, WrongBundleError
 from care_compress.device.storage import digest_file, read_json_object, write_json_whole
 
 BUNDLE_KIND = "care-deploy-bundle"
+BUNDLE_FORMAT = 2  # 1 had one limit for all models; its own script reads it
 _FRESH = "unpack the archive again, or copy it again if that does not help"
 # Key of manifest.json -> what it has to be.
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -36,7 +37,6 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "input": dict,
     "output": dict,
     "models": dict,
-    "limits": dict,
     "files": dict,
 }
 
@@ -65,6 +65,11 @@ class Bundle:
     def sha256(self, model: str) -> str:
         """The digest by which the run knows a model; OpenVINO's two files have one together."""
         return str(self.manifest["models"][model]["sha256"])
+
+    def limits(self, model: str) -> Mapping[str, float]:
+        """How near a model has to come to its exported answers: percent of them, and dB."""
+        limits: Mapping[str, float] = self.manifest["models"][model]["limits"]
+        return limits
 
     def needs(self, model: str) -> str:
         """What a processor must have to run a model rightly; nothing for most."""
@@ -106,7 +111,7 @@ def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
             f"{path} is missing or is no JSON.",
             "run this inside the unpacked bundle, or name its folder with --bundle",
         )
-    if manifest.get("kind") != BUNDLE_KIND or manifest.get("format") != 1:
+    if manifest.get("kind") != BUNDLE_KIND or manifest.get("format") != BUNDLE_FORMAT:
         raise BundleDamagedError(
             f"{path} is not a bundle this program knows.", "use the care_deploy.py beside it"
         )
@@ -135,6 +140,13 @@ def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
         known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
         if not known or entry.get("file") not in manifest["files"]:
             raise BundleDamagedError(f"{path} lists no file for model {model!r}.", _FRESH)
+        # An engine is written under it.
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", model):
+            raise BundleDamagedError(f"{path} has a model named {model!r:.60}.", _FRESH)
+        limits = entry.get("limits")
+        usable = isinstance(limits, dict) and limits.keys() == {"agreement", "sqnr_db"}
+        if not usable or not all(isinstance(limit, (int, float)) for limit in limits.values()):
+            raise BundleDamagedError(f"{path} has no usable limits of model {model!r}.", _FRESH)
     return Bundle(folder, manifest)
 
 

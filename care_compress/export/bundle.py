@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from care_compress.device.cpu_session import LIBRARIES as CPU_LIBRARIES
-from care_compress.device.manifest import BUNDLE_KIND, required_module
+from care_compress.device.manifest import BUNDLE_FORMAT, BUNDLE_KIND, required_module
 from care_compress.device.verbs import VERIFY_HEADER, format_table
 from care_compress.files import atomic_file
 from care_compress.run.stages import reached_modules
@@ -119,10 +119,11 @@ and no pip.
     {table}
 
 with figures for the dots, then `PASSED` or `FAILED`. It passes if at least {agreement} % of the
-images get the class the exported model gives them, at an SQNR of at least {sqnr_db} dB.
+images get the class the exported model gives them, at an SQNR in dB of at least {sqnr_db}.
 
 `bench` prints p50, p90 and p99 of the latency of every engine and says which is faster. For figures
-that can be compared, fix the clocks first and tell the power mode with them:
+that can be compared, fix the clocks before `build`, which chooses kernels by their time, and tell
+the power mode with the figures:
 
     sudo nvpmodel -q
     sudo jetson_clocks
@@ -168,7 +169,7 @@ It needs Python 3.10 or later, numpy and the runtime:
     {table}
 
 with figures for the dots, then `PASSED` or `FAILED`. It passes if at least {agreement} % of the
-images get the class the exported model gives them, at an SQNR of at least {sqnr_db} dB.
+images get the class the exported model gives them, at an SQNR in dB of at least {sqnr_db}.
 
 `bench` lets the models take turns, {batch}, on one thread or on `--threads N`. It prints p50, p90
 and p99 of the latency of each and says which is faster. For figures that can be compared, stop what
@@ -206,6 +207,7 @@ class Model:
 
     files: tuple[Path, ...]
     sha256: str  # by which the run knows it
+    least_sqnr_db: float  # that its answers on a device must reach
     needs: str = ""  # what a processor must have to run it rightly
 
 
@@ -235,7 +237,6 @@ class BundleContent:
     labels: np.ndarray[Any, Any]
     logits: Mapping[str, np.ndarray[Any, Any]]
     least_agreement: float  # percent
-    least_sqnr_db: float
     exif_rotate: bool = False
 
     @property
@@ -287,7 +288,7 @@ def _files(content: BundleContent) -> dict[str, bytes]:
     for model, logits in content.logits.items():
         files[f"samples/logits_{model}.npy"] = _npy(logits.astype(np.float32))
     manifest = {
-        "format": 1,
+        "format": BUNDLE_FORMAT,
         "kind": BUNDLE_KIND,
         "run": content.run,
         "recipe": content.recipe,
@@ -303,10 +304,14 @@ def _files(content: BundleContent) -> dict[str, bytes]:
         "input": {"name": content.input_name, "shape": list(content.input_shape)},
         "output": {"name": content.output_name, "shape": list(content.output_shape)},
         "models": {
-            name: {"file": model.files[0].name, "sha256": model.sha256, "needs": model.needs}
+            name: {
+                "file": model.files[0].name,
+                "sha256": model.sha256,
+                "needs": model.needs,
+                "limits": {"agreement": content.least_agreement, "sqnr_db": model.least_sqnr_db},
+            }
             for name, model in sorted(content.models.items())
         },
-        "limits": {"agreement": content.least_agreement, "sqnr_db": content.least_sqnr_db},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
     files["manifest.json"] = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
@@ -332,7 +337,9 @@ def _readme(content: BundleContent) -> str:
         images=len(content.pixels),
         table=format_table(rows).replace("\n", "\n    "),
         agreement=content.least_agreement,
-        sqnr_db=content.least_sqnr_db,
+        sqnr_db=" and ".join(
+            f"{model.least_sqnr_db:.1f} ({name})" for name, model in sorted(content.models.items())
+        ),
         batch="one image at a time" if batch == 1 else f"{batch} images at a time",
         notes=notes,
     )

@@ -166,15 +166,12 @@ def test_each_version_is_asked_in_its_own_words(
         patch.setattr(module, "Runtime", lambda logger: _NoRuntime())
         built = build_engine(library, onnx, options, quiet)
     flags = {flag.name for (flag,) in module.done["set_flag"]}
-    if version == "10.3.0.30":
-        types = {"FP16", "INT8"} if precision == "int8" else {"FP16"}
-        assert module.done["network"] == 0
-        assert any("permission" in warning for warning in built.warnings)
-    else:
-        types = set()
-        strongly = module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-        assert module.done["network"] == 1 << int(strongly)
-    assert flags == types | {"STRIP_PLAN", "REFIT_IDENTICAL"}
+    strongly = module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    assert module.done["network"] == 1 << int(strongly)
+    assert flags == {"STRIP_PLAN", "REFIT_IDENTICAL"}
+    assert not any("permission" in warning for warning in built.warnings)
+    assert all(layer.precision is None for layer in module.layers)
+    assert module.done["avg_timing_iterations"] == 8
     assert module.done["builder_optimization_level"] == 4
     assert module.done["set_memory_pool_limit"] == [(module.MemoryPoolType.WORKSPACE, 256 << 20)]
     shapes = [(size, 3, SIDE, SIDE) for size in (1, 2, 4)]
@@ -182,6 +179,34 @@ def test_each_version_is_asked_in_its_own_words(
     assert module.done["profiling_verbosity"] is module.ProfilingVerbosity.DETAILED
     assert cache.read_bytes() == b"timings"
     assert built.layers_from == "network"
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_without_strong_typing_what_is_float32_is_held_there(
+    tmp_path: Path, precision: str
+) -> None:
+    library = fake_library("10.3.0.30", FakeGpu())
+    module = library.module
+    module.NetworkDefinitionCreationFlag = type("Flags", (), {})
+    onnx = write_classifier(tmp_path / "m.onnx", int8=precision == "int8", core=True)
+    built = build_engine(library, onnx, BuildOptions(precision), quiet)
+    assert module.done["network"] == 0
+    flags = {flag.name for (flag,) in module.done["set_flag"]}
+    assert flags == {"FP16", "OBEY_PRECISION_CONSTRAINTS"} | ({"INT8"} & {precision.upper()})
+    held = {layer.name: layer.output_types for layer in module.layers if layer.precision}
+    assert held == {"core": {0: "float32"}}, "the casts say their types themselves"
+    assert any("1 layers are held in float32" in warning for warning in built.warnings)
+
+
+def test_a_builder_that_times_once_only_is_left_alone(tmp_path: Path) -> None:
+    library = fake_library("10.16.1.11", FakeGpu())
+    library.module._surface["IBuilderConfig"].remove("avg_timing_iterations")
+    onnx = write_classifier(tmp_path / "m.onnx", int8=True)
+    try:
+        build_engine(library, onnx, BuildOptions("int8"), quiet)
+    finally:
+        library.module._surface["IBuilderConfig"].append("avg_timing_iterations")
+    assert "avg_timing_iterations" not in library.module.done
 
 
 class _NoRuntime:

@@ -36,7 +36,7 @@ _FLAGS_10 = (
 ).split()
 _LATER_FLAGS = "REFIT_INDIVIDUAL STRICT_NANS MONITOR_MEMORY DISTRIBUTIVE_INDEPENDENCE".split()
 _CONFIG_EVERYWHERE = (
-    "profiling_verbosity builder_optimization_level progress_monitor set_flag"
+    "profiling_verbosity builder_optimization_level progress_monitor set_flag avg_timing_iterations"
     " set_memory_pool_limit add_optimization_profile create_timing_cache set_timing_cache"
     " get_timing_cache hardware_compatibility_level runtime_platform max_aux_streams"
 ).split()
@@ -224,9 +224,11 @@ class FakeTensorRt:
         surface = SURFACES[version]
         self.__version__ = version
         self._gpu, self._surface = gpu, surface
+        self.layers: list[Any] = []  # of the network that was built last
         self.done: dict[str, Any] = {}
         self.fails_with = ""  # what the builder says instead of building
         self.noise = 0.0  # added to the logits of every engine
+        self.float32 = "float32"
         for name in ("BuilderFlag", "NetworkDefinitionCreationFlag"):
             setattr(self, name, _enum(name, surface[name]))
         self.ProfilingVerbosity = _enum("ProfilingVerbosity", ["DETAILED", "NONE"])
@@ -250,6 +252,7 @@ class FakeTensorRt:
         )
 
     def _build(self, network: Any, config: Any, logger: Any) -> Any:
+        self.layers = [network.get_layer(index) for index in range(network.num_layers)]
         monitor = config.progress_monitor
         monitor.phase_start("Building engine", None, 4)
         monitor.phase_start("Timing", "Building engine", 2)
@@ -325,12 +328,16 @@ def _fill(network: Any, path: str) -> None:
     for node in model.graph.node:
         inputs = [tensor.get(name) for name in node.input]
         outputs = [tensor[name] for name in node.output]
+        types: dict[int, Any] = {}  # as they are set
         layers.append(
             SimpleNamespace(
                 name=node.name,
                 type=SimpleNamespace(name=_LAYER_TYPES[node.op_type]),
                 num_inputs=len(inputs),
                 num_outputs=1,
+                precision=None,
+                output_types=types,
+                set_output_type=types.__setitem__,
                 get_input=lambda i, inputs=inputs: inputs[i],
                 get_output=lambda i, outputs=outputs: outputs[i],
             )
