@@ -131,6 +131,20 @@ def make_logger(library: Library, log: Log) -> Any:
     return type("CareLogger", (base,), methods)()
 
 
+def make_profiler(library: Library, sums: dict[str, float]) -> Any:
+    """A profiler object of this TensorRT that adds each layer's milliseconds to `sums`."""
+    base = library.module.IProfiler
+
+    def report(profiler: Any, layer: str, milliseconds: float) -> None:
+        sums[layer] = sums.get(layer, 0.0) + milliseconds
+
+    methods: dict[str, Callable[..., None]] = {
+        "__init__": lambda self: base.__init__(self),
+        "report_layer_time": report,
+    }
+    return type("CareProfiler", (base,), methods)()
+
+
 def open_runtime(library: Library, logger: Any) -> Any:
     """A runtime that may load our engines, version-compatible ones included."""
     runtime = library.module.Runtime(logger)

@@ -1,6 +1,6 @@
 """A bundle: one folder with graphs, samples, expected answers and the digests of all of them.
 
-Beside them its results.json is written: what was verified and measured here, to be taken home.
+Models are called after their precision, ``int8``, and a variant of one with its name behind a dash.
 """
 
 # numpy 1.21 of JetPack 6 cannot evaluate our annotations.
@@ -9,17 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from care_compress.device.problems import BundleDamagedError, WrongBundleError
-from care_compress.device.storage import digest_file, read_json_object, write_json_whole
+from care_compress.device.storage import digest_file, read_json_object
 
 BUNDLE_KIND = "care-deploy-bundle"
 BUNDLE_FORMAT = 2  # 1 had one limit for all models; its own script reads it
+FLOAT = "fp16"  # the model that INT8 has to beat in an engine
 _FRESH = "unpack the archive again, or copy it again if that does not help"
 # Key of manifest.json -> what it has to be.
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -50,8 +50,13 @@ class Bundle:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models in it: int8 and fp16, or int8 and fp32."""
+        """The models in it: int8 and fp16, or int8 and fp32, and variants such as int8-late."""
         return tuple(self.manifest["models"])
+
+    @property
+    def plain_models(self) -> tuple[str, ...]:
+        """The models without the variants, which are for a device to choose among."""
+        return tuple(model for model in self.models if model == precision_of(model))
 
     def file(self, model: str) -> Path:
         """A model's graph."""
@@ -89,8 +94,13 @@ class Bundle:
 
     @property
     def results(self) -> Path:
-        """Where merge_results writes."""
+        """What was verified and measured here."""
         return self.folder / "results.json"
+
+    @property
+    def timing_cache(self) -> Path:
+        """What TensorRT measured of kernels; it makes the next build faster."""
+        return self.folder / "timing.cache"
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """One of the sample arrays: pixels, labels, logits_int8, ..."""
@@ -150,37 +160,9 @@ def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
     return Bundle(folder, manifest)
 
 
-def merge_results(
-    bundle: Bundle,
-    kind: str,
-    board: Mapping[str, Any],
-    models: Mapping[str, Mapping[str, Any]],
-    part: str,
-    values: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Add the "accuracy" or the "speed" of some models to results.json.
-
-    `models` tells each one from another engine or setting of it. What is there already stays if it
-    speaks of the same bundle, board and model: an accuracy of one engine beside the speed of
-    another would look like one engine that has both.
-    """
-    old = read_json_object(bundle.results) or {}
-    head = {
-        "format": 1,
-        "kind": kind,
-        **{key: bundle.manifest[key] for key in ("target", "run", "recipe", "fingerprint")},
-        "bundle_sha256": digest_file(bundle.folder / "manifest.json"),
-        "board": dict(board),
-    }
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017 (Python 3.10)
-    same = all(old.get(key) == value for key, value in head.items())
-    merged: dict[str, Any] = dict(old["models"]) if same else {}
-    for name, value in values.items():
-        about = models[name]
-        known = merged.get(name, {})
-        kept = known if all(known.get(key) == said for key, said in about.items()) else {}
-        merged[name] = {**kept, **about, part: {**value, "measured_at": now}}
-    write_json_whole(bundle.results, {**head, "models": merged, "measured_at": now})
+def precision_of(model: str) -> str:
+    """int8 of ``int8`` and of ``int8-late``."""
+    return model.partition("-")[0]
 
 
 def version_numbers(text: str) -> tuple[int, ...]:

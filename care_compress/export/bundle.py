@@ -35,7 +35,8 @@ care_deploy.py: build, verify and measure the TensorRT engines of this bundle, o
 
     python3 care_deploy.py build      make int8.engine and fp16.engine for this GPU
     python3 care_deploy.py verify     compare their answers with the exported ones
-    python3 care_deploy.py bench      measure their latency
+    python3 care_deploy.py bench      measure their latency and energy
+    python3 care_deploy.py tune       try every variant and keep the fastest that is right
     python3 care_deploy.py infer cat.jpg
     python3 care_deploy.py info
 
