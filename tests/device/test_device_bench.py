@@ -75,28 +75,55 @@ def built(folder: Path, gpu: FakeGpu) -> Session:
     return Session(library, Cuda(gpu), plan)
 
 
-def test_what_the_host_needs_to_launch_is_no_time_of_the_gpu(tmp_path: Path, gpu: FakeGpu) -> None:
+class Clock:
+    """Time that passes only where somebody waits: the same on a busy machine."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("care_compress.device.queued", "care_compress.device.session", "fakeboard"):
+        monkeypatch.setattr(f"{module}.time", clock)
+    return clock
+
+
+def test_what_the_host_needs_to_launch_is_no_time_of_the_gpu(
+    tmp_path: Path, gpu: FakeGpu, clock: Clock
+) -> None:
     with built(tmp_path, gpu) as session:
         gpu.kernels, gpu.launch = 0.02, 0.008
         with queued_runs({"int8": session}, Cuda(gpu)) as queued:
             timing = Timing(1)
-            queued["int8"].turn(0.3, timing)
+            queued["int8"].turn(0.29, timing)
+            assert clock.now >= gpu.busy_until, "nothing is left running"
         alone = session.timed_run()
     # Each start event lies behind the kernels of the run before: exactly the kernels are counted.
-    assert timing.percentile(50) == pytest.approx(20, abs=1)
-    assert timing.enqueue_percentiles()["p50"] >= 8
-    assert len(timing.enqueue_ms) == len(timing.milliseconds)
+    assert timing.milliseconds == pytest.approx([20.0] * 15)
+    assert timing.enqueue_ms == pytest.approx([8.0] * 15)
     # The device is never idle, so runs end 20 ms apart, not 28.
-    assert timing.throughput > 40
-    assert alone >= 28, "a run that waits for the one before has both"
+    assert timing.throughput == pytest.approx(50)
+    assert alone == pytest.approx(28), "a run that waits for the one before has both"
 
 
-def test_a_queue_that_ends_leaves_nothing_running(tmp_path: Path, gpu: FakeGpu) -> None:
+def test_a_host_that_launches_slowly_is_seen_in_the_throughput(
+    tmp_path: Path, gpu: FakeGpu, clock: Clock
+) -> None:
     with built(tmp_path, gpu) as session:
-        gpu.kernels = 0.01
+        gpu.kernels, gpu.launch = 0.01, 0.04
         with queued_runs({"int8": session}, Cuda(gpu)) as queued:
-            queued["int8"].turn(0.01, Timing(1))
-            assert time.perf_counter() >= gpu.busy_until
+            timing = Timing(1)
+            queued["int8"].turn(0.39, timing)
+    assert timing.throughput == pytest.approx(25), "the launch is longer than the kernels"
+    assert timing.enqueue_percentiles()["p50"] == pytest.approx(40)
 
 
 def test_layers_are_timed_in_a_context_of_their_own(tmp_path: Path, gpu: FakeGpu) -> None:
