@@ -1,15 +1,18 @@
-"""The command line on the device: ``python3 care_deploy.py build``, then ``verify``, ``bench``."""
+"""The command line on the device: ``python3 care_deploy.py build``, then ``verify``, ``bench``.
+
+Or ``tune``, which does all three for every way in which the models can be built.
+"""
 
 import argparse
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from care_compress.device.bench import bench_sessions, capture_graphs, show_benched
+from care_compress.device.board import BoardSetting, describe_board
 from care_compress.device.build import BuildOptions
-from care_compress.device.cuda import Cuda
+from care_compress.device.choice import choose_engine
 from care_compress.device.deploy import (
     REAL_HOST,
     Host,
@@ -17,23 +20,16 @@ from care_compress.device.deploy import (
     bundle_library,
     open_sessions,
 )
-from care_compress.device.library import Library
-from care_compress.device.manifest import Bundle, merge_results
+from care_compress.device.layer_times import explain
+from care_compress.device.manifest import FLOAT, Bundle, precision_of
+from care_compress.device.power import find_rails
 from care_compress.device.problems import EngineMismatchError
+from care_compress.device.results import ENGINE_RESULTS, engine_record, merge_results
 from care_compress.device.samples import likeliest, load_files, verify_samples
-from care_compress.device.sensors import (
-    parse_l4t,
-    parse_package,
-    parse_power_mode,
-    read_board_name,
-    read_cpu_clock,
-    read_gpu_clock,
-    read_temperatures,
-    system_text,
-    tool_output,
-)
-from care_compress.device.timing import BenchPlan, Measured, Timed, measure, verdict
+from care_compress.device.timing import verdict
+from care_compress.device.tune import tune
 from care_compress.device.verbs import (
+    BuildProgress,
     format_table,
     make_parser,
     run_command,
@@ -41,14 +37,12 @@ from care_compress.device.verbs import (
     show_bundle,
     show_classes,
     show_facts,
-    show_timings,
     show_verified,
     wanted_models,
 )
+from care_compress.device.watch import read_moment
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
-RESULTS_KIND = "care-deploy-results"
-FLOAT = "fp16"  # the model that INT8 has to beat
 
 
 def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
@@ -56,6 +50,7 @@ def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
     work = {
         "build": partial(_build, host),
         "verify": partial(_verify, host),
+        "tune": partial(_tune, host),
         "bench": partial(_bench, host),
         "infer": partial(_infer, host),
         "info": partial(_info, host),
@@ -76,41 +71,38 @@ def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
         help="batch sizes, for a graph that leaves them open (default 1 1 8)",
     )
     verbs["bench"].add_argument("--no-cuda-graph", action="store_true")
+    verbs["tune"].add_argument(
+        "--seconds", type=float, default=5.0, help="for each candidate (default 5)"
+    )
+    for verb in ("bench", "tune"):
+        verbs[verb].add_argument(
+            "--power-mode", metavar="NAME", help="where nvpmodel cannot be asked: in a container"
+        )
     return run_command(parser, arguments, LIBRARIES, work)
 
 
 def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    terminal = sys.stderr.isatty()
-
-    def show_progress(model: str, phase: str, done: float | None) -> None:
-        text = f"{model}: {phase}" if done is None else f"{model}: {phase} {done:4.0%}"
-        if terminal:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        elif done is None:
-            say(text)
-
-    models = wanted_models(bundle, options)
+    models = wanted_models(bundle, options, bundle.plain_models)
     for leftover in bundle.folder.glob(".*.tmp"):
         leftover.unlink()  # of a build that was killed while it wrote
     library = bundle_library(host, bundle)
     # An engine is built on the GPU it will run on.
     gpu = None if library.is_rtx else host.load_cuda().gpu()
     built = {}
-    for model in models:
-        settings = BuildOptions(
-            precision=model,
-            optimization_level=options.optimization_level,
-            workspace_mib=options.workspace,
-            version_compatible=options.version_compatible,
-            strip_plan=options.strip_plan,
-            timing_cache=None if options.no_timing_cache else bundle.folder / "timing.cache",
-            batch=None if options.batch is None else tuple(options.batch),
-        )
-        file, digest, engine = bundle.file(model), bundle.sha256(model), bundle.engine(model)
-        notify = partial(show_progress, model)
-        built[model] = build_file(library, gpu, file, digest, engine, settings, notify)
-    if terminal:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    with BuildProgress() as progress:
+        for model in models:
+            settings = BuildOptions(
+                precision=precision_of(model),
+                optimization_level=options.optimization_level,
+                workspace_mib=options.workspace,
+                version_compatible=options.version_compatible,
+                strip_plan=options.strip_plan,
+                timing_cache=None if options.no_timing_cache else bundle.timing_cache,
+                batch=None if options.batch is None else tuple(options.batch),
+            )
+            file, digest, engine = bundle.file(model), bundle.sha256(model), bundle.engine(model)
+            notify = partial(progress.show, model)
+            built[model] = build_file(library, gpu, file, digest, engine, settings, notify)
     rows = [["engine", "MB", "built in", "layers by precision"]]
     for model, about in built.items():
         counts = ", ".join(f"{count} {name}" for name, count in about["precisions"].items())
@@ -121,60 +113,53 @@ def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     for model, about in built.items():
         for warning in about["warnings"]:
             print(f"{model}: {warning}", file=sys.stderr)
+    for warning in BoardSetting.of(host.root, None).warnings():
+        print(f"take note: {warning}", file=sys.stderr)
     print("The layers, one by one, are in the .json beside each engine. Next: verify")
     return 0
 
 
 def _verify(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    models, limits = _built_models(bundle, options), bundle.manifest["limits"]
+    models = _built_models(bundle, options)
     with open_sessions(host, bundle, models) as (library, cuda, sessions, engines):
         verified = verify_samples(sessions, bundle, say)
         board = describe_board(host.root, library, cuda)
-    records = {model: one.as_record(limits) for model, one in verified.items()}
+    records = {model: one.as_record(bundle.limits(model)) for model, one in verified.items()}
     _merge(bundle, board, engines, "accuracy", records)
-    return show_verified(verified, limits)
+    return show_verified(verified, bundle)
 
 
 def _bench(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    models, graph = _built_models(bundle, options), not options.no_cuda_graph
+    models = _built_models(bundle, options)
+    setting = BoardSetting.of(host.root, options.power_mode)
     with open_sessions(host, bundle, models) as (library, cuda, sessions, engines):
-        board, before = describe_board(host.root, library, cuda), read_conditions(host.root)
-        for session in sessions.values() if graph else ():
-            session.capture()
-        # Each run is timed on the device; the processor spins while it waits.
-        start, end = cuda.new_event(), cuda.new_event()
-        try:
-            timed = {
-                name: Timed(session.batch, partial(session.run_between, start, end))
-                for name, session in sessions.items()
-            }
-            timings = measure(timed, BenchPlan(options.seconds), say)
-        finally:
-            cuda.drop_event(start)
-            cuda.drop_event(end)
-        measured = Measured(timings, before, read_conditions(host.root))
-    _merge(bundle, board, engines, "speed", measured.as_records({"cuda_graph": graph}))
-    show_timings(timings)
-    if said := verdict(timings, "int8", FLOAT, "use fp16.engine on this board"):
-        print(said)
-    print(
-        f"CUDA graph: {'yes' if graph else 'no'}; power mode: {before['power_mode'] or 'unknown'}"
-    )
-    print(f"before: {_conditions(before)}; after: {_conditions(measured.after)}")
+        board = describe_board(host.root, library, cuda)
+        captured = capture_graphs(sessions, not options.no_cuda_graph, say)
+        benched = bench_sessions(
+            sessions, bundle, cuda, host.root, setting, captured, options.seconds, say
+        )
+        layers = explain(sessions, engines, benched, say)
+    _merge(bundle, board, engines, "speed", benched.as_records())
+    _merge(bundle, board, engines, "layer_times", layers)
+    show_benched(benched)
+    model, plain = benched.fastest(quantized=True), benched.fastest(quantized=False)
+    if model is not None and plain is not None:
+        fallback = f"use {bundle.engine(plain).name} on this board"
+        print(verdict(benched.timings, model, plain, fallback))
+    for warning in benched.warnings():
+        print(f"take note: {warning}", file=sys.stderr)
     print(f"Written to {bundle.results}")
     return 0
 
 
-def _conditions(state: Mapping[str, Any]) -> str:
-    clock = "?" if state["gpu_mhz"] is None else f"{state['gpu_mhz']:.0f}"
-    hottest = max(state["temperatures_c"].values(), default=None)
-    heat = "?" if hottest is None else f"{hottest:.0f}"
-    return f"GPU at {clock} MHz, {heat} °C at most"
+def _tune(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
+    models = wanted_models(bundle, options, bundle.models)
+    return tune(host, bundle, models, options.power_mode, options.seconds)
 
 
 def _infer(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    built = _built_models(bundle, options)
-    model = "int8" if "int8" in built else built[0]
+    model, why = choose_engine(bundle, _built_models(bundle, options))
+    say(f"using {bundle.engine(model).name}: {why}")
     pixels_NCHW = load_files(bundle, options.images)
     with open_sessions(host, bundle, [model]) as (_, _, sessions, _):
         found = likeliest(sessions[model], bundle, pixels_NCHW, options.top)
@@ -187,50 +172,35 @@ def _info(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     show_bundle(bundle, {"engines": engines, "needs": str(bundle.manifest["requirement"])})
     # Printed first: the bundle can be told also where TensorRT or the GPU is missing.
     board = describe_board(host.root, bundle_library(host, bundle), host.load_cuda())
-    show_facts({**board, **read_conditions(host.root)})
+    setting = BoardSetting.of(host.root, None)
+    rails = find_rails(host.root)
+    now = read_moment(host.root, rails)
+    show_facts(
+        {
+            **board,
+            **setting.as_record(),
+            "gpu_mhz": now.gpu_mhz,
+            "cpu_mhz": now.cpu_mhz,
+            "temperatures_c": now.temperatures_c,
+            "throttled": ", ".join(now.throttles) or None,
+            "rails": ", ".join(rail.name for rail in rails) or None,
+            "watts": now.watts,
+        }
+    )
+    for warning in setting.warnings():
+        print(f"take note: {warning}", file=sys.stderr)
     return 0
 
 
 def _built_models(bundle: Bundle, options: argparse.Namespace) -> tuple[str, ...]:
     """Those of the wanted models that have an engine."""
-    wanted = wanted_models(bundle, options)
+    wanted = wanted_models(bundle, options, bundle.models)
     found = tuple(model for model in wanted if bundle.engine(model).is_file())
     if not found:
         raise EngineMismatchError(
             "there is no engine yet.", "build first: python3 care_deploy.py build"
         )
     return found
-
-
-def describe_board(root: Path, library: Library, cuda: Cuda) -> dict[str, Any]:
-    """Everything about this machine that a measured figure depends on, and that does not move.
-
-    The host's name, serial numbers and users are not read.
-    """
-    gpu = cuda.gpu()
-    packages = system_text(root / "var/lib/dpkg/status")
-    return {
-        # A desktop is known by its GPU.
-        "name": read_board_name(root) or gpu.name,
-        "gpu": {"name": gpu.name, "compute_capability": gpu.compute_capability},
-        "library": library.name,
-        "library_version": library.text,
-        "cuda": cuda.versions(),
-        "l4t": parse_l4t(system_text(root / "etc/nv_tegra_release")),
-        "jetpack": parse_package(packages, "nvidia-jetpack"),
-        "python": platform.python_version(),
-        "architecture": platform.machine(),
-    }
-
-
-def read_conditions(root: Path) -> dict[str, Any]:
-    """Power mode, clocks and temperatures of this moment: a figure without them says nothing."""
-    return {
-        "power_mode": parse_power_mode(tool_output("nvpmodel", "-q")),
-        "gpu_mhz": read_gpu_clock(root),
-        "cpu_mhz": read_cpu_clock(root),
-        "temperatures_c": read_temperatures(root),
-    }
 
 
 def _merge(
@@ -241,12 +211,8 @@ def _merge(
     values: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Add to results.json what tells one engine from another, and what was found of each."""
-    keys = ("engine_sha256", "size_bytes", "layers_from", "precisions")
-    about = {
-        model: {"onnx_sha256": bundle.sha256(model), **{key: engine[key] for key in keys}}
-        for model, engine in engines.items()
-    }
-    merge_results(bundle, RESULTS_KIND, board, about, part, values)
+    about = {model: engine_record(bundle, model, engine) for model, engine in engines.items()}
+    merge_results(bundle, ENGINE_RESULTS, board, about, part, values)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """ONNX to engine with TensorRT 10.3 to 11 and with TensorRT-RTX, one function for all of them.
 
 The graph carries every type: INT8 where QuantizeLinear and DequantizeLinear say so, FP16 where
-tensors are FP16. TensorRT 10.12 and later run exactly that; before, the INT8 and FP16 flags allow
-TensorRT to, and the layer table says what it did.
+tensors are FP16. A strongly typed network is run in exactly these; where TensorRT cannot be asked
+for one, `hold_float32` binds it as far as it goes, and a warning says so.
 """
 
 import time
@@ -16,10 +16,13 @@ from care_compress.device.layers import MULTIPLYING, LayerRow, network_layers, p
 from care_compress.device.library import Library, Log, make_logger, open_runtime
 from care_compress.device.problems import BuildFailedError, UntypedModelError
 from care_compress.device.storage import write_whole
+from care_compress.device.weak_typing import WARNING, hold_float32
 
 # The GPUs that TensorRT-RTX builds for when it is told nothing; "8.0" serves 8.7 too.
 RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 OPEN_BATCH = (1, 1, 8)
+# Each kernel is timed so often before it is chosen, as trtexec does; TensorRT's own default is 1.
+TIMING_ITERATIONS = 8
 
 # Called with a phase, and the part of it that is done (None: not known).
 Notify = Callable[[str, float | None], None]
@@ -72,13 +75,14 @@ def build_engine(
             f"{library.name} cannot start: {log.reason()}.",
             "check the NVIDIA driver: nvidia-smi, or nvpmodel -q on a Jetson",
         ) from error
-    flag = library.member("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
-    typed = 1 << int(flag) if library.strongly_typed and flag is not None else 0
-    network = builder.create_network(typed)
+    network = builder.create_network(library.network_flags)
     parse_graph(library, network, logger, log, onnx_path)
     asked_for = network_layers(network)
     check_types(asked_for, options.precision, onnx_path)
     config = _configured(library, builder, options, log)
+    if library.is_weakly_typed:
+        held = hold_float32(library, network)
+        log.add("WARNING", WARNING.format(version=library.text, held=held))
     _set_profile(builder, config, network, options, onnx_path)
     monitor = watch_build(library, config, notify)
     notify("compiling", None)
@@ -158,19 +162,17 @@ def _configured(library: Library, builder: Any, options: BuildOptions, log: Log)
     """The builder's configuration, with what was measured before in its timing cache."""
     config = builder.create_builder_config()
     config.profiling_verbosity = library.module.ProfilingVerbosity.DETAILED
+    if hasattr(config, "avg_timing_iterations"):
+        config.avg_timing_iterations = TIMING_ITERATIONS
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.workspace_mib is not None:
         pool = library.module.MemoryPoolType.WORKSPACE
         config.set_memory_pool_limit(pool, options.workspace_mib << 20)
     wanted = []
-    if not library.strongly_typed:
-        wanted += ["FP16"] + (["INT8"] if options.precision == "int8" else [])
-        log.add(
-            "WARNING",
-            f"TensorRT {library.text} takes the graph's types as permission, not as an order:"
-            " see the layer table for what it chose.",
-        )
+    if library.is_weakly_typed:
+        wanted += ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
+        wanted += ["INT8"] if options.precision == "int8" else []
     if options.version_compatible:
         wanted.append("VERSION_COMPATIBLE")
     if options.strip_plan:

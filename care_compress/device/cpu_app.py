@@ -22,7 +22,6 @@ from care_compress.device.cpu_session import (
 )
 from care_compress.device.manifest import (
     Bundle,
-    merge_results,
     required_module,
 )
 from care_compress.device.problems import ProcessorError
@@ -34,6 +33,7 @@ from care_compress.device.processor import (
     check_processor,
     read_processor,
 )
+from care_compress.device.results import CPU_RESULTS, merge_results
 from care_compress.device.samples import likeliest, load_files, run_pixels, verify_samples
 from care_compress.device.sensors import (
     CPUS,
@@ -57,7 +57,6 @@ from care_compress.device.verbs import (
     wanted_models,
 )
 
-RESULTS_KIND = "care-deploy-cpu-results"
 FLOAT = "fp32"  # the model that a quantized one has to beat
 
 
@@ -78,17 +77,16 @@ def main(arguments: Sequence[str] | None = None, root: Path = Path("/")) -> int:
 
 
 def _verify(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
-    box = _open(root, bundle, wanted_models(bundle, options), 1)
+    box = _open(root, bundle, wanted_models(bundle, options, bundle.models), 1)
     verified = verify_samples(box.sessions, bundle, say)
-    limits = bundle.manifest["limits"]
-    records = {model: one.as_record(limits) for model, one in verified.items()}
+    records = {model: one.as_record(bundle.limits(model)) for model, one in verified.items()}
     box.merge(bundle, "accuracy", records)
-    return show_verified(verified, limits)
+    return show_verified(verified, bundle)
 
 
 def _bench(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
     threads = options.threads
-    box = _open(root, bundle, wanted_models(bundle, options), threads)
+    box = _open(root, bundle, wanted_models(bundle, options, bundle.models), threads)
     pixels_NCHW = bundle.array("pixels")
     for session in box.sessions.values():
         # What is timed are real images: some operations are faster on zeros.
@@ -111,7 +109,7 @@ def _bench(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
 
 
 def _infer(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
-    model = _first(wanted_models(bundle, options))
+    model = _first(wanted_models(bundle, options, bundle.models))
     pixels_NCHW = load_files(bundle, options.images)
     session = _open(root, bundle, (model,), 1).sessions[model]
     show_classes(options.images, model, likeliest(session, bundle, pixels_NCHW, options.top))
@@ -171,7 +169,7 @@ class Box:
             }
             for model in values
         }
-        merge_results(bundle, RESULTS_KIND, board, about, part, values)
+        merge_results(bundle, CPU_RESULTS, board, about, part, values)
 
 
 def _open(root: Path, bundle: Bundle, models: Sequence[str], threads: int) -> Box:

@@ -80,6 +80,15 @@ def build_file(
     return write_engine(engine, built.plan, origin, details)
 
 
+def open_engine(
+    library: Library, cuda: Cuda, engine: Path, onnx: Path, onnx_sha256: str
+) -> tuple[Session, dict[str, Any]]:
+    """Load one engine that was built from this graph; the session and the engine's description."""
+    plan, description = read_engine(engine, library, cuda.gpu(), onnx_sha256)
+    refit_from = onnx if description.get("stripped") else None
+    return Session(library, cuda, plan, refit_from), description
+
+
 @contextlib.contextmanager
 def open_sessions(
     host: Host, bundle: Bundle, models: Sequence[str]
@@ -87,14 +96,12 @@ def open_sessions(
     """Load engines, each checked against its description; everything is freed at the end."""
     library = bundle_library(host, bundle)
     cuda = host.load_cuda()
-    gpu = cuda.gpu()
     with contextlib.ExitStack() as stack:
-        sessions, descriptions = {}, {}
+        sessions: dict[str, Session] = {}
+        descriptions: dict[str, dict[str, Any]] = {}
         for model in models:
-            plan, description = read_engine(
-                bundle.engine(model), library, gpu, bundle.sha256(model)
+            session, descriptions[model] = open_engine(
+                library, cuda, bundle.engine(model), bundle.file(model), bundle.sha256(model)
             )
-            refit_from = bundle.file(model) if description.get("stripped") else None
-            sessions[model] = stack.enter_context(Session(library, cuda, plan, refit_from))
-            descriptions[model] = description
+            sessions[model] = stack.enter_context(session)
         yield library, cuda, sessions, descriptions

@@ -11,6 +11,7 @@ from typing import Any
 
 from care_compress.device.cuda import CudaGpu
 from care_compress.device.library import Library
+from care_compress.device.manifest import version_numbers
 from care_compress.device.problems import EngineMismatchError
 from care_compress.device.storage import (
     digest_bytes,
@@ -20,6 +21,8 @@ from care_compress.device.storage import (
 )
 
 ENGINE_KIND = "care-engine"
+# Major version -> those before it whose version-compatible plans it runs.
+_ALSO_RUNS = {11: (10,)}
 _REBUILD = "build it again: python3 care_deploy.py build"
 
 
@@ -63,6 +66,13 @@ def write_engine(
     return description
 
 
+def copy_engine(path: Path, target: Path) -> None:
+    """Put an engine and its description in the place of another one."""
+    origin_path(target).unlink(missing_ok=True)  # as above: no engine with a foreign description
+    write_whole(target, path.read_bytes())
+    write_whole(origin_path(target), origin_path(path).read_bytes())
+
+
 def read_engine(
     path: Path, library: Library, gpu: CudaGpu | None, onnx_sha256: str
 ) -> tuple[bytes, dict[str, Any]]:
@@ -77,9 +87,7 @@ def read_engine(
     if description.get("onnx_sha256") != onnx_sha256:
         raise EngineMismatchError(f"{path} was built from another ONNX graph.", _REBUILD)
     builder, version = description.get("library"), str(description.get("version"))
-    # A version-compatible plan runs on later releases of its own major version.
-    same_major = version.split(".")[0] == str(library.version[0])
-    lasting = description.get("version_compatible") and same_major
+    lasting = description.get("version_compatible") and _outlives(version, library)
     if builder != library.name or not (version == library.text or lasting):
         raise EngineMismatchError(
             f"{path} was built by {builder} {version}; here is {library.name} {library.text}.",
@@ -104,6 +112,18 @@ def read_engine(
     if digest_bytes(plan) != description.get("engine_sha256"):
         raise EngineMismatchError(f"{path} is not the file that was built.", _REBUILD)
     return plan, description
+
+
+def _outlives(version: str, library: Library) -> bool:
+    """Whether a version-compatible plan of that version runs in this library.
+
+    In later releases of its own major version, and across major versions as NVIDIA's support matrix
+    has it; never in an earlier release.
+    """
+    built, here = version_numbers(version), library.version
+    if not built or built > here:
+        return False
+    return built[0] == here[0] or built[0] in _ALSO_RUNS.get(here[0], ())
 
 
 def _runs_on(capability: str, gpu: CudaGpu) -> bool:

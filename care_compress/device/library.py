@@ -14,9 +14,6 @@ from care_compress.device.manifest import required_module, version_numbers
 from care_compress.device.problems import TensorRtMissingError
 
 OLDEST_TENSORRT = (10, 3)
-# From here to 10.16 strong typing has to be asked for, and 11 knows nothing else. Before (JetPack 6
-# has 10.3) the INT8 and FP16 flags permit the same types without binding TensorRT to them.
-FIRST_STRONGLY_TYPED = (10, 12)
 
 _INSTALL = {
     "tensorrt": "on a Jetson 'sudo apt install python3-libnvinfer' and use /usr/bin/python3 "
@@ -44,9 +41,21 @@ class Library:
         return self.name == "tensorrt_rtx"
 
     @property
-    def strongly_typed(self) -> bool:
-        """Whether operations run in exactly the graph's types."""
-        return self.is_rtx or self.version >= FIRST_STRONGLY_TYPED
+    def network_flags(self) -> int:
+        """What a network is created with: strong typing, wherever it can be asked for.
+
+        10.3 of JetPack 6 has the flag, although one page of its makers says "from 10.12".
+        """
+        flag = self.member("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")
+        return 0 if flag is None else 1 << int(flag)
+
+    @property
+    def is_weakly_typed(self) -> bool:
+        """Whether the graph's types are a permission here, which the builder need not use.
+
+        Not in 11, where no flag permits a type: its networks know strong typing only.
+        """
+        return not self.network_flags and self.member("BuilderFlag", "FP16") is not None
 
     def member(self, enum: str, name: str) -> Any | None:
         """``module.enum.name``, or None where this version has no such thing."""
@@ -124,6 +133,20 @@ def make_logger(library: Library, log: Log) -> Any:
         "log": lambda self, severity, text: log.add(severity.name, text),
     }
     return type("CareLogger", (base,), methods)()
+
+
+def make_profiler(library: Library, sums: dict[str, float]) -> Any:
+    """A profiler object of this TensorRT that adds each layer's milliseconds to `sums`."""
+    base = library.module.IProfiler
+
+    def report(profiler: Any, layer: str, milliseconds: float) -> None:
+        sums[layer] = sums.get(layer, 0.0) + milliseconds
+
+    methods: dict[str, Callable[..., None]] = {
+        "__init__": lambda self: base.__init__(self),
+        "report_layer_time": report,
+    }
+    return type("CareProfiler", (base,), methods)()
 
 
 def open_runtime(library: Library, logger: Any) -> Any:

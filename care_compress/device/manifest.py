@@ -1,6 +1,6 @@
 """A bundle: one folder with graphs, samples, expected answers and the digests of all of them.
 
-Beside them its results.json is written: what was verified and measured here, to be taken home.
+Models are called after their precision, ``int8``, and a variant of one with its name behind a dash.
 """
 
 # numpy 1.21 of JetPack 6 cannot evaluate our annotations.
@@ -9,16 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from care_compress.device.problems import BundleDamagedError, WrongBundleError
-from care_compress.device.storage import digest_file, read_json_object, write_json_whole
+from care_compress.device.storage import digest_file, read_json_object
 
 BUNDLE_KIND = "care-deploy-bundle"
+BUNDLE_FORMAT = 2  # 1 had one limit for all models; its own script reads it
+FLOAT = "fp16"  # the model that INT8 has to beat in an engine
 _FRESH = "unpack the archive again, or copy it again if that does not help"
 # Key of manifest.json -> what it has to be.
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -36,7 +37,6 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "input": dict,
     "output": dict,
     "models": dict,
-    "limits": dict,
     "files": dict,
 }
 
@@ -50,8 +50,13 @@ class Bundle:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models in it: int8 and fp16, or int8 and fp32."""
+        """The models in it: int8 and fp16, or int8 and fp32, and variants such as int8-late."""
         return tuple(self.manifest["models"])
+
+    @property
+    def plain_models(self) -> tuple[str, ...]:
+        """The models without the variants, which are for a device to choose among."""
+        return tuple(model for model in self.models if model == precision_of(model))
 
     def file(self, model: str) -> Path:
         """A model's graph."""
@@ -65,6 +70,11 @@ class Bundle:
     def sha256(self, model: str) -> str:
         """The digest by which the run knows a model; OpenVINO's two files have one together."""
         return str(self.manifest["models"][model]["sha256"])
+
+    def limits(self, model: str) -> Mapping[str, float]:
+        """How near a model has to come to its exported answers: percent of them, and dB."""
+        limits: Mapping[str, float] = self.manifest["models"][model]["limits"]
+        return limits
 
     def needs(self, model: str) -> str:
         """What a processor must have to run a model rightly; nothing for most."""
@@ -84,8 +94,13 @@ class Bundle:
 
     @property
     def results(self) -> Path:
-        """Where merge_results writes."""
+        """What was verified and measured here."""
         return self.folder / "results.json"
+
+    @property
+    def timing_cache(self) -> Path:
+        """What TensorRT measured of kernels; it makes the next build faster."""
+        return self.folder / "timing.cache"
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """One of the sample arrays: pixels, labels, logits_int8, ..."""
@@ -106,7 +121,7 @@ def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
             f"{path} is missing or is no JSON.",
             "run this inside the unpacked bundle, or name its folder with --bundle",
         )
-    if manifest.get("kind") != BUNDLE_KIND or manifest.get("format") != 1:
+    if manifest.get("kind") != BUNDLE_KIND or manifest.get("format") != BUNDLE_FORMAT:
         raise BundleDamagedError(
             f"{path} is not a bundle this program knows.", "use the care_deploy.py beside it"
         )
@@ -135,40 +150,19 @@ def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
         known = isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
         if not known or entry.get("file") not in manifest["files"]:
             raise BundleDamagedError(f"{path} lists no file for model {model!r}.", _FRESH)
+        # An engine is written under it.
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", model):
+            raise BundleDamagedError(f"{path} has a model named {model!r:.60}.", _FRESH)
+        limits = entry.get("limits")
+        usable = isinstance(limits, dict) and limits.keys() == {"agreement", "sqnr_db"}
+        if not usable or not all(isinstance(limit, (int, float)) for limit in limits.values()):
+            raise BundleDamagedError(f"{path} has no usable limits of model {model!r}.", _FRESH)
     return Bundle(folder, manifest)
 
 
-def merge_results(
-    bundle: Bundle,
-    kind: str,
-    board: Mapping[str, Any],
-    models: Mapping[str, Mapping[str, Any]],
-    part: str,
-    values: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Add the "accuracy" or the "speed" of some models to results.json.
-
-    `models` tells each one from another engine or setting of it. What is there already stays if it
-    speaks of the same bundle, board and model: an accuracy of one engine beside the speed of
-    another would look like one engine that has both.
-    """
-    old = read_json_object(bundle.results) or {}
-    head = {
-        "format": 1,
-        "kind": kind,
-        **{key: bundle.manifest[key] for key in ("target", "run", "recipe", "fingerprint")},
-        "bundle_sha256": digest_file(bundle.folder / "manifest.json"),
-        "board": dict(board),
-    }
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017 (Python 3.10)
-    same = all(old.get(key) == value for key, value in head.items())
-    merged: dict[str, Any] = dict(old["models"]) if same else {}
-    for name, value in values.items():
-        about = models[name]
-        known = merged.get(name, {})
-        kept = known if all(known.get(key) == said for key, said in about.items()) else {}
-        merged[name] = {**kept, **about, part: {**value, "measured_at": now}}
-    write_json_whole(bundle.results, {**head, "models": merged, "measured_at": now})
+def precision_of(model: str) -> str:
+    """int8 of ``int8`` and of ``int8-late``."""
+    return model.partition("-")[0]
 
 
 def version_numbers(text: str) -> tuple[int, ...]:

@@ -9,6 +9,16 @@ from collections.abc import Collection
 from pathlib import Path
 
 CPUS = "sys/devices/system/cpu"
+# From NVIDIA's archive of JetPack releases.
+_JETPACK_OF_L4T = {
+    "36.3": "6.0",
+    "36.4": "6.1",
+    "36.4.3": "6.2",
+    "36.4.4": "6.2.1",
+    "38.2": "7.0",
+    "38.2.1": "7.0",
+    "38.4": "7.1",
+}
 
 
 def read_cpu_clock(root: Path) -> float | None:
@@ -22,10 +32,25 @@ def read_cpu_clock(root: Path) -> float | None:
 
 
 def read_gpu_clock(root: Path) -> float | None:
-    """The GPU's clock in MHz; boards call the same device gpu, ga10b, gv11b or gpc0."""
+    """The GPU's clock in MHz."""
+    folder = _gpu_folder(root)
+    return None if folder is None else read_hertz(folder / "cur_freq", 1e6)
+
+
+def read_clock_lock(root: Path) -> bool | None:
+    """Whether the GPU's clock stands still, as jetson_clocks leaves it: the least is the most."""
+    folder = _gpu_folder(root)
+    if folder is None:
+        return None
+    least, most = (read_hertz(folder / f"{end}_freq", 1e6) for end in ("min", "max"))
+    return None if least is None or most is None else least == most
+
+
+def _gpu_folder(root: Path) -> Path | None:
+    """Where the GPU's clock is told; boards call the same device gpu, ga10b, gv11b or gpc0."""
     for folder in sorted((root / "sys/class/devfreq").glob("*")):
         if re.search(r"(^|\.)(gpu|ga10b|gv11b|gp10b|gpc)|gpu-gpc", folder.name):
-            return read_hertz(folder / "cur_freq", 1e6)
+            return folder
     return None
 
 
@@ -59,6 +84,35 @@ def read_temperatures(root: Path) -> dict[str, float]:
         if name and re.fullmatch(r"-?\d+", value):
             found[name] = int(value) / 1000
     return found
+
+
+def read_throttles(root: Path) -> tuple[str, ...]:
+    """Which of the kernel's throttles hold clocks down at this moment."""
+    return tuple(
+        sorted(
+            name
+            for device in (root / "sys/class/thermal").glob("cooling_device*")
+            if "throttle" in (name := system_text(device / "type").strip())
+            and system_text(device / "cur_state").strip() not in ("", "0")
+        )
+    )
+
+
+def read_overcurrents(root: Path) -> int:
+    """How often since its start a board was slowed down because it drew too much current."""
+    files = root.glob("sys/class/hwmon/hwmon*/oc*_event_cnt")
+    texts = [system_text(path).strip() for path in files]
+    return sum(int(text) for text in texts if text.isdigit())
+
+
+def is_container(root: Path) -> bool:
+    """Whether this is a container: nvpmodel and the board's packages are outside of it."""
+    return (root / ".dockerenv").exists() or (root / "run/.containerenv").exists()
+
+
+def jetpack_of(l4t: str) -> str | None:
+    """The JetPack that brought a release of L4T, where no package tells; None for one unknown."""
+    return _JETPACK_OF_L4T.get(l4t.removesuffix(".0"))
 
 
 def parse_l4t(text: str) -> str | None:

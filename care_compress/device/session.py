@@ -3,6 +3,7 @@
 # numpy 1.21 of JetPack 6 cannot evaluate our annotations.
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,13 @@ import numpy as np
 
 from care_compress.device.cuda import Cuda
 from care_compress.device.images import FloatArray
-from care_compress.device.library import Library, Log, make_logger, open_runtime
+from care_compress.device.library import (
+    Library,
+    Log,
+    make_logger,
+    make_profiler,
+    open_runtime,
+)
 from care_compress.device.problems import EngineMismatchError, NoGpuError
 
 
@@ -115,12 +122,15 @@ class Session:
         for first in range(0, len(images_NCHW), self.batch):
             part = images_NCHW[first : first + self.batch]
             self._in[: len(part)] = part
-            self._cuda.upload(self._addresses[self._input], self._in, self._stream)
-            self.enqueue()
-            self._cuda.download(self._out, self._addresses[self._output], self._stream)
-            self._cuda.wait(self._stream)
+            self._run_batch()
             results.append(self._out[: len(part)].astype(np.float32))
         return np.concatenate(results)
+
+    def _run_batch(self) -> None:
+        self._cuda.upload(self._addresses[self._input], self._in, self._stream)
+        self.enqueue()
+        self._cuda.download(self._out, self._addresses[self._output], self._stream)
+        self._cuda.wait(self._stream)
 
     def enqueue(self) -> None:
         """Queue one run on what lies in the input buffer, without any copy."""
@@ -131,13 +141,49 @@ class Session:
                 f"the engine does not run: {self._log.reason()}.", "build it again on this machine"
             )
 
-    def run_between(self, start: int, end: int) -> float:
-        """Milliseconds of one run, as the device counts them between two events."""
+    def queue_between(self, start: int, end: int) -> float:
+        """Queue one run between two events; the milliseconds that queueing it took."""
         self._cuda.record(start, self._stream)
+        began = time.perf_counter()
         self.enqueue()
+        passed = time.perf_counter() - began
         self._cuda.record(end, self._stream)
-        self._cuda.wait_event(end)
-        return self._cuda.milliseconds(start, end)
+        return 1000 * passed
+
+    def timed_run(self) -> float:
+        """Milliseconds from the copy of a batch to the device to its answers in host memory.
+
+        Nothing else is queued: it is what a program waits that classifies one batch after another.
+        """
+        began = time.perf_counter()
+        self._run_batch()
+        return 1000 * (time.perf_counter() - began)
+
+    def layer_milliseconds(self, runs: int) -> dict[str, float]:
+        """Mean time of each layer, by the name that the engine gives it.
+
+        In a context of its own: a profiler makes every run wait, and a graph would hide it.
+        """
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise NoGpuError(
+                f"no memory to profile the engine: {self._log.reason()}.", "close other programs"
+            )
+        context.set_input_shape(self._input, self.shape)
+        for name, address in self._addresses.items():
+            context.set_tensor_address(name, address)
+        sums: dict[str, float] = {}
+        profiler = make_profiler(self._library, sums)
+        context.profiler = profiler
+        for run in range(-1, runs):
+            if run == 0:
+                sums.clear()  # the first run loads kernels
+            if not context.execute_async_v3(self._stream):
+                raise NoGpuError(
+                    f"the engine does not run: {self._log.reason()}.", "build it again"
+                )
+            self._cuda.wait(self._stream)
+        return {name: milliseconds / runs for name, milliseconds in sums.items()}
 
     def capture(self) -> None:
         """Make one CUDA graph of the run: one launch for it instead of one for each layer."""
@@ -152,8 +198,7 @@ class Session:
             self._graph = self._cuda.end_capture(self._stream)
         except NoGpuError as error:
             raise NoGpuError(
-                f"the engine does not become a CUDA graph: {error.message}",
-                "measure it without: bench --no-cuda-graph",
+                f"the engine does not become a CUDA graph: {error.message}", "run it without one"
             ) from error
 
     def close(self) -> None:

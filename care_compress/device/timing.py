@@ -1,19 +1,20 @@
 """Latency of several models, measured so that two of them can be compared.
 
 The models take turns in slices of a second, so that a machine that warms up or slows down does so
-for all of them. Inputs are already where they are read; the first runs of every turn are thrown
-away.
+for all of them. The first runs of every turn are thrown away.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 # What has just run another network starts with that one's data in its caches.
-_RUNS_AFTER_A_TURN = 5
+RUNS_AFTER_A_TURN = 5
+_PERCENTS = (50, 90, 99)
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,34 @@ class BenchPlan:
     least_runs: int = 50
 
 
+class TakesTurns(Protocol):
+    """A model that can be timed."""
+
+    @property
+    def batch(self) -> int:
+        """Images in one run."""
+        ...
+
+    def turn(self, length: float, timing: "Timing") -> None:
+        """Throw `RUNS_AFTER_A_TURN` away, then note each run for `length` seconds."""
+        ...
+
+
 @dataclass(frozen=True)
 class Timed:
-    """A model that can be run again and again; `run` gives the milliseconds of one run."""
+    """A model whose runs wait for one another; `run` gives the milliseconds of one."""
 
     batch: int
     run: Callable[[], float]
+
+    def turn(self, length: float, timing: "Timing") -> None:
+        """Run it again and again."""
+        for _ in range(RUNS_AFTER_A_TURN):
+            self.run()
+        began = time.perf_counter()
+        while (passed := time.perf_counter() - began) < length:
+            timing.milliseconds.append(self.run())
+        timing.seconds += passed
 
 
 @dataclass
@@ -41,6 +64,15 @@ class Timing:
     batch: int
     milliseconds: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    enqueue_ms: list[float] = field(default_factory=list)  # of the host, where it queues runs
+
+    def percentiles(self) -> dict[str, float]:
+        """As they stand in results.json."""
+        return {f"p{p}": self.percentile(p) for p in _PERCENTS}
+
+    def enqueue_percentiles(self) -> dict[str, float]:
+        """What the host took to queue a run: where it is more than the GPU's, the GPU waits."""
+        return {f"p{p}": float(np.percentile(self.enqueue_ms, p)) for p in _PERCENTS}
 
     def percentile(self, percent: float) -> float:
         """Milliseconds that `percent` of the runs did not exceed."""
@@ -48,7 +80,7 @@ class Timing:
 
     @property
     def throughput(self) -> float:
-        """Images per second, one batch after the other."""
+        """Images per second of all runs that were noted."""
         return len(self.milliseconds) * self.batch / self.seconds
 
 
@@ -68,7 +100,7 @@ class Measured:
                 **settings,
                 "runs": len(timing.milliseconds),
                 "seconds": round(timing.seconds, 3),
-                "latency_ms": {f"p{p}": timing.percentile(p) for p in (50, 90, 99)},
+                "latency_ms": timing.percentiles(),
                 "throughput": timing.throughput,
                 "before": self.before,
                 "after": self.after,
@@ -78,13 +110,16 @@ class Measured:
 
 
 def measure(
-    models: Mapping[str, Timed], plan: BenchPlan, notify: Callable[[str], None]
+    models: Mapping[str, TakesTurns],
+    plan: BenchPlan,
+    notify: Callable[[str], None],
+    during: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> dict[str, Timing]:
-    """Time every model, in turns."""
+    """Time every model, in turns; `during` a model's turn something else may be watched."""
     timings = {name: Timing(model.batch) for name, model in models.items()}
     for name, model in models.items():
         notify(f"warming up {name}")
-        _turn(model, plan.warmup, Timing(model.batch))
+        model.turn(min(plan.warmup, plan.seconds), Timing(model.batch))
     while waiting := [
         name
         for name, timing in timings.items()
@@ -92,17 +127,9 @@ def measure(
     ]:
         for name in waiting:
             notify(f"measuring {name}: {min(timings[name].seconds, plan.seconds):.0f} s")
-            for _ in range(_RUNS_AFTER_A_TURN):
-                models[name].run()
-            _turn(models[name], min(plan.turn, plan.seconds), timings[name])
+            with during(name):
+                models[name].turn(min(plan.turn, plan.seconds), timings[name])
     return timings
-
-
-def _turn(model: Timed, length: float, timing: Timing) -> None:
-    began = time.perf_counter()
-    while (passed := time.perf_counter() - began) < length:
-        timing.milliseconds.append(model.run())
-    timing.seconds += passed
 
 
 def verdict(timings: Mapping[str, Timing], model: str, plain: str, fallback: str) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 from care_compress.console import say, show_checks, widened
 from care_compress.data.sources import open_samples
 from care_compress.device.cpu_app import FLOAT
+from care_compress.device.manifest import precision_of
 from care_compress.device.sensors import is_busy
 from care_compress.errors import DataError, RunError, TargetError
 from care_compress.evaluate.comparison import (
@@ -25,7 +26,13 @@ from care_compress.evaluate.comparison import (
     Verdict,
     comparison_as_json,
 )
-from care_compress.evaluate.device_measurements import counted_threads, is_of_cpu, place_of
+from care_compress.evaluate.device_field import field_tables
+from care_compress.evaluate.device_measurements import (
+    counted_threads,
+    fastest_of,
+    is_of_cpu,
+    place_of,
+)
 from care_compress.evaluate.file_measurements import (
     find_entries,
     profile_files,
@@ -241,17 +248,23 @@ def device_verdict(name: str, precision: str, found: dict[str, Any]) -> Verdict 
     target, place = found["target"], place_of(found)
     baseline, model = (FLOAT, "file") if is_of_cpu(found) else ("fp16", "engine")
     speeds = {model: one["speed"] for model, one in found["models"].items()}
-    accuracy = found["models"].get(precision, {}).get("accuracy")
-    if accuracy is not None and not accuracy["passed"]:
+    accuracies = [
+        one["accuracy"] for name, one in found["models"].items() if precision_of(name) == precision
+    ]
+    known = [one["passed"] for one in accuracies if one is not None]
+    if known and not any(known):
         text = f"{name} does not pay: its {model} failed verify on {place}"
         return Verdict(target, name, False, text)
-    if precision == baseline or speeds.get(precision) is None or speeds.get(baseline) is None:
+    fastest, plain = fastest_of(found, precision), fastest_of(found, baseline)
+    if precision == baseline or fastest is None or plain is None:
         return None
-    ratio = speeds[baseline]["latency_ms"]["p50"] / speeds[precision]["latency_ms"]["p50"]
+    ratio = speeds[plain]["latency_ms"]["p50"] / speeds[fastest]["latency_ms"]["p50"]
     said = f"{ratio:.2f}x over {baseline.upper()} on {place}"
+    if fastest != precision:
+        said = f"{fastest} runs {said}"
     if abs(ratio - 1) < ALIKE:
         return Verdict(target, name, None, f"{name}: both are equally fast: {said}")
-    load = speeds[precision]["before"].get("load_average")
+    load = speeds[fastest].get("before", {}).get("load_average")
     if is_busy(load, found["board"].get("cores", 1)):
         return Verdict(target, name, None, f"{name}: other programs were at work: {said}")
     verb = "pays" if ratio > 1 else "does not pay"
@@ -277,6 +290,9 @@ def _report(found: Comparison, console: Console) -> None:
             wide.print(latency_table(setting))
     if found.device_results:
         wide.print(device_table(value))
+    for field in value["devices"]:
+        for table in field_tables(field):
+            wide.print(table)
     for target, rows in value["targets"].items():
         if any(one.get("layers_ms") for one in rows.values()):
             wide.print(kind_table(f"Where the time goes on {target}, batch 1, 1 thread", rows))

@@ -15,6 +15,7 @@ import numpy as np
 from care_compress import machine
 from care_compress.console import CheckResult, html_table
 from care_compress.data.samples import Samples
+from care_compress.evaluate.device_field import device_field
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
 from care_compress.evaluate.intervals import Interval, mcnemar_p
 from care_compress.evaluate.latency import Latency, LatencyPlan
@@ -219,6 +220,12 @@ def comparison_as_json(found: Comparison) -> dict[str, Any]:
             if (pair := _pair(found, target, one.name)) is not None
         ],
         "targets": {target: _target(found, target) for target in found.targets},
+        "devices": [
+            field
+            for (_, name), boards in found.device_results.items()
+            for board in boards
+            if (field := device_field(name, board)) is not None
+        ],
         "checks": [check.as_json() for check in found.checks],
         "verdicts": [asdict(verdict) for verdict in found.verdicts],
         "budgets": [asdict(budget) for budget in found.budgets],

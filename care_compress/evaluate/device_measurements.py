@@ -1,12 +1,21 @@
 """What devices measured: checked against the run, kept in it, shown beside what ran here."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from care_compress.device.manifest import precision_of
 from care_compress.errors import CareError
 from care_compress.files import json_text, read_json, write_text
 from care_compress.run.finished import as_written
@@ -16,6 +25,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+OLDER = ("care-deploy-results", 1)
 _AGAIN = "copy results.json from the unpacked bundle again, after 'verify' and 'bench'"
 
 
@@ -27,13 +37,36 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Conditions(_Strict):
-    """How the board was set and how warm it was."""
+class ClockRange(_Strict):
+    """Megahertz of a clock in all of a model's turns."""
+
+    least: Finite
+    median: Finite
+    most: Finite
+
+
+class During(_Strict):
+    """How the board was set, and what its sensors told while one model ran."""
 
     power_mode: str | None
-    gpu_mhz: Finite | None
-    cpu_mhz: Finite | None
-    temperatures_c: dict[str, Finite]
+    power_mode_from: Literal["nvpmodel", "hand"] | None
+    clocks_locked: bool | None
+    moments: Annotated[int, Field(ge=0)]
+    gpu_mhz: ClockRange | None
+    cpu_mhz: ClockRange | None
+    temperatures_c: dict[str, Finite]  # the highest
+    throttled: list[str]
+
+
+class EnergyCost(_Strict):
+    """What an image costs, with the power that the board draws anyway and without."""
+
+    rails: Annotated[list[str], Field(min_length=1)]
+    idle_watts: Finite
+    watts: Positive
+    millijoules_per_image: Positive
+    millijoules_above_idle: Finite
+    images_per_second_per_watt: Positive
 
 
 class DeviceLatency(_Strict):
@@ -44,22 +77,30 @@ class DeviceLatency(_Strict):
     p99: Positive
 
 
-class Speed(_Strict):
-    """What `bench` writes."""
+class SpeedFigures(_Strict):
+    """What is measured of an engine's speed."""
 
     batch: Annotated[int, Field(gt=0)]
     cuda_graph: bool
     runs: Annotated[int, Field(gt=0)]
     seconds: Positive
-    latency_ms: DeviceLatency
+    latency_ms: DeviceLatency  # of the GPU's kernels, with one run queued ahead
+    host_latency_ms: DeviceLatency  # from the copy in to the answer out, one run after the other
+    enqueue_ms: DeviceLatency  # of the host
     throughput: Positive
-    before: Conditions
-    after: Conditions
+    during: During
+    energy: EnergyCost | None
+    energy_missing: str | None
+
+
+class Speed(SpeedFigures):
+    """What `bench` writes."""
+
     measured_at: str
 
 
-class DeviceAccuracy(_Strict):
-    """What `verify` writes."""
+class AccuracyFigures(_Strict):
+    """How near a model's answers are to those that were exported."""
 
     images: Annotated[int, Field(gt=0)]
     top1: Percent
@@ -68,7 +109,52 @@ class DeviceAccuracy(_Strict):
     sqnr_db: Finite
     max_deviation: Finite
     passed: bool
+
+
+class DeviceAccuracy(AccuracyFigures):
+    """What `verify` writes."""
+
     measured_at: str
+
+
+class DeviceLayer(_Strict):
+    """One layer of an engine, as the board's profiler timed it."""
+
+    name: str
+    type: str
+    precision: str
+    origin: list[str]
+    ms: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class LayerFigures(_Strict):
+    """All layers of one engine."""
+
+    layers: list[DeviceLayer]
+
+
+class EngineLayers(LayerFigures):
+    """What `bench` writes of the engines that explain each other."""
+
+    measured_at: str
+
+
+class FieldRow(_Strict):
+    """One way to build one model that `tune` tried."""
+
+    model: str
+    optimization_level: int
+    batch: Annotated[int, Field(gt=0)]
+    onnx_sha256: Sha256
+    state: Literal["begun", "failed", "lost", "passed"]
+    reason: str
+    tries: int
+    engine_sha256: Sha256 | None
+    size_bytes: Annotated[int, Field(gt=0)] | None
+    build_seconds: Finite | None
+    accuracy: AccuracyFigures | None
+    speed: SpeedFigures | None
+    layer_times: LayerFigures | None
 
 
 class Engine(_Strict):
@@ -81,6 +167,7 @@ class Engine(_Strict):
     precisions: dict[str, int]
     accuracy: DeviceAccuracy | None = None
     speed: Speed | None = None
+    layer_times: EngineLayers | None = None
 
 
 class DeviceGpu(_Strict):
@@ -100,6 +187,8 @@ class Board(_Strict):
     cuda: dict[str, str]
     l4t: str | None
     jetpack: str | None
+    jetpack_from: Literal["package", "l4t"] | None
+    container: bool
     python: str
     architecture: str
 
@@ -153,7 +242,6 @@ class CpuBoard(_Strict):
 class _Results(_Strict):
     """What results.json of any bundle says."""
 
-    format: Literal[1]
     target: str
     run: str
     recipe: str
@@ -165,14 +253,25 @@ class _Results(_Strict):
 class DeviceResults(_Results):
     """results.json of a bundle of engines."""
 
+    format: Literal[2]  # 1 timed the gap before each launch, too
     kind: Literal["care-deploy-results"]
     board: Board
-    models: Annotated[dict[str, Engine], Field(min_length=1)]
+    models: dict[str, Engine]
+    candidates: dict[str, FieldRow] = {}
+    winner: str | None = None
+
+    @model_validator(mode="after")
+    def something_was_measured(self) -> Self:
+        """A tune of which nothing passed has rows with reasons, and no model."""
+        if not self.models and not self.candidates:
+            raise ValueError("models: nothing was measured")
+        return self
 
 
 class CpuResults(_Results):
     """results.json of a bundle for a CPU."""
 
+    format: Literal[1]
     kind: Literal["care-deploy-cpu-results"]
     board: CpuBoard
     models: Annotated[dict[str, CpuFile], Field(min_length=1)]
@@ -211,7 +310,7 @@ def import_results(file: Path, run_dir: Path) -> dict[str, Any]:
     if isinstance(speed, CpuSpeed):
         mode = counted_threads(speed.threads)
     else:
-        mode = (speed.before.power_mode or "") if speed else ""
+        mode = (speed.during.power_mode or "") if speed else ""
     parts = (results.target, _slug(results.board.name) or "board", _slug(mode))
     value = results.model_dump(mode="json")
     path = run_dir / "measured" / f"{'.'.join(filter(None, parts))}.json"
@@ -247,9 +346,14 @@ def check_export(results: Results, file: Path, run_dir: Path) -> None:
             f"{file} was measured on another export of {results.target} than {run_dir} has now.",
             "measure the bundle of this export, or import into the run that made that bundle",
         )
-    for name, model in results.models.items():
+    graphs = [
+        (name, model.sha256 if isinstance(model, CpuFile) else model.onnx_sha256)
+        for name, model in results.models.items()
+    ]
+    if isinstance(results, DeviceResults):
+        graphs += [(row.model, row.onnx_sha256) for row in results.candidates.values()]
+    for name, exported in graphs:
         stored = export.get("models", {}).get(name, {}).get("sha256")
-        exported = model.sha256 if isinstance(model, CpuFile) else model.onnx_sha256
         if stored is not None and stored != exported:
             raise DeviceResultsError(
                 f"{file}: {name} comes from another graph than {path} describes.",
@@ -263,8 +367,11 @@ def device_measurements(run: Path) -> list[dict[str, Any]]:
     every = []
     for path in sorted(run.glob("measured/*.json")):
         with as_written(path):
+            text = path.read_text(encoding="utf-8")
+            if _is_older(text):
+                continue
             # As it was checked when it was imported.
-            results = parse_results(path.read_text(encoding="utf-8"))
+            results = parse_results(text)
         try:
             check_export(results, path, run)
         except CareError:
@@ -273,6 +380,24 @@ def device_measurements(run: Path) -> list[dict[str, Any]]:
     for results, name in sorted(every, key=lambda one: one[0].measured_at):
         newest[name if isinstance(results, CpuResults) else results.target] = results
     return [results.model_dump(mode="json") for results in newest.values()]
+
+
+def _is_older(text: str) -> bool:
+    """Tell results of engines that an earlier script timed otherwise: they compare with nothing."""
+    value = json.loads(text)
+    return isinstance(value, dict) and (value.get("kind"), value.get("format")) == OLDER
+
+
+def fastest_of(found: dict[str, Any], precision: str) -> str | None:
+    """Name the model of a precision that a device runs fastest, of those that answer rightly."""
+    timed = {
+        name: one["speed"]["latency_ms"]["p50"] / one["speed"]["batch"]
+        for name, one in found["models"].items()
+        if precision_of(name) == precision
+        and one["speed"] is not None
+        and (one["accuracy"] is None or one["accuracy"]["passed"])
+    }
+    return min(timed, key=lambda name: timed[name], default=None)
 
 
 def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -297,7 +422,7 @@ def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tu
                     "board": board["name"],
                     "library": f"{board['library']} {board['library_version']}",
                     "jetpack": board.get("jetpack"),
-                    "power_mode": None if speed is None else speed["before"].get("power_mode"),
+                    "power_mode": power_mode_of(speed),
                     "batch": None if speed is None else speed["batch"],
                     "threads": None if speed is None else speed.get("threads"),
                     "verified": None if accuracy is None else accuracy["passed"],
@@ -305,6 +430,12 @@ def device_rows(name: str, precision: str, found: dict[str, Any]) -> Iterator[tu
                 },
             },
         )
+
+
+def power_mode_of(speed: dict[str, Any] | None) -> str | None:
+    """Return the power mode that a board was timed in; a CPU has none."""
+    mode: str | None = ((speed or {}).get("during") or {}).get("power_mode")
+    return mode
 
 
 def is_of_cpu(found: dict[str, Any]) -> bool:

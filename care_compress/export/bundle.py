@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from care_compress.device.cpu_session import LIBRARIES as CPU_LIBRARIES
-from care_compress.device.manifest import BUNDLE_KIND, required_module
+from care_compress.device.manifest import BUNDLE_FORMAT, BUNDLE_KIND, required_module
 from care_compress.device.verbs import VERIFY_HEADER, format_table
 from care_compress.export.bundle_ways import Deployed, page, ways
 from care_compress.files import atomic_file
@@ -36,7 +36,8 @@ care_deploy.py: build, verify and measure the TensorRT engines of this bundle, o
 
     python3 care_deploy.py build      make int8.engine and fp16.engine for this GPU
     python3 care_deploy.py verify     compare their answers with the exported ones
-    python3 care_deploy.py bench      measure their latency
+    python3 care_deploy.py bench      measure their latency and energy
+    python3 care_deploy.py tune       try every variant and keep the fastest that is right
     python3 care_deploy.py infer cat.jpg
     python3 care_deploy.py info
 
@@ -120,10 +121,11 @@ and no pip.
     {table}
 
 with figures for the dots, then `PASSED` or `FAILED`. It passes if at least {agreement} % of the
-images get the class the exported model gives them, at an SQNR of at least {sqnr_db} dB.
+images get the class the exported model gives them, at an SQNR in dB of at least {sqnr_db}.
 
 `bench` prints p50, p90 and p99 of the latency of every engine and says which is faster. For figures
-that can be compared, fix the clocks first and tell the power mode with them:
+that can be compared, fix the clocks before `build`, which chooses kernels by their time, and tell
+the power mode with the figures:
 
     sudo nvpmodel -q
     sudo jetson_clocks
@@ -169,7 +171,7 @@ It needs Python 3.10 or later, numpy and the runtime:
     {table}
 
 with figures for the dots, then `PASSED` or `FAILED`. It passes if at least {agreement} % of the
-images get the class the exported model gives them, at an SQNR of at least {sqnr_db} dB.
+images get the class the exported model gives them, at an SQNR in dB of at least {sqnr_db}.
 
 `bench` lets the models take turns, {batch}, on one thread or on `--threads N`. It prints p50, p90
 and p99 of the latency of each and says which is faster. For figures that can be compared, stop what
@@ -207,6 +209,7 @@ class Model:
 
     files: tuple[Path, ...]
     sha256: str  # by which the run knows it
+    least_sqnr_db: float  # that its answers on a device must reach
     needs: str = ""  # what a processor must have to run it rightly
 
 
@@ -237,7 +240,6 @@ class BundleContent:
     labels: np.ndarray[Any, Any]
     logits: Mapping[str, np.ndarray[Any, Any]]
     least_agreement: float  # percent
-    least_sqnr_db: float
     exif_rotate: bool = False
 
     @property
@@ -303,7 +305,7 @@ def _files(content: BundleContent) -> dict[str, bytes]:
     if content.deployed is not None:
         files |= ways(content.deployed, files)
     manifest = {
-        "format": 1,
+        "format": BUNDLE_FORMAT,
         "kind": BUNDLE_KIND,
         "run": content.run,
         "recipe": content.recipe,
@@ -319,10 +321,14 @@ def _files(content: BundleContent) -> dict[str, bytes]:
         "input": {"name": content.input_name, "shape": list(content.input_shape)},
         "output": {"name": content.output_name, "shape": list(content.output_shape)},
         "models": {
-            name: {"file": model.files[0].name, "sha256": model.sha256, "needs": model.needs}
+            name: {
+                "file": model.files[0].name,
+                "sha256": model.sha256,
+                "needs": model.needs,
+                "limits": {"agreement": content.least_agreement, "sqnr_db": model.least_sqnr_db},
+            }
             for name, model in sorted(content.models.items())
         },
-        "limits": {"agreement": content.least_agreement, "sqnr_db": content.least_sqnr_db},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
     files["manifest.json"] = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
@@ -348,7 +354,9 @@ def _readme(content: BundleContent) -> str:
         images=len(content.pixels),
         table=format_table(rows).replace("\n", "\n    "),
         agreement=content.least_agreement,
-        sqnr_db=content.least_sqnr_db,
+        sqnr_db=" and ".join(
+            f"{model.least_sqnr_db:.1f} ({name})" for name, model in sorted(content.models.items())
+        ),
         batch="one image at a time" if batch == 1 else f"{batch} images at a time",
         notes=notes,
         ways="" if content.deployed is None else page(content.deployed),

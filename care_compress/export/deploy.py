@@ -17,7 +17,12 @@ from care_compress.console import step_line
 from care_compress.data.samples import spread_indices
 from care_compress.device.cpu_app import FLOAT
 from care_compress.errors import ExportError, RunError, TargetError
-from care_compress.evaluate.agreement import HeldImages, compare_logits
+from care_compress.evaluate.agreement import (
+    MOST_DB,
+    TWICE_DB,
+    HeldImages,
+    compare_logits,
+)
 from care_compress.evaluate.device_measurements import counted_threads, import_results
 from care_compress.evaluate.readback import answers_beside
 from care_compress.export.bundle import BundleContent, Model, unpack_bundle, write_bundle
@@ -36,7 +41,10 @@ from care_compress.shipped import QUANTIZE
 # Kernels on a device round in other places than the simulation, and 64 images are few: at least 61
 # of them answer alike in all but one of 250 cases where 99 % of all images do.
 LEAST_AGREEMENT = 95.0
+# The least of any file on a CPU, where floats may run in bfloat16.
 LEAST_SQNR_DB = 20.0
+# An engine may have twice the noise of what its file promised.
+ENGINE_DB = 3.0
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 
@@ -131,7 +139,13 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
         size = preprocessing["resolution"]
         needs = str(export.get("needs") or "")
         models = {
-            name: checked_model(folder, entry, needs) for name, entry in export["models"].items()
+            name: Model(
+                checked_files(folder, entry),
+                str(entry["sha256"]),
+                promised_db(entry, target.is_engine),
+                needs,
+            )
+            for name, entry in export["models"].items()
         }
         pixels = _array(folder.parent / "samples" / "pixels.npy")
         # A CPU's file has answers to every check image, of which the samples are some.
@@ -159,9 +173,6 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
                 name: rows[spread_indices(len(rows), len(pixels))] for name, rows in answers.items()
             },
             least_agreement=LEAST_AGREEMENT,
-            least_sqnr_db=min(
-                LEAST_SQNR_DB, *(entry["least_sqnr_db"] for entry in export["models"].values())
-            ),
             exif_rotate=preprocessing["exif_rotate"],
         )
 
@@ -190,7 +201,7 @@ def with_float(
         raise ExportError(f"{path.name} does not compute what the float model does ({near}).", FIX)
     return replace(
         content,
-        models={**content.models, FLOAT: Model(model_files(path), digest_of(path))},
+        models={**content.models, FLOAT: Model(model_files(path), digest_of(path), LEAST_SQNR_DB)},
         logits={**content.logits, FLOAT: variant.logits.numpy()},
     )
 
@@ -215,8 +226,25 @@ def _parsed(path: Path) -> dict[str, Any]:
     return value
 
 
-def checked_model(folder: Path, entry: dict[str, Any], needs: str) -> Model:
-    """Return an exported model; RunError unless its files are those that were compared."""
+def promised_db(entry: dict[str, Any], is_engine: bool) -> float:
+    """How near a device's answers must come to the model's, by what its file was found to do.
+
+    An engine is one more exact implementation of the model, as its file is: `ENGINE_DB` below what
+    the file reached, or what exact implementations that round as the target does reach among each
+    other, where that is less. `MOST_DB` suffices, as for any file: a float16 file is read back with
+    its sums in float32, which a GPU does not do.
+    """
+    least = float(entry["least_sqnr_db"])
+    if not is_engine:
+        return min(LEAST_SQNR_DB, least)
+    reached = least + TWICE_DB
+    if entry["sqnr_db"] is not None:  # else it is exact, or nothing that is bundled
+        reached = min(reached, float(entry["sqnr_db"]))
+    return round(min(MOST_DB, reached - ENGINE_DB), 1)
+
+
+def checked_files(folder: Path, entry: dict[str, Any]) -> tuple[Path, ...]:
+    """Return an exported model's files; RunError unless they are those that were compared."""
     path = folder / str(entry["file"])
     if not entry["holds"]:
         raise RunError(
@@ -226,7 +254,7 @@ def checked_model(folder: Path, entry: dict[str, Any], needs: str) -> Model:
     files = model_files(path)
     if not all(file.is_file() for file in files) or digest_of(path) != entry["sha256"]:
         raise RunError(f"{path} is not the file that was exported.", f"export again: {QUANTIZE}")
-    return Model(files, str(entry["sha256"]), needs)
+    return files
 
 
 def _array(path: Path) -> NDArray[Any]:

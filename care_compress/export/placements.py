@@ -8,6 +8,7 @@ on the images that files are compared on; TensorRT has run none of it.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -52,7 +53,7 @@ class PlacedModel:
 def place_models(
     run: FinishedRun,
     target: Target,
-    pixels_NCHW: NDArray[object],
+    pixels_NCHW: NDArray[Any],
     about: About,
     folder: Path,
     notify: Callable[[str], None],

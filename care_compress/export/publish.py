@@ -21,7 +21,7 @@ from care_compress.errors import RunError
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
 from care_compress.evaluate.intervals import wilson
 from care_compress.evaluate.slim_accuracy import GIVEN, TRAINED
-from care_compress.export.deploy import checked_model
+from care_compress.export.deploy import checked_files
 from care_compress.export.to_onnx import FREE
 from care_compress.files import json_text, not_writable, read_json, sha256_file, temporary_folder
 from care_compress.model.checkpoint import BUILTIN_PREFIX, load_checkpoint
@@ -232,7 +232,7 @@ def _files_of(run: FinishedRun, target_name: str) -> Iterator[PublishedFile]:
         target, needs = load_target(target_name), str(export.get("needs") or "")
         batch = 0 if export["batch"] == "dynamic" else int(export["batch"])
         for precision, entry in export["models"].items():
-            files = checked_model(folder, entry, needs).files
+            files = checked_files(folder, entry)
             engine: tuple[Path, ...] = ()
             if precision in export["engines"]:
                 path = files[0].with_suffix(".engine")

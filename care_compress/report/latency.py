@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from care_compress.evaluate.device_measurements import counted_threads
+from care_compress.evaluate.device_measurements import counted_threads, power_mode_of
 from care_compress.quantize.plots import short_name
 from care_compress.report.blocks import (
     Block,
@@ -232,7 +232,7 @@ def _provenance(sources: Sources) -> Sequence[Block]:
             if "threads" in speed:
                 setting = counted_threads(speed["threads"])
             else:
-                setting = str((speed.get("before") or {}).get("power_mode") or "not told")
+                setting = power_mode_of(speed) or "not told"
             checked = "no"
             if accuracy is not None:
                 result = "passed" if accuracy["passed"] else "FAILED"

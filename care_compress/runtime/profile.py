@@ -4,7 +4,10 @@ A runtime fuses, reorders and converts; what it runs are not the operations of t
 are those that ``compare`` times with, so that a layer's time is part of the latency beside it.
 """
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -65,26 +68,30 @@ def read_engine_profile(path: Path) -> Profile:
     Nothing of an engine is timed by layer without its GPU. Arithmetic on shapes is left out.
     """
     about = origin_path(path)
-    layers = []
     try:
         told = read_json(about)
-        for layer in told["layers"]:
-            precision = str(layer["precision"])
-            if precision in ("INT32", "INT64", "BOOL"):
-                continue
-            kind, words, group = str(layer["type"]), str(layer["type"]).upper(), OTHER
-            if any(word in words for word in _PRODUCTS):
-                group = INTEGER if precision in ("INT8", "INT4") else FLOAT
-            elif any(word in words for word in _CONVERT):
-                group = CONVERT
-            elif any(word in words for word in _ELEMENTWISE):
-                group = ELEMENTWISE
-            name, sites = str(layer["name"]), modules_of(layer["origin"])
-            layers.append(LayerTime(name, kind, sites, precision, group, None))
-        traffic = told.get("traffic")
+        return replace(profile_of_rows(told["layers"]), traffic=told.get("traffic"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(
             f"{about}, which tells the layers of {path.name}, cannot be read: {error!r}.",
             "keep the files of an export together, or build the engine again",
         ) from error
-    return Profile(tuple(layers), None, traffic)
+
+
+def profile_of_rows(rows: Iterable[Mapping[str, Any]]) -> Profile:
+    """Group the layers of an engine; with times where a device's profiler took them."""
+    layers = []
+    for layer in rows:
+        precision = str(layer["precision"])
+        if precision in ("INT32", "INT64", "BOOL"):
+            continue
+        kind, words, group = str(layer["type"]), str(layer["type"]).upper(), OTHER
+        if any(word in words for word in _PRODUCTS):
+            group = INTEGER if precision in ("INT8", "INT4") else FLOAT
+        elif any(word in words for word in _CONVERT):
+            group = CONVERT
+        elif any(word in words for word in _ELEMENTWISE):
+            group = ELEMENTWISE
+        name, sites = str(layer["name"]), modules_of(layer["origin"])
+        layers.append(LayerTime(name, kind, sites, precision, group, layer.get("ms")))
+    return Profile(tuple(layers), None)

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from care_compress.device import app, sensors
+from care_compress.device import sensors
+from care_compress.device.watch import read_moment
 
 NVPMODEL = "NV Power Mode: MODE_30W\n2\n"
 TEGRA = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
@@ -48,11 +49,10 @@ def orin(tmp_path: Path) -> Path:
 
 
 def test_an_orin_is_read(orin: Path) -> None:
-    conditions = app.read_conditions(orin)
-    assert conditions["gpu_mhz"] == 1300.5
-    assert conditions["cpu_mhz"] == 2201.6
+    now = read_moment(orin, ())
+    assert (now.gpu_mhz, now.cpu_mhz, now.watts) == (1300.5, 2201.6, None)
     # The GPU's zone gives no answer while it sleeps, and the last one has no value at all.
-    assert conditions["temperatures_c"] == {"cpu-thermal": 48.593}
+    assert now.temperatures_c == {"cpu-thermal": 48.593}
     assert sensors.parse_l4t(TEGRA) == "36.4.3"
     assert sensors.parse_package(DPKG, "nvidia-jetpack") == "6.2"
     assert sensors.parse_package(DPKG, "python3-libnvinfer") is None

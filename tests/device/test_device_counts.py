@@ -14,8 +14,9 @@ from care_compress.device.build import BuildMonitor
 from care_compress.device.cuda import CudaGpu
 from care_compress.device.enginefile import EngineOrigin, read_engine, write_engine
 from care_compress.device.layers import network_layers
-from care_compress.device.manifest import Bundle, merge_results, satisfies
+from care_compress.device.manifest import Bundle, satisfies
 from care_compress.device.problems import EngineMismatchError
+from care_compress.device.results import merge_results
 from care_compress.device.samples import likeliest, run_pixels
 from care_compress.device.sensors import is_busy
 from care_compress.device.timing import Measured, Timing
@@ -112,7 +113,7 @@ def test_figures_stay_with_the_engine_the_board_and_the_bundle_they_are_of(tmp_p
     here = bundle(tmp_path)
 
     def add(part: str, name: str = "int8", board: str = "orin", about: Any = made) -> Any:
-        merge_results(here, "kind", {"name": board}, about, part, {name: {"value": part}})
+        merge_results(here, ("kind", 1), {"name": board}, about, part, {name: {"value": part}})
         return found(tmp_path)
 
     add("accuracy")

@@ -133,7 +133,7 @@ def test_a_changed_file_ends_in_one_line_and_changed_weights_in_a_failure(
             tensor.CopyFrom(onnx.numpy_helper.from_array(values[:, ::-1].copy(), "head"))
     (tmp_path / "other").mkdir()
     onnx.save(model, path := tmp_path / "other" / "int8.onnx")
-    models = {**content.models, "int8": Model((path,), sha256_file(path))}
+    models = {**content.models, "int8": Model((path,), sha256_file(path), 20.0)}
     spoiled = unpacked(dataclasses.replace(content, models=models), tmp_path / "other")
     done = alone(spoiled, "verify")
     assert done.returncode == 1 and "FAILED: not every model" in done.stdout
@@ -167,7 +167,7 @@ def test_openvino_runs_its_files_in_the_same_script(content: BundleContent, tmp_
         content,
         target="openvino-cpu",
         requirement="openvino>=2025.1",
-        models={"fp32": Model((xml, xml.with_suffix(".bin")), "a" * 64)},
+        models={"fp32": Model((xml, xml.with_suffix(".bin")), "a" * 64, 20.0)},
         logits={"fp32": content.logits["fp32"]},
     )
     bundle = unpacked(changed, tmp_path)
@@ -275,7 +275,7 @@ def test_a_file_that_the_runtime_does_not_load_is_named(
     content: BundleContent, box: Verb, tmp_path: Path, capsys: Any
 ) -> None:
     (path := tmp_path / "int8.onnx").write_bytes(b"no graph")
-    models = {**content.models, "int8": Model((path,), sha256_file(path))}
+    models = {**content.models, "int8": Model((path,), sha256_file(path), 20.0)}
     of = unpacked(dataclasses.replace(content, models=models), tmp_path / "of")
     assert box("verify", of=of) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from comparison import cpu_results
+from comparison import cpu_results, engine_speed
 from hypothesis import given
 from hypothesis import strategies as st
 from quantized import small_start
@@ -178,7 +178,6 @@ def board_results(runs: Path) -> dict[str, Any]:
     export = json.loads(
         (runs / "mine" / "exports" / "tensorrt-jetson-orin" / "export.json").read_text()
     )
-    state = {"power_mode": "15W", "gpu_mhz": 612.0, "cpu_mhz": None, "temperatures_c": {}}
     models = {}
     for name, p50 in (("int8", 1.0), ("fp16", 1.3)):
         models[name] = {
@@ -188,20 +187,17 @@ def board_results(runs: Path) -> dict[str, Any]:
                 "images": 48, "top1": 31.25, "expected_top1": 31.25, "agreement": 100.0,
                 "sqnr_db": 40.0, "max_deviation": 0.1, "passed": True, "measured_at": "2026-11-20",
             },
-            "speed": {
-                "batch": 1, "cuda_graph": True, "runs": 60, "seconds": 10.0, "throughput": 900.0,
-                "latency_ms": {"p50": p50, "p90": 2.0, "p99": 3.0}, "before": state,
-                "after": state, "measured_at": "2026-11-20",
-            },
+            "speed": {**engine_speed(p50, "15W"), "measured_at": "2026-11-20"},
         }  # fmt: skip
     return {
-        "format": 1, "kind": "care-deploy-results", "target": "tensorrt-jetson-orin",
+        "format": 2, "kind": "care-deploy-results", "target": "tensorrt-jetson-orin",
         "run": "mine", "recipe": "int8_ptq", "fingerprint": export["fingerprint"],
         "bundle_sha256": "b" * 64, "models": models, "measured_at": "2026-11-20",
         "board": {
             "name": "NVIDIA Jetson Orin Nano", "gpu": {"name": "Orin", "compute_capability": "8.7"},
             "library": "tensorrt", "library_version": "10.3.0.30", "cuda": {}, "l4t": "36.4.3",
-            "jetpack": "6.2", "python": "3.10.12", "architecture": "aarch64",
+            "jetpack": "6.2", "jetpack_from": "package", "container": False,
+            "python": "3.10.12", "architecture": "aarch64",
         },
     }  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from comparison import engine_speed
 from qdq import make_content
 
 from care_compress import device
@@ -146,14 +147,11 @@ def test_every_module_for_devices_is_in_a_script() -> None:
     assert {path.name for path in here.glob("*.py")} <= packed, "no one imports it"
 
 
-CONDITIONS = {"power_mode": "MAXN", "gpu_mhz": 1300.5, "cpu_mhz": None, "temperatures_c": {"a": 40}}
-
-
 @pytest.fixture
 def measured() -> dict[str, Any]:
     """results.json of a board, as `verify` and `bench` leave it."""
     return {
-        "format": 1,
+        "format": 2,
         "kind": "care-deploy-results",
         "target": "tensorrt-orin",
         "run": "mine",
@@ -168,6 +166,8 @@ def measured() -> dict[str, Any]:
             "cuda": {"runtime": "12.6", "driver": "12.6"},
             "l4t": "36.4.3",
             "jetpack": "6.2",
+            "jetpack_from": "package",
+            "container": False,
             "python": "3.10.12",
             "architecture": "aarch64",
         },
@@ -178,17 +178,7 @@ def measured() -> dict[str, Any]:
                 "size_bytes": 1000,
                 "layers_from": "engine",
                 "precisions": {"INT8": 3},
-                "speed": {
-                    "batch": 1,
-                    "cuda_graph": True,
-                    "runs": 60,
-                    "seconds": 10.0,
-                    "latency_ms": {"p50": 1.0, "p90": 1.1, "p99": 1.5},
-                    "throughput": 900.0,
-                    "before": CONDITIONS,
-                    "after": CONDITIONS,
-                    "measured_at": "2026-11-20T10:00:00+00:00",
-                },
+                "speed": {**engine_speed(1.25), "measured_at": "2026-11-20T10:00:00+00:00"},
             }
         },
         "measured_at": "2026-11-20T10:00:00+00:00",
@@ -221,7 +211,7 @@ def test_a_boards_results_are_kept_under_its_name(
     file = tmp_path / "results.json"
     file.write_text(json.dumps(measured))
     import_results(file, tmp_path / "mine")
-    measured["models"]["int8"]["speed"]["before"] = {**CONDITIONS, "power_mode": "15W"}
+    measured["models"]["int8"]["speed"]["during"]["power_mode"] = "15W"
     file.write_text(json.dumps(measured))
     import_results(file, tmp_path / "mine")
     assert len(list(stored.parent.iterdir())) == 3, "another board, and another power mode of it"
@@ -246,7 +236,7 @@ SPEED = "models.int8.speed"
     ("path", "value", "words"),
     [
         ("kind", "care-engine", "kind"),
-        ("format", 2, "format"),
+        ("format", 1, "format"),
         ("board", None, "board"),
         ("fingerprint", None, "fingerprint"),
         ("models", {}, "models"),

@@ -318,7 +318,7 @@ def test_a_bundle_has_the_same_bytes_again_and_its_samples_belong_to_its_graphs(
     for name in bundle.models:
         found = OnnxPredictor(bundle.file(name))(images)
         expected = torch.from_numpy(bundle.array(f"logits_{name}"))
-        assert held_to(bundle.manifest["limits"]["sqnr_db"], expected, found).holds
+        assert held_to(bundle.limits(name)["sqnr_db"], expected, found).holds
 
 
 def test_a_bundle_for_a_cpu_gets_the_float_model_and_has_the_same_bytes_again(

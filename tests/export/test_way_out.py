@@ -15,7 +15,7 @@ from care_compress.device.manifest import open_bundle
 from care_compress.errors import RunError
 from care_compress.evaluate.agreement import Agreement
 from care_compress.export.bundle import unpack_bundle, write_bundle
-from care_compress.export.deploy import bundle_content
+from care_compress.export.deploy import bundle_content, promised_db
 from care_compress.export.result import Exported, File, Preprocessing
 from care_compress.files import digest_of
 from care_compress.recipe.sections import DataSection
@@ -86,7 +86,7 @@ def run_with(folder: Path, least_db: float = 25.0, holds: bool = True) -> Path:
     (target / "int8.onnx").write_bytes(b"graph")
     entry = {
         "file": "int8.onnx", "sha256": digest_of(target / "int8.onnx"), "holds": holds,
-        "least_sqnr_db": least_db,
+        "least_sqnr_db": least_db, "sqnr_db": 40.0,
     }  # fmt: skip
     about = {
         "resolution": 8, "resize": 9, "crop_pct": 0.9, "mean": [0.5, 0.4, 0.3],
@@ -120,7 +120,25 @@ def test_a_bundles_answers_are_those_to_its_own_samples(tmp_path: Path) -> None:
 def test_a_device_is_asked_no_more_than_the_export_was(
     tmp_path: Path, least_db: float, asked: float
 ) -> None:
-    assert bundle_content(run_with(tmp_path, least_db), "run", ONNX).least_sqnr_db == asked
+    content = bundle_content(run_with(tmp_path, least_db), "run", ONNX)
+    assert content.models["int8"].least_sqnr_db == asked
+
+
+@pytest.mark.parametrize(
+    ("file_db", "least_db", "asked"),
+    [
+        (34.4, 28.0, 31.0),  # exact implementations come within 34 dB of each other
+        (30.0, 28.0, 27.0),  # the file's own is farther
+        (67.1, 50.0, 50.0),  # a float16 file, whose sums were float32
+        (None, 50.0, 50.0),
+    ],
+)
+def test_an_engine_is_held_to_what_its_file_promised(
+    file_db: float | None, least_db: float, asked: float
+) -> None:
+    entry = {"sqnr_db": file_db, "least_sqnr_db": least_db}
+    assert promised_db(entry, is_engine=True) == asked
+    assert promised_db(entry, is_engine=False) == 20.0
 
 
 def test_what_failed_or_was_changed_is_not_bundled(tmp_path: Path) -> None:
@@ -137,7 +155,7 @@ def test_what_a_device_reads_is_what_was_exported(tmp_path: Path) -> None:
     archive = write_bundle(content, tmp_path / "bundle.tar.gz")
     bundle = open_bundle(unpack_bundle(archive, tmp_path / "there"), ("onnxruntime",))
     about: Any = bundle.manifest
-    assert about["limits"] == {"agreement": 98.0, "sqnr_db": 20.0}
+    assert bundle.limits("int8") == {"agreement": 98.0, "sqnr_db": 20.0}
     assert (about["mean"], about["std"]) == (list(content.mean), list(content.std))
     assert about["crop_pct"] == 0.9 and about["exif_rotate"] is False
     assert about["classes"] == list(content.classes) and about["resolution"] == 16

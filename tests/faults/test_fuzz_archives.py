@@ -25,7 +25,7 @@ from care_compress.cli import main
 from care_compress.data.loader import BadImages, evaluation_batches
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
-from care_compress.device.manifest import BUNDLE_KIND, open_bundle
+from care_compress.device.manifest import BUNDLE_FORMAT, BUNDLE_KIND, open_bundle
 from care_compress.errors import CareError
 from care_compress.evaluate.gate import (
     GateOptions,
@@ -510,10 +510,12 @@ def test_baselines_of_a_gate(tmp_path: Path) -> None:
 def test_bundles_with_a_lying_manifest(tmp_path: Path) -> None:
     (tmp_path / "int8.onnx").write_bytes(b"graph")
     manifest = {
-        "format": 1, "kind": BUNDLE_KIND, "run": "r", "recipe": "r", "target": "t", "fingerprint": "f",
+        "format": BUNDLE_FORMAT, "kind": BUNDLE_KIND, "run": "r", "recipe": "r", "target": "t", "fingerprint": "f",
         "requirement": "tensorrt", "classes": ["a"], "resolution": 32, "crop_pct": 1.0, "exif_rotate": False,
-        "mean": [0.5], "std": [0.5], "input": {}, "output": {}, "limits": {},
-        "models": {"int8": {"file": "int8.onnx", "sha256": "0" * 64}},
+        "mean": [0.5], "std": [0.5], "input": {}, "output": {},
+        "models": {"int8": {
+            "file": "int8.onnx", "sha256": "0" * 64, "limits": {"agreement": 95.0, "sqnr_db": 31.0},
+        }},
         "files": {"int8.onnx": "0" * 64, "../../etc/passwd": "0" * 64},
     }  # fmt: skip
     for content in _variants(manifest, 40, 4):

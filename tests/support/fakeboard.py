@@ -23,6 +23,7 @@ import onnxruntime
 from care_compress.device.cuda import Cuda
 from care_compress.device.deploy import Host
 from care_compress.device.library import Library, wrap_library
+from care_compress.device.manifest import version_numbers
 
 # Recorded from the API references of these versions: the names that differ, and those we use.
 _FLAGS_EVERYWHERE = (
@@ -36,7 +37,7 @@ _FLAGS_10 = (
 ).split()
 _LATER_FLAGS = "REFIT_INDIVIDUAL STRICT_NANS MONITOR_MEMORY DISTRIBUTIVE_INDEPENDENCE".split()
 _CONFIG_EVERYWHERE = (
-    "profiling_verbosity builder_optimization_level progress_monitor set_flag"
+    "profiling_verbosity builder_optimization_level progress_monitor set_flag avg_timing_iterations"
     " set_memory_pool_limit add_optimization_profile create_timing_cache set_timing_cache"
     " get_timing_cache hardware_compatibility_level runtime_platform max_aux_streams"
 ).split()
@@ -80,6 +81,8 @@ _LAYER_TYPES = {
     "MatMul": "MATRIX_MULTIPLY",
 }
 _DTYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF"}
+# What a profiled run reports: milliseconds of each layer.
+PROFILE = {"stem + relu": 0.25, "head": 1.5, "reformat": 0.125}
 _ADDRESSES = itertools.count(0x1000)
 
 
@@ -95,6 +98,9 @@ class FakeGpu:
         self.failing: dict[str, int] = {}
         self.calls: list[str] = []
         self.captured: list[Callable[[], None]] | None = None
+        # Seconds of the kernels of one run, of the host before it launches them, and until when
+        # the device is busy.
+        self.kernels = self.launch = self.busy_until = 0.0
         self._name, self._capability = name, capability
         self._functions: dict[str, Any] = {}
 
@@ -154,13 +160,25 @@ class FakeGpu:
 
     _cudaEventCreateWithFlags = _cudaStreamCreateWithFlags
 
-    def _cudaStreamSynchronize(self, handle: int) -> None:
-        assert handle in self.alive
+    def _cudaStreamSynchronize(self, stream: int) -> None:
+        assert stream in self.alive
+        self._wait(self.busy_until)
 
-    _cudaEventSynchronize = _cudaStreamSynchronize
+    def _cudaEventSynchronize(self, event: int) -> None:
+        self._wait(self.alive[event])
+
+    def _wait(self, until: float) -> None:
+        time.sleep(max(0.0, until - time.perf_counter()))
 
     def _cudaEventRecord(self, event: int, stream: int) -> None:
-        self.alive[event] = time.perf_counter()
+        # It happens when the device has done what was queued before it.
+        self.alive[event] = max(time.perf_counter(), self.busy_until)
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Launch a run: what it computes is there at once, its time passes on the device."""
+        time.sleep(self.launch)
+        action()
+        self.busy_until = max(time.perf_counter(), self.busy_until) + self.kernels
 
     def _cudaEventElapsedTime(self, value: Any, start: int, end: int) -> None:
         value._obj.value = 1000 * (self.alive[end] - self.alive[start])
@@ -177,7 +195,7 @@ class FakeGpu:
 
     def _cudaGraphLaunch(self, graph: int, stream: int) -> None:
         for action in self.alive[graph]:
-            action()
+            self.run(action)
 
     _cudaFree = _cudaStreamDestroy = _cudaEventDestroy = _drop
     _cudaGraphDestroy = _cudaGraphExecDestroy = _drop
@@ -224,9 +242,11 @@ class FakeTensorRt:
         surface = SURFACES[version]
         self.__version__ = version
         self._gpu, self._surface = gpu, surface
+        self.layers: list[Any] = []  # of the network that was built last
         self.done: dict[str, Any] = {}
         self.fails_with = ""  # what the builder says instead of building
         self.noise = 0.0  # added to the logits of every engine
+        self.float32 = "float32"
         for name in ("BuilderFlag", "NetworkDefinitionCreationFlag"):
             setattr(self, name, _enum(name, surface[name]))
         self.ProfilingVerbosity = _enum("ProfilingVerbosity", ["DETAILED", "NONE"])
@@ -236,6 +256,7 @@ class FakeTensorRt:
         self.Severity = enum.Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO"])
         self.ILogger = type("ILogger", (), {})
         self.IProgressMonitor = type("IProgressMonitor", (), {})
+        self.IProfiler = type("IProfiler", (), {})
 
     def nptype(self, name: str) -> Any:
         return np.float32
@@ -244,12 +265,18 @@ class FakeTensorRt:
         flags = self.done
         return SimpleNamespace(
             create_network=lambda flag=0: flags.update(network=flag) or SimpleNamespace(),
-            create_builder_config=lambda: _Guarded(self._surface["IBuilderConfig"], self.done),
+            create_builder_config=self._configure,
             create_optimization_profile=lambda: _Guarded(["set_shape"], self.done),
             build_serialized_network=lambda network, config: self._build(network, config, logger),
         )
 
+    def _configure(self) -> Any:
+        for name in ("set_flag", "set_shape"):
+            self.done.pop(name, None)  # of the build before
+        return _Guarded(self._surface["IBuilderConfig"], self.done)
+
     def _build(self, network: Any, config: Any, logger: Any) -> Any:
+        self.layers = [network.get_layer(index) for index in range(network.num_layers)]
         monitor = config.progress_monitor
         monitor.phase_start("Building engine", None, 4)
         monitor.phase_start("Timing", "Building engine", 2)
@@ -262,11 +289,13 @@ class FakeTensorRt:
         if self.fails_with or not going_on:
             logger.log(self.Severity.ERROR, self.fails_with)
             return None
+        flags = {flag.name for (flag,) in self.done.get("set_flag", ())}
         plan = {
             "version": self.__version__,
+            "compatible": "VERSION_COMPATIBLE" in flags,
             "onnx": network.path,
             "noise": self.noise,
-            "stripped": any(flag.name == "STRIP_PLAN" for (flag,) in self.done.get("set_flag", ())),
+            "stripped": "STRIP_PLAN" in flags,
             "profile": [shapes[1:] for shapes in self.done.get("set_shape", ())][-1:],
         }
         return json.dumps(plan).encode()
@@ -304,7 +333,9 @@ class FakeTensorRt:
     def Runtime(self, logger: Any) -> Any:
         def load(plan: bytes) -> Any:
             value = json.loads(plan)
-            if value["version"] != self.__version__:
+            built, here = (version_numbers(v) for v in (value["version"], self.__version__))
+            later = value["compatible"] and built <= here and here[0] - built[0] <= 1
+            if built != here and not later:
                 logger.log(self.Severity.ERROR, "serialization version mismatch")
                 return None
             return _FakeEngine(self, value, self._gpu)
@@ -325,12 +356,16 @@ def _fill(network: Any, path: str) -> None:
     for node in model.graph.node:
         inputs = [tensor.get(name) for name in node.input]
         outputs = [tensor[name] for name in node.output]
+        types: dict[int, Any] = {}  # as they are set
         layers.append(
             SimpleNamespace(
                 name=node.name,
                 type=SimpleNamespace(name=_LAYER_TYPES[node.op_type]),
                 num_inputs=len(inputs),
                 num_outputs=1,
+                precision=None,
+                output_types=types,
+                set_output_type=types.__setitem__,
                 get_input=lambda i, inputs=inputs: inputs[i],
                 get_output=lambda i, outputs=outputs: outputs[i],
             )
@@ -373,14 +408,23 @@ class _FakeEngine:
 
     def create_engine_inspector(self) -> Any:
         key = "Datatype" if self._newer else "Format/Datatype"
-        layer = {
-            "Name": "stem + relu",
-            "LayerType": "CaskConvolution",
-            "Inputs": [{"Name": "x", key: "Row major Int8 format"}],
-            "Outputs": [{"Name": "y", key: "Half"}],
-            "Metadata": "[ONNX Layer: stem]\x1f[ONNX Layer: relu]",
-        }
-        text = json.dumps({"Layers": [layer], "I/O Tensors" if self._newer else "Bindings": []})
+        layers = [
+            {
+                "Name": "stem + relu",
+                "LayerType": "CaskConvolution",
+                "Inputs": [{"Name": "x", key: "Row major Int8 format"}],
+                "Outputs": [{"Name": "y", key: "Half"}],
+                "Metadata": "[ONNX Layer: stem]\x1f[ONNX Layer: relu]",
+            },
+            {
+                "Name": "head",
+                "LayerType": "gemm",
+                "Inputs": [{"Name": "y", key: "Half"}],
+                "Outputs": [{"Name": "z", key: "Half"}],
+                "Metadata": "[ONNX Layer: head]",
+            },
+        ]
+        text = json.dumps({"Layers": layers, "I/O Tensors" if self._newer else "Bindings": []})
         return SimpleNamespace(get_engine_information=lambda form: text)
 
     def create_execution_context(self) -> Any:
@@ -401,17 +445,23 @@ class _FakeEngine:
         def execute_async_v3(stream: int) -> bool:
             assert stream in self._gpu.alive
             if self._gpu.captured is not None:
+                assert context.profiler is None, "a profiled run cannot be captured"
                 self._gpu.captured.append(compute)
             else:
-                compute()
+                self._gpu.run(compute)
+            if context.profiler is not None:
+                for name, ms in PROFILE.items():
+                    context.profiler.report_layer_time(name, ms)
             return True
 
-        return SimpleNamespace(
+        context = SimpleNamespace(
+            profiler=None,
             set_tensor_address=addresses.__setitem__,
             set_input_shape=set_input_shape,
             get_tensor_shape=lambda name: shapes[name],
             execute_async_v3=execute_async_v3,
         )
+        return context
 
 
 def _view(address: int, shape: list[int]) -> Any:
