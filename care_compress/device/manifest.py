@@ -7,7 +7,7 @@ Models are called after their precision, ``int8``, and a variant of one with its
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Bundle:
     @property
     def plain_models(self) -> tuple[str, ...]:
         """The models without the variants, which are for a device to choose among."""
-        return tuple(model for model in self.models if model == precision_of(model))
+        return usual_models(self.models)
 
     def file(self, model: str) -> Path:
         """A model's graph."""
@@ -158,6 +158,11 @@ def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
         if not usable or not all(isinstance(limit, (int, float)) for limit in limits.values()):
             raise BundleDamagedError(f"{path} has no usable limits of model {model!r}.", _FRESH)
     return Bundle(folder, manifest)
+
+
+def usual_models(models: Iterable[str]) -> tuple[str, ...]:
+    """Those that are no variant of another one: what is built unless others are asked for."""
+    return tuple(sorted(model for model in models if model == precision_of(model)))
 
 
 def precision_of(model: str) -> str:

@@ -19,7 +19,12 @@ from typing import Any, Literal
 import numpy as np
 
 from care_compress.device.cpu_session import LIBRARIES as CPU_LIBRARIES
-from care_compress.device.manifest import BUNDLE_FORMAT, BUNDLE_KIND, required_module
+from care_compress.device.manifest import (
+    BUNDLE_FORMAT,
+    BUNDLE_KIND,
+    required_module,
+    usual_models,
+)
 from care_compress.device.verbs import VERIFY_HEADER, format_table
 from care_compress.export.bundle_ways import Deployed, page, ways
 from care_compress.files import atomic_file
@@ -107,7 +112,14 @@ move neither between boards nor between TensorRT versions, so they are built her
 It needs Python 3.10 or later, numpy and `{requirement}`, all of which JetPack brings; no network
 and no pip.
 
-## Three commands
+## One command, or three
+
+    python3 care_deploy.py tune
+
+builds every model at two levels of the builder's effort, verifies each engine, times those that
+passed in turns, and keeps the fastest: an hour or so, once for a board. `int8-late` and the like
+are the same model with its integers in other places; which of them is fastest only the board can
+tell. Killed, `tune` goes on where it was. Without that choice:
 
     python3 care_deploy.py build
     python3 care_deploy.py verify
@@ -130,10 +142,10 @@ the power mode with the figures:
     sudo nvpmodel -q
     sudo jetson_clocks
 
-Both write `results.json`. Take that file back to the machine that exported this bundle.
+All of them write `results.json`. Take that file back to the machine that exported this bundle.
 
-`python3 care_deploy.py infer IMAGE...` classifies image files (needs Pillow: `sudo apt install
-python3-pil`), and `info` says what this board is.
+`python3 care_deploy.py infer IMAGE...` classifies image files by the engine that passed and is
+fastest (needs Pillow: `sudo apt install python3-pil`), and `info` says what this board is.
 
 {ways}## What can go wrong
 
@@ -337,7 +349,8 @@ def _files(content: BundleContent) -> dict[str, bytes]:
 
 def _readme(content: BundleContent) -> str:
     rows = [VERIFY_HEADER]
-    for model in sorted(content.models):
+    usual = usual_models(content.models)
+    for model in usual:
         dots = ["..."] * (len(VERIFY_HEADER) - 3)
         rows.append([model, str(len(content.pixels)), *dots, "passed"])
     batch = content.input_shape[0] if isinstance(content.input_shape[0], int) else 1
@@ -348,14 +361,14 @@ def _readme(content: BundleContent) -> str:
         recipe=content.recipe,
         classes=len(content.classes),
         resolution=content.resolution,
-        models=" and ".join(model.upper() for model in sorted(content.models)),
-        engines=" and ".join(f"`{model}.engine`" for model in sorted(content.models)),
+        models=" and ".join(model.upper() for model in usual),
+        engines=" and ".join(f"`{model}.engine`" for model in usual),
         requirement=content.requirement,
         images=len(content.pixels),
         table=format_table(rows).replace("\n", "\n    "),
         agreement=content.least_agreement,
         sqnr_db=" and ".join(
-            f"{model.least_sqnr_db:.1f} ({name})" for name, model in sorted(content.models.items())
+            f"{content.models[model].least_sqnr_db:.1f} ({model})" for model in usual
         ),
         batch="one image at a time" if batch == 1 else f"{batch} images at a time",
         notes=notes,

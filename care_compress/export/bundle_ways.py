@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from care_compress.console import one_line
 from care_compress.device.build import OPEN_BATCH
+from care_compress.device.manifest import usual_models
 from care_compress.shipped import shipped
 
 TEMPLATES = Path(__file__).resolve().parent / "ways"
@@ -123,7 +124,10 @@ def page(about: Deployed) -> str:
     ]
     first = "int8" if "int8" in about.models else about.models[0]
     replaced = any(";" in name for name in about.classes)
-    return _rendered("page.md.j2", about, shapes=shapes, first=first, replaced=replaced)
+    usual = usual_models(about.models)
+    return _rendered(
+        "page.md.j2", about, usual=usual, shapes=shapes, first=first, replaced=replaced
+    )
 
 
 def nearest_scale(std: Sequence[float]) -> tuple[float, float]:

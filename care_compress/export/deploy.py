@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from care_compress.evaluate.agreement import (
 from care_compress.evaluate.device_measurements import counted_threads, import_results
 from care_compress.evaluate.readback import answers_beside
 from care_compress.export.bundle import BundleContent, Model, unpack_bundle, write_bundle
+from care_compress.export.placements import PlacedModel, place_models, show_placements
 from care_compress.export.result import About, Preprocessing
 from care_compress.export.to_onnx import FIX, FREE, INPUT, OUTPUT
 from care_compress.export.variants import CPU, Variants
@@ -59,15 +61,22 @@ def make_bundle(runs: Path, run: str, target_name: str, console: Console) -> Pat
         )
     content = bundle_content(runs / run, run, target)
     path = runs / run / "bundles" / f"{run}-{target.name}.tar.gz"
-    if target.is_engine or FLOAT in content.models:
+    finished = find_run(runs, run)
+    if target.is_engine and target.placements and finished.kept is not None:
+        with temporary_folder(path) as folder:
+            with step_line(console) as notify:
+                found = placed(content, finished, target, folder, notify)
+                write_bundle(with_placements(content, found), path)
+        show_placements(found, console)
+    elif target.is_engine or FLOAT in content.models:
         write_bundle(content, path)
     else:
         with temporary_folder(path) as folder, step_line(console) as notify:
             notify("exporting the float model, which the other has to beat")
-            write_bundle(with_float(content, find_run(runs, run), target, folder), path)
+            write_bundle(with_float(content, finished, target, folder), path)
     console.print(f"{escape(str(path))}  {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
     console.print(f"sha256 {sha256_file(path)}", highlight=False)
-    verbs = "build, verify, bench" if target.is_engine else "verify, bench"
+    verbs = "tune (or build, verify, bench)" if target.is_engine else "verify, bench"
     console.print(
         f"On the device: tar xf, then python3 care_deploy.py {verbs}; then here: "
         "care-compress import-results results.json"
@@ -175,6 +184,32 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
             least_agreement=LEAST_AGREEMENT,
             exif_rotate=preprocessing["exif_rotate"],
         )
+
+
+def placed(
+    content: BundleContent,
+    run: FinishedRun,
+    target: Target,
+    folder: Path,
+    notify: Callable[[str], None],
+) -> dict[str, PlacedModel]:
+    """The run's model in every placement of an engine target."""
+    prepared = Preprocessing.of(run.recipe.data)
+    about = About(content.recipe, content.fingerprint, content.classes, prepared)
+    return place_models(run, target, content.pixels, about, folder, notify)
+
+
+def with_placements(content: BundleContent, found: Mapping[str, PlacedModel]) -> BundleContent:
+    """The content and every placement that is not in it yet."""
+    further = {name: one for name, one in found.items() if name not in content.models}
+    models = {
+        name: Model((one.path,), digest_of(one.path), promised_db(one.agreement.as_json(), True))
+        for name, one in further.items()
+    }
+    logits = {name: one.logits.float().numpy() for name, one in further.items()}
+    return replace(
+        content, models={**content.models, **models}, logits={**content.logits, **logits}
+    )
 
 
 def with_float(

@@ -32,6 +32,9 @@ class Form:
     tokens: bool = False  # attention with tokens before channels
 
 
+EVERYWHERE = Form(windows=True, tokens=True)
+
+
 def form_for(target: Target, plan: Plan | None) -> Form:
     """The form for a target; every part of a float model may change."""
     if target.device != "cpu" and not target.is_engine:  # OpenVINO's GPU and NPU: not measured

@@ -104,7 +104,7 @@ def show_placements(found: Mapping[str, PlacedModel], console: Console) -> None:
     for name, one in found.items():
         drop = f"{one.drop.value:.2f} [{one.drop.low:.2f}, {one.drop.high:.2f}]"
         edges = (str(one.edges.integer), str(one.edges.alone))
-        moved = f"{one.edges.product_bytes / 1e6:.1f}"
+        moved = f"{one.edges.product_bytes / 1e6:.2f}"
         table.add_row(name, drop, *edges, moved, str(one.agreement))
     widened(console, WIDTH).print(table)
     console.print("The board decides by its own clock: python3 care_deploy.py tune")
