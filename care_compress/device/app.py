@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
 
 
 def _build(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
-    models = wanted_models(bundle, options, bundle.plain_models)
+    models = wanted_models(bundle, options, bundle.usual_models)
     for leftover in bundle.folder.glob(".*.tmp"):
         leftover.unlink()  # of a build that was killed while it wrote
     library = bundle_library(host, bundle)

@@ -54,7 +54,7 @@ class Bundle:
         return tuple(self.manifest["models"])
 
     @property
-    def plain_models(self) -> tuple[str, ...]:
+    def usual_models(self) -> tuple[str, ...]:
         """The models without the variants, which are for a device to choose among."""
         return usual_models(self.models)
 

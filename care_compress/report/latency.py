@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from care_compress.evaluate.device_field import device_field
 from care_compress.evaluate.device_measurements import counted_threads, power_mode_of
 from care_compress.quantize.plots import short_name
 from care_compress.report.blocks import (
@@ -55,7 +56,7 @@ def latency(sources: Sources) -> list[Block]:
             ),
             *table("Latency and throughput", rows),
         ]
-    blocks += [*_settings(sources), *layer_times(sources)]
+    blocks += [*_settings(sources), *layer_times(sources), *_fields(sources)]
     if sources.compare is None:
         blocks.append(
             missing(
@@ -129,7 +130,36 @@ def layer_times(sources: Sources) -> list[Table]:
     return tables
 
 
-def _sums(target: str, models: dict[str, Json]) -> list[Table]:
+def _fields(sources: Sources) -> list[Table]:
+    """Show what `tune` tried on devices, and where the GPU's time goes in what it explains."""
+    tables: list[Table] = []
+    for board in sources.measured:
+        field = device_field(sources.name, board)
+        if field is None:
+            continue
+        where = f"{field['target']} on {field['board']}"
+        rows: list[Row] = [
+            {
+                "model": one["model"],
+                "level": number(one["optimization_level"], 0),
+                "batch": number(one["batch"], 0),
+                "p50 ms": number((one["latency_ms"] or {}).get("p50"), 3),
+                "images/s": number(one["throughput"], 0),
+                "mJ/image": number(one["millijoules_per_image"], 2),
+                "SQNR dB": number(one["sqnr_db"], 1),
+                "": "kept: the fastest" if one["name"] == field["winner"] else one["reason"],
+            }
+            for one in field["candidates"]
+        ]
+        tables += table(f"{where}: every way to build the models", rows, tall=True)
+        if field["layers"]:
+            tables += _sums(where, field["layers"], "")
+    return tables
+
+
+def _sums(
+    target: str, models: dict[str, Json], setting: str = ", batch 1, one thread"
+) -> list[Table]:
     """List kinds by models; the number of layers where nothing was timed."""
     timed = any(one["layers_ms"] is not None for one in models.values())
     rows: list[Row] = []
@@ -144,7 +174,7 @@ def _sums(target: str, models: dict[str, Json]) -> list[Table]:
                 row[f"{name} layers"] = number(found["layers"], 0)
         rows.append(row)
     if timed:
-        return table(f"{target}: where the time goes, batch 1, one thread", rows)
+        return table(f"{target}: where the time goes{setting}", rows)
     return table(f"{target}: what the engine's layers are; their times need its GPU", rows)
 
 

@@ -1,6 +1,7 @@
 """What bench measures on the stand-in: kernels alone, the board meanwhile, and its power."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,6 +171,24 @@ def test_a_watch_tells_models_apart_and_reads_nothing_between_their_turns() -> N
     for name, mhz in (("int8", 600.0), ("fp16", 900.0)):
         assert len(watch.moments[name]) >= 3
         assert {one.gpu_mhz for one in watch.moments[name]} == {mhz}
+
+
+def test_what_a_watch_reads_while_a_turn_ends_counts_for_none() -> None:
+    reading, ended, calls = threading.Event(), threading.Event(), []
+
+    def read() -> Moment:
+        calls.append(threading.current_thread())
+        if len(calls) == 1:
+            reading.set()
+            ended.wait(10)
+            return moment(100.0)
+        return moment(600.0)
+
+    with Watch(read, every=0.001) as watch:
+        with watch.during("int8"):
+            assert reading.wait(10)
+        ended.set()
+    assert [one.gpu_mhz for one in watch.moments["int8"]] == [600.0]
 
 
 def test_a_turn_too_short_for_the_thread_has_one_moment() -> None:

@@ -37,7 +37,7 @@ def content_of(folder: Path, batch: int | str = 1, **other: Any) -> BundleConten
     folder.mkdir(exist_ok=True)
     content = make_content(folder)
     models = {
-        name: Model((path,), sha256_file(path))
+        name: Model((path,), sha256_file(path), 20.0)
         for name in ("int8", "fp16")
         for path in [write_classifier(folder / f"{name}.onnx", int8=name == "int8", batch=batch)]
     }

@@ -312,7 +312,13 @@ def test_a_bundle_has_the_same_bytes_again_and_its_samples_belong_to_its_graphs(
     path.unlink()
     assert make_bundle(runs, "int8", "tensorrt-jetson-orin", QUIET).read_bytes() == before
     bundle = open_bundle(unpack_bundle(path, tmp_path), ("tensorrt",))
-    assert bundle.models == ("fp16", "int8")
+    # What the board may choose among; unasked it builds the two that a run exports.
+    placed = ("int8-hidden", "int8-late", "int8-late-hidden")
+    assert bundle.models == ("fp16", "int8", *placed)
+    assert bundle.usual_models == ("fp16", "int8")
+    graphs = export_of(runs, "tensorrt-jetson-orin")["models"]
+    assert all(bundle.sha256(name) == graphs[name]["sha256"] for name in bundle.usual_models)
+    assert len({bundle.sha256(name) for name in bundle.models}) == 5
     mean, std = tuple(bundle.manifest["mean"]), tuple(bundle.manifest["std"])
     images = normalize(torch.from_numpy(bundle.array("pixels")), mean, std)
     for name in bundle.models:

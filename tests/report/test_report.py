@@ -141,6 +141,11 @@ def test_latency_is_what_compare_and_the_board_measured(full: Path) -> None:
     latency = words(section(page_of(full), "latency"))
     assert "0.520 ms" in latency and "ONNX Runtime has no bfloat16 convolution" in latency
     assert "tensorrt-jetson-orin, measured on NVIDIA Jetson AGX Orin" in latency
+    said = words(latency)
+    where = "tensorrt-jetson-orin on NVIDIA Jetson AGX Orin"
+    assert f"{where}: every way to build the models" in said
+    assert "no tactic for node 7" in said and "kept: the fastest" in said
+    assert f"{where}: where the time goes" in said
     assert "MAXN" in latency and "tensorrt 10.3.0" in latency
     assert "onnxruntime-cpu, measured on Raspberry Pi 5 Model B, 2 threads" in latency
     assert "9.876" not in latency, "what compare repeats of a device is shown once"
@@ -254,7 +259,7 @@ def test_layers_stand_beside_the_baselines_and_their_names_never_run(
     page = page_of(run)
     assert page.count("<script") == 1, "the page's own"
     said = words(section(page, "latency"))
-    assert "openvino-cpu: where the time goes" in said
+    assert "openvino-cpu: where the time goes, batch 1, one thread" in said
     assert "stem.0 Convolution u8 0.250 66.7 f32 0.750 3.00" in said, "beside the baseline's"
     assert "made by the runtime Reorder f32 0.125 33.3" in said, "the cost of reordering"
 

@@ -154,6 +154,7 @@ def board_results(run: str) -> dict[str, Any]:
                 "measured_at": "2026-11-20T10:00:00+00:00",
             },
             "speed": {**engine_speed(p50), "measured_at": "2026-11-20T10:01:00+00:00"},
+            "layer_times": {**engine_layers(p50), "measured_at": "2026-11-20T10:01:00+00:00"},
         }
     return {
         "format": 2,
@@ -177,7 +178,44 @@ def board_results(run: str) -> dict[str, Any]:
             "architecture": "aarch64",
         },
         "models": models,
+        "candidates": {
+            "int8-o5-b1": field_row("int8", "passed", speed=engine_speed(0.31)),
+            "int8-late-o5-b1": field_row("int8-late", "failed", reason="no tactic for node 7"),
+        },
+        "winner": "int8-o5-b1",
         "measured_at": "2026-11-20T10:02:00+00:00",
+    }
+
+
+def engine_layers(p50: float) -> dict[str, Any]:
+    """Two layers, the second of which takes two thirds of the time."""
+    kinds = (("stem + relu", "CaskConvolution", "INT8"), ("head", "gemm", "FP16"))
+    return {
+        "layers": [
+            {"name": name, "type": kind, "precision": precision, "origin": [name], "ms": part * p50}
+            for part, (name, kind, precision) in zip((1 / 3, 2 / 3), kinds, strict=True)
+        ]
+    }
+
+
+def field_row(
+    model: str, state: str, speed: dict[str, Any] | None = None, reason: str = ""
+) -> dict[str, Any]:
+    """A candidate as `tune` writes it."""
+    return {
+        "model": model,
+        "optimization_level": 5,
+        "batch": 1,
+        "onnx_sha256": "a" * 64,
+        "state": state,
+        "reason": reason,
+        "tries": 0,
+        "engine_sha256": None,
+        "size_bytes": None,
+        "build_seconds": None,
+        "accuracy": None,
+        "speed": speed,
+        "layer_times": None,
     }
 
 
