@@ -239,6 +239,8 @@ class BundleContent:
     least_agreement: float  # percent
     least_sqnr_db: float
     exif_rotate: bool = False
+    # uint8: pixels as they are, (B, H, W, 3), which the models normalize themselves.
+    input_type: Literal["float32", "uint8"] = "float32"
 
     @property
     def is_for_cpu(self) -> bool:
@@ -316,7 +318,11 @@ def _files(content: BundleContent) -> dict[str, bytes]:
         "exif_rotate": content.exif_rotate,
         "mean": list(content.mean),
         "std": list(content.std),
-        "input": {"name": content.input_name, "shape": list(content.input_shape)},
+        "input": {
+            "name": content.input_name,
+            "shape": list(content.input_shape),
+            "type": content.input_type,
+        },
         "output": {"name": content.output_name, "shape": list(content.output_shape)},
         "models": {
             name: {"file": model.files[0].name, "sha256": model.sha256, "needs": model.needs}
