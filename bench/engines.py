@@ -103,7 +103,7 @@ def rows_of(recipe: Recipe, run: Path, console: Console) -> list[dict[str, Any]]
             console.print(f"{recipe.model.checkpoint}: {text}", markup=False, soft_wrap=True)
 
         network = rewrite(model, recipe.rewrite)
-        variants = Variants(model, network, None, lambda: held, data.resolution, recipe.export)
+        variants = Variants(model, network, None, lambda: held, data, recipe.export)
         notify("float16")
         path = folder / "fp16.onnx"
         variants.baseline.write(path, about)

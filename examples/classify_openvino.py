@@ -19,6 +19,7 @@ if "needs" in about and not re.search("vnni|amx_int8|asimddp", open("/proc/cpuin
 compiled = openvino.compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
 classes, prepare = json.loads(about["classes"]), json.loads(about["preprocessing"])
 mean, std = np.float32(prepare["mean"]), np.float32(prepare["std"])
+takes_bytes = network.input(0).element_type == openvino.Type.u8  # it normalizes them itself
 resize, side = prepare["resize"], prepare["resolution"]
 
 for picture in pictures:
@@ -27,8 +28,10 @@ for picture in pictures:
     size = [int(resize * edge / min(image.size)) for edge in image.size]
     left, top = (round((edge - side) / 2) for edge in size)
     image = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-    pixels_HWC = (np.asarray(image, np.float32) / 255 - mean) / std
-    (logits,) = compiled(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)[None]))["logits"]
+    images = np.asarray(image)[None]
+    if not takes_bytes:
+        images = ((np.float32(images) / 255 - mean) / std).transpose(0, 3, 1, 2)
+    (logits,) = compiled(np.ascontiguousarray(images))["logits"]
     odds = np.exp(logits - logits.max())
     best = int(odds.argmax())
     print(f"{picture}: {classes[best]} ({odds[best] / odds.sum():.1%})")

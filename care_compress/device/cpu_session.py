@@ -70,10 +70,15 @@ class CpuSession:
     """One opened file; `compute` takes what lies in `images` and gives logits."""
 
     def __init__(
-        self, path: Path, images_NCHW: FloatArray, compute: Callable[[], FloatArray]
+        self, path: Path, images: "np.ndarray[Any, Any]", compute: Callable[[], FloatArray]
     ) -> None:
-        self._path, self._images, self._compute = path, images_NCHW, compute
-        self.run(images_NCHW[:1])  # a file that loads may still not run
+        self._path, self._images, self._compute = path, images, compute
+        self.run(images[:1])  # a file that loads may still not run
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether images are pixels (N, H, W, 3) in uint8, and not normalized."""
+        return bool(self._images.dtype == np.uint8)
 
     @property
     def batch(self) -> int:
@@ -114,7 +119,6 @@ def open_file(
 ) -> CpuSession:
     """Open a file for a batch of its own, or of one image where it leaves the batch open."""
     sizes = [size if isinstance(size, int) else 1 for size in shape]
-    images_NCHW: FloatArray = np.zeros(sizes, dtype=np.float32)
     try:
         if runtime.name == "openvino":
             settings = {
@@ -124,8 +128,10 @@ def open_file(
             }
             model = runtime.core.read_model(str(path))
             model.reshape(sizes)
+            kind = np.uint8 if model.input(0).element_type.to_string() == "u8" else np.float32
+            images = np.zeros(sizes, dtype=kind)
             request = runtime.core.compile_model(model, "CPU", settings).create_infer_request()
-            request.set_input_tensor(runtime.module.Tensor(images_NCHW, shared_memory=True))
+            request.set_input_tensor(runtime.module.Tensor(images, shared_memory=True))
 
             def compute() -> FloatArray:
                 request.infer()
@@ -139,14 +145,18 @@ def open_file(
                     options.add_free_dimension_override_by_name(name, size)
             providers = ["CPUExecutionProvider"]
             session = runtime.module.InferenceSession(str(path), options, providers=providers)
-            feed = {session.get_inputs()[0].name: images_NCHW}
+            given = session.get_inputs()[0]
+            images = np.zeros(
+                sizes, dtype=np.uint8 if given.type == "tensor(uint8)" else np.float32
+            )
+            feed = {given.name: images}
 
             def compute() -> FloatArray:
                 (logits,) = session.run(None, feed)
                 return logits  # type: ignore[no-any-return]
     except Exception as error:  # as above
         raise _failed(path, "load", error) from error
-    return CpuSession(path, images_NCHW, compute)
+    return CpuSession(path, images, compute)
 
 
 def _failed(path: Path, what: str, error: Exception) -> ModelError:

@@ -27,6 +27,11 @@ BEST_SQNR_DB = 150.0
 class Runs(Protocol):
     """An opened engine or file."""
 
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether its images are pixels (N, H, W, 3) in uint8, and not normalized."""
+        ...
+
     def run(self, images_NCHW: FloatArray) -> FloatArray:
         """Logits (N, classes) of any number of images."""
         ...
@@ -97,14 +102,16 @@ def verify_samples(
 
 
 def run_pixels(session: Runs, bundle: Bundle, pixels_NCHW: Any) -> FloatArray:
-    """Logits of uint8 pixels."""
+    """Logits of uint8 pixels, which go as they are into a graph that normalizes them itself."""
     mean, std = bundle.manifest["mean"], bundle.manifest["std"]
-    return np.concatenate(
-        [
-            session.run(normalize_pixels(pixels_NCHW[first : first + _IMAGES_AT_ONCE], mean, std))
-            for first in range(0, len(pixels_NCHW), _IMAGES_AT_ONCE)
-        ]
-    )
+    logits = []
+    for first in range(0, len(pixels_NCHW), _IMAGES_AT_ONCE):
+        part_NCHW = pixels_NCHW[first : first + _IMAGES_AT_ONCE]
+        if session.takes_bytes:
+            logits.append(session.run(part_NCHW.transpose(0, 2, 3, 1)))
+        else:
+            logits.append(session.run(normalize_pixels(part_NCHW, mean, std)))
+    return np.concatenate(logits)
 
 
 def load_files(bundle: Bundle, files: Sequence[Path]) -> np.ndarray[Any, Any]:

@@ -104,6 +104,11 @@ class Session:
         return int(self._out.shape[-1])
 
     @property
+    def takes_bytes(self) -> bool:
+        """Whether images are pixels (N, H, W, 3) in uint8, and not normalized."""
+        return bool(self._in.dtype == np.uint8)
+
+    @property
     def batch(self) -> int:
         """Images in one run of the engine."""
         return self.shape[0]

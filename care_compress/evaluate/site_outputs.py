@@ -10,18 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from care_compress.libraries import openvino_core
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import PRODUCTS, QuantizedCare, site_of
-from care_compress.runtime.on_onnxruntime import open_session
-from care_compress.runtime.on_openvino import read_to_run
+from care_compress.runtime.on_onnxruntime import feed_of, open_session
+from care_compress.runtime.on_openvino import openvino_feed, read_to_run
 
 TURNED = "/channels_last"
 Outputs = dict[str, Tensor]
@@ -108,10 +106,10 @@ def _tap_onnx(path: Path, wanted: set[str]) -> FileTap:
     for value in values.values():
         model.graph.output.append(onnx.ValueInfoProto(name=value))
     session = open_session(path, model.SerializeToString())
-    images = session.get_inputs()[0].name
+    images, feed = session.get_inputs()[0].name, feed_of(session, path)
 
     def tap(image: Tensor) -> Outputs:
-        found = session.run(list(values.values()), {images: _repeated(image, batch)})
+        found = session.run(list(values.values()), {images: feed(image.repeat(batch, 1, 1, 1))})
         outputs = {
             name: torch.from_numpy(value[:1]).float()
             for name, value in zip(values, found, strict=True)
@@ -133,18 +131,13 @@ def _tap_openvino(path: Path, wanted: set[str]) -> FileTap:
     compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     size = compiled.inputs[0].partial_shape[0]
     batch = 1 if size.is_dynamic else int(size.get_length())
+    feed = openvino_feed(model, path)
 
     def tap(image: Tensor) -> Outputs:
-        values = list(compiled([_repeated(image, batch)]).values())[-len(names) :]
+        values = list(compiled([feed(image.repeat(batch, 1, 1, 1))]).values())[-len(names) :]
         return {
             name: torch.from_numpy(value[:1].copy())
             for name, value in zip(names, values, strict=True)
         }
 
     return tap
-
-
-def _repeated(image: Tensor, batch: int) -> NDArray[np.float32]:
-    """Repeat one image as often as a file of fixed batch size takes it."""
-    repeated: NDArray[np.float32] = image.repeat(batch, 1, 1, 1).contiguous().numpy()
-    return repeated

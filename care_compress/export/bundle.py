@@ -253,6 +253,8 @@ class BundleContent:
     logits: Mapping[str, np.ndarray[Any, Any]]
     least_agreement: float  # percent
     exif_rotate: bool = False
+    # uint8: pixels as they are, (B, H, W, 3), which the models normalize themselves.
+    input_type: Literal["float32", "uint8"] = "float32"
 
     @property
     def is_for_cpu(self) -> bool:
@@ -330,7 +332,11 @@ def _files(content: BundleContent) -> dict[str, bytes]:
         "exif_rotate": content.exif_rotate,
         "mean": list(content.mean),
         "std": list(content.std),
-        "input": {"name": content.input_name, "shape": list(content.input_shape)},
+        "input": {
+            "name": content.input_name,
+            "shape": list(content.input_shape),
+            "type": content.input_type,
+        },
         "output": {"name": content.output_name, "shape": list(content.output_shape)},
         "models": {
             name: {

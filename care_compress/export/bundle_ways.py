@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -74,6 +74,12 @@ class Deployed:
     output_name: str
     output_shape: tuple[int | str, ...]
     models: tuple[str, ...]
+    input_type: Literal["float32", "uint8"] = "float32"
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether engines take pixels as they are, channels last."""
+        return self.input_type == "uint8"
 
     @property
     def is_free(self) -> bool:
@@ -102,12 +108,14 @@ def ways(about: Deployed, others: Mapping[str, bytes]) -> dict[str, bytes]:
             labels=labels,
             resize=math.floor(about.resolution / about.crop_pct),
         ),
-        # One line is one classifier, and DeepStream knows no escape.
-        "deepstream/labels.txt": ";".join(name.replace(";", ",") for name in labels) + "\n",
         "docker/Dockerfile": _dockerfile(about, others),
     }
+    if not about.takes_bytes:  # nvinfer prepares planes of floats and nothing else
+        # One line is one classifier, and DeepStream knows no escape.
+        texts["deepstream/labels.txt"] = ";".join(name.replace(";", ",") for name in labels) + "\n"
+        for model in about.models:
+            texts[f"deepstream/nvinfer_{model}.txt"] = _nvinfer(about, model)
     for model in about.models:
-        texts[f"deepstream/nvinfer_{model}.txt"] = _nvinfer(about, model)
         name = f"care_{model}"
         texts[f"triton/{name}/config.pbtxt"] = _triton(about, model, name)
         texts[f"triton/{name}/labels.txt"] = "".join(f"{label}\n" for label in labels)

@@ -146,6 +146,7 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
         preprocessing, classes = export["preprocessing"], tuple(export["classes"])
         batch = FREE if export["batch"] == "dynamic" else export["batch"]
         size = preprocessing["resolution"]
+        takes_bytes = export.get("input") == "uint8"
         needs = str(export.get("needs") or "")
         models = {
             name: Model(
@@ -171,7 +172,8 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
             mean=tuple(preprocessing["mean"]),
             std=tuple(preprocessing["std"]),
             input_name=INPUT,
-            input_shape=(batch, 3, size, size),
+            input_shape=(batch, size, size, 3) if takes_bytes else (batch, 3, size, size),
+            input_type="uint8" if takes_bytes else "float32",
             output_name=OUTPUT,
             output_shape=(batch, len(classes)),
             requirement=target.needs.packages[0],
@@ -225,10 +227,16 @@ def with_float(
     labels, pixels = torch.from_numpy(content.labels), torch.from_numpy(content.pixels)
     images = HeldImages(pixels, labels, recipe.data)
     network = rewrite(model, RewriteSection())
-    variants = Variants(model, network, None, lambda: images, recipe.data.resolution, recipe.export)
+    variants = Variants(model, network, None, lambda: images, recipe.data, recipe.export)
     variant = variants.of(target)
     prepared = Preprocessing.of(recipe.data)
-    about = About(content.recipe, content.fingerprint, content.classes, prepared)
+    about = About(
+        content.recipe,
+        content.fingerprint,
+        content.classes,
+        prepared,
+        input=recipe.export.input,
+    )
     path = folder / f"{FLOAT}{'.xml' if target.runtime == 'openvino' else '.onnx'}"
     variant.write(path, about)
     near = compare_logits(variant.logits, images.logits(open_predictor(str(path), CPU)))

@@ -29,10 +29,10 @@ from care_compress.export.to_onnx import (
     drop_unread,
     module_of,
 )
-from care_compress.runtime.on_onnxruntime import open_session
+from care_compress.runtime.on_onnxruntime import feed_of, open_session
 
 _FLOAT32 = re.compile(
-    r"(stages\.\d+\.blocks\.\d+\.token_mixer\.(core|tokens_first)|pool|heads(?!(\.\w+)*\.fc\b))\b"
+    r"(images|stages\.\d+\.blocks\.\d+\.token_mixer\.(core|tokens_first)|pool|heads(?!(\.\w+)*\.fc\b))\b"
 )
 _KINDS = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
 # What these give is no larger than what they are given, which is looked at, or than 1.
@@ -133,13 +133,13 @@ def highest_half(path: Path, batches: Iterable[Tensor]) -> Peak | None:
         helper.make_tensor_value_info(f"{name}/peak", TensorProto.FLOAT, []) for name in made
     )
     session = open_session(path, model.SerializeToString())
-    images = session.get_inputs()[0]
+    images, feed = session.get_inputs()[0], feed_of(session, path)
     size = images.shape[0] if isinstance(images.shape[0], int) else 0
     highest = np.zeros(len(made))
     for batch in batches:
         for part in torch.split(batch, size or len(batch)):
             whole = part.repeat(-(-size // len(part)), 1, 1, 1)[:size] if size else part
-            found = session.run(None, {images.name: whole.float().numpy()})
+            found = session.run(None, {images.name: feed(whole)})
             highest = np.maximum(highest, np.nan_to_num(np.array(found), nan=np.inf, posinf=np.inf))
     worst = int(highest.argmax())
     return Peak(float(highest[worst]), list(made.values())[worst])

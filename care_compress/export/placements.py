@@ -75,7 +75,7 @@ def place_models(
         )
     export = recipe.export.model_copy(update={"target_rules": True})
     network = rewrite(model, recipe.rewrite)
-    variants = Variants(model, network, run.kept, lambda: held, data.resolution, export)
+    variants = Variants(model, network, run.kept, lambda: held, data, export)
     right = hits_of(variants.float_logits, held.labels).first.numpy()
     found = {}
     for placement in (AS_SHIPPED, *target.placements):

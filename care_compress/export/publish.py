@@ -80,6 +80,7 @@ class PublishedFile:
     needs: str
     batch: int  # 0: any
     engine: tuple[Path, ...] = ()
+    takes_bytes: bool = False
 
     @property
     def path(self) -> str:
@@ -101,6 +102,7 @@ class PublishedFile:
             "needs": self.needs,
             "batch": self.batch,
             "is_free": not self.batch,
+            "takes_bytes": self.takes_bytes,
         }
 
     @property
@@ -113,6 +115,7 @@ class PublishedFile:
             "runtime": self.target.runtime,
             "requires": list(self.target.needs.packages),
             "batch": self.batch or FREE,
+            **({"input": "uint8 NHWC"} if self.takes_bytes else {}),
             **({"needs": self.needs} if self.needs else {}),
             **({"engine": f"{self.target.name}/{self.engine[0].name}"} if self.engine else {}),
         }
@@ -231,6 +234,7 @@ def _files_of(run: FinishedRun, target_name: str) -> Iterator[PublishedFile]:
         export = read_json(folder / "export.json")
         target, needs = load_target(target_name), str(export.get("needs") or "")
         batch = 0 if export["batch"] == "dynamic" else int(export["batch"])
+        takes_bytes = export.get("input") == "uint8"
         for precision, entry in export["models"].items():
             files = checked_files(folder, entry)
             engine: tuple[Path, ...] = ()
@@ -242,7 +246,7 @@ def _files_of(run: FinishedRun, target_name: str) -> Iterator[PublishedFile]:
                     raise RunError(
                         f"{path} is not the engine that was built.", f"export again: {QUANTIZE}"
                     )
-            yield PublishedFile(target, precision, files, entry, needs, batch, engine)
+            yield PublishedFile(target, precision, files, entry, needs, batch, engine, takes_bytes)
 
 
 def check_card(path: Path, data: "ModelCardData") -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, PlainSerializer, TypeAdapter, ValidationInfo
 from rich.console import Console
@@ -21,6 +21,7 @@ from care_compress.evaluate.readback import Peak
 from care_compress.files import digest_of, size_of
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import NEEDS, Target
+from care_compress.runtime.feed import PREPROCESSING
 
 NOT_ASKED = "only OpenVINO on a CPU says which products it runs in integers"
 PREFIX = "care_compress."
@@ -60,6 +61,12 @@ class About:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     needs: str | None = None  # what a processor must have, or its answers are wrong
+    input: Literal["float", "uint8"] = "float"
+
+    @property
+    def layout(self) -> str:
+        """Of the input: images, then height, width and channels, or the channels first."""
+        return "NHWC" if self.input == "uint8" else "NCHW"
 
     def as_texts(self) -> dict[str, str]:
         """Key and value as ONNX metadata and OpenVINO's runtime information hold them."""
@@ -67,8 +74,10 @@ class About:
             PREFIX + "recipe": self.recipe,
             PREFIX + "fingerprint": self.fingerprint,
             PREFIX + "classes": json.dumps(self.classes),
-            PREFIX + "preprocessing": json.dumps(asdict(self.preprocessing)),
+            PREPROCESSING: json.dumps(asdict(self.preprocessing)),
         }
+        if self.input == "uint8":  # of floats a file says nothing, as ever
+            texts[PREFIX + "input"] = f"{self.input} {self.layout}"
         return texts if self.needs is None else {**texts, NEEDS: self.needs}
 
 

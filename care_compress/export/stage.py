@@ -89,7 +89,7 @@ def exported(
         def hold() -> HeldImages:
             return hold_images(validation, recipe.data, section.images, context.bad)
 
-        variants = Variants(model, compact, kept, hold, recipe.data.resolution, section)
+        variants = Variants(model, compact, kept, hold, recipe.data, section)
         with step_line(context.console) as notify:
             exporter = exporter_for(context, recipe, variants, validation, section.images, notify)
             for target in targets:
@@ -244,7 +244,8 @@ class Exporter:
         except (RecipeError, TargetError) as error:
             done = Exported(target, skipped=str(error))
         if done.files:
-            said = {**done.as_json(), **asdict(about), "batch": self.variants.section.batch}
+            said = {**done.as_json(), **asdict(about), "layout": about.layout}
+            said["batch"] = self.variants.section.batch
             self.context.run.write_json(f"exports/{target.name}/export.json", said)
         return done
 
@@ -259,7 +260,7 @@ class Exporter:
         nncf = self.variants.nncf
         variant: Reference
         if nncf is not None:
-            write_ir(nncf, about, path, half=False)
+            write_ir(nncf, about, path, half=False, bytes_in=about.input == "uint8")
             done.planned_macs = quantized_macs(nncf)
             logits = self.variants.images.logits(OpenVinoPredictor(nncf))
             variant = Reference(self.variants.compact, logits, math.inf)
@@ -370,7 +371,8 @@ def exporter_for(
     weights = digest_of(kept) if kept else state_digest(variants.compact.state_dict())
     # The fingerprint is of contents, wherever they lie.
     content = {"model": weights, "preprocessing": asdict(prepared), "classes": validation.classes}
-    about = About(recipe.name, fingerprint(content), tuple(validation.classes), prepared)
+    classes, takes = tuple(validation.classes), recipe.export.input
+    about = About(recipe.name, fingerprint(content), classes, prepared, input=takes)
     part = recipe_parts(recipe)["export"]
     checked_on = validation.content_digest(), images
     listed = context.run.path / CALIBRATION_FILE

@@ -99,15 +99,25 @@ def _scale_weight(graph: ir.Graph, fc2: ir.Node, gamma: NDArray[Any]) -> None:
     stored.attributes["axis"] = ir.AttrInt64("axis", 0)
 
 
-def write_ir(source: Path, about: About, path: Path, half: bool) -> None:
+def write_ir(source: Path, about: About, path: Path, half: bool, bytes_in: bool = False) -> None:
     """Write an ``.onnx`` or ``.xml`` file as `path` and a ``.bin`` beside it.
 
-    `half` stores what is not quantized as float16, for devices that compute in it.
+    `half` stores what is not quantized as float16, for devices that compute in it. `bytes_in` puts
+    a normalization of bytes in front of a model that takes floats.
     """
     openvino = load_openvino()
     with silent():
         convert = openvino_core().read_model if source.suffix == ".xml" else openvino.convert_model
         model = convert(source)
+    if bytes_in:
+        prepare = openvino.preprocess.PrePostProcessor(model)
+        given = prepare.input()
+        given.tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+        given.model().set_layout(openvino.Layout("NCHW"))
+        mean, std = about.preprocessing.mean, about.preprocessing.std
+        steps = given.preprocess().convert_element_type(openvino.Type.f32)
+        steps.mean([255 * one for one in mean]).scale([255 * one for one in std])
+        model = prepare.build()
     model.set_friendly_name("care")
     # OpenVINO counts the names it makes up through the whole process, and a model converted twice
     # would be two files: they are numbered in the order of this model.

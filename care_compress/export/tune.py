@@ -231,8 +231,8 @@ def _open_bench(
     judges = hold_images(
         chosen.samples, recipe.data, None, context.bad, chosen.held_back(options.images)
     )
-    network, size = rewrite(model, recipe.rewrite), recipe.data.resolution
-    variants = Variants(model, network, kept, lambda: images, size, export)
+    network = rewrite(model, recipe.rewrite)
+    variants = Variants(model, network, kept, lambda: images, recipe.data, export)
     return _Bench(context, recipe, target, variants, images, judges, validation)
 
 

@@ -21,6 +21,7 @@ from care_compress.evaluate.agreement import (
     HeldImages,
     Rounded,
 )
+from care_compress.export.byte_input import take_bytes
 from care_compress.export.form import EVERYWHERE, Form, form_for, in_form
 from care_compress.export.gelu import write_gelu
 from care_compress.export.half import write_half
@@ -38,7 +39,7 @@ from care_compress.quantize.artifact import Saved, load_saved
 from care_compress.quantize.distance import sqnr_db
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.retarget import export_rules, retarget
-from care_compress.recipe.sections import ExportSection, RewriteSection
+from care_compress.recipe.sections import DataSection, ExportSection, RewriteSection
 from care_compress.recipe.target import Target
 from care_compress.runtime.on_torch import TorchPredictor
 
@@ -86,7 +87,7 @@ class Variants:
     compact: CompactCare
     kept: Path | None  # the quantized model; none for a float recipe
     hold: Callable[[], HeldImages]  # the images that files are compared on
-    resolution: int
+    data: DataSection
     section: ExportSection
     made: dict[str, Variant] = field(default_factory=dict)
     graphs: dict[Form, ir.Model] = field(default_factory=dict)  # in float
@@ -118,6 +119,7 @@ class Variants:
         """The float model as a GPU runs it fastest, every exact rewrite applied, in float16."""
         network = rewrite(self.model, RewriteSection())
         graph = self._graph(in_form(network, EVERYWHERE))
+        self._take_bytes(graph)
         write_half(graph)
         return Variant(network, self._logits(network), math.inf, graph)
 
@@ -146,8 +148,9 @@ class Variants:
                 use_integer_products(graph)
                 put_channels_last(graph)
                 split_head_input(graph)
-            if target.is_typed:
-                write_half(graph)
+        self._take_bytes(graph)
+        if quantized is not None and target.is_typed:
+            write_half(graph)
         if target.runtime == "openvino" and target.device == "cpu":
             scale_branches(graph)
         logits = self.float_logits if quantized is None else self._logits(quantized)
@@ -165,7 +168,11 @@ class Variants:
         return sqnr_db(logits_NK[:EXACT_IMAGES], few.logits(other))
 
     def _graph(self, network: CompactCare) -> ir.Model:
-        return float_graph(copy.deepcopy(network), self.resolution, self.section.batch)
+        return float_graph(copy.deepcopy(network), self.data.resolution, self.section.batch)
+
+    def _take_bytes(self, graph: ir.Model) -> None:
+        if self.section.input == "uint8":
+            take_bytes(graph, self.data)
 
     def _logits(self, module: nn.Module) -> Tensor:
         return self.images.logits(TorchPredictor(module, self.model.num_classes, CPU))

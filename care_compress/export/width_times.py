@@ -153,9 +153,10 @@ def _exported(narrow: Care, recipe: Recipe, target: Target, held: HeldImages, fo
         job = PtqJob(compact, resolution, recipe.seed, lambda: held.batches(IMAGES))
         kept = folder / "model.safetensors"
         save_quantized(quantize_network(job, quick).model, quick, recipe.rewrite, kept)
-    variants = Variants(narrow, compact, kept, lambda: held, resolution, recipe.export)
+    variants = Variants(narrow, compact, kept, lambda: held, recipe.data, recipe.export)
     path = folder / f"model{'.xml' if target.runtime == 'openvino' else '.onnx'}"
-    about = About(recipe.name, "", (), Preprocessing.of(recipe.data))
+    prepared = Preprocessing.of(recipe.data)
+    about = About(recipe.name, "", (), prepared, input=recipe.export.input)
     variants.of(target).write(path, about)
     return path
 

@@ -152,6 +152,10 @@ class ExportSection(Section):
         None, description="names of recipes/targets/; every one that can execute it if left out"
     )
     batch: Count | Literal["dynamic"] = Field(1, description="images at once; dynamic: any number")
+    input: Literal["float", "uint8"] = Field(
+        "float",
+        description="uint8: files take cropped RGB pixels (B, H, W, 3) and normalise themselves",
+    )
     images: Count = Field(
         256, description="validation images on which a file must answer as the model does"
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnx import TensorProto
 
 from care_compress.errors import TargetError
 from care_compress.libraries import openvino_core
@@ -100,14 +101,18 @@ def input_size(path: Path, resolution: int | None) -> Size:
 def _own_size(path: Path) -> Size | None:
     """Height and width that a file is bound to."""
     if path.suffix == ".engine":
-        height, width = EnginePredictor(path).session.shape[2:]
+        predict = EnginePredictor(path)
+        _, _, height, width = predict.feed.as_images(predict.session.shape)
         return height, width
     if path.suffix == ".onnx":
         try:
             (image, *_) = onnx.load(path, load_external_data=False).graph.input
         except Exception as error:  # a parser's own class, or a graph without an input
             raise TargetError(f"{path} is no ONNX model: {error}.", "export it again") from error
-        sides = [side.dim_value for side in image.type.tensor_type.shape.dim[2:]]
+        kind = image.type.tensor_type
+        sides = [
+            side.dim_value for side in kind.shape.dim[_sides(kind.elem_type == TensorProto.UINT8)]
+        ]
         free = not all(sides)
     elif path.suffix == ".xml":
         try:
@@ -117,9 +122,15 @@ def _own_size(path: Path) -> Size | None:
             raise TargetError(
                 f"{path} is no OpenVINO model with one input: {reason}.", "make it again"
             ) from error
-        shape = list(image.partial_shape)[2:]
+        is_bytes = image.get_element_type().to_string() == "u8"
+        shape = list(image.partial_shape)[_sides(is_bytes)]
         free = any(side.is_dynamic for side in shape)
         sides = [] if free else [int(side.get_length()) for side in shape]
     else:
         return None
     return None if free or len(sides) != 2 else (sides[0], sides[1])
+
+
+def _sides(is_bytes: bool) -> slice:
+    """Where height and width stand in the shape of an input."""
+    return slice(1, 3) if is_bytes else slice(2, 4)

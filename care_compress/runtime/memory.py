@@ -9,7 +9,7 @@ what is counted is the rise from loading the file on, above the runtime's own.
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def _onnxruntime(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
         session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
         wanted = session.get_inputs()[0]
         batch = wanted.shape[0] if isinstance(wanted.shape[0], int) else 1
-        feed = {wanted.name: np.zeros((batch, 3, *settings["size"]), np.float32)}
+        is_bytes = wanted.type == "tensor(uint8)"
+        feed = {wanted.name: _no_images(np, batch, settings["size"], is_bytes)}
         return lambda: session.run(None, feed)
 
     return load
@@ -95,10 +96,18 @@ def _openvino(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:
         compiled = core.compile_model(core.read_model(path), settings["device"], wanted)
         size = compiled.inputs[0].partial_shape[0]
         batch = 1 if size.is_dynamic else size.get_length()
-        images = np.zeros((batch, 3, *settings["size"]), np.float32)
+        is_bytes = compiled.inputs[0].get_element_type().to_string() == "u8"
+        images = _no_images(np, batch, settings["size"], is_bytes)
         return lambda: compiled([images])
 
     return load
+
+
+def _no_images(numpy: Any, batch: int, size: Sequence[int], is_bytes: bool) -> Any:
+    """Zeros of the shape and type that a file takes."""
+    if is_bytes:
+        return numpy.zeros((batch, *size, 3), numpy.uint8)
+    return numpy.zeros((batch, 3, *size), numpy.float32)
 
 
 def _torch(path: Path, settings: dict[str, Any]) -> Callable[[], Run]:

@@ -9,6 +9,7 @@ from care_compress.errors import TargetError
 from care_compress.model.predictor import as_logits, failed, in_slices
 from care_compress.recipe.target import NEEDS
 from care_compress.runtime.dot_products import check_needs
+from care_compress.runtime.feed import PREPROCESSING, Feed, feed_for
 
 
 def open_session(
@@ -36,6 +37,13 @@ def open_session(
     return session
 
 
+def feed_of(session: onnxruntime.InferenceSession, path: Path) -> Feed:
+    """How the images of an opened file are given to it."""
+    image = session.get_inputs()[0]
+    said = session.get_modelmeta().custom_metadata_map.get(PREPROCESSING)
+    return feed_for(path, image.type == "tensor(uint8)", image.shape, said)
+
+
 class OnnxPredictor:
     """Runs an ONNX classifier with one image input and one logits output on the CPU."""
 
@@ -59,7 +67,7 @@ class OnnxPredictor:
                 "give a classifier with one (B, 3, H, W) input and one (B, K) output of logits",
             )
         self.path = path
-        self.input = inputs[0]
+        self.input, self.feed = inputs[0], feed_of(self.session, path)
         classes = outputs[0].shape[1]
         if not isinstance(classes, int):
             raise TargetError(f"{path} does not state its number of classes.", "export it again")
@@ -67,7 +75,7 @@ class OnnxPredictor:
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, K); a model of fixed batch size is fed slice by slice."""
-        batch, _, *wanted = self.input.shape
+        batch, _, *wanted = self.feed.as_images(self.input.shape)
         given = list(images_BCHW.shape[2:])
         if any(isinstance(w, int) and w != g for w, g in zip(wanted, given, strict=True)):
             raise TargetError(
@@ -77,7 +85,7 @@ class OnnxPredictor:
             )
 
         def run(part_BCHW: Tensor) -> Tensor:
-            feed = {self.input.name: part_BCHW.float().cpu().contiguous().numpy()}
+            feed = {self.input.name: self.feed(part_BCHW)}
             try:
                 (logits,) = self.session.run(None, feed)
             except Exception as error:  # as above

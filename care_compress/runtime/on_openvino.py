@@ -11,6 +11,7 @@ from care_compress.libraries import load_openvino, openvino_core
 from care_compress.model.predictor import as_logits, failed, in_slices
 from care_compress.recipe.target import NEEDS
 from care_compress.runtime.dot_products import check_needs
+from care_compress.runtime.feed import PREPROCESSING, Feed, feed_for
 
 
 def read_to_run(path: Path, device: str = "CPU") -> Any:
@@ -20,6 +21,15 @@ def read_to_run(path: Path, device: str = "CPU") -> Any:
     if device == "CPU" and model.has_rt_info(key):
         check_needs(path, model.get_rt_info(key).astype(str), "openvino")
     return model
+
+
+def openvino_feed(model: Any, path: Path) -> Feed:
+    """How the images of a model that was read are given to it."""
+    image, key = model.inputs[0], PREPROCESSING.split(".")
+    said = model.get_rt_info(key).astype(str) if model.has_rt_info(key) else None
+    sizes = list(image.partial_shape) if _rank(image) is not None else []
+    shape = [None if size.is_dynamic else int(size.get_length()) for size in sizes]
+    return feed_for(path, image.get_element_type().to_string() == "u8", shape, said)
 
 
 class OpenVinoPredictor:
@@ -60,21 +70,23 @@ class OpenVinoPredictor:
         if classes.is_dynamic:
             raise TargetError(f"{model} does not state its number of classes.", "make it again")
         self.path = model
-        self.shape = inputs[0].partial_shape
+        self.feed = openvino_feed(network, model)
+        self.shape = self.feed.as_images(list(inputs[0].partial_shape))
         self.num_classes = int(classes.get_length())
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, K); a model of fixed batch size is fed slice by slice."""
-        wanted = load_openvino().PartialShape([-1, *list(self.shape)[1:]])
-        if not wanted.compatible(load_openvino().PartialShape(list(images_BCHW.shape))):
+        shaped = load_openvino().PartialShape
+        if not shaped([-1, *self.shape[1:]]).compatible(shaped(list(images_BCHW.shape))):
             raise TargetError(
-                f"{self.path} wants {self.shape} images, these are {list(images_BCHW.shape)}.",
+                f"{self.path} wants {shaped(self.shape)} images, these are "
+                f"{list(images_BCHW.shape)}.",
                 "set data.resolution to the model's",
             )
 
         def run(part_BCHW: Tensor) -> Tensor:
             try:
-                (logits,) = self.compiled([part_BCHW.float().cpu().contiguous().numpy()]).values()
+                (logits,) = self.compiled([self.feed(part_BCHW)]).values()
             except RuntimeError as error:
                 raise failed(self.path, error) from error
             # OpenVINO uses its memory again for the next batch.

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import onnx
 import torch
 from torch import Tensor
 
@@ -11,16 +12,17 @@ from care_compress.device.problems import DeployError
 from care_compress.device.session import Session
 from care_compress.errors import TargetError
 from care_compress.files import read_json, sha256_file
+from care_compress.runtime.feed import PREPROCESSING, feed_for
 
 
 class EnginePredictor:
     """Runs an engine beside whose graph and description it lies, as the export leaves them."""
 
     def __init__(self, path: Path, host: Host = REAL_HOST) -> None:
-        onnx, about = path.with_suffix(".onnx"), origin_path(path)
-        if not onnx.is_file() or not about.is_file():
+        graph, about = path.with_suffix(".onnx"), origin_path(path)
+        if not graph.is_file() or not about.is_file():
             raise TargetError(
-                f"{path} has no {onnx.name} and {about.name} beside it to be checked by.",
+                f"{path} has no {graph.name} and {about.name} beside it to be checked by.",
                 "keep the files of an export together",
             )
         try:
@@ -32,14 +34,16 @@ class EnginePredictor:
         try:
             library = host.load_library(name)
             cuda = host.load_cuda()
-            plan, description = read_engine(path, library, cuda.gpu(), sha256_file(onnx))
-            stripped = onnx if description.get("stripped") else None
+            plan, description = read_engine(path, library, cuda.gpu(), sha256_file(graph))
+            stripped = graph if description.get("stripped") else None
             self.session = Session(library, cuda, plan, stripped)
         except DeployError as error:
             raise TargetError(error.message, error.fix) from error
         self.num_classes = self.session.classes
+        metadata = onnx.load(graph, load_external_data=False).metadata_props
+        said = {one.key: one.value for one in metadata}.get(PREPROCESSING)
+        self.feed = feed_for(path, self.session.takes_bytes, self.session.shape, said)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, K)."""
-        images = images_BCHW.float().cpu().contiguous().numpy()
-        return torch.from_numpy(self.session.run(images)).to(images_BCHW.device)
+        return torch.from_numpy(self.session.run(self.feed(images_BCHW))).to(images_BCHW.device)

@@ -118,8 +118,9 @@ def _onnxruntime(path: Path, side: int) -> None:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
     (image,), (_,) = session.get_inputs(), session.get_outputs()
-    shape = _shape([n if isinstance(n, int) else None for n in image.shape], side)
-    session.run(None, {image.name: np.zeros(shape, np.float32)})
+    is_bytes = image.type == "tensor(uint8)"
+    shape = _shape([n if isinstance(n, int) else None for n in image.shape], side, is_bytes)
+    session.run(None, {image.name: np.zeros(shape, np.uint8 if is_bytes else np.float32)})
 
 
 def _openvino(path: Path, side: int) -> None:
@@ -129,17 +130,18 @@ def _openvino(path: Path, side: int) -> None:
     compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_NUM_THREADS": 1})
     (image,), (_,) = compiled.inputs, compiled.outputs
     sizes: list[Any] = list(image.partial_shape)
-    shape = _shape([None if n.is_dynamic else int(n.get_length()) for n in sizes], side)
-    compiled([np.zeros(shape, np.float32)])
+    is_bytes = image.get_element_type().to_string() == "u8"
+    shape = _shape([None if n.is_dynamic else int(n.get_length()) for n in sizes], side, is_bytes)
+    compiled([np.zeros(shape, np.uint8 if is_bytes else np.float32)])
 
 
-def _shape(sizes: list[int | None], side: int) -> tuple[int, ...]:
+def _shape(sizes: list[int | None], side: int, is_bytes: bool) -> tuple[int, ...]:
     """One image's shape for an input, where it is one of an image."""
     if len(sizes) != 4:
         raise ValueError(f"its input has {len(sizes)} dimensions, not 4")
-    usual = (1, 3, side, side)
+    usual = (1, side, side, 3) if is_bytes else (1, 3, side, side)
     shape = tuple(u if size is None else size for size, u in zip(sizes, usual, strict=True))
-    check_shape(shape)
+    check_shape((shape[0], shape[3], *shape[1:3]) if is_bytes else shape)
     return shape
 
 

@@ -21,7 +21,7 @@ from care_compress.runtime.layer_times import (
     Profile,
     modules_of,
 )
-from care_compress.runtime.on_onnxruntime import open_session
+from care_compress.runtime.on_onnxruntime import feed_of, open_session
 from care_compress.runtime.runners import batched_onnx
 
 WARM_UP = 3
@@ -49,7 +49,7 @@ def profile_onnxruntime(path: Path, images: Tensor, threads: int, seconds: float
         prefix = str(Path(folder) / "profile")
         content = batched_onnx(path, len(images))
         session = open_session(path, content, threads, profile=prefix)
-        feed = {session.get_inputs()[0].name: images.contiguous().numpy()}
+        feed = {session.get_inputs()[0].name: feed_of(session, path)(images)}
         for _ in range(WARM_UP):
             began = time.perf_counter()
             session.run(None, feed)

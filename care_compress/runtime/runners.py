@@ -14,8 +14,8 @@ from torch import Tensor
 from care_compress.errors import CareError, TargetError
 from care_compress.libraries import load_openvino, openvino_core
 from care_compress.runtime.artifact import open_predictor
-from care_compress.runtime.on_onnxruntime import open_session
-from care_compress.runtime.on_openvino import read_to_run
+from care_compress.runtime.on_onnxruntime import feed_of, open_session
+from care_compress.runtime.on_openvino import openvino_feed, read_to_run
 from care_compress.shipped import QUANTIZE
 
 
@@ -40,7 +40,7 @@ def open_runner(
         run: Callable[[], object]
         if path.suffix == ".onnx":
             session = open_session(path, batched_onnx(path, len(images_BCHW)), threads)
-            feed = {session.get_inputs()[0].name: images_BCHW.contiguous().numpy()}
+            feed = {session.get_inputs()[0].name: feed_of(session, path)(images_BCHW)}
             run = partial(session.run, None, feed)
         elif path.suffix == ".xml":
             run = openvino_request(path, images_BCHW, threads, precision, device)
@@ -85,7 +85,8 @@ def openvino_request(
     openvino = load_openvino()
     core = openvino_core()
     model = read_to_run(path, device)
-    model.reshape(list(images_BCHW.shape))
+    images = openvino_feed(model, path)(images_BCHW)
+    model.reshape(list(images.shape))
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
@@ -95,7 +96,6 @@ def openvino_request(
     if profiled:
         settings["PERF_COUNT"] = True
     request = core.compile_model(model, device, settings).create_infer_request()
-    images = images_BCHW.contiguous().numpy()
     request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
     return Request(request, images)
 
