@@ -48,7 +48,8 @@ from care_compress.device.verbs import (
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 RESULTS_KIND = "care-deploy-results"
-FLOAT = "fp16"  # the model that INT8 has to beat
+FLOAT = "fp16"  # the model that a quantized one has to beat
+QUANTIZED = ("int8", "fp8")
 
 
 def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
         "info": partial(_info, host),
     }
     about = "Build, check and measure the TensorRT engines of a care-compress bundle."
-    parser, verbs = make_parser(about, tuple(work), ("int8", FLOAT), "engine")
+    parser, verbs = make_parser(about, tuple(work), (*QUANTIZED, FLOAT), "engine")
     build = verbs["build"]
     build.add_argument("--workspace", type=int, metavar="MIB", help="memory the builder may use")
     build.add_argument("--optimization-level", type=int, choices=range(6))
@@ -155,8 +156,9 @@ def _bench(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
         measured = Measured(timings, before, read_conditions(host.root))
     _merge(bundle, board, engines, "speed", measured.as_records({"cuda_graph": graph}))
     show_timings(timings)
-    if said := verdict(timings, "int8", FLOAT, "use fp16.engine on this board"):
-        print(said)
+    for model in QUANTIZED:
+        if said := verdict(timings, model, FLOAT, "use fp16.engine on this board"):
+            print(said)
     print(
         f"CUDA graph: {'yes' if graph else 'no'}; power mode: {before['power_mode'] or 'unknown'}"
     )
@@ -174,7 +176,7 @@ def _conditions(state: Mapping[str, Any]) -> str:
 
 def _infer(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     built = _built_models(bundle, options)
-    model = "int8" if "int8" in built else built[0]
+    model = next((name for name in QUANTIZED if name in built), built[0])
     pixels_NCHW = load_files(bundle, options.images)
     with open_sessions(host, bundle, [model]) as (_, _, sessions, _):
         found = likeliest(sessions[model], bundle, pixels_NCHW, options.top)
