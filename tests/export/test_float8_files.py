@@ -9,22 +9,25 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto
-from quantized import SIZE, images, network, quantized, sqnr
+from quantized import KEPT, SIZE, care, images, network, quantized, sqnr
 
 from care_compress.device.build import BuildOptions, build_engine
 from care_compress.device.library import load_library
 from care_compress.device.problems import BuildFailedError, TensorRtMissingError, UntypedModelError
-from care_compress.evaluate.agreement import HALF_BITS, Rounded
+from care_compress.errors import RecipeError
+from care_compress.evaluate.agreement import HALF_BITS, HeldImages, Rounded
 from care_compress.export.form import form_for, in_form
 from care_compress.export.half import write_half
 from care_compress.export.result import About, Preprocessing
 from care_compress.export.stage import _options
 from care_compress.export.to_onnx import float_graph, put_integers, write_onnx
+from care_compress.export.variants import Variants
+from care_compress.quantize.artifact import save_quantized
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network, retarget
 from care_compress.recipe.recipe import load_recipe
-from care_compress.recipe.sections import DataSection
+from care_compress.recipe.sections import DataSection, ExportSection
 from care_compress.recipe.target import load_target
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 
@@ -115,3 +118,24 @@ def test_nvidias_compiler_builds_it_for_gpus_that_multiply_8_bit_floats(half: Pa
 def test_other_models_are_built_for_every_gpu() -> None:
     assert _options("fp16", RTX) == BuildOptions("fp16")
     assert _options("int8", RTX) == BuildOptions("int8")
+
+
+def test_a_gpu_without_such_products_takes_nothing_over_from_one_with_them(tmp_path: Path) -> None:
+    section, kept = load_recipe("fp8_ptq").quantize, tmp_path / "model.safetensors"
+    assert section is not None
+    save_quantized(quantized(section).model, section, KEPT, kept)
+    pixels = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    data = DataSection(resolution=SIZE)
+    variants = Variants(
+        care(),
+        network(),
+        kept,
+        lambda: HeldImages(pixels, torch.zeros(2), data),
+        SIZE,
+        ExportSection(),
+    )
+    thor, orin = (load_target(f"tensorrt-jetson-{board}") for board in ("thor", "orin"))
+    assert variants.of(thor).graph.opset_imports[""] == 21
+    with pytest.raises(RecipeError, match="tensorrt-jetson-orin has no products of 8-bit floats"):
+        variants.of(orin)
+    assert variants.of(load_target("tensorrt-gpu")) is variants.of(thor)
