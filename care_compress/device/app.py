@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, host: Host = REAL_HOST) -> int:
         "info": partial(_info, host),
     }
     about = "Build, check and measure the TensorRT engines of a care-compress bundle."
-    parser, verbs = make_parser(about, tuple(work), ("int8", FLOAT), "engine")
+    parser, verbs = make_parser(about, tuple(work), ("int8", "fp8", FLOAT), "engine")
     build = verbs["build"]
     build.add_argument("--workspace", type=int, metavar="MIB", help="memory the builder may use")
     build.add_argument("--optimization-level", type=int, choices=range(6))

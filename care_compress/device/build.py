@@ -32,7 +32,7 @@ Notify = Callable[[str, float | None], None]
 class BuildOptions:
     """How an engine is built; `precision` is what the graph claims to be."""
 
-    precision: str  # "int8" or "fp16"
+    precision: str  # "int8", "fp8" or "fp16"
     optimization_level: int | None = None
     workspace_mib: int | None = None
     # The engine runs on later releases of the same major version, at some cost in speed.
@@ -139,16 +139,18 @@ def parse_graph(library: Library, network: Any, logger: Any, log: Log, onnx_path
 def check_types(layers: tuple[LayerRow, ...], precision: str, onnx_path: Path) -> None:
     """Refuse a graph that would silently become an engine of another precision."""
     kinds = {row.type for row in layers}
-    if precision == "int8" and not {"QUANTIZE", "DEQUANTIZE"} <= kinds:
+    quantized = precision in ("int8", "fp8")
+    if quantized and not {"QUANTIZE", "DEQUANTIZE"} <= kinds:
         raise UntypedModelError(
-            f"{onnx_path.name} is said to be int8 and has no QuantizeLinear and DequantizeLinear.",
+            f"{onnx_path.name} is said to be {precision} and has no QuantizeLinear and"
+            " DequantizeLinear.",
             "export the quantized model, or build it as fp16",
         )
     products = [row.precision for row in layers if row.type in MULTIPLYING]
-    if precision == "int8" and "INT8" not in products:
+    if quantized and precision.upper() not in products:
         raise UntypedModelError(
-            f"{onnx_path.name} is said to be int8, but no convolution or matrix product has both"
-            " of its inputs dequantized.",
+            f"{onnx_path.name} is said to be {precision}, but no convolution or matrix product has"
+            f" both of its inputs dequantized from {precision.upper()}.",
             "export again; an optimizer may have moved a DequantizeLinear away from its layer",
         )
     if precision == "fp16" and not any(row.output == "FP16" for row in layers):
@@ -172,7 +174,8 @@ def _configured(library: Library, builder: Any, options: BuildOptions, log: Log)
     wanted = []
     if library.is_weakly_typed:
         wanted += ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
-        wanted += ["INT8"] if options.precision == "int8" else []
+        quantized = options.precision.upper()
+        wanted += [quantized] if quantized in ("INT8", "FP8") else []
     if options.version_compatible:
         wanted.append("VERSION_COMPATIBLE")
     if options.strip_plan:

@@ -95,7 +95,7 @@ def network_layers(network: Any) -> tuple[LayerRow, ...]:
     """The layers of a parsed network, constants left out.
 
     A convolution or matrix product whose two inputs are both dequantized is one TensorRT runs on
-    integers, so its precision is INT8 although its tensors are floats.
+    what they were, so its precision is INT8 or FP8 although its tensors are wider floats.
     """
     makers: dict[str, Any] = {}
     rows = []
@@ -106,16 +106,17 @@ def network_layers(network: Any) -> tuple[LayerRow, ...]:
         if layer.type.name == "CONSTANT":
             continue
         output_type = type_in(layer.get_output(0).dtype.name)
-        integer = layer.type.name in MULTIPLYING and all(
-            which < layer.num_inputs and _is_dequantized(layer.get_input(which), makers)
+        stored = {
+            _dequantized_from(layer.get_input(which), makers) if which < layer.num_inputs else None
             for which in (0, 1)
-        )
+        }
+        both = stored.pop() if layer.type.name in MULTIPLYING and len(stored) == 1 else None
         nodes = NODES.findall(str(getattr(layer, "metadata", "") or ""))
         rows.append(
             LayerRow(
                 name=layer.name,
                 type=layer.type.name,
-                precision="INT8" if integer else output_type,
+                precision=both or output_type,
                 output=output_type,
                 origin=tuple(nodes) or (layer.name,),
             )
@@ -123,12 +124,13 @@ def network_layers(network: Any) -> tuple[LayerRow, ...]:
     return tuple(rows)
 
 
-def _is_dequantized(tensor: Any, makers: Mapping[str, Any]) -> bool:
+def _dequantized_from(tensor: Any, makers: Mapping[str, Any]) -> str | None:
+    """The type that a tensor was dequantized from; None if it was not."""
     while tensor is not None and tensor.name in makers:
         maker = makers[tensor.name]
         if maker.type.name == "DEQUANTIZE":
-            return True
+            return type_in(maker.get_input(0).dtype.name)
         if maker.type.name not in _MOVING:
-            return False
+            return None
         tensor = maker.get_input(0)
-    return False
+    return None

@@ -130,7 +130,8 @@ def page(about: Deployed) -> str:
         f"{about.input_name}:{'x'.join(map(str, (batch, *about.input_shape[1:])))}"
         for batch in OPEN_BATCH
     ]
-    first = "int8" if "int8" in about.models else about.models[0]
+    quantized = (name for name in about.models if name in ("int8", "fp8"))
+    first = next(quantized, about.models[0])
     replaced = any(";" in name for name in about.classes)
     usual = usual_models(about.models)
     return _rendered(

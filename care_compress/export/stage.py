@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from care_compress import machine
 from care_compress.console import step_line
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import open_samples
-from care_compress.device.build import BuildOptions
+from care_compress.device.build import RTX_COMPUTE_CAPABILITIES, BuildOptions
 from care_compress.device.deploy import build_file
 from care_compress.device.library import load_library
 from care_compress.device.problems import DeployError, TensorRtMissingError
@@ -287,7 +288,7 @@ class Exporter:
                 def notify(phase: str, _: float | None, building: str = engine.name) -> None:
                     self.notify(f"{building}: {phase}")
 
-                digest, options = sha256_file(file.path), BuildOptions(name)
+                digest, options = sha256_file(file.path), _options(name, done.target)
                 about = build_file(library, None, file.path, digest, engine, options, notify)
                 done.engines[name] = {key: about[key] for key in OF_ENGINES}
                 for path in (engine, engine.with_suffix(".engine.json")):
@@ -356,6 +357,13 @@ class Exporter:
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, value)
         self.context.run.record_output(path)
+
+
+def _options(name: str, target: Target) -> BuildOptions:
+    """How an engine of a model is built: one of 8-bit floats for the GPUs that multiply them."""
+    able = target.float8 if name == "fp8" else ("*",)
+    chosen = (one for one in RTX_COMPUTE_CAPABILITIES if any(fnmatch(one, kind) for kind in able))
+    return BuildOptions(name, compute_capabilities=tuple(chosen))
 
 
 def exporter_for(

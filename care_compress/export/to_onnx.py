@@ -49,7 +49,7 @@ from care_compress.quantize.placement import ROOT, QuantizedCare
 
 INPUT, OUTPUT = "images", "logits"
 FIRST_OPSET = 20  # of Gelu as one operation; what is used here means the same in later ones
-FOUR_BIT_OPSET = 21
+NEW_TYPES_OPSET = 21  # of 4-bit integers, and of 8-bit floats with float16 scales
 ANY_SIZE = 2**40
 LARGEST_SHARED = 65536  # elements: the masks of attention are one for each stage
 TRACED = 2  # images in the example; `_free_batch` takes this number out of the graph
@@ -58,6 +58,7 @@ OPERANDS = {"input": 0, "weight": 1, "left": 0, "right": 1}
 BIAS = 2
 FIX = "this is a bug of care-compress: please report the recipe"
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_NARROW = {ir.DataType.INT4: ml_dtypes.int4, ir.DataType.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn}
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul", "Add"})
 # What `optimize=True` does to this network. It would try forty rules more, none of which fits, on
 # every node: more time than everything else here.
@@ -208,7 +209,7 @@ def put_integers(model: ir.Model, quantized: QuantizedCare) -> None:
             uses = sorted(value.uses(), key=lambda use: (use.node.name or "", use.idx))
             readers = [(use.node, use.idx) for use in uses]
             before = next(n for n in graph if any(reader is n for reader, _ in readers))
-        kind = ir.DataType.INT8 if quantizer.spec.symmetric else ir.DataType.UINT8
+        kind = _kind_of(model, quantizer)
         scale, _ = quantizer.calculate_qparams()
         pair = _Pair(graph, quantizer, scale, {"axis": quantizer.spec.axis}, kind)
         integers = pair.quantized(value, before)
@@ -237,18 +238,26 @@ def _store_weight(
         per_weight = scale.reshape(-1, *[1] * (weight.dim() - 1))
     else:
         per_weight = scale
-    integers = (quantizer(weight) / per_weight).round().to(torch.int8).numpy()
-    kind = ir.DataType.INT8
-    if spec.bits == 4:
-        kind = ir.DataType.INT4
-        model.opset_imports[""] = max(model.opset_imports[""], FOUR_BIT_OPSET)
-    stored = add_constant(graph, before.name, _narrowed(integers, kind))
+    kind = _kind_of(model, quantizer)
+    numbers = quantizer(weight) / per_weight
+    if spec.is_integer:
+        numbers = numbers.round().to(torch.int8)
+    stored = add_constant(graph, before.name, _narrowed(numbers.numpy(), kind))
     pair = _Pair(graph, quantizer, scale, attributes, kind)
     node.replace_input_with(OPERANDS["weight"], pair.dequantized(stored, node))
     if len(node.inputs) > BIAS and node.inputs[BIAS] is not None:
         # That of this target's model: it is rounded to the steps of the integer sums.
         bias = quantized.graph.get_parameter(f"{ROOT}.{site}.bias").detach().numpy()
         node.replace_input_with(BIAS, add_constant(graph, _new_name(graph, "b"), bias))
+
+
+def _kind_of(model: ir.Model, quantizer: IntQuantizer) -> ir.DataType:
+    """The type that holds a quantized tensor; newer ones raise the graph's opset."""
+    spec = quantizer.spec
+    if spec.bits == "fp8" or (spec.bits == 4 and quantizer.operand == "weight"):
+        model.opset_imports[""] = max(model.opset_imports[""], NEW_TYPES_OPSET)
+        return ir.DataType.FLOAT8E4M3FN if spec.bits == "fp8" else ir.DataType.INT4
+    return ir.DataType.INT8 if spec.symmetric else ir.DataType.UINT8
 
 
 class _Pair:
@@ -300,8 +309,8 @@ def _new_name(graph: ir.Graph, kind: str) -> str:
     return f"{kind}{len(graph.initializers)}"
 
 
-def _narrowed(integers: NDArray[np.generic], kind: ir.DataType) -> NDArray[np.generic]:
-    return integers.astype(ml_dtypes.int4) if kind == ir.DataType.INT4 else integers
+def _narrowed(numbers: NDArray[np.generic], kind: ir.DataType) -> NDArray[np.generic]:
+    return numbers.astype(_NARROW[kind]) if kind in _NARROW else numbers
 
 
 def write_onnx(model: ir.Model, about: About, path: Path, quantized: QuantizedCare | None) -> None:
@@ -326,7 +335,7 @@ def check_pairs(graph: onnx.GraphProto, quantized: QuantizedCare | None) -> None
     integers = [] if quantized is None else list(quantized.integers())
     weights = sum(quantizer.operand == "weight" for quantizer in integers)
     # A bias may be stored as integers, too: of 32 bits.
-    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT4)
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT4, onnx.TensorProto.FLOAT8E4M3FN)
     stored = {tensor.name for tensor in graph.initializer if tensor.data_type in kinds}
     quantizes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     dequantizes = [node for node in graph.node if node.op_type == "DequantizeLinear"]
@@ -337,7 +346,7 @@ def check_pairs(graph: onnx.GraphProto, quantized: QuantizedCare | None) -> None
     found = sum(name in stored for name in read)
     if (found, len(quantizes)) != (weights, len(integers) - weights):
         raise ExportError(
-            f"the graph has {found} integer weights and {len(quantizes)} quantized activations, "
+            f"the graph has {found} quantized weights and {len(quantizes)} quantized activations, "
             f"planned are {weights} and {len(integers) - weights}.",
             FIX,
         )

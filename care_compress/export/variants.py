@@ -126,7 +126,8 @@ class Variants:
     def of(self, target: Target) -> Variant:
         """What `target` executes; `RecipeError` if it cannot. Targets of the same limits share."""
         limits = target.model_dump(include=SHARED)
-        alike = (target.is_typed, target.device == "cpu", target.runtime == "onnxruntime")
+        kind = target.device == "cpu", target.runtime == "onnxruntime"
+        alike = (target.is_typed, *kind, bool(target.float8))  # which of them does not matter
         key = fingerprint({**limits, "alike": alike})
         if key in self.made:
             return self.made[key]

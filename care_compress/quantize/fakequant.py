@@ -79,6 +79,7 @@ class IntQuantizer(TensorQuantizer):
 
     scale: Tensor
     zero_point: Tensor
+    last_step = 1  # between the two largest numbers that can be stored
 
     def __init__(self, spec: TensorSpec, site: str, operand: str, scales: int, **_: Any) -> None:
         super().__init__(spec, site, operand)
@@ -139,7 +140,7 @@ class IntQuantizer(TensorQuantizer):
             along[self.ch_axis] = -1
             scale, zero_point = scale.reshape(along), zero_point.reshape(along)
         low, high = (scale * (end - zero_point) for end in (self.quant_min, self.quant_max))
-        return low, high, scale / 2
+        return low, high, scale * self.last_step / 2
 
     def cut(self, x: Tensor) -> int:
         """How many of these values the range cuts off."""
@@ -187,13 +188,33 @@ class GroupQuantizer(IntQuantizer):
         return super()._learnable(x.reshape(len(self.scale), -1)).reshape(x.shape)
 
 
+class Float8Quantizer(IntQuantizer):
+    """8-bit floats in the place of integers: x^ = s float8(clamp(x / s, -448, 448)).
+
+    E4M3 (arXiv 2209.05433) has three bits of mantissa and no infinity; s = max |x| / 448, and there
+    is no zero point. Only simulated: no recipe trains it, so it learns nothing.
+    """
+
+    last_step = 32  # from 416 to 448
+
+    def _simulate(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        if self.per_channel:
+            shape = [1] * x.dim()
+            shape[self.ch_axis] = -1
+            scale = scale.reshape(shape)
+        # Not every version of the cast saturates.
+        stored = (x / scale).clamp(self.quant_min, self.quant_max).to(self.dtype)
+        return stored.to(x.dtype) * scale
+
+
 def make_quantizer(spec: TensorSpec, site: str, operand: str, shape: torch.Size) -> Any:
     """A constructor, in the form torchao wants, for the quantizer of a tensor of this shape."""
-    if not spec.is_integer:
+    if not spec.has_scale:
         return HalfRounding.with_args(spec=spec, site=site, operand=operand)
     if spec.granularity == "group":
         assert spec.group is not None
         scales = shape[0] * (shape[1] // spec.group)
         return GroupQuantizer.with_args(spec=spec, site=site, operand=operand, scales=scales)
     scales = 1 if spec.granularity == "tensor" else shape[spec.axis]
-    return IntQuantizer.with_args(spec=spec, site=site, operand=operand, scales=scales)
+    kind = IntQuantizer if spec.is_integer else Float8Quantizer
+    return kind.with_args(spec=spec, site=site, operand=operand, scales=scales)

@@ -83,7 +83,7 @@ class QuantizedCare(nn.Module):
         return (module for module in self.graph.children() if isinstance(module, TensorQuantizer))
 
     def integers(self, operand: str | None = None) -> Iterator[IntQuantizer]:
-        """The integer quantizers; of weights only with ``operand="weight"``."""
+        """The quantizers that have a scale; of weights only with ``operand="weight"``."""
         for quantizer in self.quantizers():
             if isinstance(quantizer, IntQuantizer) and operand in (None, quantizer.operand):
                 yield quantizer

@@ -17,6 +17,7 @@ from care_compress.recipe.target import Target
 
 RANGES_OF_WEIGHTS = ("min_max", "mse")  # the others choose from a stream of values
 ATTENTION_PRODUCTS = ("attention.kv", "attention.out")
+NO_FLOAT8_KERNEL = 16  # channels or fewer: TensorRT has none for them, nor for a depthwise conv
 CHANNEL_AXIS = 1  # of (B, C, H, W); also the heads of (B, h, d, N)
 
 
@@ -53,6 +54,8 @@ def make_plan(
             input_ = _input_spec(site, wanted, input_rule, target)
         if weight_rule and (wanted := rules[weight_rule - 1].weight):
             weight = _weight_spec(site, wanted, weight_rule, target, reduce)
+        if "fp8" in (input_.bits, weight and weight.bits):
+            _check_float8(site, input_, weight, max(input_rule, weight_rule), target)
         decisions.append(Decision(site, input_, weight, input_rule, weight_rule))
     return Plan(
         decisions=tuple(decisions),
@@ -67,6 +70,8 @@ def matches(rule: RuleSection, site: Site) -> bool:
     named = ((rule.role, site.role), (rule.branch, site.branch or ""), (rule.site, site.name))
     if any(wanted is not None and not fnmatchcase(is_, wanted) for wanted, is_ in named):
         return False
+    if rule.max_channels is not None and not 0 < site.narrowest <= rule.max_channels:
+        return False
     numbered = ((rule.stage, site.stage), (rule.block, site.block))
     return not any(wanted is not None and wanted != is_ for wanted, is_ in numbered)
 
@@ -75,7 +80,7 @@ def _input_spec(
     site: Site, wanted: TensorSection, number: int, target: Target | None
 ) -> TensorSpec:
     if not isinstance(wanted.bits, int):
-        return _float_spec(site, wanted, number, target)
+        return _float_spec(site, wanted, number, target, "tensor")
     where = f"rule {number} for {site.name}:"
     if target and wanted.bits != 8:
         raise RecipeError(
@@ -141,7 +146,7 @@ def _weight_spec(
     site: Site, wanted: TensorSection, number: int, target: Target | None, reduce: bool
 ) -> TensorSpec:
     if not isinstance(wanted.bits, int):
-        return _float_spec(site, wanted, number, target)
+        return _float_spec(site, wanted, number, target, "channel")
     where = f"rule {number} for {site.name}:"
     if target and wanted.bits not in target.weights.bits:
         able = " or ".join(str(bits) for bits in target.weights.bits)
@@ -174,8 +179,21 @@ def _weight_spec(
 
 
 def _float_spec(
-    site: Site, wanted: TensorSection, number: int, target: Target | None
+    site: Site,
+    wanted: TensorSection,
+    number: int,
+    target: Target | None,
+    granularity: Granularity,
 ) -> TensorSpec:
+    """A float type; 8-bit floats have one scale for a tensor, of weights one for each channel."""
+    if wanted.bits == "fp8":
+        if len(wanted.model_dump(exclude_defaults=True)) > 1:
+            raise RecipeError(
+                f"rule {number} for {site.name}: fp8 has one form: scales of the largest magnitude "
+                "/ 448, one for an activation and one for each channel of a weight.",
+                "say fp8 and nothing else",
+            )
+        return TensorSpec("fp8", granularity)
     if wanted.bits in ("fp16", "bf16") and target and target.float_type != wanted.bits:
         raise RecipeError(
             f"rule {number} for {site.name}: {target.name} runs floats in {target.float_type}.",
@@ -183,6 +201,30 @@ def _float_spec(
         )
     assert not isinstance(wanted.bits, int)
     return TensorSpec(wanted.bits)
+
+
+def _check_float8(
+    site: Site, input_: TensorSpec, weight: TensorSpec | None, number: int, target: Target | None
+) -> None:
+    """Refuse what is no product of two 8-bit floats, or has no kernel for it."""
+    where = f"rule {number} for {site.name}:"
+    if target and not target.float8:
+        raise RecipeError(
+            f"{where} {target.name} has no products of 8-bit floats.",
+            "use 8, or a target that has: tensorrt-jetson-thor, tensorrt-gpu, tensorrt-rtx",
+        )
+    if weight is None or input_.bits != weight.bits:
+        raise RecipeError(
+            f"{where} fp8 is for the input and the weight of one product, both.",
+            "give weight: fp8 and input: fp8, or float where there is no weight",
+        )
+    if target and (site.role == "depthwise" or site.narrowest <= NO_FLOAT8_KERNEL):
+        raise RecipeError(
+            f"{where} {target.name} has no FP8 kernel for depthwise convolutions, nor for "
+            f"{NO_FLOAT8_KERNEL} channels or fewer.",
+            f"end the rules with {{max_channels: {NO_FLOAT8_KERNEL}, weight: float, input: float}} "
+            "and the same for role: depthwise",
+        )
 
 
 def _matches_nothing(number: int, rule: RuleSection, sites: Sequence[Site]) -> RecipeError:

@@ -86,7 +86,8 @@ def _range_in(source: IntQuantizer, spec: TensorSpec, scales: int) -> tuple[Tens
     """Scale and zero point of `spec` that cover what `source` covers."""
     scale, zero_point = source.calculate_qparams()
     alike = source.spec.granularity == spec.granularity and source.spec.symmetric == spec.symmetric
-    if alike and source.spec.levels == spec.levels and len(scale) == scales:
+    ends = (source.quant_min, source.quant_max)
+    if alike and ends == (spec.quant_min, spec.quant_max) and len(scale) == scales:
         return scale, zero_point
     low = scale * (source.quant_min - zero_point)
     high = scale * (source.quant_max - zero_point)

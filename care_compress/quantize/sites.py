@@ -51,11 +51,13 @@ def find_sites(model: CompactCare, resolution: int) -> tuple[Site, ...]:
         if not isinstance(module, nn.Conv2d | nn.Linear | Product | Sum):
             continue
         stage, block, branch, role = _place(name)
-        channels = 0
+        channels = narrowest = 0
         if isinstance(module, nn.Conv2d):
             channels = module.in_channels // module.groups
+            narrowest = min(channels, module.out_channels)
         elif isinstance(module, nn.Linear):
             channels = module.in_features
+            narrowest = min(channels, module.out_features)
         parent, _, leaf = name.rpartition(".")
         before = "0" if leaf == "1" else leaf.replace("fc1", "norm")
         norm = getattr(model.get_submodule(parent), before, None)
@@ -71,6 +73,7 @@ def find_sites(model: CompactCare, resolution: int) -> tuple[Site, ...]:
             # By a pre-norm that has not been folded away.
             prescaled=isinstance(norm, nn.BatchNorm2d | ChannelAffine | Rotation),
             weighted=isinstance(module, nn.Conv2d | nn.Linear),
+            narrowest=narrowest,
         )
         found.append(site)
     return tuple(found)

@@ -16,20 +16,24 @@ Granularity = Literal["tensor", "channel", "group"]
 Half = Literal["fp16", "bf16"]
 
 # Energy of one operation, 45 nm, picojoules: (multiply, add).
-ENERGY_PJ = {"float": (3.7, 0.9), "fp16": (1.1, 0.4), "bf16": (1.1, 0.4)}
+# There is none for 8-bit floats: they multiply as 8-bit integers here, and add as floats.
+ENERGY_PJ = {"float": (3.7, 0.9), "fp16": (1.1, 0.4), "bf16": (1.1, 0.4), "fp8": (0.2, 0.9)}
 INT8_MULTIPLY_PJ, INT32_ADD_PJ = 0.2, 0.1
-WIDTH = {"float": 32, "fp16": 16, "bf16": 16}
+WIDTH = {"float": 32, "fp16": 16, "bf16": 16, "fp8": 8}
+LARGEST_FLOAT8 = 448  # of E4M3 without infinities
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor's representation; ``bits`` is an integer width, or names a float type.
 
+    ``fp8`` is E4M3 with a scale and no zero point.
+
     ``axis`` is the dimension with a scale for each index: 0 for the (O, C, k, k) weight of a conv,
     1 for the (B, C, H, W) input of a depthwise. ``group`` input channels of a weight share a scale.
     """
 
-    bits: int | Literal["float"] | Half
+    bits: int | Literal["float", "fp8"] | Half
     granularity: Granularity = "tensor"
     axis: int = 0
     group: int | None = None
@@ -41,6 +45,11 @@ class TensorSpec:
     def is_integer(self) -> bool:
         """Whether it is multiplied as integers, not as some float."""
         return isinstance(self.bits, int)
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether it is scaled into the range of its type: integers, and 8-bit floats."""
+        return self.is_integer or self.bits == "fp8"
 
     @property
     def width(self) -> int:
@@ -55,23 +64,34 @@ class TensorSpec:
 
     @property
     def quant_min(self) -> int:
-        """Smallest integer: -128 for symmetric 8 bits, -64 reduced, 0 for asymmetric."""
+        """Smallest integer: -128 for symmetric 8 bits, -64 reduced, 0 for asymmetric.
+
+        Of 8-bit floats the smallest number.
+        """
+        if self.bits == "fp8":
+            return -LARGEST_FLOAT8
         return -self.levels // 2 if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
-        """Largest integer: 127, 63 or 255 for 8 bits."""
+        """Largest integer: 127, 63 or 255 for 8 bits. Of 8-bit floats the largest number."""
+        if self.bits == "fp8":
+            return LARGEST_FLOAT8
         return self.quant_min + self.levels - 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """The integer type it is stored in; four bits take the lower half of one."""
+        """The type it is stored in; four bits take the lower half of an integer."""
+        if self.bits == "fp8":
+            return torch.float8_e4m3fn
         return torch.int8 if self.symmetric else torch.uint8
 
     def __str__(self) -> str:
-        if not self.is_integer:
+        if not self.has_scale:
             return str(self.bits)
         where = f"group {self.group}" if self.granularity == "group" else self.granularity
+        if self.bits == "fp8":
+            return f"fp8 per {where}"
         kind = "s" if self.symmetric else "u"
         clip = "" if self.range == "min_max" else f", {self.range}"
         used = f" in {self.quant_min}..{self.quant_max}" if self.reduced else ""
@@ -95,6 +115,7 @@ class Site:
     channels: int  # input channels, which groups of a weight must divide
     prescaled: bool  # its input comes from a pre-norm, the scale-reparameterization site
     weighted: bool  # it multiplies a weight; the others multiply or add two activations
+    narrowest: int = 0  # input channels or output channels, whichever are fewer; 0: not weighted
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from care_compress.recipe.sections import (
     Section,
 )
 
-Bits = Literal["float", "fp16", "bf16", 8, 6, 4]
+Bits = Literal["float", "fp16", "bf16", "fp8", 8, 6, 4]
 RangeMethod = Literal["min_max", "moving_average", "percentile", "mse", "entropy"]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
@@ -21,7 +21,7 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 class TensorSection(Section):
     """How one tensor of a site is represented. In YAML plain bits will do: ``weight: 8``."""
 
-    bits: Bits
+    bits: Bits = Field(description="of an integer, or a float type; fp8 is E4M3 with a scale")
     granularity: Literal["tensor", "channel"] | None = Field(
         None, description="left out: channel for weights and where the target allows it, or tensor"
     )
@@ -45,6 +45,9 @@ class RuleSection(Section):
     branch: str | None = Field(None, description="inter1, inter2, mixer.att, mixer.dw3, ...")
     role: str | None = Field(None, description="pointwise, depthwise, attention.kv, head, ...")
     site: str | None = Field(None, description="a module name; * and ? stand for anything")
+    max_channels: Count | None = Field(
+        None, description="products with a weight of so many input or output channels, or fewer"
+    )
     weight: Tensor | None = None
     input: Tensor | None = None
 
@@ -180,6 +183,12 @@ class QuantizeSection(Section):
     nncf: NncfSection | None = None
 
     @property
+    def has_float8(self) -> bool:
+        """Whether a rule asks for 8-bit floats."""
+        tensors = (tensor for rule in self.rules for tensor in (rule.weight, rule.input))
+        return any(tensor is not None and tensor.bits == "fp8" for tensor in tensors)
+
+    @property
     def searches(self) -> bool:
         """Whether validation images have a say in what is quantized."""
         controlled = self.nncf is not None and self.nncf.accuracy_control
@@ -216,4 +225,7 @@ class QuantizeSection(Section):
             raise ValueError("a nncf section needs backend: nncf")
         if self.backend == "torchao" and not self.rules:
             raise ValueError("there are no rules, so nothing would be quantized")
+        learned = [name for name in ("qat", "reconstruct", "search") if getattr(self, name)]
+        if self.has_float8 and learned:
+            raise ValueError(f"fp8 is quantized without training or search: no {learned[0]}")
         return self

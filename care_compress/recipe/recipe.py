@@ -37,7 +37,7 @@ from care_compress.shipped import shipped
 RECIPES_DIR = shipped("recipes")
 LONGEST_NAME = 128  # bytes; files beside a run are named after it
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "w4a8", "w4a4", "mixed"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "w4a8", "w4a4", "mixed"]
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -81,6 +81,9 @@ class Recipe(Section):
     def _precision_fits(self) -> "Recipe":
         if (self.precision == "fp32") != (self.quantize is None):
             raise ValueError("a quantize section goes with a precision other than fp32")
+        float8 = self.quantize is not None and self.quantize.has_float8
+        if (self.precision == "fp8") != float8:  # it names the file, and so what it is built for
+            raise ValueError("rules with fp8 go with precision: fp8, and it with them")
         search = self.quantize is not None and self.quantize.searches
         if search and self.budget.max_top1_drop is None:
             raise ValueError("the search for bits needs budget.max_top1_drop")

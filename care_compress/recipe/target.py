@@ -109,6 +109,9 @@ class Target(Section):
     float_type: Literal["fp32", "bf16", "fp16"] = Field(
         description="what the operations left unquantized run in"
     )
+    float8: tuple[str, ...] = Field(
+        (), description="NVIDIA GPUs with products of 8-bit floats (E4M3): '8.9'; none if left out"
+    )
     opset: Annotated[int, Field(ge=20)] = Field(
         description="ONNX opset of the exported graph, one that every supported version reads"
     )

@@ -132,8 +132,8 @@ def tensor(name: str, kind: str = "FLOAT") -> Any:
     return SimpleNamespace(name=name, dtype=SimpleNamespace(name=kind))
 
 
-def layer(kind: str, inputs: list[str], output: str) -> Any:
-    given = [tensor(name) for name in inputs]
+def layer(kind: str, inputs: list[str], output: str, stored: str = "FLOAT") -> Any:
+    given = [tensor(name, stored) for name in inputs]
     return SimpleNamespace(
         name=output, type=SimpleNamespace(name=kind), num_inputs=len(given), num_outputs=1,
         get_input=lambda which: given[which], get_output=lambda which: tensor(output),
@@ -141,20 +141,22 @@ def layer(kind: str, inputs: list[str], output: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("weight", "moved", "precision"),
+    ("weight", "moved", "stored", "precision"),
     [
-        ("DEQUANTIZE", "SHUFFLE", "INT8"),
-        ("CONSTANT", "SHUFFLE", "FP32"),
-        ("DEQUANTIZE", "ACTIVATION", "FP32"),
+        ("DEQUANTIZE", "SHUFFLE", ("INT8", "INT8"), "INT8"),
+        ("DEQUANTIZE", "SHUFFLE", ("FP8", "FP8"), "FP8"),
+        ("DEQUANTIZE", "SHUFFLE", ("FP8", "INT8"), "FP32"),
+        ("CONSTANT", "SHUFFLE", ("INT8", "INT8"), "FP32"),
+        ("DEQUANTIZE", "ACTIVATION", ("INT8", "INT8"), "FP32"),
     ],
 )
-def test_a_product_is_in_integers_where_both_its_inputs_are(
-    weight: str, moved: str, precision: str
+def test_a_product_is_in_what_both_its_inputs_were_dequantized_from(
+    weight: str, moved: str, stored: tuple[str, str], precision: str
 ) -> None:
     layers = [
-        layer("DEQUANTIZE", ["q"], "data"),
+        layer("DEQUANTIZE", ["q"], "data", stored[0]),
         layer(moved, ["data"], "turned"),
-        layer(weight, ["w"], "weight"),
+        layer(weight, ["w"], "weight", stored[1]),
         layer("MATRIX_MULTIPLY", ["turned", "weight"], "product"),
     ]
     network = SimpleNamespace(num_layers=4, get_layer=lambda index: layers[index])

@@ -65,7 +65,7 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
         ("dtype: s8", "dtype: i8", "activations.dtype", "'u8' or 's8'"),
         ("bits: [8]", "bits: [5]", "weights.bits", "8 or 4"),
         ("bits: [8]", "bits: []", "weights.bits", "at least 1"),
-        ('"8.9"', "8.9", "needs.compute_capabilities", "string"),
+        ('"8.6"', "8.6", "needs.compute_capabilities", "string"),
         ("tensorrt-rtx>=1.7", "tensorrt rtx 1.7", "needs.packages", "no pip requirement"),
         ("device: rtx", "device: npu", "device", "tensorrt_rtx runs on device rtx"),
         ("symmetric: true\n  per_channel_d", "symmetric: yes please\n  per_channel_d", "", "bool"),

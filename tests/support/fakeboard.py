@@ -80,7 +80,11 @@ _LAYER_TYPES = {
     "ReduceMean": "REDUCE",
     "MatMul": "MATRIX_MULTIPLY",
 }
-_DTYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF"}
+_DTYPES = {
+    onnx.TensorProto.FLOAT: "FLOAT",
+    onnx.TensorProto.FLOAT16: "HALF",
+    onnx.TensorProto.FLOAT8E4M3FN: "FP8",
+}
 # What a profiled run reports: milliseconds of each layer.
 PROFILE = {"stem + relu": 0.25, "head": 1.5, "reformat": 0.125}
 _ADDRESSES = itertools.count(0x1000)
@@ -348,6 +352,7 @@ def _fill(network: Any, path: str) -> None:
     onnx.checker.check_model(model)
     types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     types |= {v.name: v.type.tensor_type.elem_type for v in model.graph.output}
+    types |= {constant.name: constant.data_type for constant in model.graph.initializer}
     tensor = {
         name: SimpleNamespace(name=name, dtype=SimpleNamespace(name=_DTYPES.get(kind, "INT8")))
         for name, kind in types.items()
