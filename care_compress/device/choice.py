@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from care_compress.device.enginefile import origin_path
-from care_compress.device.manifest import FLOAT, Bundle, precision_of
+from care_compress.device.manifest import FLOAT, Bundle, precision_of, required_module
 from care_compress.device.storage import read_json_object
 
 _TRY = "run verify and bench to choose by accuracy and speed"
@@ -31,8 +31,11 @@ def choose_engine(bundle: Bundle, built: Sequence[str]) -> tuple[str, str]:
     if right := [model for model in built if passed[model] is True]:
         return right[0], f"it passed verify, and bench has not timed it; {_TRY}"
     if untried := [model for model in built if passed[model] is None]:
-        # What the bundle is for, where nothing speaks against it.
-        model = next((one for one in untried if precision_of(one) != FLOAT), untried[0])
+        # What the bundle is for, where nothing speaks against it. TensorRT for RTX knows INT8 for
+        # the weights of matrix products alone, and float16 is what it runs fastest.
+        is_rtx = required_module(str(bundle.manifest["requirement"])) == "tensorrt_rtx"
+        wanted = [one for one in untried if (precision_of(one) == FLOAT) == is_rtx]
+        model = (wanted or untried)[0]
         return model, f"no engine here has passed verify yet; {_TRY}"
     return built[0], "every engine here FAILED verify: do not trust its answers"
 

@@ -127,7 +127,7 @@ tell. Killed, `tune` goes on where it was. Without that choice:
 
 `build` takes some minutes for each engine and writes {engines}, each with a
 `.json` that lists its layers and the precision of each.
-
+{notes}
 `verify` runs the {images} images of `samples/` and compares with the exported model:
 
     {table}
@@ -159,6 +159,12 @@ fastest (needs Pillow: `sudo apt install python3-pil`), and `info` says what thi
 
 Exit codes: 0 done, 1 wrong answers, 2 could not be done. `--debug` after the verb
 shows a traceback.
+"""
+
+
+_RTX_NOTE = """
+On TensorRT for RTX use `fp16.engine`: it knows INT8 for the weights of matrix products alone, and
+`int8.engine` moves more bytes than it saves.
 """
 
 
@@ -360,7 +366,7 @@ def _readme(content: BundleContent) -> str:
         dots = ["..."] * (len(VERIFY_HEADER) - 3)
         rows.append([model, str(len(content.pixels)), *dots, "passed"])
     batch = content.input_shape[0] if isinstance(content.input_shape[0], int) else 1
-    notes = _OPENVINO_NOTE if required_module(content.requirement) == "openvino" else ""
+    notes = {"openvino": _OPENVINO_NOTE, "tensorrt_rtx": _RTX_NOTE}
     return (_CPU_README if content.is_for_cpu else _ENGINE_README).format(
         run=content.run,
         target=content.target,
@@ -377,7 +383,7 @@ def _readme(content: BundleContent) -> str:
             f"{content.models[model].least_sqnr_db:.1f} ({model})" for model in usual
         ),
         batch="one image at a time" if batch == 1 else f"{batch} images at a time",
-        notes=notes,
+        notes=notes.get(required_module(content.requirement), ""),
         ways="" if content.deployed is None else page(content.deployed),
     )
 

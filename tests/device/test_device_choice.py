@@ -17,7 +17,9 @@ from care_compress.export.bundle import unpack_bundle, write_bundle
 Found = dict[str, dict[str, Any]]
 
 
-def lying(folder: Path, found: Found) -> tuple[Bundle, list[str]]:
+def lying(
+    folder: Path, found: Found, requirement: str = "tensorrt>=10.3"
+) -> tuple[Bundle, list[str]]:
     """Engines that lie in a bundle, and what results.json says of them."""
     for model in found:
         about = {"engine_sha256": f"{model} as it is"}
@@ -26,7 +28,7 @@ def lying(folder: Path, found: Found) -> tuple[Bundle, list[str]]:
         model: {"engine_sha256": f"{model} as it is", **one} for model, one in found.items() if one
     }
     (folder / "results.json").write_text(json.dumps({"models": models}))
-    return Bundle(folder, {}), list(found)
+    return Bundle(folder, {"requirement": requirement}), list(found)
 
 
 def of(passed: bool | None = None, p50: float | None = None, batch: int = 1) -> dict[str, Any]:
@@ -58,6 +60,15 @@ def test_the_engine_that_passed_and_won_is_used(
 ) -> None:
     chosen, why = choose_engine(*lying(tmp_path, found))
     assert chosen == model and words in why
+
+
+def test_on_rtx_float16_is_used_until_something_was_measured(tmp_path: Path) -> None:
+    """TensorRT for RTX multiplies no integers."""
+    untried = {"int8": of(), "fp16": of()}
+    assert choose_engine(*lying(tmp_path, untried))[0] == "int8"
+    assert choose_engine(*lying(tmp_path, untried, "tensorrt-rtx>=1.7"))[0] == "fp16"
+    timed = {"int8": of(True, 1.0), "fp16": of(True, 2.0)}
+    assert choose_engine(*lying(tmp_path, timed, "tensorrt-rtx>=1.7"))[0] == "int8"
 
 
 def test_figures_of_an_engine_that_was_built_again_count_for_nothing(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from itertools import product
 
+import onnx_ir as ir
 import pytest
 import torch
 from quantized import SIZE, images, network, section
 
+from care_compress.evaluate.agreement import HeldImages
 from care_compress.export.form import Form, form_for, in_form
+from care_compress.export.variants import Variants
 from care_compress.model.care import build_model
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.ptq import planned
+from care_compress.recipe.sections import DataSection, ExportSection
 from care_compress.recipe.target import load_target
 
 FORMS = [Form(windows, tokens) for windows, tokens in product((False, True), repeat=2)]
@@ -50,3 +54,22 @@ def test_what_is_quantized_keeps_its_form() -> None:
     # Weights alone are quantized too: they are stored as integers.
     _, plan = planned(network(), section({"role": "depthwise", "input": "float"}), SIZE)
     assert form_for(openvino, plan) == Form(windows=False, tokens=True)
+
+
+def test_a_float16_graph_has_the_form_and_float32_where_it_is_needed() -> None:
+    """A Split that the exporter makes of the core belongs to the core: float16 overflows there."""
+    model = build_model("care_nano", 5).eval()
+    variants = Variants(
+        model, rewrite(model), None, held, DataSection(resolution=SIZE), ExportSection()
+    )
+    nodes = list(variants.baseline.graph.graph)
+    assert not any(node.name.endswith("dwconv1") for node in nodes if node.name)
+    core = [node for node in nodes if node.name and ".tokens_first/Split" in node.name]
+    assert core
+    assert all(value.dtype == ir.DataType.FLOAT for node in core for value in node.outputs)
+
+
+def held() -> HeldImages:
+    """Two images, with labels."""
+    pixels = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    return HeldImages(pixels, torch.zeros(2, dtype=torch.long), DataSection(resolution=SIZE))
