@@ -127,6 +127,7 @@ def compiled(path: Path, precision: str) -> dict[str, Any]:
     convolutions = [row for row in built.layers if row.type in ("correlation", "runtime_fusion")]
     wanted = [row for row in convolutions if row.precision == precision.upper()]
     return {
+        "size_bytes": path.stat().st_size,
         "traffic": asdict(built.moved),
         "convolutions": len(wanted),
         "give": dict(sorted(Counter(row.output for row in wanted).items())),
@@ -151,15 +152,18 @@ def table_of(found: dict[str, Any]) -> str:
         f"{found['name']} at {found['resolution']}, {found['library']}, compute capability "
         f"{CAPABILITY}{said}:",
         "",
-        "| graph | kernels | constants, MB | activations, MB | convolutions in its type, and what "
-        f"they give | INT8 to INT8 | quantizers alone | products move, MB |{drop_head}",
-        "|---" * (9 if found["trained"] else 8) + "|",
+        "| graph | file, MB | SQNR with its model, dB | kernels | constants, MB | activations, MB "
+        "| convolutions in its type, and what they give | INT8 to INT8 | quantizers alone "
+        f"| products move, MB |{drop_head}",
+        "|---" * (11 if found["trained"] else 10) + "|",
     ]
     for row in found["rows"]:
         moved, edges = row["traffic"], row["edges"]
         gives = ", ".join(f"{count} {kind}" for kind, count in row["give"].items())
         cells = [
             f"`{row['name']}`",
+            f"{row['size_bytes'] / 1e6:.1f}",
+            f"{row['sqnr_db']:.1f}",
             str(moved["kernels"]),
             f"{moved['constant_bytes'] / 1e6:.1f}",
             f"{moved['activation_bytes'] / 1e6:.1f}",

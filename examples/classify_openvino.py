@@ -18,20 +18,17 @@ if "needs" in about and not re.search("vnni|amx_int8|asimddp", open("/proc/cpuin
     sys.exit(f"{model} needs {about['needs']}, which this processor does not have")
 compiled = openvino.compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
 classes, prepare = json.loads(about["classes"]), json.loads(about["preprocessing"])
-mean, std = np.float32(prepare["mean"]), np.float32(prepare["std"])
-takes_bytes = network.input(0).element_type == openvino.Type.u8  # it normalizes them itself
-resize, side = prepare["resize"], prepare["resolution"]
+mean, std, side = np.float32(prepare["mean"]), np.float32(prepare["std"]), prepare["resolution"]
 
 for picture in pictures:
     image = Image.open(picture)
     image = (ImageOps.exif_transpose(image) if prepare["exif_rotate"] else image).convert("RGB")
-    size = [int(resize * edge / min(image.size)) for edge in image.size]
+    size = [int(prepare["resize"] * edge / min(image.size)) for edge in image.size]
     left, top = (round((edge - side) / 2) for edge in size)
     image = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
     images = np.asarray(image)[None]
-    if not takes_bytes:
+    if network.input(0).element_type != openvino.Type.u8:  # which it normalizes itself
         images = ((np.float32(images) / 255 - mean) / std).transpose(0, 3, 1, 2)
     (logits,) = compiled(np.ascontiguousarray(images))["logits"]
     odds = np.exp(logits - logits.max())
-    best = int(odds.argmax())
-    print(f"{picture}: {classes[best]} ({odds[best] / odds.sum():.1%})")
+    print(f"{picture}: {classes[odds.argmax()]} ({odds.max() / odds.sum():.1%})")

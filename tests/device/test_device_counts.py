@@ -25,6 +25,8 @@ from care_compress.device.timing import Measured, Timing
 class Doubles:
     """A model whose logits are the means of the three colours, a few times over."""
 
+    takes_bytes = False
+
     def __init__(self) -> None:
         self.given: list[int] = []
 

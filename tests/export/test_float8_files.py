@@ -131,7 +131,7 @@ def test_a_gpu_without_such_products_takes_nothing_over_from_one_with_them(tmp_p
         network(),
         kept,
         lambda: HeldImages(pixels, torch.zeros(2), data),
-        SIZE,
+        data,
         ExportSection(),
     )
     thor, orin = (load_target(f"tensorrt-jetson-{board}") for board in ("thor", "orin"))
