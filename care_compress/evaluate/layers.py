@@ -39,6 +39,8 @@ def show_layers(
     shown = sorted(profile.layers, key=lambda layer: -(layer.ms or 0.0))[:SHOWN]
     count = len(profile.layers)
     title = f"The {len(shown)} slowest of {count} layers of {path.name}, batch 1, 1 thread"
+    if not profile.is_timed:
+        title = f"The first {len(shown)} of {count} layers of {path.name}"
     table = Table(title=escape(title), title_justify="left")
     for column in ("layer", "kind", "enters as"):
         table.add_column(column, no_wrap=True)

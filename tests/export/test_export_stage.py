@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fakeboard import fake_host
 from quantized import SIZE, care, images, spoil_weights
 from rich.console import Console
 from tiny import image_folder
 
 from care_compress.cli import main
 from care_compress.data.transforms import normalize
+from care_compress.device.app import main as on_device
 from care_compress.device.manifest import open_bundle
 from care_compress.errors import ExportError, RecipeError, RunError
 from care_compress.evaluate.agreement import Agreement, compare_logits, held_to
+from care_compress.evaluate.device_measurements import import_results
 from care_compress.evaluate.readback import Peak, what_failed
 from care_compress.export import stage as exporting
 from care_compress.export.bundle import unpack_bundle
@@ -326,6 +330,25 @@ def test_a_bundle_has_the_same_bytes_again_and_its_samples_belong_to_its_graphs(
         found = OnnxPredictor(bundle.file(name))(images)
         expected = torch.from_numpy(bundle.array(f"logits_{name}"))
         assert held_to(bundle.limits(name)["sqnr_db"], expected, found).holds
+
+
+@pytest.mark.slow  # ten engines, each run some hundred times
+def test_a_board_tunes_the_bundle_and_its_field_comes_home(runs: Path, tmp_path: Path) -> None:
+    """The real graphs on a stand-in that answers by ONNX Runtime; its times mean nothing."""
+    path = make_bundle(runs, "int8", "tensorrt-jetson-orin", QUIET)
+    folder = unpack_bundle(path, tmp_path)
+    root = tmp_path / "root"
+    root.mkdir()
+    tune = ["tune", "--bundle", str(folder), "--seconds", "0.02"]
+    assert on_device(tune, fake_host(root)) == 0
+    at_home = tmp_path / "int8"
+    shutil.copytree(runs / "int8" / "exports", at_home / "exports")
+    found = import_results(folder / "results.json", at_home)
+    rows = found["candidates"].values()
+    assert {row["model"] for row in rows} == set(open_bundle(folder, ("tensorrt",)).models)
+    assert {row["optimization_level"] for row in rows} == {3, 5}
+    assert all(row["state"] == "passed" and row["speed"] for row in rows)
+    assert found["winner"] in found["candidates"]
 
 
 def test_a_bundle_for_a_cpu_gets_the_float_model_and_has_the_same_bytes_again(

@@ -365,7 +365,7 @@ def _fill(network: Any, path: str) -> None:
         layers.append(
             SimpleNamespace(
                 name=node.name,
-                type=SimpleNamespace(name=_LAYER_TYPES[node.op_type]),
+                type=SimpleNamespace(name=_LAYER_TYPES.get(node.op_type, "OTHER")),
                 num_inputs=len(inputs),
                 num_outputs=1,
                 precision=None,
