@@ -1,10 +1,14 @@
 """Which quantizers have a quantized product in front of them, counted on graphs of our own."""
 
+from pathlib import Path
+
 import onnx
 import onnx_ir as ir
 import pytest
 from quantized import SIZE, images, network
 
+from care_compress.device.build import BuildOptions, build_engine
+from care_compress.device.library import load_library
 from care_compress.export.edges import count_edges
 from care_compress.export.half import write_half
 from care_compress.export.to_onnx import float_graph, put_integers
@@ -68,3 +72,28 @@ def test_a_product_in_float16_moves_two_bytes_a_value() -> None:
         [node], "g", [value("x", half, [1, 2, 3, 3])], [value("y", half, [1, 4, 3, 3])], [weight]
     )
     assert count_edges(onnx.helper.make_model(graph)).product_bytes == 2 * (18 + 36)
+
+
+def test_nvidias_compiler_multiplies_what_each_placement_quantizes(
+    graphs: dict[str, onnx.ModelProto], tmp_path: Path
+) -> None:
+    """Every convolution behind a quantizer is an INT8 kernel, and nothing else is."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    library = load_library("tensorrt_rtx")
+    moved = {}
+    for name, graph in graphs.items():
+        path = tmp_path / "m.onnx"
+        onnx.save(graph, path)
+        precision = "fp16" if name == "float16" else "int8"
+        options = BuildOptions(precision, compute_capabilities=("8.6",))
+        built = build_engine(library, path, options, lambda phase, done: None)
+        assert built.moved is not None
+        moved[name] = built.moved
+        found = [row for row in built.layers if row.type == "correlation"]
+        integers = [row for row in found if row.precision == "INT8"]
+        edges = count_edges(graph)
+        assert len(integers) == edges.integer + edges.alone
+    # Weights in integers are half of those in float16; the last two stages hold most of them.
+    assert moved["as shipped"].constant_bytes < 0.85 * moved["float16"].constant_bytes
+    assert moved["late"].constant_bytes < 0.85 * moved["float16"].constant_bytes
+    assert moved["late"].kernels < moved["as shipped"].kernels
