@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("--data")
     parser.add_argument("--res", type=int)
-    parser.add_argument("--images", type=int, default=2000, help="that placements are scored on")
+    parser.add_argument("--images", type=int, default=500, help="that placements are scored on")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     options = parser.parse_args()
     console, root = Console(), options.runs / "bench" / "engines"
