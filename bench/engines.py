@@ -56,7 +56,7 @@ def main() -> None:
         for arch in ARCHS:
             recipe = recipe_for("int8_ptq", Scale(arch, RESOLUTION), root, ["export.targets=[]"])
             run = finished(recipe, root / arch, "int8_ptq", console).path
-            keep(arch, recipe, run, console)
+            keep(arch, recipe, run, console, trained=False)
     else:
         values: dict[str, object] = {
             "model.checkpoint": str(options.ckpt),
@@ -71,15 +71,15 @@ def main() -> None:
         name = f"{options.ckpt.stem}_{options.res}"
         console.print(f"running {recipe.name} into {root / name}", soft_wrap=True)
         run_recipe(recipe, root / name, "int8_ptq", Console(quiet=True))
-        keep(name, recipe, root / name / "int8_ptq", console)
+        keep(name, recipe, root / name / "int8_ptq", console, trained=True)
     write_page()
 
 
-def keep(name: str, recipe: Recipe, run: Path, console: Console) -> None:
+def keep(name: str, recipe: Recipe, run: Path, console: Console, trained: bool) -> None:
     """Compile one network's graphs; their figures go to docs/performance."""
     found = {
         "name": name,
-        "trained": recipe.data.resolution != RESOLUTION,
+        "trained": trained,
         "resolution": recipe.data.resolution,
         "images": recipe.export.images,
         "library": f"TensorRT for RTX {machine.installed_versions()['tensorrt-rtx']}",

@@ -86,10 +86,11 @@ def place_models(
         name = f"{recipe.precision}{suffix}"
         path = folder / f"{name}.onnx"
         variant.write(path, about)
-        if digest_of(path) in digests:  # of a model that has nothing to move: FP8's depthwise
+        digest = digest_of(path)
+        if digest in digests:  # of a model that has nothing to move: FP8's depthwise
             path.unlink()
             continue
-        digests.add(digest_of(path))
+        digests.add(digest)
         near = compare_logits(variant.logits, held.logits(OnnxPredictor(path)), variant.exact_db)
         if not near.holds:
             raise ExportError(f"{path.name} does not compute what its model does ({near}).", FIX)
