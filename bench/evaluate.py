@@ -34,6 +34,7 @@ from care_compress.evaluate.accuracy import measure_accuracy
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.sections import DataSection
 from care_compress.runtime.artifact import open_predictor
+from care_compress.tasks.classification import Classification
 
 BATCH_SIZE = BATCH_SIZES["cpu"]
 QUIET = Console(quiet=True)
@@ -95,6 +96,7 @@ class Job:
         """The evaluation as ``care-compress accuracy`` does it."""
         return seconds(
             lambda: measure_accuracy(
+                Classification(),
                 self.predict,
                 self.samples,
                 self.data,

@@ -21,7 +21,6 @@ from peers import publish
 from rich.console import Console
 
 from care_compress import machine
-from care_compress.evaluate.intervals import centre_interval
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.files import digest_of, fingerprint, write_text
 from care_compress.machine import git_revision
@@ -29,6 +28,7 @@ from care_compress.model.care import ARCHITECTURES
 from care_compress.recipe.recipe import load_recipe
 from care_compress.runtime.on_openvino import has_bfloat16
 from care_compress.runtime.runners import open_runner
+from care_compress.tasks.intervals import centre_interval
 
 RESOLUTIONS = (128, 224, 320, 512)
 BATCHES = (1, 2, 4, 8, 16)

@@ -27,7 +27,7 @@ from care_compress.quantize.qat import FollowFloat, parameter_groups, prepare_to
 from care_compress.recipe.quantize import QatSection, RangeMethod, TensorSection
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import TrainSection
-from care_compress.train.objective import Classification
+from care_compress.tasks.classification import BothHeads, Classification
 
 METHODS: tuple[RangeMethod, ...] = ("min_max", "percentile", "mse", "entropy")
 
@@ -85,14 +85,14 @@ def qat_ratios(batch_size: int, rounds: int) -> list[float]:
     """A whole QAT step, teacher included, over a whole float step."""
     batch = random_batch(batch_size)
     plan = TrainSection(epochs=10, batch_size=batch_size, learning_rate=1e-4)
-    float_step = trainer_step(
-        build_model("care_s0", CLASSES), Classification(None, None), plan, batch
-    )
+    float_step = trainer_step(build_model("care_s0", CLASSES), BothHeads(None, None), plan, batch)
     compact, model = networks("min_max")
     calibrate(model, [normalize(batch.images, MEAN, STD)], 99.99)
     prepare_to_learn(model)
     section = QatSection(batch_size=batch_size, dampening=0.1)
-    qat_step = trainer_step(model, FollowFloat(compact, section), section, batch, parameter_groups)
+    qat_step = trainer_step(
+        model, FollowFloat(Classification(), compact, section), section, batch, parameter_groups
+    )
     return ratios(interleaved(qat_step, float_step, rounds))
 
 

@@ -24,7 +24,6 @@ from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
-from care_compress.evaluate.pairs import Drop, collect_answers
 from care_compress.files import fingerprint, sha256_file, write_text
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
 from care_compress.pipeline import run_recipe
@@ -38,6 +37,7 @@ from care_compress.slim.cut import cut
 from care_compress.slim.plan import cost_of, make_plan
 from care_compress.slim.refit import refit
 from care_compress.slim.stage import REFIT_BATCH, watched
+from care_compress.tasks.classification import collect_answers
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- begin: written by make bench WHAT=slim -->", "<!-- end: slim -->"
@@ -120,7 +120,7 @@ def in_float(recipe: Recipe, console: Console) -> dict[str, Any]:
         found = collect_answers(predict, baseline, batches, advance).answers
     rows = {}
     for name, answers in found.items():
-        drop = Drop.between(found["whole"].right, answers.right)
+        drop = found["whole"].drop_to(answers)
         rows[name] = {"top1": answers.top1, "drop": [drop.value, drop.low, drop.high]}
     return {"images": len(found["whole"].right), "rows": rows}
 

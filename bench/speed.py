@@ -34,13 +34,13 @@ from care_compress.data.samples import spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.errors import TargetError
 from care_compress.evaluate.latency import Latency, LatencyPlan, measure_latency
-from care_compress.evaluate.pairs import Drop, collect_answers, same_answers
 from care_compress.files import digest_of, fingerprint, size_of, write_text
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.sections import DataSection
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_openvino import has_bfloat16
 from care_compress.runtime.runners import Runner, open_runner
+from care_compress.tasks.classification import collect_answers
 
 ARCHES = ("care_s0", "care_s1", "care_s2")
 RESOLUTION = 224
@@ -265,12 +265,12 @@ def answers_of(
     answers: dict[str, Any] = {key: {"reason": reason} for key, reason in reasons.items()}
     for key, mine in found.items():
         before = found[baseline_of[key]]
-        drop = Drop.between(before.right, mine.right)
+        drop = before.drop_to(mine)
         answers[key] = {
             "images": len(mine.right),
             "top1": round(mine.top1, 2),
             "lost": [round(end, 2) for end in (drop.value, drop.low, drop.high)],
-            "same": round(same_answers(before, mine), 2),
+            "same": round(before.agreement(mine), 2),
         }
     return answers
 

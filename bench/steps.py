@@ -11,9 +11,10 @@ from care_compress.data.loader import Batch
 from care_compress.data.transforms import normalize
 from care_compress.recipe.sections import TrainSection
 from care_compress.run.processes import World
+from care_compress.tasks.classification import Classification
+from care_compress.tasks.task import Objective
 from care_compress.train.display import Silent
 from care_compress.train.loop import Course, Groups, decayed_and_free, set_up, train_step
-from care_compress.train.objective import Objective
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES, SIZE = 10, 96
@@ -37,13 +38,15 @@ def trainer_step(
     """One step of the trainer's loop."""
     course = Course(
         plan=plan,
+        task=Classification(),
+        resolution=SIZE,
         steps_per_epoch=1000,
         num_classes=CLASSES,
         seed=0,
         fingerprint="",
         batches=lambda start: (ready for ready in (batch,)),
         prepare=partial(normalize, mean=MEAN, std=STD),
-        validate=lambda model: (0, 0),
+        validate=lambda model: None,
         groups=groups,
     )
     trainee = set_up(model, plan, World(), groups)

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from care_compress.data.transforms import normalize
 from care_compress.model.care import build_model
 from care_compress.recipe.sections import AugmentSection, TrainSection
+from care_compress.tasks.classification import BothHeads, Classification
 from care_compress.train.display import TrainingDisplay
-from care_compress.train.objective import Classification
 
 
 def bare_step(images_BCHW: Tensor, labels_B: Tensor, plan: TrainSection) -> Callable[[], None]:
@@ -64,11 +64,13 @@ def main() -> None:
     batch = random_batch(options.batch)
     with (
         tempfile.TemporaryDirectory() as curves,
-        TrainingDisplay(Console(quiet=True), Path(curves), 0, 1000) as display,
+        TrainingDisplay(
+            Console(quiet=True), Classification.metric, Path(curves), 0, 1000
+        ) as display,
     ):
         # Everything that is ours switched on: mixing, average, curves.
         model = build_model("care_s0", CLASSES, drop_path_rate=0.05)
-        objective = Classification(None, None)
+        objective = BothHeads(None, None)
         ours = trainer_step(model, objective, plan, batch, display=display)
         bare = bare_step(normalize(batch.images, MEAN, STD), batch.labels, plan)
         pairs = interleaved(ours, bare, options.rounds, options.steps)

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from care_compress.data.samples import Samples
-from care_compress.data.sources import open_samples
 from care_compress.evaluate.accuracy import validating
 from care_compress.evaluate.results import rewrite_table, write_results
 from care_compress.evaluate.run_accuracy import Candidate, evaluated, judging, score
@@ -42,6 +41,7 @@ from care_compress.run.directory import Run
 from care_compress.run.processes import World, join_world
 from care_compress.runtime.artifact import teacher_opener
 from care_compress.slim.stage import Slimmed, slimmed
+from care_compress.tasks.known import labelled
 from care_compress.train.stage import loaded, trained
 
 
@@ -55,7 +55,7 @@ def run_recipe(
     """
     recipe = with_pinned_checkpoint(recipe)
     with _begun(recipe, runs, name, console, repair) as (context, ready):
-        validation = open_samples(recipe.data, "val")  # everything is measured on these images
+        validation = labelled(recipe, "val")  # everything is measured on these images
         if context.world.is_main:
             context.run.record_input("validation_images", validation.fingerprint())
         given = model = _float_model(context, recipe, ready, validation)
@@ -100,7 +100,7 @@ def run_sensitivity(
     recipe = recipe.model_copy(update={"export": nothing})
     ready = preflight(recipe, World(), Console(quiet=True))
     with open_run(Run(runs, name), recipe, World(), console) as context:
-        validation = open_samples(recipe.data, "val")
+        validation = labelled(recipe, "val")
         model = _float_model(context, recipe, ready, validation)
         if recipe.slim is not None:
             model = _slimmed(context, recipe, recipe.slim, model, validation).model

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from care_compress.console import say
 from care_compress.data.loader import BadImages
-from care_compress.data.sources import check_classes, open_samples
+from care_compress.data.sources import check_classes
 from care_compress.errors import RecipeError, RunError, TrainingError
 from care_compress.export.stage import check_targets, chosen_targets, placed
 from care_compress.export.width_times import check_timed, timing
@@ -50,6 +50,7 @@ from care_compress.slim.plan import (
     make_plan as make_slim_plan,
 )
 from care_compress.slim.stage import cost_by, watched
+from care_compress.tasks.known import labelled, task_called
 from care_compress.train.stage import LoadedModel, check_batch_size
 
 # Measured (LOG.md): what a file holds beside its weights grows with the number of sites. Unasked, a
@@ -198,7 +199,7 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
     heal = None if recipe.slim is None else recipe.slim.heal
     trainings = [one for one in (recipe.train, heal, qat) if one is not None]
     if trainings or listed or recipe.slim:
-        samples = open_samples(recipe.data, "train")
+        samples = labelled(recipe, "train")
         for training in trainings:
             check_batch_size(training, len(samples), world)
         if listed:
@@ -218,7 +219,7 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
     whole = start.model if start else model_of(recipe)
     if recipe.slim is not None:
         if start is None and recipe.model.arch is not None:  # of the data's own classes
-            whole = build_model(recipe.model.arch, len(samples.classes))
+            whole = model_of(recipe, len(samples.classes))
         _check_slim(recipe, recipe.slim, whole)
     # Sites are those of the whole network; what is cut has as many, or narrower ones.
     network = rewrite(whole, recipe.rewrite)
@@ -246,12 +247,12 @@ def with_pinned_checkpoint(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def model_of(recipe: Recipe) -> Care:
+def model_of(recipe: Recipe, num_classes: int = 1000) -> Care:
     """The float model that a recipe starts from; an architecture alone gives its shape."""
     if recipe.model.checkpoint is not None:
         return load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
     assert recipe.model.arch is not None
-    return build_model(recipe.model.arch)
+    return build_model(recipe.model.arch, num_classes, kind=task_called(recipe.task).kind)
 
 
 def able_targets(
@@ -326,7 +327,7 @@ def _planned_widths(
             "run it, or give a checkpoint (--ckpt)",
         )
     _check_slim(recipe, section, model)
-    samples, device = open_samples(recipe.data, "train"), torch.device("cpu")
+    samples, device = labelled(recipe, "train"), torch.device("cpu")
     check_classes(samples, model.num_classes)
     quiet = Console(quiet=True)
     seen = watched(recipe, section, model, samples, device, BadImages(), quiet)

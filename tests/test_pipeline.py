@@ -20,13 +20,14 @@ from care_compress.data.loader import BadImages, Batch
 from care_compress.data.samples import spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.errors import DataError
-from care_compress.evaluate.accuracy import count_correct, measure_accuracy
+from care_compress.evaluate.accuracy import measure_accuracy
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
+from care_compress.tasks.classification import count_correct
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -1,70 +1,27 @@
-"""Top-1 and top-5 of any predictor, streaming: memory does not grow with the number of images."""
+"""How any predictor does on the images of a data set, by the metric of its task."""
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from care_compress.console import CheckResult, progress_bar
 from care_compress.data.checks import Contents
 from care_compress.data.loader import CPU, BadImages, Batch, images_at_once, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.errors import DataError, EvaluationError
+from care_compress.errors import DataError
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.run.context import RunContext
 from care_compress.run.processes import World
 from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Predict, Score, Task
 from care_compress.train.loop import Validate
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Counts over a set of images."""
-
-    images: int
-    correct: int
-    correct_in_top5: int
-    broken: int = 0  # answers that are NaN or infinite somewhere; they count as wrong
-
-    def __add__(self, other: "Accuracy") -> "Accuracy":
-        """Counts over both sets."""
-        return Accuracy(
-            self.images + other.images,
-            self.correct + other.correct,
-            self.correct_in_top5 + other.correct_in_top5,
-            self.broken + other.broken,
-        )
-
-    @property
-    def top1(self) -> float:
-        """Percent of images whose highest logit is right."""
-        return 100 * self.correct / self.counted()
-
-    @property
-    def top5(self) -> float:
-        """Percent of images whose label is among the five highest logits."""
-        return 100 * self.correct_in_top5 / self.counted()
-
-    def counted(self) -> int:
-        """Return how many images; none is an error, and so is a model that answers none of them."""
-        if self.images == 0:
-            raise DataError("there was no image to evaluate.", "check the source and its val split")
-        if self.broken == self.images:
-            raise EvaluationError(
-                f"the model answers NaN or infinity to all {self.images:,} images.",
-                "check the checkpoint, data.mean and data.std; a file in float16 may overflow",
-            )
-        return self.images
-
-
-NOTHING = Accuracy(0, 0, 0)
 
 
 def own_share(indices: Sequence[int], batch_size: int, world: World) -> Sequence[int]:
@@ -74,6 +31,7 @@ def own_share(indices: Sequence[int], batch_size: int, world: World) -> Sequence
 
 
 def measure_accuracy(
+    task: Task,
     predict: Predictor,
     samples: Samples,
     data: DataSection,
@@ -84,8 +42,11 @@ def measure_accuracy(
     console: Console,
     device: torch.device = CPU,
     contents: Contents | None = None,
-) -> Accuracy:
-    """Measure `predict` on these images of a data set; `contents` takes their digests."""
+) -> Score | None:
+    """Measure `predict` on these images of a data set; none if not one can be decoded.
+
+    `contents` takes digests of the images.
+    """
     batches = shown_batches(
         samples,
         data,
@@ -97,7 +58,27 @@ def measure_accuracy(
         contents=contents,
     )
     with contextlib.closing(batches):
-        return count_correct(predict, batches)
+        return count(task, predict, batches)
+
+
+@torch.inference_mode()
+def count(task: Task, predict: Predict, batches: Iterable[Batch]) -> Score | None:
+    """Run `predict` over all prepared batches."""
+    return total(task.count(predict(batch.images), batch) for batch in batches)
+
+
+def total(parts: Iterable[Score | None]) -> Score | None:
+    """Add the scores of several batches or processes, some of which may have none."""
+    found = [part for part in parts if part is not None]
+    return sum(found[1:], found[0]) if found else None
+
+
+def whole(parts: Iterable[Score | None]) -> Score:
+    """Add them where there has to be one."""
+    found = total(parts)
+    if found is None:
+        raise DataError("there was no image to evaluate.", "check the source and its val split")
+    return found
 
 
 def shown_batches(
@@ -124,39 +105,9 @@ def shown_batches(
             advance(len(batch.labels))
 
 
-def count_correct(predict: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Accuracy:
-    """Run `predict` over all prepared batches."""
-    return sum((count_batch(predict, batch) for batch in batches), NOTHING)
-
-
-@torch.inference_mode()
-def count_batch(predict: Callable[[Tensor], Tensor], batch: Batch) -> Accuracy:
-    """Run `predict` over one prepared batch."""
-    return hits_of(predict(batch.images), batch.labels).counted()
-
-
-class Hits(NamedTuple):
-    """What became of each image of a batch (B,)."""
-
-    first: Tensor
-    in_top5: Tensor
-    broken: Tensor
-
-    def counted(self) -> Accuracy:
-        """Count each of them."""
-        return Accuracy(len(self.first), *(int(each.sum()) for each in self))
-
-
-def hits_of(logits: Tensor, labels: Tensor) -> Hits:
-    """Tell right, right among the first five, or no answer; NaN would otherwise rank first."""
-    broken = ~torch.isfinite(logits).all(dim=1).cpu()
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu() == labels[:, None]
-    return Hits(ranked[:, 0] & ~broken, ranked.any(dim=1) & ~broken, broken)
-
-
-def answers_check(accuracies: Mapping[str, Accuracy]) -> CheckResult:
+def answers_check(scores: Mapping[str, Score]) -> CheckResult:
     """Check that every answer of these models is a number."""
-    bad = {name: one for name, one in accuracies.items() if one.broken}
+    bad = {name: one for name, one in scores.items() if one.broken}
     if not bad:
         return CheckResult("answers", "fine", "every logit of every model measured is finite")
     items = tuple(f"{name}: {one.broken:,} of {one.images:,}" for name, one in bad.items())
@@ -165,14 +116,18 @@ def answers_check(accuracies: Mapping[str, Accuracy]) -> CheckResult:
     )
 
 
+def metrics_line(task: Task, score: Score) -> list[str]:
+    """Every metric in words, the one that counts first."""
+    return [f"{task.shown[key]} {value:.2f} %" for key, value in score.metrics().items()]
+
+
 def validating(context: RunContext, recipe: Recipe, validation: Samples) -> Validate:
     """Return what a training calls to know how it is doing."""
 
-    def validate(candidate: nn.Module) -> tuple[int, int]:
+    def validate(candidate: nn.Module) -> Score | None:
         chosen = spread_indices(len(validation), recipe.evaluate.images)
         share = chosen[slice(*context.world.share(len(chosen)))]
-        accuracy = measure_module(context, recipe, candidate, validation, share)
-        return accuracy.images, accuracy.correct
+        return measure_module(context, recipe, candidate, validation, share)
 
     return validate
 
@@ -184,9 +139,10 @@ def measure_module(
     validation: Samples,
     indices: Sequence[int],
     contents: Contents | None = None,
-) -> Accuracy:
+) -> Score | None:
     """Measure a torch module on these validation images, all by this process."""
     return measure_accuracy(
+        task_called(recipe.task),
         TorchPredictor(model, len(validation.classes), context.world.device),
         validation,
         recipe.data,

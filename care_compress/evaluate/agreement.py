@@ -10,14 +10,15 @@ from pydantic import ConfigDict
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from care_compress.data.loader import BadImages, pixel_batches
+from care_compress.data.loader import BadImages, Batch, pixel_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.transforms import normalize
 from care_compress.errors import DataError
 from care_compress.model.predictor import Predictor
-from care_compress.quantize.distance import sqnr_db
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.recipe.sections import DataSection
+from care_compress.tasks.distance import sqnr_db
+from care_compress.tasks.task import Drop, Predict, Task
 
 # Rounding to a step is chaotic: a difference in the last bits of a float moves a value by a whole
 # step, and that the next ones. So two exact implementations of one quantized model differ, by how
@@ -40,6 +41,14 @@ class HeldImages:
     pixels_BCHW: Tensor  # uint8
     labels: Tensor
     data: DataSection
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.pixels_BCHW)
+
+    def as_batch(self) -> Batch:
+        """All of them with their labels, for what counts answers."""
+        return Batch(self.pixels_BCHW, self.labels, torch.arange(len(self)))
 
     def only(self, places: Sequence[int]) -> "HeldImages":
         """Return some of them."""
@@ -78,6 +87,7 @@ class Rounded(Interpreter):
 
     def __init__(self, model: QuantizedCare, bits: int) -> None:
         super().__init__(model.graph)
+        self.task = model.task
         self.num_classes = model.num_classes
         self.bits = bits
 
@@ -104,10 +114,11 @@ class Agreement:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")
 
     images: int
-    same: int  # answers
+    same: int  # answers: one for each image, or for each place of each image
     ties: int  # answers that differ between two classes that are equally likely
     sqnr_db: float
     least_db: float  # what is demanded
+    places: int = 1  # of each image that have an answer
 
     @property
     def exact(self) -> bool:
@@ -128,12 +139,12 @@ class Agreement:
     @property
     def percent(self) -> float:
         """Percent of images with the same answer."""
-        return 100 * self.same / self.images
+        return 100 * self.same / (self.images * self.places)
 
     @property
     def holds(self) -> bool:
         """Whether it is near enough to be the same model."""
-        settled = 100 * (self.same + self.ties) / self.images
+        settled = 100 * (self.same + self.ties) / (self.images * self.places)
         return self.sqnr_db >= self.least_db and settled >= LEAST_AGREEMENT
 
     def as_json(self) -> dict[str, Any]:
@@ -154,19 +165,45 @@ def least_db(exact_db: float) -> float:
     return min(MOST_DB, exact_db - TWICE_DB)
 
 
-def compare_logits(reference_NK: Tensor, found_NK: Tensor, exact_db: float = math.inf) -> Agreement:
+def compare_logits(
+    reference_NK: Tensor,
+    found_NK: Tensor,
+    exact_db: float = math.inf,
+    images: int | None = None,
+) -> Agreement:
     """Compare `found` with `reference`; what is no number agrees with nothing.
 
-    `exact_db` is how near two exact implementations come; without it, it is a float model.
+    `exact_db` is how near two exact implementations come; without it, it is a float model. There
+    may be many rows for each of so many `images`.
     """
-    return held_to(least_db(exact_db), reference_NK, found_NK)
+    return held_to(least_db(exact_db), reference_NK, found_NK, images)
 
 
-def held_to(demanded_db: float, reference_NK: Tensor, found_NK: Tensor) -> Agreement:
+def compare_answers(
+    task: Task, reference: Tensor, found: Tensor, exact_db: float = math.inf
+) -> Agreement:
+    """Compare what two implementations of one model answer to the same images."""
+    rows = task.rows(reference), task.rows(found)
+    return compare_logits(*rows, exact_db, len(reference))
+
+
+def drop_between(task: Task, before: Tensor, after: Tensor, held: HeldImages) -> Drop:
+    """What of the metric one set of answers loses against another, on held images."""
+    models: dict[str, Predict] = {"before": lambda images: before, "after": lambda images: after}
+    beside = dict.fromkeys(models, "before")
+    found = task.collect(models, beside, [held.as_batch()], lambda count: None).answers
+    drop: Drop = found["before"].drop_to(found["after"])
+    return drop
+
+
+def held_to(
+    demanded_db: float, reference_NK: Tensor, found_NK: Tensor, images: int | None = None
+) -> Agreement:
     """Compare `found` with `reference`, where it is known how near it has to be."""
-    found_db = sqnr_db(reference_NK, found_NK)
+    found_db, images = sqnr_db(reference_NK, found_NK), images or len(found_NK)
+    places = len(found_NK) // images
     if found_db == -math.inf:
-        return Agreement(len(found_NK), 0, 0, found_db, demanded_db)
+        return Agreement(images, 0, 0, found_db, demanded_db, places)
     answers = found_NK.argmax(dim=1, keepdim=True)
     same = (reference_NK.argmax(dim=1, keepdim=True) == answers).squeeze(1)
     margin = reference_NK.amax(dim=1) - reference_NK.gather(1, answers).squeeze(1)
@@ -174,4 +211,4 @@ def held_to(demanded_db: float, reference_NK: Tensor, found_NK: Tensor) -> Agree
         -(demanded_db + TWICE_DB) / 20
     )
     ties = ~same & (margin <= TIE * deviation)
-    return Agreement(len(found_NK), int(same.sum()), int(ties.sum()), found_db, demanded_db)
+    return Agreement(images, int(same.sum()), int(ties.sum()), found_db, demanded_db, places)

@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from care_compress.console import say, show_checks, widened
-from care_compress.data.sources import open_samples
 from care_compress.device.cpu_app import FLOAT
 from care_compress.device.manifest import precision_of
 from care_compress.device.sensors import is_busy
@@ -40,10 +39,8 @@ from care_compress.evaluate.file_measurements import (
     score,
     time_files,
 )
-from care_compress.evaluate.intervals import Interval
 from care_compress.evaluate.latency import show_machine
 from care_compress.evaluate.layers import kind_table
-from care_compress.evaluate.pairs import Drop
 from care_compress.evaluate.resolve import (
     MakeRun,
     NamedModel,
@@ -56,6 +53,9 @@ from care_compress.files import digest_of, json_text, size_of, write_text
 from care_compress.recipe.sections import BudgetSection, DataSection
 from care_compress.runtime.probe import probe
 from care_compress.shipped import QUANTIZE, quantize_command
+from care_compress.tasks.intervals import Interval
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Drop, Task
 
 WIDTH = 170  # of the tables: wider than the widest row, since rich cuts figures silently
 ALIKE = 0.03  # medians of two measurements of one model on a device differ by about as much
@@ -69,7 +69,8 @@ def run_compare(
     if len({one.name for one in models}) < len(models):
         raise RunError("two of the names mean the same model.", "name different runs")
     data = _common_data(models, options)
-    samples = open_samples(data, "val")
+    task = _common_task(models)
+    samples = task.samples(data, "val")
     _check_files(models, data)
     entries, missing = find_entries(models, options)
     if not entries:
@@ -86,8 +87,8 @@ def run_compare(
                 f"no target runs both {models[0].name} and {one.name}.",
                 "compare two files for one runtime, or two runs",
             )
-    collected = score(entries, models, samples, data, options, console)
-    found = Comparison(data, samples, options, models, entries, missing, collected)
+    collected = score(task, entries, models, samples, data, options, console)
+    found = Comparison(task, data, samples, options, models, entries, missing, collected)
     read_files_back(found, console)
     time_files(found, console)
     profile_files(found, console)
@@ -134,6 +135,18 @@ def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSecti
                 "compare runs on the same data, resolution and crop",
             )
     return wanted
+
+
+def _common_task(models: list[NamedModel]) -> Task:
+    """Return what all of them were made for; a file says it of itself."""
+    first, *others = {one.task: one.name for one in models}.items()
+    if others:
+        (task, name), (other, its) = first, others[0]
+        raise DataError(
+            f"{name} is for {task}, {its} for {other}: nothing of them can be compared.",
+            "compare models of one task",
+        )
+    return task_called(first[0])
 
 
 def _check_files(models: list[NamedModel], data: DataSection) -> None:

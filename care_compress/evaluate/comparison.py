@@ -10,34 +10,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from care_compress import machine
 from care_compress.console import CheckResult, html_table
 from care_compress.data.samples import Samples
 from care_compress.evaluate.device_field import device_field
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
-from care_compress.evaluate.intervals import Interval, mcnemar_p
 from care_compress.evaluate.latency import Latency, LatencyPlan
-from care_compress.evaluate.pairs import (
-    NO_ANSWER,
-    Answers,
-    Collected,
-    Drop,
-    alike,
-    calibration_error,
-    changes,
-    same_answers,
-)
 from care_compress.evaluate.readback import ReadBack
 from care_compress.evaluate.resolve import SIMULATION, NamedModel
 from care_compress.files import digest_of, size_of
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import load_target
 from care_compress.runtime.layer_times import Profile
+from care_compress.tasks.intervals import Interval
+from care_compress.tasks.task import Answers, Collected, Drop, Task
 
 BF16 = " as bf16"  # behind the name of a model that is run with its floats in bfloat16
-LISTED_FLIPS = 100
 # Where a model's own figures are taken, if it runs on several targets.
 FIRST_TARGETS = ("openvino-cpu", "onnxruntime-cpu")
 
@@ -109,13 +97,14 @@ class Budget:
 class Comparison:
     """What is compared on which images, and everything that was found."""
 
+    task: Task
     data: DataSection
     samples: Samples
     options: CompareOptions
     models: list[NamedModel]
     entries: list[Entry]
     missing: dict[tuple[str, str], str]  # (target, model) -> why it cannot run here
-    collected: Collected
+    collected: Collected[Answers]
     latency: dict[tuple[int, int], dict[str, Latency]] = field(default_factory=dict)
     load_seconds: dict[str, float] = field(default_factory=dict)
     layers: dict[str, Profile] = field(default_factory=dict)
@@ -191,12 +180,12 @@ class Comparison:
     def drop(self, target: str, name: str) -> Drop | None:
         """Return top-1 of the baseline minus that of `name`, on this target's files."""
         pair = self.pair(target, name)
-        return None if pair is None else Drop.between(pair[0].right, pair[1].right)
+        return None if pair is None else pair[0].drop_to(pair[1])
 
     def agreement(self, target: str, name: str) -> float | None:
         """Return the percent of answers that are the baseline's, on this target's files."""
         pair = self.pair(target, name)
-        return None if pair is None else same_answers(*pair)
+        return None if pair is None else pair[0].agreement(pair[1])
 
     def speedups(self, target: str, name: str) -> dict[str, Interval]:
         """Return speedups over each of the baseline's settings, batch 1, one thread."""
@@ -212,7 +201,8 @@ class Comparison:
 def comparison_as_json(found: Comparison) -> dict[str, Any]:
     """Return everything that was found."""
     return {
-        "images": len(found.collected.labels),
+        "task": found.task.name,
+        "images": len(found.collected),
         "models": {one.name: _model(found, one) for one in found.models},
         "pairs": [
             pair
@@ -245,8 +235,7 @@ def _model(found: Comparison, one: NamedModel) -> dict[str, Any]:
     answers = None if entry is None else found.collected.answers[entry.key]
     rewrites = one.results.get("rewrites")  # the parameters are the rewritten network's
     return {
-        "top1": None if answers is None else answers.top1,
-        "top5": None if answers is None else answers.top5,
+        **(dict.fromkeys(found.task.shown) if answers is None else answers.metrics()),
         "size_bytes": None if entry is None else size_of(entry.path),
         "params": rewrites[-1]["parameters"] if rewrites else None,
         "precision": None if one.recipe is None else one.recipe.precision,
@@ -261,46 +250,18 @@ def _pair(found: Comparison, target: str, name: str) -> dict[str, Any] | None:
     if pair is None:
         return None
     before, after = pair
-    drop = Drop.between(before.right, after.right)
-    lost, gained = changes(before.right, after.right)
-    flipped = np.flatnonzero(~alike(before, after))
-    labels, classes = found.collected.labels, found.samples.classes
-    per_class = {}
-    for place in np.unique(labels):
-        of = labels == place
-        gone = 100 * float(before.right[of].mean() - after.right[of].mean())
-        per_class[classes[int(place)]] = gone
+    drop = before.drop_to(after)
+    names = found.baseline.name, name
     return {
         "target": target,
         "baseline": found.baseline.name,
         "candidate": name,
         "drop": drop.value,
         "drop_ci95": [drop.low, drop.high],
-        "agreement": same_answers(before, after),
-        "mcnemar_p": mcnemar_p(lost, gained),
-        "lost": lost,
-        "gained": gained,
+        "agreement": before.agreement(after),
         "sqnr_db": after.sqnr_db,
-        "ece": {
-            found.baseline.name: calibration_error(before.confidence, before.right),
-            name: calibration_error(after.confidence, after.right),
-        },
-        "drop_per_class": per_class,
-        "flipped": [
-            {
-                "index": int(found.collected.indices[i]),
-                "label": classes[int(labels[i])],
-                "before": _answer(classes, int(before.first[i])),
-                "after": _answer(classes, int(after.first[i])),
-            }
-            for i in flipped[:LISTED_FLIPS]
-        ],
-        "flipped_in_all": len(flipped),
+        **before.details(after, names, found.collected, found.samples.classes),
     }
-
-
-def _answer(classes: tuple[str, ...], first: int) -> str:
-    return "no number" if first == NO_ANSWER else classes[first]
 
 
 def _target(found: Comparison, target: str) -> dict[str, Any]:
@@ -334,8 +295,7 @@ def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
     return {
         "available": True,
         "why": "",
-        "top1": answers.top1,
-        "top5": answers.top5,
+        **answers.metrics(),
         "not_finite": answers.broken,
         "latency_ms": None if timed is None else timed.percentiles(),
         "throughput": None if timed is None else timed.throughput,

@@ -21,7 +21,7 @@ from torch import Tensor
 from care_compress.console import step_line
 from care_compress.data.loader import CPU, BadImages, Batch, pixel_batches
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.data.sources import check_classes, open_samples
+from care_compress.data.sources import check_classes
 from care_compress.data.transforms import normalize
 from care_compress.errors import CareError
 from care_compress.evaluate.layer_noise import measure_layers
@@ -42,6 +42,7 @@ from care_compress.recipe.sections import DataSection
 from care_compress.run.finished import FinishedRun, read_run
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.tasks.known import labelled
 
 BATCH = 32
 SHOWN = 24  # flipped images with a picture
@@ -175,7 +176,7 @@ def gather(run_dir: Path, results: dict[str, Any], console: Console) -> dict[str
 
 def _measured(run: FinishedRun, model: Path, count: int) -> dict[str, Any]:
     recipe = run.recipe
-    samples = open_samples(recipe.data, "val")
+    samples = labelled(recipe, "val")
     network = load_checkpoint(run.checkpoint, recipe.model.arch)
     before = TorchPredictor(rewrite(network, recipe.rewrite), network.num_classes, CPU)
     check_classes(samples, before.num_classes)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from care_compress.console import say, step_line, widened
 from care_compress.data.loader import CPU, BadImages
-from care_compress.data.sources import check_classes, open_samples
+from care_compress.data.sources import check_classes
 from care_compress.errors import RunError, TargetError
 from care_compress.evaluate.agreement import hold_images
 from care_compress.evaluate.device_measurements import device_measurements
@@ -31,7 +31,6 @@ from care_compress.model.compact import CompactCare
 from care_compress.model.predictor import Predictor
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.artifact import Saved, load_saved
-from care_compress.quantize.distance import EXACT_DB
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.plots import short_name
 from care_compress.quantize.retarget import export_rules, retarget
@@ -43,6 +42,8 @@ from care_compress.run.finished import FinishedRun, find_run
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.shipped import QUANTIZE
+from care_compress.tasks.distance import EXACT_DB
+from care_compress.tasks.known import labelled
 
 FLOAT, REWRITTEN, RESCALED, SIMULATED = "published", "rewritten", "rescaled", "simulated"
 NOT_ALL = "left out: depthwise convs of the interactions, whose channels and bias move"
@@ -277,7 +278,7 @@ def run_fidelity(
     run = find_run(runs, name)
     for target in targets or ():
         load_target(target)  # a misspelt one is an error
-    samples = open_samples(run.recipe.data, "val")
+    samples = labelled(run.recipe, "val")
     with step_line(console) as notify:
         notify("loading every form of the model")
         versions = Versions(run, targets)

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from care_compress.errors import TargetError
 from care_compress.evaluate.agreement import HeldImages, hold_images
 from care_compress.evaluate.comparison import BF16, CompareOptions, Comparison, Entry
 from care_compress.evaluate.latency import measure_latency
-from care_compress.evaluate.pairs import Collected, collect_answers
 from care_compress.evaluate.readback import (
     answers_beside,
     counted_only,
@@ -41,6 +41,7 @@ from care_compress.runtime.on_openvino import has_bfloat16, openvino_devices
 from care_compress.runtime.profile import SECONDS, profile_layers, read_engine_profile
 from care_compress.runtime.runners import Runner, open_runner
 from care_compress.shipped import QUANTIZE
+from care_compress.tasks.task import Collected, Task
 
 BARE = "a file without a run says nothing of the model it was made from"
 OTHER_IMAGES = f"its export was checked on other images; {QUANTIZE} exports it again"
@@ -105,13 +106,14 @@ def _why_not(one: NamedModel, target: str, path: Path | None) -> str:
 
 
 def score(
+    task: Task,
     entries: list[Entry],
     models: list[NamedModel],
     samples: Samples,
     data: DataSection,
     options: CompareOptions,
     console: Console,
-) -> Collected:
+) -> Collected[Any]:
     """Collect every file's answers to the same images, decoded once."""
     first = {entry.target: entry.key for entry in reversed(entries)}
     predictors = {
@@ -131,7 +133,7 @@ def score(
         progress_bar(console, "scoring", len(indices)) as advance,
     ):
         baseline_of = {entry.key: first[entry.target] for entry in entries}
-        return collect_answers(predictors, baseline_of, batches, advance)
+        return task.collect(predictors, baseline_of, batches, advance)
 
 
 def profile_files(found: Comparison, console: Console) -> None:
@@ -173,8 +175,13 @@ def read_files_back(found: Comparison, console: Console) -> None:
                 expected_file = answers_beside(entry.path, one.recipe.precision)
                 if not expected_file.is_file():  # an earlier version's: its counts alone are known
                     here, counted = found.collected.answers[entry.key], one.results["accuracy"]
+                    metric = found.task.metric
                     found.read_backs[entry.key] = counted_only(
-                        here.top1, len(here.right), counted["top1"], counted["images"]
+                        metric,
+                        here.metrics()[metric.key],
+                        len(found.collected),
+                        counted[metric.key],
+                        counted["images"],
                     )
                     continue
                 expected = torch.from_numpy(np.load(expected_file, allow_pickle=False))
@@ -193,7 +200,7 @@ def read_files_back(found: Comparison, console: Console) -> None:
                 export = one.results["exports"][entry.target]
                 least_db = float(export["models"][one.recipe.precision]["least_sqnr_db"])
                 found.read_backs[entry.key] = read_back(
-                    expected, held[count].logits(predict), held[count].labels, least_db
+                    found.task, expected, held[count].logits(predict), held[count], least_db
                 )
     found.failed = _failed(found)
     found.checks += read_back_checks(found.read_backs, found.failed, unread)

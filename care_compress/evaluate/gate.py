@@ -19,10 +19,10 @@ from rich.console import Console
 
 from care_compress.console import listed, one_line, say, shortened
 from care_compress.errors import CareError, RunError
-from care_compress.evaluate.intervals import Interval, drop_interval, negated, sum_interval
 from care_compress.evaluate.stored_comparison import ComparedModel, StoredImages, read_compared
 from care_compress.files import read_json, write_text
 from care_compress.run.finished import FinishedRun, as_written, find_run
+from care_compress.tasks.intervals import Interval, drop_interval, negated, sum_interval
 
 NOT_IN_XML = re.compile("[\ufffe\uffff]")  # the only ones that `one_line` lets through
 UNKNOWN_WEIGHTS = "the baseline does not say of which float weights it is: store it anew"

@@ -23,7 +23,6 @@ from rich.table import Table
 from care_compress import machine
 from care_compress.console import say, step_line
 from care_compress.errors import TargetError
-from care_compress.evaluate.intervals import ratio_interval
 from care_compress.files import digest_of, json_text, size_of, write_text
 from care_compress.quantize.artifact import quantized_header
 from care_compress.runtime.artifact import Size, artifact_path, input_size
@@ -31,6 +30,7 @@ from care_compress.runtime.memory import peak_memory
 from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.probe import probe
 from care_compress.runtime.runners import open_runner
+from care_compress.tasks.intervals import ratio_interval
 
 NOISY = 0.25  # spread of one model's turns, quartile to quartile over median, that says too little
 WARNING = "too noisy to say: other programs had the cores, or clocks moved; measure again"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from care_compress.evaluate.site_outputs import run_graph
-from care_compress.quantize.distance import Distance
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import QuantizedCare
+from care_compress.tasks.distance import Distance
 
 BINS = 32
 HARDEST = 6

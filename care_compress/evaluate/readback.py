@@ -14,9 +14,9 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from care_compress.console import CheckResult
-from care_compress.evaluate.accuracy import hits_of
-from care_compress.evaluate.agreement import Agreement, held_to
-from care_compress.evaluate.intervals import unpaired_interval
+from care_compress.evaluate.agreement import Agreement, HeldImages, held_to
+from care_compress.tasks.intervals import unpaired_interval
+from care_compress.tasks.task import Metric, Task
 
 CHECK = "files beside their models"
 LARGEST_HALF = 65504.0
@@ -54,11 +54,12 @@ class Peak:
 
 @dataclass(frozen=True)
 class ReadBack:
-    """Top-1 of a file here and of its model, in percent, and what tells whether they differ."""
+    """The metric of a file here and of its model, in percent, and what tells them apart."""
 
-    top1: float
+    metric: Metric
+    value: float
     images: int
-    model_top1: float
+    model_value: float
     # Where the model's answers to these very images are known, these decide.
     near: Agreement | None = None
     # 95 %, of model minus file in points; where only the model's top-1 is known, this decides.
@@ -76,7 +77,7 @@ class ReadBack:
 
     def __str__(self) -> str:
         """Both numbers, and how near the answers are."""
-        both = f"top-1 {self.top1:.2f} % where its model has {self.model_top1:.2f} %"
+        both = f"{self.metric.name} {self.value:.2f} % where its model has {self.model_value:.2f} %"
         if self.near is None:
             assert self.interval is not None
             low, high = self.interval
@@ -94,25 +95,29 @@ class ReadBack:
         return {
             "holds": self.holds,
             "images": self.images,
-            "top1": self.top1,
-            "model_top1": self.model_top1,
+            self.metric.key: self.value,
+            f"model_{self.metric.key}": self.model_value,
             **({} if self.near is None else self.near.as_json()),
             **({} if self.interval is None else {"model_minus_file_ci95": list(self.interval)}),
         }
 
 
-def read_back(model_NK: Tensor, file_NK: Tensor, labels: Tensor, least_db: float) -> ReadBack:
-    """Judge a file whose model's logits for the same images are known."""
-    near = held_to(least_db, model_NK, file_NK)
-    right = (int(hits_of(logits_NK, labels).first.sum()) for logits_NK in (file_NK, model_NK))
-    file, model = (100 * count / len(labels) for count in right)
-    return ReadBack(file, len(labels), model, near=near)
+def read_back(
+    task: Task, model: Tensor, file: Tensor, held: HeldImages, least_db: float
+) -> ReadBack:
+    """Judge a file whose model's answers to the same images are known."""
+    near = held_to(least_db, task.rows(model), task.rows(file), len(held))
+    batch, key = held.as_batch(), task.metric.key
+    here, known = (task.count(answers, batch).metrics()[key] for answers in (file, model))
+    return ReadBack(task.metric, here, len(held), known, near=near)
 
 
-def counted_only(top1: float, images: int, model_top1: float, model_images: int) -> ReadBack:
-    """Judge a file whose model is known by its top-1 alone."""
-    interval = unpaired_interval(model_top1, model_images, top1, images)
-    return ReadBack(top1, images, model_top1, interval=interval)
+def counted_only(
+    metric: Metric, value: float, images: int, model_value: float, model_images: int
+) -> ReadBack:
+    """Judge a file whose model is known by its share of right answers alone."""
+    interval = unpaired_interval(model_value, model_images, value, images)
+    return ReadBack(metric, value, images, model_value, interval=interval)
 
 
 def read_back_checks(

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from care_compress.console import say
-from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError, TargetError
 from care_compress.evaluate.comparison import BF16, CompareOptions
 from care_compress.evaluate.file_measurements import find_entries, score
@@ -26,6 +25,7 @@ from care_compress.recipe.recipe import Recipe, load_recipe, parse
 from care_compress.recipe.sections import Count, Section
 from care_compress.recipe.target import load_target
 from care_compress.shipped import shipped
+from care_compress.tasks.known import labelled, task_called
 
 REFERENCE_FILE = shipped("eval/reference.yaml")
 Tolerance = Annotated[float, Field(ge=0)]
@@ -176,7 +176,11 @@ def _measured(
     reasons = {target: why for (target, _), why in missing.items()}
     if not entries:
         return {}, reasons
-    samples = open_samples(one.recipe.data, "val")
-    answers = score(entries, [one], samples, one.recipe.data, options, console).answers
-    found = {e.target: MeasuredFile(answers[e.key].top1, size_of(e.path)) for e in entries}
+    task = task_called(one.recipe.task)
+    samples = labelled(one.recipe, "val")
+    answers = score(task, entries, [one], samples, one.recipe.data, options, console).answers
+    found = {
+        e.target: MeasuredFile(answers[e.key].metrics()[task.metric.key], size_of(e.path))
+        for e in entries
+    }
     return found, reasons

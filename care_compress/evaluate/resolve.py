@@ -7,17 +7,19 @@ several runs mean the newest one on the same model and images as the others.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 
+from care_compress.data.loader import CPU
 from care_compress.errors import CareError
 from care_compress.files import read_json
 from care_compress.recipe.recipe import Precision, Recipe, load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.run.finished import FinishedRun, as_written, read_run
-from care_compress.runtime.artifact import CHECKPOINT_SUFFIXES
+from care_compress.runtime.artifact import CHECKPOINT_SUFFIXES, open_predictor
 
 # The target whose runtime reads a bare file.
 READERS = {".onnx": "onnxruntime-cpu", ".xml": "openvino-cpu"}
@@ -40,6 +42,14 @@ class NamedModel:
         """Those it has a file for, and those whose export failed."""
         exports = self.results.get("exports", {})
         return [*self.files, *(target for target, one in exports.items() if "failed" in one)]
+
+    @cached_property
+    def task(self) -> str:
+        """What it answers; a file without a run says it of itself."""
+        if self.recipe is not None:
+            return self.recipe.task
+        (path,) = self.files.values()
+        return open_predictor(str(path), CPU).task
 
     @property
     def checkpoint_sha256(self) -> str | None:
@@ -140,6 +150,7 @@ def float_recipe_of(candidate: NamedModel) -> Recipe:
         assert candidate.run is not None
         checkpoint = str(candidate.run / "float" / "model.safetensors")
     values: dict[str, object] = {
+        "task": start.task,
         "model": {"checkpoint": checkpoint, "arch": start.model.arch},
         "data": start.data.model_dump(mode="json"),
         "evaluate": start.evaluate.model_dump(mode="json"),

@@ -13,7 +13,7 @@ from rich.table import Table
 from care_compress.console import CheckResult, show_checks
 from care_compress.data.checks import coverage_check, overlap_checks
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.evaluate.accuracy import answers_check
+from care_compress.evaluate.accuracy import answers_check, metrics_line
 from care_compress.evaluate.readback import exports_check
 from care_compress.evaluate.run_accuracy import Scores, seen_images
 from care_compress.evaluate.slim_accuracy import SLIM
@@ -24,6 +24,7 @@ from care_compress.quantize.stages import CALIBRATION_FILE
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
 from care_compress.shipped import COMPARE
+from care_compress.tasks.known import task_called
 
 UNREADABLE = "health.json is not beside the model: make the run again under another --name"
 
@@ -50,7 +51,8 @@ def write_results(
         "run": context.run.name,
         "recipe": recipe.name,
         "precision": recipe.precision,
-        "accuracy": {"images": accuracy.images, "top1": accuracy.top1, "top5": accuracy.top5},
+        "task": recipe.task,
+        "accuracy": {"images": accuracy.images, **accuracy.metrics()},
         "rewrites": [{"name": step.name, **asdict(step.cost)} for step in steps],
         "data": {
             "source": recipe.data.source,
@@ -141,7 +143,7 @@ def _quantized(context: RunContext, recipe: Recipe, scores: Scores) -> dict[str,
         "energy_mj": plan.energy_mj,
     }
     return {
-        "float": {"top1": baseline.top1, "top5": baseline.top5},
+        "float": baseline.metrics(),
         "backend": recipe.quantize.backend,
         "kept": best.name,
         "model": str(best.path.relative_to(context.run.path)),
@@ -172,11 +174,12 @@ def _tell(
     console, accuracy, best = context.console, scores.accuracy, scores.best
     if budget is not None and not budget["met"]:
         limit = budget["max_top1_drop"]
-        console.print(f"[yellow]the drop in top-1 is over the budget of {limit} points[/]")
+        what = task_called(recipe.task).metric.name
+        console.print(f"[yellow]the drop in {what} is over the budget of {limit} points[/]")
     if best is None or recipe.quantize is None:
+        first, *others = metrics_line(task_called(recipe.task), accuracy)
         console.print(
-            f"[bold]top-1 {accuracy.top1:.2f} %[/]  top-5 {accuracy.top5:.2f} %  "
-            f"on {accuracy.images:,} images (float32)"
+            f"[bold]{first}[/]  {'  '.join(others)}  on {accuracy.images:,} images (float32)"
         )
         return
     measured = "the file" if recipe.quantize.backend == "nncf" else "the simulation"

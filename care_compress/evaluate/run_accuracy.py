@@ -4,12 +4,10 @@ Each process counts its share of the images, so all of a run's processes must co
 """
 
 import contextlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,14 +15,11 @@ from care_compress.data.checks import Contents
 from care_compress.data.loader import images_at_once
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.evaluate.accuracy import (
-    NOTHING,
-    Accuracy,
     measure_module,
     own_share,
     shown_batches,
+    whole,
 )
-from care_compress.evaluate.intervals import drop_interval
-from care_compress.evaluate.pairs import Paired, count_pairs
 from care_compress.files import digest_of, write_text
 from care_compress.model.checkpoint import state_digest
 from care_compress.model.compact import CompactCare
@@ -39,9 +34,10 @@ from care_compress.run.processes import World
 from care_compress.run.stages import Json, once, recipe_parts
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Pair, Score
 
 SEEN_FILE = "validation.digests"
-_PAIRED = TypeAdapter(Paired)
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Candidate:
 
     name: str  # ptq, qat
     path: Path
-    paired: Paired
+    paired: Pair
     plan: Plan | None  # of a backend that leaves its placement to the recipe's rules
 
 
@@ -58,7 +54,7 @@ class Candidate:
 class Scores:
     """How the models of a run did, and which of them is kept."""
 
-    accuracy: Accuracy  # of the kept one, or of the float model where nothing was quantized
+    accuracy: Score  # of the kept one, or of the float model where nothing was quantized
     candidates: tuple[Candidate, ...] = ()
     best: Candidate | None = None
 
@@ -77,22 +73,20 @@ def score(
     # beyond doubt worse than the one it started from is that one kept.
     best = tried[-1]
     for one in tried[:-1]:
-        lost = best.paired.lost + one.paired.gained
-        gained = best.paired.gained + one.paired.lost
-        if drop_interval(lost, gained, best.paired.images)[0] > 0:
+        if best.paired.is_below(one.paired):
             best = one
     before, console = tried[0].paired.baseline, context.console
+    shown = task_called(recipe.task).shown
     table = Table(title=f"On {before.images:,} validation images", title_justify="left")
     table.add_column("model")
-    for column in ("top-1", "top-5", "drop [95 %]", "same answer", "logit SQNR"):
+    for column in (*shown.values(), "drop [95 %]", "same answer", "logit SQNR"):
         table.add_column(column, justify="right")
-    table.add_row("float", f"{before.top1:.2f} %", f"{before.top5:.2f} %", "", "", "")
+    table.add_row("float", *(f"{before.metrics()[key]:.2f} %" for key in shown), "", "", "")
     for one in tried:
         paired, (low, high) = one.paired, one.paired.drop_ci95
         table.add_row(
             f"{one.name} (kept)" if one is best else one.name,
-            f"{paired.candidate.top1:.2f} %",
-            f"{paired.candidate.top5:.2f} %",
+            *(f"{paired.candidate.metrics()[key]:.2f} %" for key in shown),
             f"{paired.drop:.2f} [{low:.2f}, {high:.2f}]",
             f"{paired.agreement:.2f} %",
             f"{paired.distance.sqnr_db:.1f} dB",
@@ -109,8 +103,9 @@ def score(
 
 def _float_accuracy(
     context: RunContext, recipe: Recipe, compact: CompactCare, validation: Samples
-) -> Accuracy:
+) -> Score:
     """Measure the model of a recipe that quantizes nothing."""
+    task = task_called(recipe.task)
 
     def measure() -> Json:
         chosen = spread_indices(len(validation), recipe.evaluate.images)
@@ -118,14 +113,14 @@ def _float_accuracy(
             share = own_share(chosen, _batch_size(context, recipe), context.world)
             mine = measure_module(context, recipe, compact, validation, share, context.seen)
             _keep_seen(context, validation)
-            return asdict(sum(context.world.gathered(mine), NOTHING))
+            return task.record_of_score(whole(context.world.gathered(mine)))
 
     made_from = {
         **recipe_parts(recipe)["evaluate"],
         "float model": state_digest(compact.state_dict()),
         "validation images": validation.content_digest(),
     }
-    return Accuracy(**once(context, "evaluate", made_from, measure, together=True))
+    return task.score_of(once(context, "evaluate", made_from, measure, together=True))
 
 
 def evaluated(
@@ -139,6 +134,7 @@ def evaluated(
     """Read a quantized model that was written, and measure it beside the float one."""
     section, device = recipe.quantize, context.world.device
     assert section is not None
+    task = task_called(recipe.task)
     simulated = None if section.backend == "nncf" else load_quantized(path)
 
     def measure() -> Json:
@@ -146,8 +142,7 @@ def evaluated(
             predict = open_predictor(str(path), device)
         else:
             predict = TorchPredictor(simulated, simulated.num_classes, device)
-        found = _compared(context, recipe, compact, predict, validation)
-        return json.loads(_PAIRED.dump_json(found))
+        return task.record_of(_compared(context, recipe, compact, predict, validation))
 
     made_from = {
         **recipe_parts(recipe)["evaluate"],
@@ -157,7 +152,7 @@ def evaluated(
     }
     record = once(context, f"evaluate {name}", made_from, measure, together=True)
     plan = None if simulated is None else simulated.plan
-    return Candidate(name, path, _PAIRED.validate_python(record), plan)
+    return Candidate(name, path, task.pair_of(record), plan)
 
 
 def judging(context: RunContext, recipe: Recipe, compact: CompactCare) -> Judge:
@@ -179,7 +174,7 @@ def _compared(
     model: Predictor,
     samples: Samples,
     indices: Sequence[int] | None = None,
-) -> Paired:
+) -> Pair:
     """Compare a quantized model with the float one; on those validation images the recipe says.
 
     `indices` are of other images, on which something is chosen.
@@ -199,11 +194,11 @@ def _compared(
         )
         baseline = TorchPredictor(compact, len(samples.classes), world.device)
         with contextlib.closing(batches):  # both models see each image, decoded once
-            mine = count_pairs(baseline, model, batches)
+            mine = task_called(recipe.task).count_pairs(baseline, model, batches)
         if indices is None:
             _keep_seen(context, samples)
         first, *others = world.gathered(mine)
-        return sum(others, first)
+        return sum(others, first).settled()
 
 
 def _batch_size(context: RunContext, recipe: Recipe) -> int:

@@ -9,7 +9,7 @@ import json
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -18,14 +18,15 @@ from care_compress import machine
 from care_compress.console import progress_bar, show_checks
 from care_compress.data.loader import BadImages, images_at_once, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.data.sources import check_classes, open_samples
+from care_compress.data.sources import check_classes
 from care_compress.errors import Stopped
 from care_compress.evaluate.accuracy import (
-    NOTHING,
-    Accuracy,
     answers_check,
-    count_batch,
+    count,
+    metrics_line,
     own_share,
+    total,
+    whole,
 )
 from care_compress.files import digest_of, fingerprint, json_text, read_json, write_text
 from care_compress.model.predictor import Predictor
@@ -33,6 +34,8 @@ from care_compress.recipe.sections import DataSection
 from care_compress.run.processes import World, join_world
 from care_compress.runtime.artifact import artifact_path, open_predictor
 from care_compress.runtime.probe import probe
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Score, Task
 
 SECONDS = 10.0  # between states; what is lost when a process is killed
 
@@ -42,26 +45,29 @@ class ScoringProgress:
     """What one process has counted so far."""
 
     done: int = 0  # of its images, in whole batches
-    accuracy: Accuracy = NOTHING
+    accuracy: Score | None = None
     skipped: dict[str, str] = field(default_factory=dict)  # name to what is wrong with it
 
 
 class ProgressFile:
     """One process's state on disk; nothing is kept without a path."""
 
-    def __init__(self, path: Path | None, evaluation: str) -> None:
+    def __init__(self, task: Task, path: Path | None, evaluation: str) -> None:
+        self.task = task
         self.path = path
         self.evaluation = evaluation  # fingerprint of all that decides the numbers
         self.is_of_another = False  # found when it is read
         self._written = time.monotonic()
 
     @classmethod
-    def beside(cls, json_file: Path | None, world: World, evaluation: str) -> "ProgressFile":
+    def beside(
+        cls, task: Task, json_file: Path | None, world: World, evaluation: str
+    ) -> "ProgressFile":
         """Open the file of this process: a share of other processes is another evaluation."""
         if json_file is None:
-            return cls(None, evaluation)
+            return cls(task, None, evaluation)
         process = "" if world.size == 1 else f"-{world.rank}-of-{world.size}"
-        return cls(json_file.with_name(f"{json_file.name}.progress{process}"), evaluation)
+        return cls(task, json_file.with_name(f"{json_file.name}.progress{process}"), evaluation)
 
     def read(self) -> ScoringProgress:
         """Read where the same evaluation was interrupted; the beginning, if it was not."""
@@ -70,9 +76,9 @@ class ProgressFile:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: not ours to continue
             found = read_json(self.path)
             if found["evaluation"] == self.evaluation:
-                return ScoringProgress(
-                    found["done"], Accuracy(**found["accuracy"]), found["skipped"]
-                )
+                known = found["accuracy"]
+                score = None if known is None else self.task.score_of(known)
+                return ScoringProgress(found["done"], score, found["skipped"])
         self.is_of_another = True
         return ScoringProgress()
 
@@ -84,7 +90,14 @@ class ProgressFile:
     def write(self, progress: ScoringProgress) -> None:
         """Write now."""
         if self.path is not None:
-            content = {"evaluation": self.evaluation, **asdict(progress)}
+            score = progress.accuracy
+            known = None if score is None else self.task.record_of_score(score)
+            content = {
+                "evaluation": self.evaluation,
+                "done": progress.done,
+                "accuracy": known,
+                "skipped": progress.skipped,
+            }
             write_text(self.path, json.dumps(content) + "\n")
         self._written = time.monotonic()
 
@@ -107,7 +120,7 @@ def measure_artifact(
     batch_size: int | None,
     json_file: Path | None,
     console: Console,
-) -> Accuracy:
+) -> Score:
     """Score one file on the validation images of a source, and say so."""
     path = artifact_path(artifact)
     with join_world() as world:
@@ -117,7 +130,8 @@ def measure_artifact(
             threads = max(1, len(machine.usable_cores()) // world.local_size)
         probe(path, data.resolution)
         predict = open_predictor(artifact, world.device, threads)
-        samples = open_samples(data, "val")
+        task = task_called(predict.task)
+        samples = task.samples(data, "val")
         check_classes(samples, predict.num_classes)
         # On a CPU memory of larger batches is new each time, and the system clears it first: at
         # 224 that costs more than everything else beside the network (LOG.md).
@@ -128,22 +142,20 @@ def measure_artifact(
         about = data.model_dump(mode="json", exclude={"workers"})
         asked = [digest_of(path), images, world.rank, world.size]
         given = [about, samples.content_digest(), batch_size, world.device.type]
-        state = ProgressFile.beside(json_file, world, fingerprint([*asked, *given]))
+        state = ProgressFile.beside(task, json_file, world, fingerprint([*asked, *given]))
         mine = _score(predict, job, state, world, console)
         every = world.gathered(mine)
-        accuracy = sum((one.accuracy for one in every), NOTHING)
+        accuracy = whole(one.accuracy for one in every)
         skipped = {name: why for one in every for name, why in one.skipped.items()}
         for name, reason in skipped.items():
             console.print(f"skipped {name}: {reason}", markup=False)
         show_checks([answers_check({"the model": accuracy})], console)
-        shares = f"top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %"
-        console.print(f"{shares}  on {accuracy.images:,} images")
+        console.print(f"{'  '.join(metrics_line(task, accuracy))}  on {accuracy.images:,} images")
         if json_file is not None and world.is_main:
             result = {
                 "artifact": artifact,
                 "images": accuracy.images,
-                "top1": accuracy.top1,
-                "top5": accuracy.top5,
+                **accuracy.metrics(),
                 "not_finite": accuracy.broken,
                 "skipped_images": skipped,
                 "data": data.model_dump(mode="json"),
@@ -192,7 +204,7 @@ def _score(
         ):
             advance(so_far.done)
             for batch in batches:
-                accuracy = so_far.accuracy + count_batch(predict, batch)
+                accuracy = total((so_far.accuracy, count(state.task, predict, [batch])))
                 # Bad images are no part of a batch, but its last image tells which batch it is.
                 number = bisect_left(indices, int(batch.indices[-1])) // job.batch_size
                 done = min((number + 1) * job.batch_size, len(indices))

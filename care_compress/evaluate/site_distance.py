@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from care_compress.evaluate.site_outputs import Taken, run_module, tap_file
-from care_compress.quantize.distance import Distance, sqnr_db
+from care_compress.tasks.distance import Distance, sqnr_db
 
 NEAR_DB = 80.0  # above it only the order of float sums differs
 

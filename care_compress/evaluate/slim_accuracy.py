@@ -19,7 +19,6 @@ from care_compress.data.loader import images_at_once
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.errors import DataError
 from care_compress.evaluate.accuracy import own_share, shown_batches
-from care_compress.evaluate.pairs import Drop, collect_answers
 from care_compress.evaluate.run_accuracy import Candidate
 from care_compress.files import digest_of
 from care_compress.model.care import Care
@@ -32,6 +31,7 @@ from care_compress.run.stages import Json, once, recipe_parts
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.slim.stage import Slimmed
+from care_compress.tasks.classification import collect_answers, drop_between
 
 GIVEN, TRAINED, SLIM = "float", "float, trained as long", "slim"
 
@@ -97,7 +97,7 @@ def score_slim(
         found = {}
         for name in models:
             against = GIVEN if name in (GIVEN, TRAINED) else held_to
-            drop = Drop.between(right[against], right[name])
+            drop = drop_between(right[against], right[name])
             found[name] = {
                 "images": len(right[name]),
                 "top1": 100 * float(right[name].mean()),

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from care_compress.console import listed, shortened
 from care_compress.errors import RunError
-from care_compress.evaluate.intervals import Interval
 from care_compress.files import MOST_JSON, read_text
+from care_compress.tasks.intervals import Interval
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Points = Annotated[float, Field(ge=-100, le=100)]

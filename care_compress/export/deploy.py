@@ -22,7 +22,7 @@ from care_compress.evaluate.agreement import (
     MOST_DB,
     TWICE_DB,
     HeldImages,
-    compare_logits,
+    compare_answers,
 )
 from care_compress.evaluate.device_measurements import counted_threads, import_results
 from care_compress.evaluate.readback import answers_beside
@@ -239,7 +239,9 @@ def with_float(
     )
     path = folder / f"{FLOAT}{'.xml' if target.runtime == 'openvino' else '.onnx'}"
     variant.write(path, about)
-    near = compare_logits(variant.logits, images.logits(open_predictor(str(path), CPU)))
+    near = compare_answers(
+        variants.task, variant.logits, images.logits(open_predictor(str(path), CPU))
+    )
     if not near.holds:
         raise ExportError(f"{path.name} does not compute what the float model does ({near}).", FIX)
     return replace(

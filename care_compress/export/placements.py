@@ -20,11 +20,9 @@ from torch import Tensor
 from care_compress.console import widened
 from care_compress.data.loader import BadImages
 from care_compress.data.samples import spread_indices
-from care_compress.data.sources import open_samples
+from care_compress.tasks.known import labelled
 from care_compress.errors import ExportError, RunError
-from care_compress.evaluate.accuracy import hits_of
-from care_compress.evaluate.agreement import Agreement, compare_logits, hold_images
-from care_compress.evaluate.pairs import Drop
+from care_compress.evaluate.agreement import Agreement, compare_answers, drop_between, hold_images
 from care_compress.export.edges import Edges, count_edges
 from care_compress.export.result import About
 from care_compress.export.to_onnx import FIX
@@ -36,6 +34,7 @@ from care_compress.recipe.target import AS_SHIPPED, Target
 from care_compress.run.finished import FinishedRun
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.shipped import QUANTIZE
+from care_compress.tasks.task import Drop
 
 WIDTH = 110
 
@@ -66,7 +65,7 @@ def place_models(
     recipe, data = run.recipe, run.recipe.data
     model = load_checkpoint(run.checked_checkpoint(), recipe.model.arch)
     notify("reading the images that files are compared on")
-    samples = open_samples(data, "val")
+    samples = labelled(recipe, "val")
     held = hold_images(samples, data, recipe.export.images, BadImages())
     bundled = spread_indices(len(held.labels), len(pixels_NCHW))
     if not torch.equal(held.pixels_BCHW[bundled], torch.from_numpy(pixels_NCHW)):
@@ -77,7 +76,7 @@ def place_models(
     export = recipe.export.model_copy(update={"target_rules": True})
     network = rewrite(model, recipe.rewrite)
     variants = Variants(model, network, run.kept, lambda: held, data, export)
-    right = hits_of(variants.float_logits, held.labels).first.numpy()
+    task = variants.task
     found, digests = {}, set[str]()
     for placement in (AS_SHIPPED, *target.placements):
         notify(f"placing: {placement}")
@@ -91,10 +90,12 @@ def place_models(
             path.unlink()
             continue
         digests.add(digest)
-        near = compare_logits(variant.logits, held.logits(OnnxPredictor(path)), variant.exact_db)
+        near = compare_answers(
+            task, variant.logits, held.logits(OnnxPredictor(path)), variant.exact_db
+        )
         if not near.holds:
             raise ExportError(f"{path.name} does not compute what its model does ({near}).", FIX)
-        drop = Drop.between(right, hits_of(variant.logits, held.labels).first.numpy())
+        drop = drop_between(task, variants.float_logits, variant.logits, held)
         edges = count_edges(onnx.load(path))
         found[name] = PlacedModel(path, near, drop, edges, variant.logits[bundled])
     return found

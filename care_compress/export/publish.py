@@ -19,7 +19,6 @@ from rich.markup import escape
 from care_compress.console import listed, one_line
 from care_compress.errors import RunError
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
-from care_compress.evaluate.intervals import wilson
 from care_compress.evaluate.slim_accuracy import GIVEN, TRAINED
 from care_compress.export.deploy import checked_files
 from care_compress.export.to_onnx import FREE
@@ -30,6 +29,7 @@ from care_compress.quantize.artifact import quantized_header
 from care_compress.recipe.target import Target, load_target
 from care_compress.run.finished import FinishedRun, as_written, find_run
 from care_compress.shipped import COMPARE, QUANTIZE, VERSION, shipped
+from care_compress.tasks.intervals import wilson
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

@@ -22,13 +22,12 @@ from torch import Tensor
 from care_compress import machine
 from care_compress.console import step_line
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.data.sources import open_samples
 from care_compress.device.build import RTX_COMPUTE_CAPABILITIES, BuildOptions
 from care_compress.device.deploy import build_file
 from care_compress.device.library import load_library
 from care_compress.device.problems import DeployError, TensorRtMissingError
 from care_compress.errors import ExportError, RecipeError, TargetError
-from care_compress.evaluate.agreement import HeldImages, compare_logits, hold_images
+from care_compress.evaluate.agreement import HeldImages, compare_answers, hold_images
 from care_compress.evaluate.readback import answers_beside
 from care_compress.evaluate.site_distance import first_divergence
 from care_compress.export.half import highest_half
@@ -53,6 +52,7 @@ from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.runtime.on_openvino import OpenVinoPredictor
 from care_compress.runtime.profile_openvino import executed_layers, integer_macs, quantized_macs
 from care_compress.shipped import install_command
+from care_compress.tasks.known import labelled
 
 LOOKED_AT = 32  # check images, and calibration images, for the range of float16
 SAMPLES = 64  # images that travel to a device
@@ -311,7 +311,7 @@ class Exporter:
         """Read the file back and compare it; one of the same bytes was compared already."""
         self.context.run.record_output(path)
         key, images, as_float = digest_of(path), self.variants.images, self.variants.float_logits
-        module, logits = made_from.module, made_from.logits
+        task, module, logits = self.variants.task, made_from.module, made_from.logits
         if isinstance(module, QuantizedCare):
             sites = [decision.site.name for decision in module.plan.decisions]
             macs = sum(d.site.macs for d in module.plan.decisions if d.in_integers)
@@ -319,7 +319,8 @@ class Exporter:
         else:
             sites = [name for name, _ in module.named_modules()]
         if key not in self.compared:
-            near, where = compare_logits(logits, images.logits(read()), made_from.exact_db), ""
+            answers = images.logits(read())
+            near, where = compare_answers(task, logits, answers, made_from.exact_db), ""
             if not near.holds:
                 where = first_divergence(module, path, sites, next(images.batches(1)))
             few = spread_indices(len(images.labels), LOOKED_AT)
@@ -328,7 +329,7 @@ class Exporter:
             self.compared[key] = File(path, near, where, peak)
         done.files[name] = replace(self.compared[key], path=path)
         if name == self.precision:
-            done.answers_as_float = compare_logits(as_float, logits).percent
+            done.answers_as_float = compare_answers(task, as_float, logits).percent
         # On the images that travel to a board; or on all, so that any processor can read it back.
         answers = logits[self._samples] if done.target.is_engine else logits
         self._save(answers_beside(path, name), answers.float().numpy())
@@ -387,7 +388,7 @@ def exporter_for(
 
     def calibrated_on() -> Iterator[Tensor]:
         if listed.is_file():
-            chosen = read_list(listed, open_samples(recipe.data, "train"))
+            chosen = read_list(listed, labelled(recipe, "train"))
             few = replace(chosen, indices=chosen.indices[:LOOKED_AT])
             yield from few.batches(recipe.data, LOOKED_AT, CPU)
 

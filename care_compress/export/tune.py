@@ -18,13 +18,9 @@ from rich.table import Table
 from care_compress import machine
 from care_compress.console import step_line, widened
 from care_compress.data.samples import Samples
-from care_compress.data.sources import open_samples
 from care_compress.errors import ExportError, RunError, TargetError
-from care_compress.evaluate.accuracy import hits_of
-from care_compress.evaluate.agreement import HeldImages, hold_images
-from care_compress.evaluate.intervals import Interval
+from care_compress.evaluate.agreement import HeldImages, drop_between, hold_images
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
-from care_compress.evaluate.pairs import Drop
 from care_compress.export.result import WIDTH, Exported
 from care_compress.export.stage import check_exports, exporter_for
 from care_compress.export.variants import CPU, Variants
@@ -52,6 +48,9 @@ from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.runners import open_runner
 from care_compress.shipped import COMPARE
+from care_compress.tasks.intervals import Interval
+from care_compress.tasks.known import labelled
+from care_compress.tasks.task import Drop
 
 
 @dataclass(frozen=True)
@@ -224,10 +223,10 @@ def _open_bench(
     export = recipe.export.model_copy(update={"target_rules": True})
     recipe = recipe.model_copy(update={"export": export})
     context = RunContext(run, World(), console)
-    validation = open_samples(recipe.data, "val")
+    validation = labelled(recipe, "val")
     model = load_checkpoint(finished.checked_checkpoint(), recipe.model.arch)
     images = hold_images(validation, recipe.data, recipe.export.images, context.bad)
-    chosen = read_list(run.path / CALIBRATION_FILE, open_samples(recipe.data, "train"))
+    chosen = read_list(run.path / CALIBRATION_FILE, labelled(recipe, "train"))
     judges = hold_images(
         chosen.samples, recipe.data, None, context.bad, chosen.held_back(options.images)
     )
@@ -248,9 +247,9 @@ def _tried(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
     with temporary_folder(bench.record) as folder, step_line(bench.context.console) as notify:
         drops, runners = {}, {}
         example = next(bench.images.batches(1))
-        labels, network = bench.judges.labels, bench.variants.compact
+        network = bench.variants.compact
         as_float = TorchPredictor(network, bench.variants.model.num_classes, CPU)
-        before = hits_of(bench.judges.logits(as_float), labels).first.numpy()
+        before = bench.judges.logits(as_float)
         for name in names:
             notify(f"exporting: {name}")
             with Run(folder, name).open(bench.recipe, {}) as run:
@@ -258,8 +257,8 @@ def _tried(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
             path = done.files[bench.recipe.precision].path
             # Scored in the setting in which it is timed.
             predict = open_predictor(str(path), CPU, precision=precision)
-            after = hits_of(bench.judges.logits(predict), labels).first.numpy()
-            drops[name] = Drop.between(before, after)
+            after = bench.judges.logits(predict)
+            drops[name] = drop_between(bench.variants.task, before, after, bench.judges)
             runners[name] = open_runner(path, example, 1, precision, "CPU").run
         notify("timing")
         timed = measure_latency(runners, 1, options.latency)

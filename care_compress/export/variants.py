@@ -36,12 +36,14 @@ from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.artifact import Saved, load_saved
-from care_compress.quantize.distance import sqnr_db
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.retarget import export_rules, retarget
 from care_compress.recipe.sections import DataSection, ExportSection, RewriteSection
 from care_compress.recipe.target import Target
 from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.tasks.distance import sqnr_db
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Task
 
 CPU = torch.device("cpu")
 EXACT_IMAGES = 64  # that two exact implementations are compared on
@@ -91,6 +93,11 @@ class Variants:
     section: ExportSection
     made: dict[str, Variant] = field(default_factory=dict)
     graphs: dict[Form, ir.Model] = field(default_factory=dict)  # in float
+
+    @property
+    def task(self) -> Task:
+        """What the model was made for."""
+        return task_called(self.model.task)
 
     @cached_property
     def images(self) -> HeldImages:

@@ -18,7 +18,6 @@ from rich.console import Console
 from care_compress import machine
 from care_compress.console import progress_bar
 from care_compress.data.loader import BadImages
-from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError
 from care_compress.evaluate.agreement import HeldImages, hold_images
 from care_compress.export.result import About, Preprocessing
@@ -39,6 +38,7 @@ from care_compress.runtime.profile import profile_layers
 from care_compress.slim.cut import cut
 from care_compress.slim.places import Place, find_places
 from care_compress.slim.plan import Cost, check_budget
+from care_compress.tasks.known import labelled
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of every width; and the narrowest one
 TURNS = 5  # of profiles; the median counts
@@ -102,7 +102,7 @@ def _measured(
     console: Console,
 ) -> dict[str, Any]:
     target = placed(load_target(section.target, recipe.full_range), recipe)
-    samples = open_samples(recipe.data, "train")
+    samples = labelled(recipe, "train")
     held = hold_images(samples, recipe.data, IMAGES, BadImages())
     shares = (*SHARES, 0.0)
     widths = [

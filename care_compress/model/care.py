@@ -33,6 +33,7 @@ class Architecture:
     memory: tuple[int, int, int, int]  # g: also the width of each of the three feature groups
     ratios: tuple[tuple[int, int], ...]  # (inter1, inter2) expansion per stage
     head_dims: tuple[int, int] = (16, 32)  # channels per attention head in stages 3 and 4
+    neck: int = 64  # width of the feature pyramid where there is an answer for every place
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -41,7 +42,9 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "care_nano": Architecture((1, 2, 2, 2), (4, 8, 16, 32), ((2, 2), (2, 2), (4, 4), (4, 2))),
+    "care_nano": Architecture(
+        (1, 2, 2, 2), (4, 8, 16, 32), ((2, 2), (2, 2), (4, 4), (4, 2)), neck=32
+    ),
     "care_s0": Architecture((2, 4, 8, 4), (8, 16, 32, 64), ((2, 2), (2, 4), (4, 4), (4, 4))),
     "care_s1": Architecture((3, 6, 10, 6), (8, 16, 32, 64), ((2, 4), (2, 4), (4, 4), (4, 4))),
     "care_s2": Architecture((3, 6, 10, 6), (8, 16, 48, 96), ((4, 4), (4, 4), (4, 4), (4, 4))),
@@ -297,10 +300,14 @@ class Head(nn.Module):
 
 
 class Care(nn.Module):
-    """A CARE classifier: eval mode averages the two heads, training mode returns both.
+    """A CARE network: four stages and the published classifier, or another task's head.
 
-    With other `widths` than the published ones it is a slimmed network of that size.
+    The classifier averages its two heads in eval mode, training mode returns both. With other
+    `widths` than the published ones it is a slimmed network of that size.
     """
+
+    task = "classification"
+    classes_in = "head.fc.weight"  # the weight with a row for each class
 
     def __init__(
         self,
@@ -339,8 +346,15 @@ class Care(nn.Module):
                     nn.BatchNorm2d(before), nn.Conv2d(before, after, 2, stride=2)
                 )
             self.stages.append(Stage(blocks, downsample))
-        self.head = Head(hidden[-1][1], num_classes)
-        self.dist_head = Head(hidden[-1][1], num_classes)
+        self.add_heads((*spec.widths[:-1], hidden[-1][1]))
+
+    def add_heads(self, channels: Sequence[int]) -> None:
+        """Add what answers, given how many channels each stage hands on."""
+        self.head = Head(channels[-1], self.num_classes)
+        self.dist_head = Head(channels[-1], self.num_classes)
+
+    def start_heads(self) -> None:
+        """Give fresh heads what they should begin with; nothing for most of them."""
 
     @property
     def is_slimmed(self) -> bool:
@@ -359,12 +373,35 @@ class Care(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits; in training mode (class head, distillation head)."""
-        pooled = self.forward_features(x_BCHW)[-1].mean(dim=(2, 3))
+        return self.answer(self.forward_features(x_BCHW))
+
+    def answer(self, features: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """What the heads make of the stage outputs."""
+        pooled = features[-1].mean(dim=(2, 3))
         logits: Tensor = self.head(pooled)
         distilled: Tensor = self.dist_head(pooled)
         if self.training:
             return logits, distilled
         return (logits + distilled) / 2
+
+
+class DenseCare(Care):
+    """A CARE whose head looks at all four stage outputs, for an answer at every place."""
+
+    dense: nn.Module
+
+    def add_heads(self, channels: Sequence[int]) -> None:
+        """Add the one head of this task."""
+        self.dense = self.make_head(channels)
+
+    def make_head(self, channels: Sequence[int]) -> nn.Module:
+        """Make the head of a task, which takes a list of features."""
+        raise NotImplementedError
+
+    def answer(self, features: Sequence[Tensor]) -> Tensor:
+        """What the head makes of the stage outputs."""
+        answer: Tensor = self.dense(features)
+        return answer
 
 
 def check_input_size(x_BCHW: Tensor) -> None:
@@ -388,12 +425,15 @@ def architecture(arch: str) -> Architecture:
     return ARCHITECTURES[arch]
 
 
-def build_model(arch: str, num_classes: int = 1000, drop_path_rate: float = 0.0) -> Care:
-    """A freshly initialised CARE of the named size."""
-    model = Care(arch, num_classes, drop_path_rate)
+def build_model(
+    arch: str, num_classes: int = 1000, drop_path_rate: float = 0.0, kind: type[Care] = Care
+) -> Care:
+    """A freshly initialised CARE of the named size; `kind` is that of a task."""
+    model = kind(arch, num_classes, drop_path_rate)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    model.start_heads()
     return model

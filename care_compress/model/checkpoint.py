@@ -31,6 +31,7 @@ from care_compress.errors import CheckpointError, UnsafeCheckpointError
 from care_compress.files import atomic_file
 from care_compress.model.care import ARCHITECTURES, Care, Widths, architecture
 from care_compress.model.hub import fetch, is_hub
+from care_compress.model.masks import MaskCare
 
 BUILTIN_PREFIX = "builtin:"
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
@@ -55,6 +56,7 @@ HARMLESS_TYPES: list[Any] = [
 ]
 # Narrower floats are quantized weights, whose scales a file may keep anywhere.
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+KINDS: tuple[type[Care], ...] = (Care, MaskCare)
 QUANTIZED_HEADER = "care_compress_quantized"  # metadata key of files that are no float model
 
 
@@ -70,13 +72,13 @@ def load_checkpoint(path: str | Path, arch: str | None = None) -> Care:
     if arch is not None:
         architecture(arch)
     told = told_widths(where)
-    found = infer_arch(state, where, arch, told)
-    classes = int(state["head.fc.weight"].shape[0])
+    found, kind = infer_arch(state, where, arch, told), kind_in(state)
+    classes = int(state[kind.classes_in].shape[0])
     if classes < 1:
         raise CheckpointError(f"{where} has a head with no classes.")
     if is_hub(path):
         fetch(str(path)).check(found, classes)
-    model = Care(found, classes, widths=widths_in(state, found, told))
+    model = kind(found, classes, widths=widths_in(state, found, told))
     # Some exporters drop the step counters of BatchNorm, which do not affect inference.
     own = model.state_dict()
     counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
@@ -108,6 +110,8 @@ def save_checkpoint(model: Care, path: Path, metadata: Mapping[str, str]) -> Non
         "num_classes": model.num_classes,
         **metadata,
     }
+    if model.task != Care.task:
+        about["task"] = model.task
     if model.is_slimmed:  # for readers of the header; loading goes by the shapes
         about["widths"] = asdict(model.widths)
     # One key, because safetensors writes several in random order: equal weights, equal bytes.
@@ -300,6 +304,16 @@ def widths_in(state: Mapping[str, Tensor], arch: str, told: Widths | None) -> Wi
     return Widths(*narrowed)
 
 
+def kind_in(state: Mapping[str, Tensor]) -> type[Care]:
+    """The kind of network that has these weights: another task's is known by its head."""
+    return next((kind for kind in KINDS if kind.classes_in in state), Care)
+
+
+def kind_of(task: str) -> type[Care]:
+    """The kind of network that answers a task."""
+    return next(kind for kind in KINDS if kind.task == task)
+
+
 def block_names(arch: str) -> list[str]:
     """The blocks of a size, in network order."""
     depths = architecture(arch).depths
@@ -308,9 +322,10 @@ def block_names(arch: str) -> list[str]:
 
 def _differences(state: Mapping[str, Tensor], arch: str, told: Widths | None) -> list[str]:
     """What keeps these weights from loading as `arch`, one phrase per tensor."""
-    head = state.get("head.fc.weight")
-    classes = int(head.shape[0]) if head is not None and head.dim() == 2 else 1
-    expected = _shapes(arch, max(1, classes), widths_in(state, arch, told))
+    kind = kind_in(state)
+    head = state.get(kind.classes_in)
+    classes = int(head.shape[0]) if head is not None and head.dim() > 1 else 1
+    expected = _shapes(kind.task, arch, max(1, classes), widths_in(state, arch, told))
     phrases = []
     for name, shape in expected.items():
         if name not in state:
@@ -323,10 +338,10 @@ def _differences(state: Mapping[str, Tensor], arch: str, told: Widths | None) ->
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes(arch: str, classes: int, widths: Widths) -> dict[str, torch.Size]:
+def _shapes(task: str, arch: str, classes: int, widths: Widths) -> dict[str, torch.Size]:
     """The shapes of a size's tensors, by name."""
     with torch.device("meta"):
-        model = Care(arch, classes, widths=widths)
+        model = kind_of(task)(arch, classes, widths=widths)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 

@@ -5,7 +5,7 @@ its parts. Shape suffixes as in `care_compress.model.care`.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from care_compress.model.attention import AttentionCore
 from care_compress.model.care import (
     Block,
     Care,
+    DenseCare,
     Head,
     Interaction,
     Stage,
@@ -233,8 +234,14 @@ class CompactCare(nn.Module):
         for block in blocks(self):
             block.token_mixer = SlicedMixer.of(block.token_mixer)
             block.inter_layer = CompactInteraction(block.inter_layer)
-        self.pool: nn.Module = GlobalMean()
-        self.heads: nn.Module = TwinHeads(source.head, source.dist_head)
+        self.task = source.task
+        # Nothing is pooled where there is an answer for every place.
+        self.pool: nn.Module | None = None
+        if isinstance(source, DenseCare):
+            self.heads: nn.Module = source.dense
+        else:
+            self.pool = GlobalMean()
+            self.heads = TwinHeads(source.head, source.dist_head)
         self.requires_grad_(False)
 
     def forward_features(self, x_BCHW: Tensor) -> list[Tensor]:
@@ -255,13 +262,17 @@ class CompactCare(nn.Module):
         return outputs[1:]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, K)."""
-        return self.classify(self.stage_outputs(x_BCHW)[-1])
+        """Logits (B, K), or what the head of another task gives out."""
+        return self.answer(self.stage_outputs(x_BCHW))
 
-    def classify(self, features_BCHW: Tensor) -> Tensor:
-        """Logits of what the fourth stage hands on."""
-        logits: Tensor = self.heads(self.pool(features_BCHW))
-        return logits
+    def answer(self, features: Sequence[Tensor]) -> Tensor:
+        """What the heads make of the stage outputs."""
+        answer: Tensor
+        if self.pool is None:
+            answer = self.heads(features)
+        else:
+            answer = self.heads(self.pool(features[-1]))
+        return answer
 
 
 def stages(model: CompactCare) -> Iterator[Stage]:

@@ -10,14 +10,26 @@ from torch import Tensor
 
 from care_compress.errors import TargetError
 
+# What an exported file says its task is; a classifier, which may be anybody's, says nothing.
+TASK = "care_compress.task"
+# How many axes an answer has, and how many of its rows are no classes: the sides of a box.
+RANKS = {"classification": 2, "segmentation": 4, "detection": 3}
+NOT_CLASSES = {"detection": 4}
+
+
+def answers(said: str | None) -> str:
+    """The task of a file that says so, or of one that does not."""
+    return said if said in RANKS else "classification"
+
 
 class Predictor(Protocol):
-    """A loaded classifier, wherever it runs."""
+    """A loaded network, wherever it runs."""
 
+    task: str
     num_classes: int
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, K) in float32 of normalised float32 images; any batch size."""
+        """Answers (B, ...) in float32 of normalised float32 images; any batch size."""
         ...
 
 
@@ -33,15 +45,15 @@ def in_slices(run: Callable[[Tensor], Tensor], images_BCHW: Tensor, fixed: int |
     return torch.cat(logits)
 
 
-def as_logits(value: Any, images_BCHW: Tensor, classes: int, path: Path) -> Tensor:
-    """What a runtime gave back, if it is what the file declares: a row for each image."""
+def as_answers(value: Any, images_BCHW: Tensor, rows: int, rank: int, path: Path) -> Tensor:
+    """What a runtime gave back, if it is what the file declares: one answer for each image."""
     floats = isinstance(value, np.ndarray) and value.dtype.kind == "f"
-    if not floats or value.shape != (len(images_BCHW), classes):
+    if not floats or value.shape[:2] != (len(images_BCHW), rows) or value.ndim != rank:
         given = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value)
+        wanted = ", ".join([str(len(images_BCHW)), str(rows), *["..."] * (rank - 2)])
         raise TargetError(
-            f"{path} answers {len(images_BCHW)} images with {given}, not with "
-            f"({len(images_BCHW)}, {classes}) logits.",
-            "give a classifier with one (B, 3, H, W) input and one (B, K) output of logits",
+            f"{path} answers {len(images_BCHW)} images with {given}, not with ({wanted}) numbers.",
+            "give a CARE with one (B, 3, H, W) input, or another classifier with (B, K) logits",
         )
     return torch.from_numpy(value).to(images_BCHW.device)
 

@@ -18,7 +18,7 @@ class ConvUnit(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
+        self.norm: nn.Module = nn.BatchNorm2d(outputs)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Mix the channels of a neighbourhood."""

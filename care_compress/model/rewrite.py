@@ -24,6 +24,7 @@ from care_compress.model.compact import (
     stages,
 )
 from care_compress.model.cost import Cost, measure_cost
+from care_compress.model.pyramid import ConvUnit
 from care_compress.recipe.sections import RewriteSection
 
 
@@ -59,12 +60,13 @@ def rewrite_in_steps(
 
 @torch.no_grad()
 def fold_stem(model: CompactCare) -> None:
-    """Stem convolution then BatchNorm: W' = a W, b' = a b + c, per output channel."""
-    conv = _conv(model.stem[0])
-    scale, shift = norm_as_affine(model.stem[1])
-    bias = conv.bias.double() if conv.bias is not None else torch.zeros_like(scale)
-    assign(conv, conv.weight.double() * scale.view(-1, 1, 1, 1), bias * scale + shift)
-    model.stem = nn.Sequential(conv)
+    """Convolution then BatchNorm, as in the stem: W' = a W, b' = a b + c, per output channel."""
+    _fold_norm_backward(_conv(model.stem[0]), model.stem[1])
+    model.stem = nn.Sequential(model.stem[0])
+    for unit in model.heads.modules():
+        if isinstance(unit, ConvUnit):
+            _fold_norm_backward(unit.conv, unit.norm)
+            unit.norm = nn.Identity()
 
 
 @torch.no_grad()
@@ -87,7 +89,8 @@ def fold_norms(model: CompactCare) -> None:
 @torch.no_grad()
 def merge_heads(model: CompactCare) -> None:
     """Two averaged heads as one affine-free LayerNorm and one Linear."""
-    assert isinstance(model.heads, TwinHeads)
+    if not isinstance(model.heads, TwinHeads):  # another task's head is one alone
+        return
     model.heads = MergedHead(model.heads).requires_grad_(False)
 
 
@@ -107,7 +110,9 @@ def fold_depthwise_bias(model: CompactCare) -> None:
 
 @torch.no_grad()
 def pool_last_depthwise(model: CompactCare) -> None:
-    """The network's last depthwise 3x3 becomes part of the global mean."""
+    """The network's last depthwise 3x3 becomes part of the global mean, where there is one."""
+    if model.pool is None:
+        return
     *_, last = blocks(model)
     model.pool = PooledDepthwise(last.inter_layer.inter2_conv).requires_grad_(False)
     setattr(last.inter_layer, "inter2_conv", nn.Identity())  # noqa: B010 (not a Conv2d to mypy)
@@ -142,6 +147,12 @@ def norm_as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
     return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def _fold_norm_backward(conv: nn.Conv2d, norm: nn.Module) -> None:
+    scale, shift = norm_as_affine(norm)
+    bias = conv.bias.double() if conv.bias is not None else torch.zeros_like(scale)
+    assign(conv, conv.weight.double() * scale.view(-1, 1, 1, 1), bias * scale + shift)
 
 
 def _fold_norm_forward(norm: nn.Module, conv: nn.Conv2d) -> None:

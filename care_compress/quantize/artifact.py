@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save
 from care_compress.console import one_line, shortened
 from care_compress.errors import CareError, CheckpointError
 from care_compress.files import atomic_file
-from care_compress.model.care import Care, Widths
-from care_compress.model.checkpoint import QUANTIZED_HEADER
+from care_compress.model.care import Widths
+from care_compress.model.checkpoint import QUANTIZED_HEADER, kind_of
 from care_compress.model.compact import CompactCare
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.placement import QuantizedCare, simulate
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network
 from care_compress.recipe.quantize import QuantizeSection
-from care_compress.recipe.sections import Arch, Count, RewriteSection, Section
+from care_compress.recipe.sections import Arch, Count, RewriteSection, Section, Task
 
 
 class _Header(Section):
@@ -33,6 +33,7 @@ class _Header(Section):
     rewrite: RewriteSection
     quantize: QuantizeSection
     widths: Widths | None = None  # of a slimmed network
+    task: Task = "classification"
 
 
 def save_quantized(
@@ -46,6 +47,8 @@ def save_quantized(
         "rewrite": rewrites.model_dump(mode="json"),
         "quantize": section.model_dump(mode="json"),
     }
+    if model.task != "classification":
+        about["task"] = model.task
     if model.widths != Widths.published(model.arch):
         about["widths"] = asdict(model.widths)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -101,7 +104,8 @@ def load_saved(path: Path) -> Saved:
         raise _damaged(path, f"it is too small for {about.num_classes:,} classes")
     try:
         with torch.random.fork_rng():
-            made = Care(about.arch, about.num_classes, widths=about.widths)
+            kind = kind_of(about.task)
+            made = kind(about.arch, about.num_classes, widths=about.widths)
     except CareError as error:
         raise _damaged(path, shortened(one_line(str(error)))) from error
     network = rewrite(made, about.rewrite)

@@ -24,6 +24,7 @@ from care_compress.quantize.nncf_ptq import (
 from care_compress.quantize.qat import FollowFloat, grouped, qat_fingerprint
 from care_compress.recipe.quantize import NncfSection, QatSection
 from care_compress.recipe.sections import TrainSection
+from care_compress.tasks.known import task_called
 from care_compress.train.loop import ParameterGroup
 from care_compress.train.stage import Training
 from care_compress.train.state import Progress
@@ -47,7 +48,7 @@ class Student(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits (B, K), with what distillation wants."""
         features = self.network.stage_outputs(x_BCHW)
-        logits = self.network.classify(features[-1])
+        logits = self.network.answer(features)
         return (logits, features) if self.training else logits
 
 
@@ -66,7 +67,9 @@ def train_openvino(
     teacher = prepared(followed).to(training.world.device).eval()
     course = training.course(section, qat_fingerprint(section, training, model, teacher), _groups)
     with quiet():
-        trainee = training.fit(model, FollowFloat(teacher, section), course)
+        trainee = training.fit(
+            model, FollowFloat(task_called(training.recipe.task), teacher, section), course
+        )
     trained = trainee.result.cpu().eval()
     resolution = training.recipe.data.resolution
     made = to_openvino(_exportable(trained, resolution), resolution)

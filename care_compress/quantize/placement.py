@@ -51,17 +51,18 @@ class QuantizedCare(nn.Module):
     """
 
     def __init__(
-        self, graph: GraphModule, plan: Plan, arch: str, num_classes: int, widths: Widths
+        self, graph: GraphModule, plan: Plan, made_from: "CompactCare | QuantizedCare"
     ) -> None:
         super().__init__()
         self.graph = graph
         self.plan = plan
-        self.arch = arch
-        self.num_classes = num_classes
-        self.widths = widths
+        self.task: str = made_from.task
+        self.arch: str = made_from.arch
+        self.num_classes: int = made_from.num_classes
+        self.widths: Widths = made_from.widths
 
     def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Logits (B, K)."""
+        """What the network answers."""
         size = self.plan.resolution
         if x_BCHW.shape[2:] != (size, size):
             raise DataError(
@@ -138,7 +139,7 @@ class _WithFeatures(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
         features = self.network.stage_outputs(x_BCHW)
-        return (self.network.classify(features[-1]), *features)
+        return (self.network.answer(features), *features)
 
 
 class PlanQuantizer(Quantizer):
@@ -235,8 +236,7 @@ def _with_quantizers(
 ) -> QuantizedCare:
     with quiet():
         placed = prepare_qat_pt2e(graph, PlanQuantizer(plan))
-    about = (made_from.arch, made_from.num_classes, made_from.widths)
-    return QuantizedCare(placed, plan, *about).eval()
+    return QuantizedCare(placed, plan, made_from).eval()
 
 
 def site_of(node: Node) -> str:

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from care_compress.files import write_text
-from care_compress.quantize.distance import EXACT_DB
 from care_compress.quantize.search import Trial
 from care_compress.quantize.sensitivity import Sensitivity
+from care_compress.tasks.distance import EXACT_DB
 
 _IN_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)(\..+)?$")
 _DOWNSAMPLE = re.compile(r"stages\.(\d+)\.downsample\b")

@@ -16,8 +16,10 @@ from care_compress.model.compact import CompactCare
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.recipe.quantize import QatSection
 from care_compress.recipe.sections import WATCHING, TrainSection
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Outcome, Targets, Task
 from care_compress.train.loop import HALF_PRECISION, ParameterGroup
-from care_compress.train.objective import Outcome, follow_float
+from care_compress.train.objective import follow_float
 from care_compress.train.stage import Training
 from care_compress.train.state import Progress
 
@@ -31,7 +33,8 @@ def train_quantized(
     """Train `model` to follow `teacher`; the result is settled, in eval mode, on the CPU."""
     prepare_to_learn(model)
     model.guard_attention(section.precision in HALF_PRECISION)
-    objective = FollowFloat(teacher.to(training.world.device).eval(), section)
+    task = task_called(training.recipe.task)
+    objective = FollowFloat(task, teacher.to(training.world.device).eval(), section)
     decides = qat_fingerprint(section, training, model, teacher)
     course = training.course(section, decides, parameter_groups)
     with quiet():
@@ -80,7 +83,8 @@ class FollowFloat:
     integers towards the nearer one (arXiv 2203.11086), ||s w_int - clip(w)||^2 over steps squared.
     """
 
-    def __init__(self, teacher: CompactCare, section: QatSection) -> None:
+    def __init__(self, task: Task, teacher: CompactCare, section: QatSection) -> None:
+        self.task = task
         # Whoever ran it before may have left it in another layout, whose sums round otherwise: a
         # QAT that goes on after a kill would not end with the same bits.
         layout = torch.channels_last
@@ -88,15 +92,15 @@ class FollowFloat:
         self.section = section
 
     def __call__(
-        self, model: nn.Module, images_BCHW: Tensor, targets_BK: Tensor, progress: float
+        self, model: nn.Module, images_BCHW: Tensor, targets_BK: Targets, progress: float
     ) -> Outcome:
         """Run student and teacher on the same images."""
         section = self.section
         with torch.no_grad():
             taught = self.teacher.stage_outputs(images_BCHW)
-            taught_BK = self.teacher.classify(taught[-1])
+            taught_BK = self.teacher.answer(taught)
         logits_BK, features = model(images_BCHW)
-        loss = follow_float(logits_BK, features, taught_BK, taught, targets_BK, section)
+        loss = follow_float(self.task, logits_BK, features, taught_BK, taught, targets_BK, section)
         weight = section.dampening * (1 - math.cos(math.pi * progress)) / 2
         if weight:
             simulated = model if isinstance(model, QuantizedCare) else model.module  # of DDP

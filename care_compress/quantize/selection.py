@@ -21,7 +21,6 @@ from torch import Tensor
 from care_compress.console import say
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.data.sources import open_samples
 from care_compress.errors import BadImageError, CalibrationError, RecipeError
 from care_compress.files import read_json, write_text
 from care_compress.model.checkpoint import load_checkpoint
@@ -30,6 +29,7 @@ from care_compress.model.rewrite import rewrite
 from care_compress.recipe.quantize import CalibrateSection
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import DataSection
+from care_compress.tasks.known import labelled
 
 STREAM = 7  # keeps these draws apart from other users of the recipe's seed
 POOL = 8  # candidates per wanted image that `diverse` computes features of
@@ -242,7 +242,7 @@ def select_calibration(recipe: Recipe, out: Path, console: Console) -> None:
             "name a quantized recipe such as int8_ptq, and its --ckpt",
         )
     network = rewrite(load_checkpoint(recipe.model.checkpoint, recipe.model.arch), recipe.rewrite)
-    samples = open_samples(recipe.data, "train")
+    samples = labelled(recipe, "train")
     features = deep_features(network, samples, recipe.data)
     skip_bad = recipe.data.skip_bad_images
     chosen = select_images(samples, recipe.quantize.calibrate, recipe.seed, features, skip_bad)

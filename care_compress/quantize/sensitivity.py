@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from care_compress.files import json_text, read_json, write_text
-from care_compress.quantize.distance import Distance
 from care_compress.quantize.placement import QuantizedCare
+from care_compress.tasks.distance import Distance
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from rich.table import Table
 from care_compress.console import progress_bar, step_line
 from care_compress.data.loader import images_at_once, pixel_batches, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.data.sources import open_samples
 from care_compress.errors import RecipeError
 from care_compress.files import digest_of, fingerprint, model_files, sha256_file
 from care_compress.machine import installed_versions
@@ -43,6 +42,7 @@ from care_compress.recipe.quantize import NncfSection, QatSection, QuantizeSecti
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
 from care_compress.run.stages import EVERYTHING, once, recipe_parts
+from care_compress.tasks.known import labelled
 from care_compress.train.loop import Validate
 from care_compress.train.stage import training_in
 
@@ -107,7 +107,7 @@ def trained_quantized(
     `teacher` is the float network it follows: `compact` itself, or the whole one it was cut from.
     """
     path = context.run.path / "qat" / MODEL_FILES[section.backend]
-    samples, listed = open_samples(recipe.data, "train"), context.run.path / CALIBRATION_FILE
+    samples, listed = labelled(recipe, "train"), context.run.path / CALIBRATION_FILE
 
     def make() -> None:
         with context.stage("qat"):
@@ -156,7 +156,7 @@ def calibration_images(
     context: RunContext, recipe: Recipe, section: QuantizeSection, compact: CompactCare
 ) -> CalibrationSet:
     """Choose images and write the list into the run; it is read from there, whoever wrote it."""
-    samples = open_samples(recipe.data, "train")
+    samples = labelled(recipe, "train")
 
     def choose() -> None:
         with context.stage("select"):

@@ -29,6 +29,7 @@ from care_compress.recipe.sections import (
     ModelSection,
     RewriteSection,
     Section,
+    Task,
     TrainSection,
 )
 from care_compress.recipe.slim import SlimSection
@@ -46,6 +47,7 @@ class Recipe(Section):
 
     name: str
     claim: str = Field(description="what this recipe promises, one sentence")
+    task: Task = "classification"
     precision: Precision = "fp32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelSection = ModelSection()

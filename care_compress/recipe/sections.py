@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Task = Literal["classification", "segmentation", "detection"]
 Arch = Literal["care_nano", "care_s0", "care_s1", "care_s2"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -28,6 +29,9 @@ class ModelSection(Section):
         description="a file, builtin:NAME, hf-hub:owner/name, or nothing to train from scratch",
     )
     arch: Arch | None = Field(None, description="care_nano, care_s0, ...; inferred if left out")
+    backbone: str | None = Field(
+        None, description="a classifier whose stages a network of another task begins with"
+    )
 
 
 class DataSection(Section):

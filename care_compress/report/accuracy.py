@@ -1,7 +1,6 @@
 """How right the models are: top-1 with its interval, and each version's distance from float."""
 
 from care_compress.evaluate.fidelity import ABSENT, decibels, hardest_sites, parting_text
-from care_compress.evaluate.intervals import wilson
 from care_compress.quantize.plots import short_name
 from care_compress.report.blocks import (
     Block,
@@ -17,6 +16,7 @@ from care_compress.report.blocks import (
 )
 from care_compress.report.drawing import Labelled, spans
 from care_compress.report.sources import Json, Sources
+from care_compress.tasks.intervals import wilson
 
 Models = dict[str, Json]  # scores by name
 

@@ -6,7 +6,15 @@ import onnxruntime
 from torch import Tensor
 
 from care_compress.errors import TargetError
-from care_compress.model.predictor import as_logits, failed, in_slices
+from care_compress.model.predictor import (
+    NOT_CLASSES,
+    RANKS,
+    TASK,
+    answers,
+    as_answers,
+    failed,
+    in_slices,
+)
 from care_compress.recipe.target import NEEDS
 from care_compress.runtime.dot_products import check_needs
 from care_compress.runtime.feed import PREPROCESSING, Feed, feed_for
@@ -45,7 +53,7 @@ def feed_of(session: onnxruntime.InferenceSession, path: Path) -> Feed:
 
 
 class OnnxPredictor:
-    """Runs an ONNX classifier with one image input and one logits output on the CPU."""
+    """Runs an ONNX file with one image input and one output on the CPU."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         try:
@@ -60,7 +68,9 @@ class OnnxPredictor:
             ) from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         single = len(inputs) == 1 and len(outputs) == 1
-        if not single or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2:
+        self.task = answers(self.session.get_modelmeta().custom_metadata_map.get(TASK))
+        rank = len(outputs[0].shape)
+        if not single or len(inputs[0].shape) != 4 or rank != RANKS[self.task]:
             told = ", ".join(str(one.shape) for one in (*inputs, *outputs)[:4])
             raise TargetError(
                 f"{path} has {len(inputs)} inputs and {len(outputs)} outputs ({told}).",
@@ -68,13 +78,14 @@ class OnnxPredictor:
             )
         self.path = path
         self.input, self.feed = inputs[0], feed_of(self.session, path)
-        classes = outputs[0].shape[1]
-        if not isinstance(classes, int):
+        rows = outputs[0].shape[1]
+        if not isinstance(rows, int):
             raise TargetError(f"{path} does not state its number of classes.", "export it again")
-        self.num_classes = classes
+        self.rows, self.rank = rows, rank
+        self.num_classes = rows - NOT_CLASSES.get(self.task, 0)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, K); a model of fixed batch size is fed slice by slice."""
+        """Answers (B, ...); a model of fixed batch size is fed slice by slice."""
         batch, _, *wanted = self.feed.as_images(self.input.shape)
         given = list(images_BCHW.shape[2:])
         if any(isinstance(w, int) and w != g for w, g in zip(wanted, given, strict=True)):
@@ -90,6 +101,6 @@ class OnnxPredictor:
                 (logits,) = self.session.run(None, feed)
             except Exception as error:  # as above
                 raise failed(self.path, error) from error
-            return as_logits(logits, part_BCHW, self.num_classes, self.path)
+            return as_answers(logits, part_BCHW, self.rows, self.rank, self.path)
 
         return in_slices(run, images_BCHW, batch if isinstance(batch, int) else None)

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from care_compress.errors import TargetError
 from care_compress.libraries import load_openvino, openvino_core
-from care_compress.model.predictor import as_logits, failed, in_slices
+from care_compress.model.predictor import (
+    NOT_CLASSES,
+    RANKS,
+    TASK,
+    answers,
+    as_answers,
+    failed,
+    in_slices,
+)
 from care_compress.recipe.target import NEEDS
 from care_compress.runtime.dot_products import check_needs
 from care_compress.runtime.feed import PREPROCESSING, Feed, feed_for
@@ -33,7 +41,7 @@ def openvino_feed(model: Any, path: Path) -> Feed:
 
 
 class OpenVinoPredictor:
-    """Runs an IR file with one image input and one logits output, on the CPU unless told.
+    """Runs an IR file with one image input and one output, on the CPU unless told.
 
     What the file leaves in float is computed in float32 unless `precision` says otherwise: where
     a CPU has bfloat16, OpenVINO would round to that on its own, and accuracy would measure both.
@@ -60,7 +68,11 @@ class OpenVinoPredictor:
             ) from error
         inputs, outputs = self.compiled.inputs, self.compiled.outputs
         single = len(inputs) == 1 and len(outputs) == 1
-        if not single or _rank(inputs[0]) != 4 or _rank(outputs[0]) != 2:
+        key = TASK.split(".")
+        said = network.get_rt_info(key).astype(str) if network.has_rt_info(key) else None
+        self.task = answers(said)
+        self.rank = RANKS[self.task]
+        if not single or _rank(inputs[0]) != 4 or _rank(outputs[0]) != self.rank:
             told = ", ".join(str(one.partial_shape) for one in (*inputs, *outputs)[:4])
             raise TargetError(
                 f"{model} has {len(inputs)} inputs and {len(outputs)} outputs ({told}).",
@@ -72,10 +84,11 @@ class OpenVinoPredictor:
         self.path = model
         self.feed = openvino_feed(network, model)
         self.shape = self.feed.as_images(list(inputs[0].partial_shape))
-        self.num_classes = int(classes.get_length())
+        self.rows = int(classes.get_length())
+        self.num_classes = self.rows - NOT_CLASSES.get(self.task, 0)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, K); a model of fixed batch size is fed slice by slice."""
+        """Answers (B, ...); a model of fixed batch size is fed slice by slice."""
         shaped = load_openvino().PartialShape
         if not shaped([-1, *self.shape[1:]]).compatible(shaped(list(images_BCHW.shape))):
             raise TargetError(
@@ -90,7 +103,7 @@ class OpenVinoPredictor:
             except RuntimeError as error:
                 raise failed(self.path, error) from error
             # OpenVINO uses its memory again for the next batch.
-            return as_logits(logits.copy(), part_BCHW, self.num_classes, self.path)
+            return as_answers(logits.copy(), part_BCHW, self.rows, self.rank, self.path)
 
         fixed = None if self.shape[0].is_dynamic else int(self.shape[0].get_length())
         return in_slices(run, images_BCHW, fixed)

@@ -12,6 +12,7 @@ from care_compress.device.problems import DeployError
 from care_compress.device.session import Session
 from care_compress.errors import TargetError
 from care_compress.files import read_json, sha256_file
+from care_compress.model.predictor import NOT_CLASSES, TASK, answers
 from care_compress.runtime.feed import PREPROCESSING, feed_for
 
 
@@ -39,10 +40,12 @@ class EnginePredictor:
             self.session = Session(library, cuda, plan, stripped)
         except DeployError as error:
             raise TargetError(error.message, error.fix) from error
-        self.num_classes = self.session.classes
         metadata = onnx.load(graph, load_external_data=False).metadata_props
-        said = {one.key: one.value for one in metadata}.get(PREPROCESSING)
-        self.feed = feed_for(path, self.session.takes_bytes, self.session.shape, said)
+        said = {one.key: one.value for one in metadata}
+        self.task = answers(said.get(TASK))
+        self.num_classes = self.session.classes - NOT_CLASSES.get(self.task, 0)
+        preparing = said.get(PREPROCESSING)
+        self.feed = feed_for(path, self.session.takes_bytes, self.session.shape, preparing)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, K)."""

@@ -11,12 +11,13 @@ class TorchPredictor:
         # channels_last is what CPU and GPU convolutions are fastest in.
         layout = torch.channels_last
         self.model = model.to(device=device, memory_format=layout).eval()  # type: ignore[call-overload]
+        self.task: str = getattr(model, "task", "classification")  # of a bare module, too
         self.num_classes = num_classes
         self.device = device
 
     @torch.inference_mode()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, K) on the images' device."""
+        """Answers (B, ...) on the images' device."""
         images = images_BCHW.to(self.device, memory_format=torch.channels_last)
         logits: Tensor = self.model(images)
         return logits.float().to(images_BCHW.device)

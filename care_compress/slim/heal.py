@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from care_compress.model.care import Care
 from care_compress.recipe.sections import FollowSection
-from care_compress.train.objective import Outcome, follow_float
+from care_compress.tasks.task import Outcome, Targets, Task
+from care_compress.train.objective import follow_float
 
 
 class Follower(nn.Module):
@@ -35,7 +36,10 @@ class Follower(nn.Module):
 class FollowWhole:
     """Distance of a cut network from the whole one."""
 
-    def __init__(self, whole: Care, section: FollowSection, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, whole: Care, section: FollowSection, device: torch.device
+    ) -> None:
+        self.task = task
         # A copy: the caller's may be in another place or layout, whose sums round otherwise.
         layout = torch.channels_last
         twin = Follower(copy.deepcopy(whole)).eval()
@@ -43,11 +47,13 @@ class FollowWhole:
         self.section = section
 
     def __call__(
-        self, model: nn.Module, images_BCHW: Tensor, targets_BK: Tensor, progress: float
+        self, model: nn.Module, images_BCHW: Tensor, targets_BK: Targets, progress: float
     ) -> Outcome:
         """Run student and teacher on the same images."""
         with torch.no_grad():
             taught_BK, taught = self.teacher.answers(images_BCHW)
         logits_BK, features = model(images_BCHW)
-        loss = follow_float(logits_BK, features, taught_BK, taught, targets_BK, self.section)
+        loss = follow_float(
+            self.task, logits_BK, features, taught_BK, taught, targets_BK, self.section
+        )
         return Outcome(loss, logits_BK.detach())

@@ -25,7 +25,7 @@ from care_compress import machine
 from care_compress.console import progress_bar
 from care_compress.data.loader import BadImages, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
-from care_compress.data.sources import check_classes, open_samples
+from care_compress.data.sources import check_classes
 from care_compress.files import fingerprint
 from care_compress.model.care import Care
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint, state_digest
@@ -42,6 +42,7 @@ from care_compress.slim.places import Place
 from care_compress.slim.plan import Cost, cost_of, make_plan, needs_images, print_slim_plan
 from care_compress.slim.refit import refit
 from care_compress.slim.statistics import HiddenStatistics, measure_hidden
+from care_compress.tasks.known import labelled, task_called
 from care_compress.train.loop import Validate
 from care_compress.train.stage import training_in
 
@@ -71,7 +72,7 @@ def slimmed(
     latency: Callable[[Care], Cost],
 ) -> Slimmed:
     """Cut, refit and heal; `latency` measures what widths cost in time, where the budget asks."""
-    samples, path = open_samples(recipe.data, "train"), context.run.path / SLIM_CUT
+    samples, path = labelled(recipe, "train"), context.run.path / SLIM_CUT
     check_classes(samples, model.num_classes)
     made_from: dict[str, object] = {
         **recipe_parts(recipe)["slim"],
@@ -198,7 +199,9 @@ def followed(
         with context.stage(f"slim {stage}"):
             folder = str(Path(file).with_suffix(""))
             training = training_in(context, recipe, samples, validate, folder)
-            objective = FollowWhole(teacher, section, context.world.device)
+            objective = FollowWhole(
+                task_called(recipe.task), teacher, section, context.world.device
+            )
             course = training.course(section, fingerprint(decided_by))
             trainee = training.fit(Follower(copy.deepcopy(start)), objective, course)
             result = trainee.result

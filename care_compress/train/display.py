@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from care_compress.console import PLAIN_LINE_SECONDS
+from care_compress.tasks.task import Metric
 
 
 class Silent:
@@ -30,8 +31,11 @@ class Silent:
 class TrainingDisplay(Silent):
     """Progress on the console and curves in a TensorBoard folder."""
 
-    def __init__(self, console: Console, curves: Path, start: int, total: int) -> None:
+    def __init__(
+        self, console: Console, metric: Metric, curves: Path, start: int, total: int
+    ) -> None:
         self.console = console
+        self.metric = metric
         self.total = total
         self.start = start
         self.loss = self.accuracy = 0.0
@@ -68,13 +72,14 @@ class TrainingDisplay(Silent):
         self.accuracy = accuracy if first else 0.95 * self.accuracy + 0.05 * accuracy
         now = time.monotonic()
         speed = (self.images - images) / max(1e-9, now - self.began)
-        note = f"loss {self.loss:.3f}  top-1 {self.accuracy:.1f} %  {speed:,.0f} images/s"
+        right = f"{self.metric.name} {self.accuracy:.1f} %"
+        note = f"loss {self.loss:.3f}  {right}  {speed:,.0f} images/s"
         self.bar.update(self.task, completed=step, note=note)
         if not self.console.is_terminal and now - self.last_line >= PLAIN_LINE_SECONDS:
             self.last_line = now
             left = (self.total - step) * (now - self.began) / max(1, step - self.start - 1)
             self.console.print(f"step {step}/{self.total}  {note}  {left / 60:.1f} min left")
-        for name, value in (("loss", loss), ("top1", accuracy), ("learning_rate", rate)):
+        for name, value in (("loss", loss), (self.metric.key, accuracy), ("learning_rate", rate)):
             self.writer.add_scalar(f"train/{name}", value, step)
 
     def validated(self, step: int, metrics: dict[str, float]) -> None:

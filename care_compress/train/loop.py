@@ -21,16 +21,16 @@ from care_compress.data.loader import BadImages, Batch
 from care_compress.errors import DataError, TrainingError
 from care_compress.recipe.sections import TrainSection
 from care_compress.run.processes import World, distribute, synchronise_norms
+from care_compress.tasks.task import Lesson, Objective, Score, Task
 from care_compress.train.display import Silent, TrainingDisplay
-from care_compress.train.objective import Objective, mix, soft_targets
 from care_compress.train.state import STATE_FILE, Progress, Trainee, forget, step_back
 
 STEP_STREAM = 2  # keeps the per-step seeds apart from the other users of the recipe's seed
 DIVERGED = 3.0  # times the first loss, or that of a uniform guess
 GUARD_STEPS = 50  # steps before the divergence guard speaks
 ONE_CYCLE_START = 1 / 25  # where one-cycle begins, as a fraction of its peak
-# A model in, (images, correct) of this process's share of the validation images out.
-Validate = Callable[[nn.Module], tuple[int, int]]
+# A model in, its score on this process's share of the validation images out.
+Validate = Callable[[nn.Module], Score | None]
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,8 +61,10 @@ class Course:
     """What a training works on."""
 
     plan: TrainSection
+    task: Task
     steps_per_epoch: int
     num_classes: int
+    resolution: int
     seed: int
     fingerprint: str  # of everything that decides the weights
     batches: Callable[[int], Generator[Batch]]  # from a step to the end
@@ -103,7 +105,8 @@ def fit(
         display = Silent()
         if world.is_main:
             curves, done = folder / "tensorboard", trainee.progress.step
-            display = TrainingDisplay(console, curves, done, course.total_steps)
+            metric = course.task.metric
+            display = TrainingDisplay(console, metric, curves, done, course.total_steps)
         with display:
             _train(trainee, objective, course, checkpoint, world, display)
     except TrainingError as error:
@@ -201,10 +204,9 @@ def train_step(
     # Drop-path draws from torch's generator; reseeding makes its draws a function of the step.
     seeds = np.random.SeedSequence((course.seed, STEP_STREAM, step, world.rank))
     torch.manual_seed(int(seeds.generate_state(1)[0]))
-    labels = batch.labels.to(world.device)
     images = course.prepare(batch.images.to(world.device))
-    targets = soft_targets(labels, course.num_classes, plan.label_smoothing)
-    images, targets = mix(images, targets, plan.augment, course.seed, step)
+    lesson = Lesson(plan, course.num_classes, course.resolution, course.seed, step)
+    images, targets = course.task.targets(batch, images, lesson)
 
     progress = step / course.total_steps
     half = HALF_PRECISION.get(plan.precision)
@@ -232,9 +234,8 @@ def train_step(
         trainee.average.update_parameters(trainee.model)
 
     trainee.progress.step = step + 1
-    correct = int((outcome.logits.argmax(dim=1) == labels).sum())
-    accuracy = 100 * correct / len(labels)
-    display.step(step + 1, loss, accuracy, rate, len(labels) * world.size)
+    score = course.task.running_score(outcome.logits, batch)
+    display.step(step + 1, loss, score, rate, len(batch.labels) * world.size)
 
 
 def learning_rate(step: int, steps_per_epoch: int, plan: TrainSection) -> float:
@@ -285,17 +286,18 @@ def _remedy(plan: TrainSection) -> str:
 
 def _validate(trainee: Trainee, course: Course, world: World, display: Silent) -> None:
     """Judge the weights to keep on the validation images of all processes."""
-    images, correct = course.validate(trainee.result)
-    counts = torch.tensor([images, correct], dtype=torch.float64, device=world.device)
-    images, correct = (int(count) for count in world.total(counts))
-    if not images:  # every process sees it, so all of them end here
+    score: Score | None = None
+    for part in world.gathered(course.validate(trainee.result)):
+        score = part if score is None or part is None else score + part
+    if score is None or not score.images:  # every process sees it, so all of them end here
         raise DataError(
             "no validation image can be decoded, so there is nothing to judge the training by.",
             "check the val split of data.source",
         )
+    key = course.task.metric.key
     entry = {
         "epoch": trainee.progress.step / course.steps_per_epoch,
-        "top1": 100 * correct / images,
+        key: score.metrics()[key],
         "loss": trainee.progress.recent_loss,
     }
     trainee.progress.history.append(entry)

@@ -13,9 +13,9 @@ from torch import nn
 
 from care_compress.data.loader import BadImages, steps_per_epoch, training_batches
 from care_compress.data.samples import Samples
-from care_compress.data.sources import check_classes, open_samples
+from care_compress.data.sources import check_classes
 from care_compress.data.transforms import TrainTransform, normalize
-from care_compress.errors import DataError, TrainingError
+from care_compress.errors import CheckpointError, DataError, TrainingError
 from care_compress.files import fingerprint, sha256_file
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
@@ -26,8 +26,10 @@ from care_compress.recipe.sections import WATCHING, ModelSection, TrainSection
 from care_compress.run.context import RunContext
 from care_compress.run.processes import World
 from care_compress.run.stages import once, recipe_parts
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Objective
 from care_compress.train.loop import Course, Groups, Validate, decayed_and_free, fit
-from care_compress.train.objective import Classification, Objective, check_teacher
+from care_compress.train.objective import check_teacher
 from care_compress.train.state import STATE_FILE, Trainee, drop_damaged
 
 
@@ -81,7 +83,8 @@ def trained(
     open_teacher: Callable[[str], Predictor],
 ) -> Care:
     """Train, or resume training; `validate`, which the caller hands in, judges it on the way."""
-    samples = open_samples(recipe.data, "train")
+    task = task_called(recipe.task)
+    samples = task.samples(recipe.data, "train")
     if samples.classes != validation.classes:
         raise DataError(
             f"train has classes {samples.classes[:3]}..., val has {validation.classes[:3]}...; "
@@ -99,8 +102,8 @@ def trained(
             if teacher is not None:
                 check_teacher(teacher, len(samples.classes))
             course = training.course(section, decided_by)
-            trainee = training.fit(start, Classification(section.distill, teacher), course)
-            model = Care(start.arch, start.num_classes, widths=start.widths)  # on the CPU
+            trainee = training.fit(start, task.objective(section.distill, teacher), course)
+            model = task.kind(start.arch, start.num_classes, widths=start.widths)  # on the CPU
             model.load_state_dict(trainee.result.state_dict())
             history = trainee.progress.history
         if context.world.is_main:
@@ -110,7 +113,7 @@ def trained(
             about = {
                 "made_by": f"make quantize RECIPE={recipe.name}",
                 "seed": str(recipe.seed),
-                "validation_top1": f"{history[-1]['top1']:.2f}",
+                f"validation_{task.metric.key}": f"{history[-1][task.metric.key]:.2f}",
             }
             save_checkpoint(model, path, about)
             context.run.record_output(path)
@@ -145,8 +148,10 @@ class Training:
         data = self.recipe.data
         return Course(
             plan=plan,
+            task=task_called(self.recipe.task),
             steps_per_epoch=per_epoch,
             num_classes=len(self.samples.classes),
+            resolution=data.resolution,
             seed=self.recipe.seed,
             fingerprint=fingerprint,
             batches=lambda start: training_batches(
@@ -190,26 +195,47 @@ def starting_point(recipe: Recipe, num_classes: int) -> Care:
     drop_path = recipe.train.drop_path if recipe.train else 0.0
     if recipe.model.checkpoint is None:
         assert recipe.model.arch is not None
-        return build_model(recipe.model.arch, num_classes, drop_path)
+        kind = task_called(recipe.task).kind
+        model = build_model(recipe.model.arch, num_classes, drop_path, kind)
+        if recipe.model.backbone is not None:
+            take_stages(model, load_checkpoint(recipe.model.backbone, recipe.model.arch))
+        return model
     loaded = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
     if loaded.num_classes != num_classes:
         raise DataError(
             f"the checkpoint has {loaded.num_classes} classes, the data has {num_classes}.",
             "choose a checkpoint trained on this data, or set data.classes",
         )
-    model = Care(loaded.arch, loaded.num_classes, drop_path, loaded.widths)
+    model = type(loaded)(loaded.arch, loaded.num_classes, drop_path, loaded.widths)
     model.load_state_dict(loaded.state_dict())
     return model
+
+
+def take_stages(model: Care, source: Care) -> None:
+    """Begin with the stem and the stages of another network of the same size, whatever its task."""
+    if source.is_slimmed:
+        raise CheckpointError(
+            "model.backbone is a slimmed network, whose widths this one does not have.",
+            "give the network it was cut from",
+        )
+    model.stem.load_state_dict(source.stem.state_dict())
+    model.stages.load_state_dict(source.stages.state_dict())
 
 
 def training_fingerprint(recipe: Recipe, samples: Samples) -> str:
     """Digest of everything that decides the trained weights."""
     assert recipe.train is not None
-    files = [recipe.model.checkpoint, recipe.train.distill and recipe.train.distill.teacher]
+    model = recipe.model
+    files = [
+        model.checkpoint,
+        model.backbone,
+        recipe.train.distill and recipe.train.distill.teacher,
+    ]
     return fingerprint(
         {
             "train": recipe.train.model_dump(mode="json", exclude=WATCHING),
-            "arch": recipe.model.arch,
+            "task": recipe.task,
+            "arch": model.arch,
             "files": [sha256_file(resolve_checkpoint(file)) for file in files if file],
             "data": recipe.data.model_dump(mode="json", exclude={"workers", "crop_pct"}),
             "samples": samples.content_digest(),

@@ -17,13 +17,14 @@ from tiny import image_folder
 from care_compress.data.sources import open_samples
 from care_compress.errors import RunError
 from care_compress.evaluate import scoring
-from care_compress.evaluate.accuracy import Accuracy, own_share
+from care_compress.evaluate.accuracy import own_share
 from care_compress.evaluate.scoring import measure_artifact
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.run.processes import World
+from care_compress.tasks.classification import Accuracy
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)

@@ -26,9 +26,8 @@ from care_compress.errors import (
     ExportError,
     RunError,
 )
-from care_compress.evaluate.accuracy import answers_check, count_batch
+from care_compress.evaluate.accuracy import answers_check
 from care_compress.evaluate.agreement import Agreement, compare_logits
-from care_compress.evaluate.pairs import collect_answers, count_pairs
 from care_compress.export.result import Exported, File
 from care_compress.files import json_text
 from care_compress.model.checkpoint import save_checkpoint
@@ -41,6 +40,7 @@ from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import load_target
 from care_compress.report.write import write_report
+from care_compress.tasks.classification import collect_answers, count_batch, count_pairs
 
 QUIET = Console(quiet=True)
 CLIPPING = {

@@ -21,23 +21,23 @@ from rich.console import Console
 
 from care_compress.data.loader import Batch
 from care_compress.errors import CareError, DataError, RecipeError, RunError, TargetError
-from care_compress.evaluate.accuracy import Accuracy
 from care_compress.evaluate.compare import WIDTH, accuracy_table, device_verdict, judge, run_compare
 from care_compress.evaluate.comparison import CompareOptions
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
-from care_compress.evaluate.pairs import (
-    Drop,
-    Paired,
-    collect_answers,
-)
 from care_compress.export.deploy import take_results
 from care_compress.files import digest_of
 from care_compress.pipeline import run_recipe
-from care_compress.quantize.distance import Distance
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import DOT_PRODUCTS
 from care_compress.report.write import write_report
+from care_compress.tasks.classification import (
+    Accuracy,
+    Drop,
+    Paired,
+    collect_answers,
+)
+from care_compress.tasks.distance import Distance
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 ROOT = Path(__file__).resolve().parents[2]

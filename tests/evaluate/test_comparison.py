@@ -20,17 +20,17 @@ from care_compress.evaluate.comparison import (
     comparison_as_json,
 )
 from care_compress.evaluate.latency import Latency
-from care_compress.evaluate.pairs import (
+from care_compress.evaluate.resolve import NamedModel
+from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import DataSection
+from care_compress.tasks.classification import (
     NO_ANSWER,
     Answers,
     Collected,
     collect_answers,
     same_answers,
 )
-from care_compress.evaluate.resolve import NamedModel
-from care_compress.quantize.distance import Distance
-from care_compress.recipe.recipe import load_recipe
-from care_compress.recipe.sections import DataSection
+from care_compress.tasks.distance import Distance
 
 LABELS = np.array([0, 0, 1, 1, 2, 2, 2, 2])
 BEFORE = (0, 0, 1, 1, 2, 2, 2, 0)  # right but for the last

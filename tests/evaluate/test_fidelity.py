@@ -21,10 +21,10 @@ from care_compress.evaluate import fidelity as fidelity_module
 from care_compress.evaluate.site_distance import sharpest_fall
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
-from care_compress.quantize.distance import EXACT_DB, Distance
 from care_compress.recipe.recipe import load_recipe
 from care_compress.report.write import write_report
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
+from care_compress.tasks.distance import EXACT_DB, Distance
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 QUIET = Console(quiet=True)

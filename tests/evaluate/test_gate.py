@@ -19,14 +19,14 @@ from care_compress import machine
 from care_compress.cli import main
 from care_compress.evaluate.comparison import Comparison, Entry, comparison_as_json
 from care_compress.evaluate.gate import GateOptions
-from care_compress.evaluate.intervals import drop_interval
 from care_compress.evaluate.latency import Latency
-from care_compress.evaluate.pairs import Answers, Collected
 from care_compress.evaluate.resolve import NamedModel
 from care_compress.files import digest_of
-from care_compress.quantize.distance import Distance
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
+from care_compress.tasks.classification import Answers, Collected
+from care_compress.tasks.distance import Distance
+from care_compress.tasks.intervals import drop_interval
 
 ONNX, XML, NPU = "onnxruntime-cpu", "openvino-cpu", "openvino-npu"
 IMAGES, WRONG, TURNS = 4000, 232, 24  # of the included model's run

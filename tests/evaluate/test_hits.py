@@ -6,9 +6,14 @@ import torch
 
 from care_compress.data.loader import Batch
 from care_compress.device.timing import Timing
-from care_compress.evaluate.accuracy import Accuracy, hits_of
 from care_compress.evaluate.latency import Latency
-from care_compress.evaluate.pairs import calibration_error, collect_answers, count_pairs
+from care_compress.tasks.classification import (
+    Accuracy,
+    calibration_error,
+    collect_answers,
+    count_pairs,
+    hits_of,
+)
 
 LOGITS = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2]])
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from care_compress.evaluate.intervals import (
+from care_compress.tasks.intervals import (
     centre_interval,
     drop_interval,
     mcnemar_p,

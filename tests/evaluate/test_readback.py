@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from care_compress.evaluate.compare import judge
-from care_compress.evaluate.intervals import unpaired_interval
-from care_compress.evaluate.pairs import Drop
 from care_compress.evaluate.readback import (
     counted_only,
     exports_check,
@@ -15,6 +13,8 @@ from care_compress.evaluate.readback import (
     read_back_checks,
     what_failed,
 )
+from care_compress.tasks.classification import Drop
+from care_compress.tasks.intervals import unpaired_interval
 
 
 def answers(images: int = 400, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,12 +8,11 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from care_compress.evaluate.accuracy import Accuracy
-from care_compress.evaluate.pairs import Paired
 from care_compress.evaluate.results import choice_check
 from care_compress.evaluate.run_accuracy import Candidate, Scores, score
-from care_compress.quantize.distance import Distance
 from care_compress.recipe.recipe import load_recipe
+from care_compress.tasks.classification import Accuracy, Paired
+from care_compress.tasks.distance import Distance
 
 IMAGES = 1000
 

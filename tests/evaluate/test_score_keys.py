@@ -14,17 +14,16 @@ from quantized import network
 from rich.console import Console
 
 from care_compress.evaluate import evidence, run_accuracy
-from care_compress.evaluate.accuracy import Accuracy
 from care_compress.evaluate.evidence import gather
-from care_compress.evaluate.pairs import Paired
 from care_compress.evaluate.run_accuracy import Candidate, evaluated, score
 from care_compress.files import fingerprint
 from care_compress.model.compact import CompactCare
-from care_compress.quantize.distance import Distance
 from care_compress.recipe.recipe import Recipe, load_recipe
 from care_compress.run.context import RunContext
 from care_compress.run.directory import Run
 from care_compress.run.processes import World
+from care_compress.tasks.classification import Accuracy, Paired
+from care_compress.tasks.distance import Distance
 
 QUIET = Console(quiet=True)
 shared = functools.cache(network)

@@ -11,7 +11,6 @@ from care_compress.errors import RecipeError
 from care_compress.pipeline import run_sensitivity
 from care_compress.quantize import search as mixed
 from care_compress.quantize import sensitivity as measured
-from care_compress.quantize.distance import EXACT_DB
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.plots import pareto, short_name
 from care_compress.quantize.ptq import PtqJob, planned
@@ -25,6 +24,7 @@ from care_compress.quantize.sensitivity import (
 )
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.recipe import load_recipe
+from care_compress.tasks.distance import EXACT_DB
 
 
 def silent(sites: int) -> None:

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from care_compress.quantize.distance import EXACT_DB, Distance, sqnr_db
 from care_compress.quantize.health import Health, channel_health
 from care_compress.quantize.plan_table import plan_as_json
 from care_compress.quantize.ptq import Tuning, first_images
 from care_compress.quantize.sensitivity import effect
 from care_compress.quantize.spec import FLOAT, Decision, Kept, Plan, Site, TensorSpec
 from care_compress.quantize.statistics import ChannelRange
+from care_compress.tasks.distance import EXACT_DB, Distance, sqnr_db
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from tiny import CLASSES, image_folder
 
 from care_compress.errors import RunError
 from care_compress.evaluate import evidence
-from care_compress.evaluate.intervals import wilson
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe
 from care_compress.report.drawing import ticks
 from care_compress.report.sources import read_results
 from care_compress.report.write import write_report
+from care_compress.tasks.intervals import wilson
 
 SCHEMAS = Path(write_report.__code__.co_filename).parent
 QUIET = Console(quiet=True)

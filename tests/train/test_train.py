@@ -23,6 +23,14 @@ from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import AugmentSection, DistillSection, TrainSection
 from care_compress.run.processes import World
+from care_compress.tasks.classification import (
+    BothHeads,
+    Outcome,
+    follow_teacher,
+    mix,
+    neighbours,
+    soft_targets,
+)
 from care_compress.train.display import Silent
 from care_compress.train.loop import (
     GUARD_STEPS,
@@ -32,14 +40,6 @@ from care_compress.train.loop import (
     learning_rate,
     set_up,
     train_step,
-)
-from care_compress.train.objective import (
-    Classification,
-    Outcome,
-    follow_teacher,
-    mix,
-    neighbours,
-    soft_targets,
 )
 from care_compress.train.state import Progress
 
@@ -335,11 +335,11 @@ def test_the_distillation_head_follows_the_teacher_by_its_weight() -> None:
 
     hard = DistillSection(teacher="x", kind="hard", weight=0.25)
     student = lambda x: (logits, distilled)  # noqa: E731
-    loss = Classification(hard, Teacher())(student, torch.zeros(4, 3, 8, 8), targets, 0.0).loss
+    loss = BothHeads(hard, Teacher())(student, torch.zeros(4, 3, 8, 8), targets, 0.0).loss
     expected = 0.75 * F.cross_entropy(logits, torch.arange(4))
     expected = expected + 0.25 * F.cross_entropy(distilled, taught.argmax(dim=1))
     torch.testing.assert_close(loss, expected)
-    alone = Classification(None, None)(student, torch.zeros(4, 3, 8, 8), targets, 0.0).loss
+    alone = BothHeads(None, None)(student, torch.zeros(4, 3, 8, 8), targets, 0.0).loss
     both = F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(distilled, torch.arange(4))
     torch.testing.assert_close(alone, both / 2)
 

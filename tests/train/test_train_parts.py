@@ -17,6 +17,7 @@ from care_compress.errors import TrainingError
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import AugmentSection, DistillSection, TrainSection
 from care_compress.run.processes import World
+from care_compress.tasks.classification import Outcome, follow_teacher, mix
 from care_compress.train import display
 from care_compress.train.loop import (
     GUARD_STEPS,
@@ -30,7 +31,6 @@ from care_compress.train.loop import (
     set_up,
     train_step,
 )
-from care_compress.train.objective import Outcome, follow_teacher, mix
 from care_compress.train.stage import check_batch_size, starting_point, training_fingerprint
 from care_compress.train.state import Progress, Trainee, drop_damaged, forget, step_back
 

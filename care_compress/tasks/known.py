@@ -1,0 +1,19 @@
+"""Every task by its name."""
+
+from care_compress.data.listing import Split
+from care_compress.data.samples import Samples
+from care_compress.recipe.recipe import Recipe
+from care_compress.tasks.classification import Classification
+from care_compress.tasks.task import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(),)}
+
+
+def task_called(name: str) -> Task:
+    """Return the task of this name."""
+    return TASKS[name]
+
+
+def labelled(recipe: Recipe, split: Split) -> Samples:
+    """Open the images of one split of a recipe, with the labels of its task."""
+    return task_called(recipe.task).samples(recipe.data, split)

@@ -1,0 +1,277 @@
+"""What the line asks of a task; each file beside this one answers for one of them.
+
+A task says where its labels come from, what a training minimises, and how the answers of one model,
+or of two on the same images, are counted. Nothing else of the line knows which task it works on.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from care_compress.data.listing import Split
+from care_compress.data.loader import Batch
+from care_compress.data.samples import Samples
+from care_compress.model.care import Care
+from care_compress.model.predictor import Predictor
+from care_compress.recipe.sections import DataSection, DistillSection, TrainSection
+from care_compress.tasks.distance import Distance
+
+Targets = Any  # of a batch, as the task's own losses take them
+
+
+class Metric(NamedTuple):
+    """What accuracy is for a task, in percent."""
+
+    key: str  # in JSON
+    name: str  # in tables
+
+
+class Lesson(NamedTuple):
+    """Which step of which training it is."""
+
+    plan: TrainSection
+    num_classes: int
+    resolution: int
+    seed: int
+    step: int
+
+
+class Outcome(NamedTuple):
+    """Loss of one batch, and the answers accuracy is counted on."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class Objective(Protocol):
+    """Maps (model, images, targets, part of the training done) to a loss."""
+
+    def __call__(
+        self, model: nn.Module, images_BCHW: Tensor, targets: Targets, progress: float, /
+    ) -> Outcome:
+        """Run the model forward and return the loss to minimise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drop:
+    """What of the metric was lost against the baseline, in points, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"drop {self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+class Score(Protocol):
+    """How one model did on some images; those of several processes add up."""
+
+    @property
+    def images(self) -> int:
+        """How many images."""
+        ...
+
+    @property
+    def broken(self) -> int:
+        """How many answers hold NaN or infinity; they count as wrong."""
+        ...
+
+    def __add__(self, other: Any) -> Self:
+        """Score over both sets of images."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric in percent, by its key, the one that counts first."""
+        ...
+
+
+class Pair(Protocol):
+    """A model beside its baseline on the same images, as numbers that can be written down."""
+
+    @property
+    def baseline(self) -> Score:
+        """How the baseline did."""
+        ...
+
+    @property
+    def candidate(self) -> Score:
+        """How the model did."""
+        ...
+
+    @property
+    def distance(self) -> Distance:
+        """Distance of the raw answers."""
+        ...
+
+    @property
+    def drop(self) -> float:
+        """The metric of the baseline minus that of the candidate, in points."""
+        ...
+
+    @property
+    def drop_ci95(self) -> tuple[float, float]:
+        """95 % interval of the drop."""
+        ...
+
+    @property
+    def agreement(self) -> float:
+        """Percent of answers that are the baseline's."""
+        ...
+
+    def is_below(self, other: Any) -> bool:
+        """Whether the candidate is beyond doubt worse than that of another pair."""
+        ...
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers as ``results.json`` holds them."""
+        ...
+
+
+class Counted(Protocol):
+    """Two models on some images; what several processes counted adds up."""
+
+    def __add__(self, other: Any) -> Self:
+        """Count over both sets of images."""
+        ...
+
+    def settled(self) -> Pair:
+        """Return the numbers."""
+        ...
+
+
+class Answers(Protocol):
+    """One model's answers to a list of images."""
+
+    @property
+    def broken(self) -> int:
+        """How many of them hold NaN or infinity."""
+        ...
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Distance of the raw answers to the baseline's; None for the baseline itself."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric in percent, by its key, the one that counts first."""
+        ...
+
+    def drop_to(self, after: Any) -> Drop:
+        """Return what another model lost on these images."""
+        ...
+
+    def agreement(self, after: Any) -> float:
+        """Return the percent of another model's answers that are the same."""
+        ...
+
+    def details(
+        self,
+        after: Any,
+        names: tuple[str, str],
+        images: "Collected[Any]",
+        classes: Sequence[str],
+    ) -> dict[str, Any]:
+        """What else is known of two models, as ``compare.json`` holds it."""
+        ...
+
+
+Model = TypeVar("Model", bound=Answers)
+
+
+@dataclass(frozen=True)
+class Collected(Generic[Model]):
+    """All answers to one list of images."""
+
+    labels: NDArray[np.int64]
+    indices: NDArray[np.int64]  # positions in the data set
+    answers: Mapping[str, Model]
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.indices)
+
+
+Predict = Callable[[Tensor], Tensor]
+
+
+class Task(Protocol):
+    """One task."""
+
+    name: str
+    metric: Metric
+    shown: Mapping[str, str]  # metrics in tables, by key
+    kind: type[Care]  # of network
+
+    def samples(self, data: DataSection, split: Split) -> Samples:
+        """Open the images of one split with the labels of this task."""
+        ...
+
+    def check_training(self, section: TrainSection) -> None:
+        """Raise TrainingError for what this task cannot be trained with."""
+        ...
+
+    def targets(self, batch: Batch, images_BCHW: Tensor, lesson: Lesson) -> tuple[Tensor, Targets]:
+        """Return what a training step sees: images, mixed where the recipe says so, and targets."""
+        ...
+
+    def objective(self, distill: DistillSection | None, teacher: Predictor | None) -> Objective:
+        """Return what training from labels minimises."""
+        ...
+
+    def loss(self, answer: Tensor, targets: Targets) -> Tensor:
+        """Return the loss of what is deployed, by the labels."""
+        ...
+
+    def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:
+        """Return the distance of a compressed model's answer from its teacher's."""
+        ...
+
+    def running_score(self, answer: Tensor, batch: Batch) -> float:
+        """Return percent right in one training batch, for the eye."""
+        ...
+
+    def count(self, answer: Tensor, batch: Batch) -> Score:
+        """Count one model's answers to a batch."""
+        ...
+
+    def count_pairs(
+        self, baseline: Predict, candidate: Predict, batches: Iterable[Batch]
+    ) -> Counted:
+        """Run both models over all prepared batches and count."""
+        ...
+
+    def score_of(self, record: Any) -> Score:
+        """Read what `record_of_score` wrote."""
+        ...
+
+    def record_of_score(self, score: Score) -> Any:
+        """Return a score as JSON."""
+        ...
+
+    def pair_of(self, record: Any) -> Pair:
+        """Read what `record_of` wrote."""
+        ...
+
+    def record_of(self, pair: Pair) -> Any:
+        """Return a pair as JSON."""
+        ...
+
+    def collect(
+        self,
+        models: Mapping[str, Predict],
+        baseline_of: Mapping[str, str],
+        batches: Iterable[Batch],
+        progress: Callable[[int], None],
+    ) -> "Collected[Any]":
+        """Run every model over all prepared batches; `baseline_of` says whom each is beside."""
+        ...
+
+    def rows(self, answer: Tensor) -> Tensor:
+        """Return an answer as rows of class scores, of which the highest is what is answered."""
+        ...
