@@ -115,8 +115,10 @@ def _voc_parts(tree: Tree, kind: Kind) -> dict[str, Named]:
     return parts or {"": whole}
 
 
-def check_images(named: Named, source: str) -> None:
-    """Raise DataError if an annotation has no image."""
+def check_part(named: Named, source: str, kind: Kind) -> None:
+    """Raise DataError if an annotation has no image, or no image an annotation."""
+    if not named.annotations:
+        raise DataError(f"{source} has no annotations ({SUFFIX[kind]}).", ARRANGE[kind])
     if lonely := named.annotations.keys() - named.images.keys():
         raise DataError(
             f"{source} has annotations without an image: "

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from care_compress.data.annotations import IGNORED, AnnotatedImages, Mask, check_some
-from care_compress.data.layout import ARRANGE, check_images, find_parts, rows_of
+from care_compress.data.layout import ARRANGE, check_part, find_parts, rows_of
 from care_compress.data.listing import EncodedSamples, Split, choose_part, summary
 from care_compress.data.tree import Tree
 from care_compress.errors import DataError
@@ -50,13 +50,15 @@ class MaskSamples(AnnotatedImages):
                 f"{name} is a {image.format} image of mode {image.mode}, not one of indices.",
                 "save masks as PNG with one class index per pixel (grey or a palette)",
             )
-        indices = np.asarray(image).astype(np.int64)
-        unknown = (indices < 0) | (indices > 255)
-        small = np.where(unknown, 0, indices)
-        unknown |= ~self._known[small]
-        if unknown.any():
-            raise self._unknown(name, np.unique(indices[unknown]))
-        return self._meaning[small]
+        indices = np.asarray(image)
+        if indices.dtype != np.uint8:  # True and False, or 16 bits
+            wide = indices.astype(np.int64)
+            if (beyond := (wide < 0) | (wide > 255)).any():
+                raise self._unknown(name, np.unique(wide[beyond]))
+            indices = wide.astype(np.uint8)
+        if not (known := self._known[indices]).all():
+            raise self._unknown(name, np.unique(indices[~known]).astype(np.int64))
+        return self._meaning[indices]
 
     def _unknown(self, name: str, found: NDArray[np.int64]) -> DataError:
         first = int(found[0])
@@ -106,7 +108,7 @@ def open_masks(tree: Tree, data: DataSection, split: Split) -> MaskSamples:
     named = parts.get(part.name or "")
     if named is None:
         raise DataError(f"{tree.source} has no images to divide.", ARRANGE["masks"])
-    check_images(named, tree.source)
+    check_part(named, tree.source, "masks")
     if bare := named.images.keys() - named.annotations.keys():
         raise DataError(
             f"{tree.source} has images without a mask: "

@@ -78,11 +78,11 @@ class Tree(ABC):
 
 def _around(found: Sequence[str]) -> str:
     """The folders that hold everything, down to the first that holds something beside another."""
-    common = os.path.commonpath(found) if len(found) > 1 else ""
+    common = os.path.commonprefix([name.split("/")[:-1] for name in found])
     # What is called images, or the like, is a part of the layout, whatever stands beside it.
     outer = []
-    for folder in common.split("/"):
-        if not folder or folder.lower() in ("images", "annotations", "jpegimages"):
+    for folder in common:
+        if folder.lower() in ("images", "annotations", "jpegimages"):
             break
         outer.append(folder + "/")
     return "".join(outer)

@@ -10,7 +10,7 @@ from xml.parsers import expat  # nosec B407
 
 from care_compress.console import one_line, shortened
 from care_compress.data.boxes import BoxSamples, Object, Told
-from care_compress.data.layout import ARRANGE, Named, check_images, find_parts, rows_of
+from care_compress.data.layout import ARRANGE, Named, check_part, find_parts, rows_of
 from care_compress.data.listing import Split, choose_part
 from care_compress.data.tree import Tree
 from care_compress.errors import DataError
@@ -27,7 +27,7 @@ def open_voc(tree: Tree, data: DataSection, split: Split) -> BoxSamples:
     named = parts.get(part.name or "")
     if named is None:
         raise DataError(f"{tree.source} has no images to divide.", ARRANGE["boxes"])
-    check_images(named, tree.source)
+    check_part(named, tree.source, "boxes")
     told = _told(tree, named)
     classes = tree.classes(data)
     if classes is None:
