@@ -8,7 +8,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,6 @@ from care_compress.files import read_whole
 from care_compress.recipe.sections import DataSection
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-BYTE_SUFFIXES = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
 LOCAL_HEADER = struct.Struct("<26xHH")  # its last fields: the lengths of the name and the extras
 ENCRYPTED = 0x1
 # One entry: offset of its local header, sizes, checksum, compression method.
@@ -74,7 +73,7 @@ def open_folder(root: Path, data: DataSection, split: Split) -> FolderSamples:
         counts = np.zeros(len(classes), np.int64)
         for label, name in enumerate(classes):
             if name in parts[within]:
-                found = _images(base, os.fsencode(os.path.join(within, name)), frozenset())
+                found = files_below(base, os.fsencode(os.path.join(within, name)), IMAGE_SUFFIXES)
                 names += sorted(found)
                 counts[label] = len(found)
     except OSError as error:
@@ -107,24 +106,30 @@ def _is_visible(folder: str) -> bool:
     return not folder.startswith(".") and folder != "__MACOSX"
 
 
-def _images(base: bytes, folder: bytes, above: frozenset[tuple[int, int]]) -> list[bytes]:
-    """Images in `folder` and below; `above` are the folders on the way here."""
+def files_below(
+    base: bytes,
+    folder: bytes,
+    suffixes: tuple[str, ...],
+    above: frozenset[tuple[int, int]] = frozenset(),
+) -> list[bytes]:
+    """Files with these suffixes in `folder` of `base` and below; `above` are those on the way."""
     path = os.path.join(base, folder)
     state = os.stat(path)
     here = (state.st_dev, state.st_ino)
-    if here in above:  # a link back up: its images are listed already
+    if here in above:  # a link back up: its files are listed already
         return []
-    images: list[bytes] = []
+    wanted = tuple(suffix.encode() for suffix in suffixes)
+    files: list[bytes] = []
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
                 continue
-            name = folder + b"/" + entry.name
-            if entry.name.lower().endswith(BYTE_SUFFIXES):
-                images.append(name)
+            name = os.path.join(folder, entry.name)
+            if entry.name.lower().endswith(wanted):
+                files.append(name)
             elif entry.is_dir():
-                images += _images(base, name, above | {here})
-    return images
+                files += files_below(base, name, suffixes, above | {here})
+    return files
 
 
 class ZipSamples(EncodedSamples):
@@ -161,7 +166,7 @@ class ZipSamples(EncodedSamples):
 
 def open_zip(path: Path, data: DataSection, split: Split) -> ZipSamples:
     """List one split of a zipped image folder from the zip's directory alone."""
-    images, folders = _images_and_folders(path)
+    images, folders = files_and_folders(path, IMAGE_SUFFIXES)
     everything = (*images, *folders)
     # A single folder around everything is left out, unless it is a part itself.
     outermost = {name.split("/", 1)[0] for name in everything}
@@ -187,13 +192,15 @@ def open_zip(path: Path, data: DataSection, split: Split) -> ZipSamples:
         np.array([label for label, _, _ in chosen], np.int64),
         classes,
     )
-    table = np.array([_entry(images[name], str(path)) for _, _, name in chosen], ENTRY)
+    table = entry_table(path, [images[name] for _, _, name in chosen])
     rows = part.rows(whole)
     return ZipSamples(path, whole.take(rows), table[rows])
 
 
-def _images_and_folders(path: Path) -> tuple[dict[str, zipfile.ZipInfo], list[str]]:
-    """Name to entry of every image, and the folders that have an entry of their own.
+def files_and_folders(
+    path: Path, suffixes: tuple[str, ...]
+) -> tuple[dict[str, zipfile.ZipInfo], list[str]]:
+    """Name to entry of every file with these suffixes, and the folders with an entry of their own.
 
     Of entries with one name the last counts, as in any zip. A folder without images is a class all
     the same, as it is on disk: who unpacks a set in part keeps the numbers of its classes.
@@ -204,16 +211,21 @@ def _images_and_folders(path: Path) -> tuple[dict[str, zipfile.ZipInfo], list[st
     # A directory that lies about lengths and encodings surfaces as any of these.
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise DataError(f"{path} cannot be read as a zip ({error}).", "fetch it again") from error
-    images, found = {}, []
+    files, found = {}, []
     for info in infos:
         *folders, file = info.filename.split("/")
         if not all(map(_is_visible, folders)):
             continue
         if info.is_dir():
             found.append(info.filename)
-        elif file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
-            images[info.filename] = info
-    return images, found
+        elif file.lower().endswith(suffixes) and not file.startswith("."):
+            files[info.filename] = info
+    return files, found
+
+
+def entry_table(path: Path, infos: Sequence[zipfile.ZipInfo]) -> NDArray[np.void]:
+    """Where these entries of the zip are; DataError for what is not unpacked."""
+    return np.array([_entry(info, str(path)) for info in infos], ENTRY)
 
 
 def _entry(info: zipfile.ZipInfo, source: str) -> tuple[int, int, int, int, int]:

@@ -51,6 +51,11 @@ class HubSamples(EncodedSamples):
 
 def open_hub(reference: str, data: DataSection, split: Split) -> HubSamples:
     """One split of NAME, NAME:CONFIG, a directory, or parquet files (a path or a pattern)."""
+    return hub_samples(load_tables(reference), data, split, f"hf:{reference}")
+
+
+def load_tables(reference: str) -> "datasets.DatasetDict":
+    """The tables of what `open_hub` names; DataError if they cannot be loaded."""
     import datasets  # imports for a second, so only where needed
 
     source = f"hf:{reference}"
@@ -73,7 +78,7 @@ def open_hub(reference: str, data: DataSection, split: Split) -> HubSamples:
             f"{source} cannot be loaded ({reason}).",
             "check the name; without a network, use a local directory or .parquet files",
         ) from error
-    return hub_samples(tables, data, split, source)
+    return tables
 
 
 def hub_samples(

@@ -7,11 +7,12 @@ import hashlib
 import io
 import json
 import os
+import struct
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -39,6 +40,7 @@ MOST_LIST_BYTES = 1 << 24  # of a list of class names
 MOST_BYTES = 1 << 29
 # Nothing else is tried: Pillow would hand PostScript under a .jpg name to an interpreter.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that lie on a side
 BAD_IMAGE_FIX = "replace or remove it, or set data.skip_bad_images=true"
 
 
@@ -113,6 +115,10 @@ class EncodedSamples(ABC):
         stored, name = self._stored(index)
         return decode(stored, name), digest_of(stored)
 
+    def size(self, index: int, upright: bool) -> tuple[int, int]:
+        """Width and height from the head of the image; `upright`: as EXIF turns it."""
+        return size_of(*self._stored(index), upright)
+
     def _stored(self, index: int) -> tuple[bytes, str]:
         """The stored bytes, and the full name for errors."""
         name = f"{self.source}: {self.name(index)}"
@@ -139,6 +145,28 @@ class EncodedSamples(ABC):
 
 def decode(encoded: bytes, name: str) -> Image.Image:
     """The first frame, fully decoded, in the mode it is stored in, or a `BadImageError`."""
+    with _named_errors(encoded, name):
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        with _libtiff_silent() if image.format == "TIFF" else nullcontext():
+            image.load()
+    return image
+
+
+def size_of(encoded: bytes, name: str, upright: bool) -> tuple[int, int]:
+    """Width and height without decoding, `upright` as EXIF turns it, or a `BadImageError`."""
+    with _named_errors(encoded, name):
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    width, height = image.size
+    # What is unreadable says nothing, as in `transforms.upright`.
+    with suppress(SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+        if upright and image.getexif().get(ORIENTATION) in TURNED:
+            return height, width
+    return width, height
+
+
+@contextmanager
+def _named_errors(encoded: bytes, name: str) -> Iterator[None]:
+    """Raise `BadImageError` with the image's name for whatever Pillow raises."""
     if not encoded:
         raise BadImageError(f"{name} is empty (0 bytes).", BAD_IMAGE_FIX)
     try:
@@ -147,9 +175,7 @@ def decode(encoded: bytes, name: str) -> Image.Image:
             warnings.simplefilter("ignore")
             # Between Pillow's limit and twice that it only warns, and takes a gigabyte.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-            with _libtiff_silent() if image.format == "TIFF" else nullcontext():
-                image.load()
+            yield
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -159,7 +185,7 @@ def decode(encoded: bytes, name: str) -> Image.Image:
     except Exception as error:  # broken bytes make Pillow's readers raise nearly anything
         reason = f"not decodable ({error})"
     else:
-        return image
+        return
     raise BadImageError(f"{name} is {reason}.", BAD_IMAGE_FIX)
 
 
@@ -249,6 +275,11 @@ def read_classes(path: Path) -> tuple[str, ...]:
         raise DataError(
             f"the class list {path} cannot be read ({error}).", "correct data.classes"
         ) from error
+    return class_names(text, str(path))
+
+
+def class_names(text: str, path: str) -> tuple[str, ...]:
+    """The lines of a class list; DataError where it names none, or one twice."""
     classes = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not classes:
         raise DataError(f"the class list {path} is empty.", "write one class name per line")

@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
+from care_compress.data.annotated_transforms import MovingTransform, evaluation_transform
+from care_compress.data.annotations import Annotation, check_size, is_annotated
 from care_compress.data.checks import Contents
 from care_compress.data.samples import Samples
-from care_compress.data.transforms import EvalTransform, Key, Transform, normalize
+from care_compress.data.transforms import Key, Transform, normalize, upright
 from care_compress.errors import BadImageError, CareError, DataError
 from care_compress.machine import usable_cores
 from care_compress.recipe.sections import DataSection
@@ -41,6 +44,8 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 or normalised float, BCHW, channels_last
     labels: Tensor  # int64 B
     indices: Tensor  # int64 B, positions in the samples
+    # Of training in pixels of `images`, of evaluation in those of the stored images.
+    annotations: tuple[Annotation, ...] = ()
 
 
 @dataclass
@@ -107,7 +112,7 @@ def prepared_batches(
     contents: Contents | None = None,
 ) -> Generator[Batch]:
     """`evaluation_batches` by the recipe's preprocessing, as the network takes them."""
-    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
+    transform = evaluation_transform(samples, data)
     loaded = evaluation_batches(
         samples, transform, batch_size, data, bad=bad, indices=indices, contents=contents
     )
@@ -118,7 +123,7 @@ def prepared_batches(
 
 def training_batches(
     samples: Samples,
-    transform: Transform,
+    transform: Transform | MovingTransform,
     batch_size: int,
     data: DataSection,
     *,
@@ -158,7 +163,7 @@ def training_batches(
 
 def batches(
     samples: Samples,
-    transform: Transform,
+    transform: Transform | MovingTransform,
     keys: Iterable[list[Key]],
     data: DataSection,
     bad: BadImages,
@@ -173,7 +178,7 @@ def batches(
             f"set TMPDIR to a folder of at most {LONGEST_FOLDER} letters, or data.workers to 0",
         )
     loader = DataLoader(
-        _Decoding(samples, transform, data.skip_bad_images, contents is not None),
+        _Decoding(samples, transform, data, contents is not None),
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=_as_is,
@@ -231,11 +236,16 @@ class _Decoding(Dataset["_Decoded | CareError"]):
     """The work of a worker: a list of keys in, one batch out."""
 
     def __init__(
-        self, samples: Samples, transform: Transform, skip_bad: bool, hashing: bool
+        self,
+        samples: Samples,
+        transform: Transform | MovingTransform,
+        data: DataSection,
+        hashing: bool,
     ) -> None:
         self.samples = samples
         self.transform = transform
-        self.skip_bad = skip_bad
+        self.skip_bad = data.skip_bad_images
+        self.exif_rotate = data.exif_rotate
         self.hashing = hashing
 
     def __getitems__(self, keys: list[Key]) -> "_Decoded | CareError":
@@ -243,6 +253,7 @@ class _Decoding(Dataset["_Decoded | CareError"]):
         rows: list[Tensor] = []
         indices: list[int] = []
         digests: list[int] = []
+        annotations: list[Annotation] = []
         bad: dict[str, str] = {}
         for key in keys:
             index = key[2]
@@ -251,7 +262,7 @@ class _Decoding(Dataset["_Decoded | CareError"]):
                     image, digest = self.samples.hashed(index)
                 else:
                     image, digest = self.samples.image(index), 0
-                rows.append(self.transform(image, key).permute(1, 2, 0))
+                pixels, annotation = self._prepared(image, key)
             except BadImageError as error:
                 if not self.skip_bad:
                     return error
@@ -259,14 +270,29 @@ class _Decoding(Dataset["_Decoded | CareError"]):
                 continue
             except CareError as error:
                 return error
+            rows.append(pixels.permute(1, 2, 0))
+            annotations += annotation
             indices.append(index)
             digests.append(digest)
         images = torch.empty((0, 3, 0, 0), dtype=torch.uint8)
         if rows:  # stacked as rows of pixels, in shared memory, so that nothing is transposed
             images = default_collate(rows).permute(0, 3, 1, 2)
         labels = torch.from_numpy(self.samples.labels[indices])
-        batch = Batch(images, labels, torch.tensor(indices, dtype=torch.int64))
+        batch = Batch(images, labels, torch.tensor(indices, dtype=torch.int64), tuple(annotations))
         return _Decoded(batch, bad, digests)
+
+    def _prepared(self, image: Image.Image, key: Key) -> tuple[Tensor, list[Annotation]]:
+        """The pixels, and the annotation of samples that have one."""
+        if not is_annotated(self.samples):
+            assert not isinstance(self.transform, MovingTransform), "nothing to move"
+            return self.transform(image, key), []
+        annotation = self.samples.annotation(key[2])
+        size = (upright(image) if self.exif_rotate else image).size
+        check_size(annotation, size, self.samples.name(key[2]))
+        if isinstance(self.transform, MovingTransform):
+            pixels, annotation = self.transform(image, annotation, key)
+            return pixels, [annotation]
+        return self.transform(image, key), [annotation]
 
 
 def _as_is(decoded: Any) -> Any:
@@ -278,7 +304,7 @@ def pixel_batches(
     samples: Samples, data: DataSection, indices: Sequence[int], size: int, bad: BadImages
 ) -> Generator[Batch]:
     """Pixels of these images, cut as the recipe says, in the order given."""
-    transform = EvalTransform(data.resolution, data.crop_pct, data.exif_rotate)
+    transform = evaluation_transform(samples, data)
     return evaluation_batches(samples, transform, size, data, bad=bad, indices=indices)
 
 

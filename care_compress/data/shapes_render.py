@@ -29,9 +29,24 @@ CLASSES = tuple(
     f"{texture}-{tint}-{form}" for form in FORMS for texture in TEXTURES for tint in TINTS
 )
 
-_ROWS, _COLUMNS = np.divmod(np.arange(SIZE * SIZE, dtype=np.int64), SIZE)
-X_P: Floats = (_COLUMNS - (SIZE - 1) / 2).astype(np.float32)
-Y_P: Floats = (_ROWS - (SIZE - 1) / 2).astype(np.float32)
+
+class Field(NamedTuple):
+    """The pixels of a square image, row by row, by their distance from its centre."""
+
+    size: int
+    x_P: Floats
+    y_P: Floats
+
+    @classmethod
+    def of(cls, size: int) -> "Field":
+        """The field of an image of size x size pixels."""
+        rows, columns = np.divmod(np.arange(size * size, dtype=np.int64), size)
+        x, y = ((each - (size - 1) / 2).astype(np.float32) for each in (columns, rows))
+        return cls(size, x, y)
+
+
+FIELD = Field.of(SIZE)
+X_P, Y_P = FIELD.x_P, FIELD.y_P
 
 # Outward normals of the regular polygons. A missing side is (0, 0): it never wins the maximum,
 # because the largest of a closed polygon's projections is never negative.
@@ -82,24 +97,31 @@ class Draws:
     """
 
     def __init__(
-        self, seed: int, split: Split, indices: Sequence[int], noise_bytes: int = 0
+        self,
+        seed: int,
+        split: Split,
+        indices: Sequence[int],
+        noise_bytes: int = 0,
+        uniforms: int = UNIFORMS,
     ) -> None:
-        count = UNIFORMS + noise_bytes // 8
+        count = uniforms + noise_bytes // 8
         key = np.array([seed, SPLIT_KEYS[split]], dtype=np.uint64)
         counters = [np.array([0, index, 0, 0], dtype=np.uint64) for index in indices]
         words: NDArray[np.uint64] = np.stack(
             [np.random.Philox(key=key, counter=counter).random_raw(count) for counter in counters]
         )
         # 24 bits fill a float32 exactly, so the conversion cannot round.
-        top = words[:, :UNIFORMS] >> np.uint64(40)
+        top = words[:, :uniforms] >> np.uint64(40)
         self._uniforms: Floats = top.astype(np.float32) / np.float32(1 << 24)
-        self._noise = words[:, UNIFORMS:].astype("<u8").view(np.uint8).reshape(len(words), 2, -1)
+        self._noise = words[:, uniforms:].astype("<u8").view(np.uint8).reshape(len(words), 2, -1)
         self._next = 0
         self.hardness = self.uniform()
 
     def uniform(self, low: Floats | float = 0.0, high: Floats | float = 1.0) -> Floats:
         """The next number of every image (B, 1), between two bounds."""
-        assert self._next < UNIFORMS, "a scene takes more numbers than were drawn for it"
+        assert self._next < self._uniforms.shape[1], (
+            "a scene takes more numbers than were drawn for it"
+        )
         column = self._uniforms[:, self._next : self._next + 1]
         self._next += 1
         span: Floats = np.subtract(high, low, dtype=np.float32)
@@ -144,13 +166,13 @@ class Kinds(NamedTuple):
     tint: NDArray[np.int64]
 
 
-def _along(axis: tuple[Floats, Floats], x: Floats, y: Floats) -> Floats:
+def along(axis: tuple[Floats, Floats], x: Floats, y: Floats) -> Floats:
     """Project (x, y) on the direction with this cosine and sine."""
     cosine, sine = axis
     return cosine * x + sine * y
 
 
-def _across(axis: tuple[Floats, Floats], x: Floats, y: Floats) -> Floats:
+def across(axis: tuple[Floats, Floats], x: Floats, y: Floats) -> Floats:
     """Project (x, y) on the direction a quarter turn further."""
     cosine, sine = axis
     return cosine * y - sine * x
@@ -168,36 +190,36 @@ def render(seed: int, split: Split, indices: Sequence[int]) -> NDArray[np.uint8]
     kinds = Kinds(*np.unravel_index(labels, (len(FORMS), len(TEXTURES), len(TINTS))))
     reach = draws.graded(3.0, 6.0)
     x, y = draws.uniform(-reach, reach), draws.uniform(-reach, reach)
-    canvas = _background(draws)
+    canvas = background(draws, FIELD)
     _distractor(draws, canvas, x, y)
     _distractor(draws, canvas, x, y)
     radius = draws.uniform(draws.graded(20.0, 16.5), 24.0)
     _patterned(draws, canvas, x, y, radius, kinds)
     _distractor(draws, canvas, x, y)
     # A plain bar of any colour lies across part of the target.
-    slant = _along(draws.rotation(), X_P - x, Y_P - y)
+    slant = along(draws.rotation(), X_P - x, Y_P - y)
     offset, width = draws.uniform(-12.0, 12.0), draws.graded(-1.0, 2.0)
     cover = np.clip(width - np.abs(slant - offset) + 0.5, 0, 1)[:, None]
     canvas += (draws.colour(0.1, 0.9) - canvas) * cover
-    image = _photograph(draws, canvas)
+    image = photograph(draws, canvas, FIELD)
     return np.ascontiguousarray(image.transpose(0, 2, 1)).reshape(-1, SIZE, SIZE, 3)
 
 
-def _background(draws: Draws) -> Floats:
+def background(draws: Draws, field: Field) -> Floats:
     """Two soft-edged halves of nearly grey, with slow waves over them."""
-    slant = _along(draws.rotation(), X_P, Y_P)
+    slant = along(draws.rotation(), field.x_P, field.y_P)
     ramp = np.clip(slant / draws.uniform(4.0, 40.0) + 0.5, 0, 1)[:, None]
     grey = draws.uniform(0.25, 0.75)[:, None]
     spread = draws.graded(0.05, 0.14)
     one, two = grey + draws.colour(-spread, spread), grey + draws.colour(-spread, spread)
-    waves = _wave(draws, 8.0, 30.0) * _wave(draws, 8.0, 30.0) * draws.graded(0.0, 0.13)
+    waves = _wave(draws, field) * _wave(draws, field) * draws.graded(0.0, 0.13)
     return _mix(one, two, ramp) + waves[:, None]
 
 
-def _wave(draws: Draws, shortest: float, longest: float) -> Floats:
+def _wave(draws: Draws, field: Field) -> Floats:
     """A triangle wave in -1..1 of random direction, period and phase."""
-    slant = _along(draws.rotation(), X_P, Y_P)
-    return _triangle_wave(slant / draws.uniform(shortest, longest) + draws.uniform())
+    slant = along(draws.rotation(), field.x_P, field.y_P)
+    return _triangle_wave(slant / draws.uniform(8.0, 30.0) + draws.uniform())
 
 
 def _triangle_wave(phase: Floats) -> Floats:
@@ -220,7 +242,14 @@ def _patterned(
     draws: Draws, canvas: Floats, x: Floats, y: Floats, radius: Floats, kinds: Kinds
 ) -> None:
     """Paint a form with its texture and tint onto every canvas, in place."""
-    u, v = X_P - x, Y_P - y
+    cover, colour = patterned(draws, X_P - x, Y_P - y, radius, kinds)
+    canvas += (colour - canvas) * cover
+
+
+def patterned(
+    draws: Draws, u: Floats, v: Floats, radius: Floats, kinds: Kinds
+) -> tuple[Floats, Floats]:
+    """How much of each pixel a form around (0, 0) covers (B, 1, P), and its colour (B, 3, P)."""
     edge = (_extent(draws, u, v, kinds.form) - radius) / draws.uniform(0.6, 1.6)
     cover = np.clip(0.5 - edge, 0, 1)[:, None]
     pattern = _pattern(draws, u, v, kinds.texture)[:, None]
@@ -232,7 +261,7 @@ def _patterned(
     grey = draws.uniform(0.3, 0.7)[:, None]
     colour = _mix(grey, hue, draws.uniform(draws.graded(0.8, 0.45), 1.0)[:, None])
     shade = 1 + pattern * draws.graded(0.35, 0.13)[:, None]
-    canvas += (colour * shade - canvas) * cover
+    return cover, colour * shade
 
 
 def _extent(draws: Draws, u: Floats, v: Floats, form: NDArray[np.int64]) -> Floats:
@@ -244,7 +273,7 @@ def _extent(draws: Draws, u: Floats, v: Floats, form: NDArray[np.int64]) -> Floa
     # Squeezed along a random direction, and widened across it by as much; the area stays.
     cosine, sine = axis = draws.rotation()
     squeeze = 1 + draws.uniform(-0.1, 0.1) * draws.hardness
-    u, v = _along(axis, u, v) * squeeze, _across(axis, u, v) / squeeze
+    u, v = along(axis, u, v) * squeeze, across(axis, u, v) / squeeze
     u, v = cosine * u - sine * v, sine * u + cosine * v
     cosine, sine = draws.rotation(0.2)
     normals = NORMALS_FSxy[form]
@@ -266,20 +295,22 @@ def _pattern(draws: Draws, u: Floats, v: Floats, texture: NDArray[np.int64]) -> 
     """Upright bars or level bands, tilted by up to 6 degrees (easy) or 43 (hard), in -1..1."""
     axis = draws.rotation(draws.graded(0.05, 0.39))
     barred = (texture == TEXTURES.index("barred"))[:, None]
-    slant: Floats = np.where(barred, _along(axis, u, v), _across(axis, u, v))
+    slant: Floats = np.where(barred, along(axis, u, v), across(axis, u, v))
     wave = _triangle_wave(slant / draws.uniform(8.0, 16.0) + draws.uniform())
     sharpened: Floats = np.clip(wave * draws.uniform(1.2, 4.0), -1, 1)
     return sharpened
 
 
-def _photograph(draws: Draws, canvas: Floats) -> NDArray[np.uint8]:
+def photograph(draws: Draws, canvas: Floats, field: Field) -> NDArray[np.uint8]:
     """Light the scene from one side, tint the light, blur, add sensor noise, round to bytes."""
-    falloff = 1 + draws.uniform(0.0, 0.012) * _along(draws.rotation(), X_P, Y_P)
+    # From edge to edge the light falls off by as much, however large the image is.
+    steepest = draws.uniform(0.0, 0.012 * SIZE / field.size)
+    falloff = 1 + steepest * along(draws.rotation(), field.x_P, field.y_P)
     light = draws.uniform(draws.graded(0.7, 0.3), 1.25) * falloff
     cast = 1 + draws.colour(-1.0, 1.0) * draws.graded(0.05, 0.22)[:, None]
     lit = canvas * light[:, None] * cast
     # A 3x3 box blur; the border is left as it is.
-    grid = lit.reshape(*lit.shape[:2], SIZE, SIZE)
+    grid = lit.reshape(*lit.shape[:2], field.size, field.size)
     rows = grid[:, :, :-2] + grid[:, :, 1:-1] + grid[:, :, 2:]
     blurred = grid.copy()
     blurred[:, :, 1:-1, 1:-1] = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / np.float32(9)

@@ -111,20 +111,30 @@ class TrainTransform:
         image = image.crop(box).resize(size, Image.Resampling.BICUBIC)
         if rng.random() < self.augment.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.augment.jitter > 0:
-            changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-            spread = self.augment.jitter
-            factors = rng.uniform(1 - spread, 1 + spread, size=len(changes))
-            for which in rng.permutation(len(changes)):
-                image = changes[which](image).enhance(float(factors[which]))
-        pixels = to_chw(image)
-        if rng.random() < self.augment.erase:
-            erased = _random_box(size, ERASE_SCALE, ERASE_RATIO, rng, spared=1)
-            if erased is not None:
-                left, top, right, bottom = erased
-                noise = rng.integers(256, size=(3, bottom - top, right - left), dtype=np.uint8)
-                pixels[:, top:bottom, left:right] = torch.from_numpy(noise)
+        pixels = to_chw(jittered(image, self.augment.jitter, rng))
+        erase(pixels, self.augment.erase, rng)
         return pixels
+
+
+def jittered(image: Image.Image, spread: float, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and saturation changed by up to `spread`, in a random order."""
+    if spread > 0:
+        changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        factors = rng.uniform(1 - spread, 1 + spread, size=len(changes))
+        for which in rng.permutation(len(changes)):
+            image = changes[which](image).enhance(float(factors[which]))
+    return image
+
+
+def erase(pixels_CHW: Tensor, probability: float, rng: np.random.Generator) -> None:
+    """Put noise into a random rectangle, in place, as often as `probability` says."""
+    if rng.random() < probability:
+        _, height, width = pixels_CHW.shape
+        erased = _random_box((width, height), ERASE_SCALE, ERASE_RATIO, rng, spared=1)
+        if erased is not None:
+            left, top, right, bottom = erased
+            noise = rng.integers(256, size=(3, bottom - top, right - left), dtype=np.uint8)
+            pixels_CHW[:, top:bottom, left:right] = torch.from_numpy(noise)
 
 
 def random_crop_box(

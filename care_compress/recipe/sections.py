@@ -44,6 +44,9 @@ class DataSection(Section):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     classes: str | None = Field(None, description="file with one class name per line, in order")
+    ignore_index: Annotated[int, Field(ge=0, le=255)] | None = Field(
+        255, description="pixels of masks that count for nothing; 0: the classes count from 1"
+    )
     exif_rotate: bool = False
     skip_bad_images: bool = False
     workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
@@ -65,7 +68,11 @@ class RewriteSection(Section):
 
 
 class AugmentSection(Section):
-    """Random changes to training images; all of them drawn from (seed, epoch, image)."""
+    """Random changes to training images; all of them drawn from (seed, epoch, image).
+
+    Masks and boxes move with the pixels. For them `scale` is the shown share of the letterboxed
+    square and `ratio` how far the image is stretched; for classification both are of the crop.
+    """
 
     scale: tuple[Positive, Positive] = (0.08, 1.0)
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)

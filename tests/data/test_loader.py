@@ -12,6 +12,7 @@ from PIL import Image
 
 from care_compress.data.loader import (
     BadImages,
+    Batch,
     _receive,
     evaluation_batches,
     steps_per_epoch,
@@ -86,7 +87,8 @@ def train(workers=0, start=0, stop=13, rank=0, world=1, samples=None, seed=3, sk
 def assert_same(first, second):
     assert len(first) == len(second) > 0
     for a, b in zip(first, second, strict=True):
-        for left, right in zip(a, b, strict=True):
+        assert a.annotations == b.annotations == ()
+        for left, right in zip(a[:3], b[:3], strict=True):
             assert left.dtype == right.dtype and torch.equal(left, right)
 
 
@@ -145,7 +147,7 @@ def test_resuming_goes_on_where_it_stopped(start):
 def test_processes_share_one_global_batch(world):
     shares = [train(rank=rank, world=world, stop=7) for rank in range(world)]
     joined = [
-        [torch.cat(parts) for parts in zip(*step, strict=True)]
+        Batch(*(torch.cat(parts) for parts in zip(*(one[:3] for one in step), strict=True)))
         for step in zip(*shares, strict=True)
     ]
     assert_same(train(stop=7), joined)
