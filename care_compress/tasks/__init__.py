@@ -1,0 +1,1 @@
+"""What a network is for: one file for each task, which the line asks."""
