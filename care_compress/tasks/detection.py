@@ -128,16 +128,18 @@ class Assigned(NamedTuple):
 
 @torch.no_grad()
 def assign(
-    corners_B4N: Tensor, logits_BKN: Tensor, centres_2N: Tensor, wanted: Objects
+    corners_B4N: Tensor, logits_BKN: Tensor, grid: tuple[Tensor, Tensor], wanted: Objects
 ) -> Assigned:
     """Give each object the places that find it best, out of those whose centre it holds.
 
     How well a place does is t = s^alpha u^beta of its score s for the object's class and its
     overlap u; an object takes the `TOP` places of the largest t, and a place that several objects
     take goes to the one it overlaps most. The target score is t, scaled so that an object's best
-    place gets the best overlap reached. An object too small to hold a centre takes the nearest.
+    place gets the best overlap reached. An object too small to hold a centre takes the nearest of
+    the finest level.
     """
     objects, count = wanted.corners_BM4.shape[1], corners_B4N.shape[2]
+    centres_2N, steps_2N = grid
     overlaps_BMN = overlaps_of(wanted.corners_BM4, corners_B4N)
     every_class = wanted.classes_BM[..., None].expand(-1, -1, count)
     scores_BMN = logits_BKN.sigmoid().gather(1, every_class)
@@ -147,7 +149,7 @@ def assign(
     empty_BM = wanted.wanted_BM & ~holds_BMN.any(dim=2)
     if empty_BM.any():
         middles = (wanted.corners_BM4[..., :2] + wanted.corners_BM4[..., 2:]) / 2
-        away_BMN = (middles[..., None] - centres_2N).square().sum(dim=2)
+        away_BMN = ((middles[..., None] - centres_2N).square() + steps_2N.square()).sum(dim=2)
         nearest = F.one_hot(away_BMN.argmin(dim=2), count).bool() & empty_BM[..., None]
         holds_BMN |= nearest
         overlaps_BMN = torch.where(nearest, overlaps_BMN.clamp(min=RESCUED), overlaps_BMN)
@@ -176,8 +178,8 @@ def detection_loss(output_BCN: Tensor, labels: Sequence[Boxes]) -> Tensor:
     corners_B4N, logits_BKN = output_BCN[:, :CORNERS], output_BCN[:, CORNERS:]
     wanted = objects_of(labels, output_BCN.device)
     height, width = labels[0].size
-    centres_2N, _ = places([(height // stride, width // stride) for stride in STRIDES], output_BCN)
-    assigned = assign(corners_B4N, logits_BKN, centres_2N, wanted)
+    grid = places([(height // stride, width // stride) for stride in STRIDES], output_BCN)
+    assigned = assign(corners_B4N, logits_BKN, grid, wanted)
     total = assigned.weights_BN.sum().clamp(min=1)
     classes = F.binary_cross_entropy_with_logits(logits_BKN, assigned.scores_BKN, reduction="none")
     classes = classes.masked_fill(assigned.silent_BN[:, None], 0).sum()

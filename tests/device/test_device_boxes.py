@@ -43,7 +43,7 @@ def test_boxes_end_at_the_image() -> None:
 
 
 def test_one_object_is_found_once_for_each_class() -> None:
-    """The surest box removes its like; a box of another class, and one that hardly overlaps, stay."""
+    """The surest box removes its like, but none of another class or that hardly overlaps."""
     rows = [
         (0.10, 0.10, 0.50, 0.50, 1.0, -9.0),
         (0.11, 0.10, 0.50, 0.50, 3.0, 0.5),
