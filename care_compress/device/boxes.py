@@ -46,7 +46,7 @@ class Square(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detections:
     """The boxes found in one image, in its own pixels, the surest first."""
 

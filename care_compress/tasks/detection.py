@@ -221,7 +221,7 @@ def overlaps_of(wanted_BM4: Tensor, found_B4N: Tensor) -> Tensor:
 def centres_in(corners_BM4: Tensor, centres_2N: Tensor) -> Tensor:
     """Whether each box holds the centre of each place (B, M, N)."""
     left, top, right, bottom = (one[..., None] for one in corners_BM4.unbind(dim=2))
-    x, y = centres_2N
+    x, y = centres_2N.unbind()
     return (left < x) & (x < right) & (top < y) & (y < bottom)
 
 
