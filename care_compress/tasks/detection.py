@@ -1,0 +1,283 @@
+"""Detection: boxes with classes. What the line asks a task, from the labels to a drawing.
+
+A network answers with corners and class logits of many places (`care_compress.model.boxes`). Which
+places ought to find an object is decided anew at every step, by how well each does already (TOOD,
+arXiv 2108.07755).
+
+Shape suffixes: B images, K classes, N places, M the most objects of one image of a batch. All
+lengths of a loss are fractions of the square input's side.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from care_compress.data.annotations import Boxes
+from care_compress.data.letterbox import Letterbox
+from care_compress.device.boxes import SHOWN, Detections, draw_boxes, find_boxes, overlaps
+from care_compress.model.boxes import CORNERS, STRIDES, BoxHead, places
+from care_compress.tasks.average_precision import (
+    Matches,
+    Precision,
+    PrecisionDrop,
+    match_boxes,
+    precision_drop,
+    precision_of,
+)
+
+WIDTH = 64  # channels of the pyramid
+TOP = 10  # places that may find one object
+SCORE_POWER, OVERLAP_POWER = 1.0, 6.0  # alpha and beta of the alignment
+RESCUED = 0.1  # overlap that a place is given for an object too small to hold any centre
+BOX_WEIGHT = 2.0  # of the boxes' loss, the classes' having 1
+AGREED = 0.5  # IoU of two boxes of two models that are the same
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The task of finding boxes of these classes."""
+
+    classes: tuple[str, ...]
+
+    def head(self, channels: Sequence[int], width: int = WIDTH) -> BoxHead:
+        """A new head on stage outputs of these channels, of which it reads the last three."""
+        return BoxHead(channels[-len(STRIDES) :], len(self.classes), width)
+
+    def loss(self, output_BCN: Tensor, labels: Sequence[Boxes]) -> Tensor:
+        """What training minimises; the labels are in pixels of the square input."""
+        return detection_loss(output_BCN, labels)
+
+    def distance(self, output_BCN: Tensor, taught_BCN: Tensor) -> Tensor:
+        """How far a student's output is from its teacher's on the same images; 0 where equal."""
+        return output_distance(output_BCN, taught_BCN)
+
+    def answers(
+        self, output_BCN: Tensor, sizes_HW: Sequence[tuple[int, int]], resolution: int
+    ) -> list[Detections]:
+        """Boxes of each image in its own pixels, all that count for the metric: small arrays.
+
+        An output with NaN or infinity is an answer without boxes, and `broken`.
+        """
+        outputs = output_BCN.detach().float().cpu().numpy()
+        squares = [Letterbox.of(size, resolution) for size in sizes_HW]
+        return [find_boxes(one, square) for one, square in zip(outputs, squares, strict=True)]
+
+    def matches(self, answers: Sequence[Detections], labels: Sequence[Boxes]) -> Matches:
+        """Match answers and labels of whole images once, for `score` and `drop`."""
+        return match_boxes(answers, labels, len(self.classes))
+
+    def score(self, matches: Matches) -> Precision:
+        """COCO's mAP and mAP50, which is the number that budgets of recipes are in."""
+        return precision_of(matches)
+
+    def drop(self, before: Matches, after: Matches) -> PrecisionDrop:
+        """Points lost from one model to another on the same images, with 95 % intervals."""
+        return precision_drop(before, after)
+
+    def agreement(
+        self, before: Sequence[Detections], after: Sequence[Detections]
+    ) -> "BoxAgreement":
+        """How many boxes two models share on the same images."""
+        pairs = zip(before, after, strict=True)
+        return sum((boxes_agreed(one, other) for one, other in pairs), BoxAgreement())
+
+    def draw(self, image: Any, answer: Detections) -> Any:
+        """A PIL image with the boxes that the model is sure of."""
+        return draw_boxes(image, answer, self.classes)
+
+
+class Objects(NamedTuple):
+    """Labels of a batch as tensors; images with fewer objects than M have absent ones."""
+
+    corners_BM4: Tensor  # fractions of the square
+    classes_BM: Tensor
+    wanted_BM: Tensor  # bool: an object to be found
+    crowd_BM: Tensor  # bool: a region in which nothing is wrong
+
+
+def objects_of(labels: Sequence[Boxes], device: torch.device) -> Objects:
+    """Pad the labels of a batch to one length, at least 1."""
+    most = max(1, max(len(one) for one in labels))  # no reduction takes none
+    corners = np.zeros((len(labels), most, 4), np.float32)
+    classes = np.zeros((len(labels), most), np.int64)
+    wanted, crowd = np.zeros((2, len(labels), most), np.bool_)
+    for row, one in enumerate(labels):
+        height, width = one.size
+        scale = np.array([width, height, width, height], np.float32)
+        corners[row, : len(one)] = one.corners / scale
+        classes[row, : len(one)] = one.classes
+        wanted[row, : len(one)], crowd[row, : len(one)] = ~one.crowd, one.crowd
+    return Objects(
+        *(torch.from_numpy(part).to(device) for part in (corners, classes, wanted, crowd))
+    )
+
+
+class Assigned(NamedTuple):
+    """What each place ought to say."""
+
+    scores_BKN: Tensor  # of its object's class, up to the overlap reached; 0 where nothing is
+    corners_BN4: Tensor  # of its object; without meaning where it has none
+    weights_BN: Tensor  # its score of any class
+    silent_BN: Tensor  # bool: it lies in a crowd and is no negative
+
+
+@torch.no_grad()
+def assign(
+    corners_B4N: Tensor, logits_BKN: Tensor, grid: tuple[Tensor, Tensor], wanted: Objects
+) -> Assigned:
+    """Give each object the places that find it best, out of those whose centre it holds.
+
+    How well a place does is t = s^alpha u^beta of its score s for the object's class and its
+    overlap u; an object takes the `TOP` places of the largest t, and a place that several objects
+    take goes to the one it overlaps most. The target score is t, scaled so that an object's best
+    place gets the best overlap reached. An object too small to hold a centre takes the nearest of
+    the finest level.
+    """
+    objects, count = wanted.corners_BM4.shape[1], corners_B4N.shape[2]
+    centres_2N, steps_2N = grid
+    overlaps_BMN = overlaps_of(wanted.corners_BM4, corners_B4N)
+    every_class = wanted.classes_BM[..., None].expand(-1, -1, count)
+    scores_BMN = logits_BKN.sigmoid().gather(1, every_class)
+    holds_BMN = centres_in(wanted.corners_BM4, centres_2N)
+    crowded_BN = (holds_BMN & wanted.crowd_BM[..., None]).any(dim=1)
+    holds_BMN &= wanted.wanted_BM[..., None]
+    empty_BM = wanted.wanted_BM & ~holds_BMN.any(dim=2)
+    if empty_BM.any():
+        middles = (wanted.corners_BM4[..., :2] + wanted.corners_BM4[..., 2:]) / 2
+        away_BMN = ((middles[..., None] - centres_2N).square() + steps_2N.square()).sum(dim=2)
+        nearest = F.one_hot(away_BMN.argmin(dim=2), count).bool() & empty_BM[..., None]
+        holds_BMN |= nearest
+        overlaps_BMN = torch.where(nearest, overlaps_BMN.clamp(min=RESCUED), overlaps_BMN)
+    aligned_BMN = scores_BMN**SCORE_POWER * overlaps_BMN**OVERLAP_POWER
+    best = torch.where(holds_BMN, aligned_BMN, -1.0).topk(min(TOP, count), dim=2)
+    taken_BMN = torch.zeros_like(holds_BMN).scatter(2, best.indices, best.values >= 0)
+    owner_BN = torch.where(taken_BMN, overlaps_BMN, -1.0).argmax(dim=1)
+    taken_BMN &= owner_BN[:, None] == torch.arange(objects, device=owner_BN.device)[:, None]
+    aligned_BMN, reached_BMN = aligned_BMN * taken_BMN, overlaps_BMN * taken_BMN
+    largest_BM1 = aligned_BMN.amax(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    targets_BMN = aligned_BMN / largest_BM1 * reached_BMN.amax(dim=2, keepdim=True)
+    weights_BN = targets_BMN.sum(dim=1)  # each place belongs to one object at most
+    classes_BN = wanted.classes_BM.gather(1, owner_BN)
+    scores_BKN = torch.zeros_like(logits_BKN).scatter(1, classes_BN[:, None], weights_BN[:, None])
+    corners_BN4 = wanted.corners_BM4.gather(1, owner_BN[..., None].expand(-1, -1, 4))
+    return Assigned(scores_BKN, corners_BN4, weights_BN, crowded_BN & ~taken_BMN.any(dim=1))
+
+
+def detection_loss(output_BCN: Tensor, labels: Sequence[Boxes]) -> Tensor:
+    """Cross-entropy of the classes and (1 - GIoU) of the boxes, over the sum of target scores.
+
+    (sum BCE(logit, target) + w sum target (1 - GIoU)) / sum target: a place counts for as much as
+    it is believed to find its object.
+    """
+    output_BCN = output_BCN.float()
+    corners_B4N, logits_BKN = output_BCN[:, :CORNERS], output_BCN[:, CORNERS:]
+    wanted = objects_of(labels, output_BCN.device)
+    height, width = labels[0].size
+    grid = places([(height // stride, width // stride) for stride in STRIDES], output_BCN)
+    assigned = assign(corners_B4N, logits_BKN, grid, wanted)
+    total = assigned.weights_BN.sum().clamp(min=1)
+    classes = F.binary_cross_entropy_with_logits(logits_BKN, assigned.scores_BKN, reduction="none")
+    classes = classes.masked_fill(assigned.silent_BN[:, None], 0).sum()
+    at = assigned.weights_BN > 0
+    overlap = generalized_overlap(corners_B4N.transpose(1, 2)[at], assigned.corners_BN4[at])
+    boxes = ((1 - overlap) * assigned.weights_BN[at]).sum()
+    return (classes + BOX_WEIGHT * boxes) / total
+
+
+def output_distance(output_BCN: Tensor, taught_BCN: Tensor) -> Tensor:
+    """Distance of a student's output from its teacher's, mostly where the teacher sees something.
+
+    (sum KL(p_taught || p) + w sum s (1 - GIoU)) / sum s, with the teacher's highest score s of each
+    place. The divergences are those of independent yes-or-no classes, so that 0 means equal.
+    """
+    # Predictors run in inference mode; only a clone of their output may enter a graph.
+    output_BCN, taught_BCN = output_BCN.float(), taught_BCN.detach().clone().float()
+    logits, taught = output_BCN[:, CORNERS:], taught_BCN[:, CORNERS:]
+    scores_BKN = taught.sigmoid()
+    weights_BN = scores_BKN.amax(dim=1)
+    crossed = F.binary_cross_entropy_with_logits(logits, scores_BKN, reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(taught, scores_BKN, reduction="sum")
+    student, teacher = (one[:, :CORNERS].transpose(1, 2) for one in (output_BCN, taught_BCN))
+    boxes = ((1 - generalized_overlap(student, teacher)) * weights_BN).sum()
+    return (crossed - entropy + BOX_WEIGHT * boxes) / weights_BN.sum().clamp(min=1)
+
+
+def overlaps_of(wanted_BM4: Tensor, found_B4N: Tensor) -> Tensor:
+    """IoU of every object with the box of every place (B, M, N)."""
+    left, top, right, bottom = (one[..., None] for one in wanted_BM4.unbind(dim=2))
+    x1, y1, x2, y2 = (one[:, None] for one in found_B4N.unbind(dim=1))
+    width = (torch.minimum(right, x2) - torch.maximum(left, x1)).clamp(min=0)
+    height = (torch.minimum(bottom, y2) - torch.maximum(top, y1)).clamp(min=0)
+    shared: Tensor = width * height
+    union: Tensor = (right - left) * (bottom - top) + (x2 - x1) * (y2 - y1) - shared
+    return shared / union.clamp(min=1e-12)
+
+
+def centres_in(corners_BM4: Tensor, centres_2N: Tensor) -> Tensor:
+    """Whether each box holds the centre of each place (B, M, N)."""
+    left, top, right, bottom = (one[..., None] for one in corners_BM4.unbind(dim=2))
+    x, y = centres_2N.unbind()
+    return (left < x) & (x < right) & (top < y) & (y < bottom)
+
+
+def generalized_overlap(a: Tensor, b: Tensor) -> Tensor:
+    """GIoU of boxes (..., 4), pair by pair (arXiv 1902.09630): IoU - (hull - union) / hull.
+
+    Unlike IoU it still falls as boxes that do not touch move apart.
+    """
+    near, far = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    shared = (far - near).clamp(min=0).prod(dim=-1)
+    area_a, area_b = ((one[..., 2:] - one[..., :2]).prod(dim=-1) for one in (a, b))
+    union = area_a + area_b - shared
+    outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    hull = outer.prod(dim=-1).clamp(min=1e-12)
+    overlap: Tensor = shared / union.clamp(min=1e-12) - (hull - union) / hull
+    return overlap
+
+
+@dataclass(frozen=True)
+class BoxAgreement:
+    """Boxes of two models over the same images."""
+
+    images: int = 0
+    same_images: int = 0  # in which every box of each model is one of the other's
+    boxes: int = 0  # of both models
+    matched: int = 0  # pairs
+
+    def __add__(self, other: "BoxAgreement") -> "BoxAgreement":
+        """Counts over both sets of images."""
+        return BoxAgreement(
+            self.images + other.images,
+            self.same_images + other.same_images,
+            self.boxes + other.boxes,
+            self.matched + other.matched,
+        )
+
+    @property
+    def percent(self) -> float:
+        """Boxes that the other model has, too; two models that see nothing agree."""
+        return 100 * 2 * self.matched / self.boxes if self.boxes else 100.0
+
+
+def boxes_agreed(before: Detections, after: Detections) -> BoxAgreement:
+    """Pair the boxes of one image that both models are sure of, those that overlap most first.
+
+    A pair is of one class and overlaps by half at least; each box has one partner. An answer that
+    is broken is the same as none, not even another broken one.
+    """
+    one, other = before.surer(SHOWN), after.surer(SHOWN)
+    overlap = overlaps(one.corners, other.corners)
+    overlap[one.classes[:, None] != other.classes] = 0
+    matched = 0
+    while overlap.size and overlap.max() >= AGREED:
+        row, column = np.unravel_index(overlap.argmax(), overlap.shape)
+        overlap[row], overlap[:, column] = 0, 0
+        matched += 1
+    boxes = len(one) + len(other)
+    same = 2 * matched == boxes and not (before.broken or after.broken)
+    return BoxAgreement(1, int(same), boxes, matched)
