@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """Labels with a place: masks of class indices, and boxes with classes.
 
 Coordinates are pixels with x to the right and y down; 0 is the left (upper) edge of the first
@@ -21,14 +20,6 @@ from care_compress.recipe.sections import DataSection
 Kind = Literal["masks", "boxes"]
 
 LOOKED_AT = 64  # annotations when a source is opened; every one is looked at when it is loaded
-=======
-"""Labels with a place: masks of class indices, and boxes with classes."""
-
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
->>>>>>> detection
 
 IGNORED = 255  # in our masks: a pixel where every answer is neither right nor wrong
 Mask = NDArray[np.uint8]  # (H, W), class index or IGNORED
@@ -36,7 +27,6 @@ Mask = NDArray[np.uint8]  # (H, W), class index or IGNORED
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
-<<<<<<< HEAD
     """The objects of one image; there may be none.
 
     Shapes, for two objects: `corners` (2, 4) as x1, y1, x2, y2; `classes` (2,); `crowd` (2,).
@@ -47,20 +37,12 @@ class Boxes:
     crowd: NDArray[
         np.bool_
     ]  # VOC `difficult`, COCO `iscrowd`: finding it is neither right nor wrong
-=======
-    """The objects of one image; there may be none."""
-
-    corners: NDArray[np.float32]
-    classes: NDArray[np.int64]
-    crowd: NDArray[np.bool_]
->>>>>>> detection
     size: tuple[int, int]  # (height, width) of the image they are in
 
     def __len__(self) -> int:
         """How many objects."""
         return len(self.classes)
 
-<<<<<<< HEAD
     def take(self, rows: NDArray[np.bool_]) -> "Boxes":
         """Only these objects, in their order."""
         return Boxes(self.corners[rows], self.classes[rows], self.crowd[rows], self.size)
@@ -166,7 +148,3 @@ def check_some(samples: AnnotatedSamples, images: EncodedSamples, data: DataSect
         if not isinstance(annotation, Boxes):
             digest.update(annotation.tobytes())
     return digest.hexdigest()
-=======
-
-Annotation = Mask | Boxes
->>>>>>> detection
