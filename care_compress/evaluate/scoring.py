@@ -89,7 +89,8 @@ class ProgressFile:
 
     def write(self, progress: ScoringProgress) -> None:
         """Write now."""
-        if self.path is not None:
+        # A record of every image is more than what is saved by going on from it.
+        if self.path is not None and self.task.keeps_counts:
             score = progress.accuracy
             known = None if score is None else self.task.record_of_score(score)
             content = {

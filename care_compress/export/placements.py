@@ -20,7 +20,6 @@ from torch import Tensor
 from care_compress.console import widened
 from care_compress.data.loader import BadImages
 from care_compress.data.samples import spread_indices
-from care_compress.tasks.known import labelled
 from care_compress.errors import ExportError, RunError
 from care_compress.evaluate.agreement import Agreement, compare_answers, drop_between, hold_images
 from care_compress.export.edges import Edges, count_edges
@@ -34,6 +33,7 @@ from care_compress.recipe.target import AS_SHIPPED, Target
 from care_compress.run.finished import FinishedRun
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.shipped import QUANTIZE
+from care_compress.tasks.known import labelled
 from care_compress.tasks.task import Drop
 
 WIDTH = 110

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from care_compress.errors import InputSizeError
-from care_compress.model.care import positive_features
+from care_compress.model.care import ARCHITECTURES, DenseCare, positive_features
 from care_compress.model.pyramid import ConvUnit, Pyramid
 
 STRIDES = (8, 16, 32)  # of the last three stage outputs
@@ -29,9 +29,13 @@ class LevelHead(nn.Module):
         self.units = nn.Sequential(ConvUnit(width, width, 3), ConvUnit(width, width, 3))
         self.distances = nn.Conv2d(width, CORNERS, 1)
         self.classes = nn.Conv2d(width, num_classes, 1)
+        self.start()
+
+    def start(self) -> None:
+        """Begin with boxes four strides wide, and with little belief in any class."""
         for conv in (self.distances, self.classes):
             nn.init.normal_(conv.weight, std=0.01)
-        nn.init.constant_(_bias(self.distances), 1.0)  # boxes four strides wide
+        nn.init.constant_(_bias(self.distances), 1.0)
         nn.init.constant_(_bias(self.classes), -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +105,24 @@ class BoxHead(nn.Module):
             distances, logits = (tuple(one.float() for one in part) for part in (distances, logits))
         out: Tensor = self.decode(distances, logits)
         return out
+
+
+class BoxCare(DenseCare):
+    """A CARE that finds boxes."""
+
+    task = "detection"
+    classes_in = "dense.levels.0.classes.weight"
+
+    def make_head(self, channels: Sequence[int]) -> nn.Module:
+        """Make the head, which reads the last three stage outputs."""
+        own = channels[-len(STRIDES) :]
+        return BoxHead(own, self.num_classes, ARCHITECTURES[self.arch].neck)
+
+    def start_heads(self) -> None:
+        """Begin with boxes of a likely size and nearly no objects."""
+        for module in self.modules():
+            if isinstance(module, LevelHead):
+                module.start()
 
 
 def check_halved(features: Sequence[Tensor]) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from care_compress.errors import CheckpointError, UnsafeCheckpointError
 from care_compress.files import atomic_file
+from care_compress.model.boxes import BoxCare
 from care_compress.model.care import ARCHITECTURES, Care, Widths, architecture
 from care_compress.model.hub import fetch, is_hub
 from care_compress.model.masks import MaskCare
@@ -56,7 +57,7 @@ HARMLESS_TYPES: list[Any] = [
 ]
 # Narrower floats are quantized weights, whose scales a file may keep anywhere.
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-KINDS: tuple[type[Care], ...] = (Care, MaskCare)
+KINDS: tuple[type[Care], ...] = (Care, MaskCare, BoxCare)
 QUANTIZED_HEADER = "care_compress_quantized"  # metadata key of files that are no float model
 
 

@@ -466,6 +466,7 @@ class Classification(Task):
     metric = Metric("top1", "top-1")
     shown = {"top1": "top-1", "top5": "top-5"}
     kind = Care
+    keeps_counts = True
 
     def samples(self, data: DataSection, split: Split) -> Samples:
         """Open images in folders, or another labelled set."""

@@ -8,29 +8,35 @@ Shape suffixes: B images, K classes, N places, M the most objects of one image o
 lengths of a loss are fractions of the square input's side.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from care_compress.data.annotations import Boxes
+from care_compress.data.annotations import Annotation, Boxes
 from care_compress.data.letterbox import Letterbox
-from care_compress.device.boxes import SHOWN, Detections, draw_boxes, find_boxes, overlaps
-from care_compress.model.boxes import CORNERS, STRIDES, BoxHead, places
+from care_compress.data.listing import Split
+from care_compress.data.loader import Batch
+from care_compress.data.samples import Samples
+from care_compress.data.sources import open_annotated
+from care_compress.device.boxes import SHOWN, Detections, find_boxes, overlaps
+from care_compress.model.boxes import CORNERS, STRIDES, BoxCare, places
+from care_compress.recipe.sections import DataSection
 from care_compress.tasks.average_precision import (
+    IOUS,
     Matches,
-    Precision,
-    PrecisionDrop,
     match_boxes,
     precision_drop,
     precision_of,
 )
+from care_compress.tasks.dense import DenseTask, Figures
+from care_compress.tasks.task import Drop, Lesson, Metric, Targets
 
-WIDTH = 64  # channels of the pyramid
 TOP = 10  # places that may find one object
 SCORE_POWER, OVERLAP_POWER = 1.0, 6.0  # alpha and beta of the alignment
 RESCUED = 0.1  # overlap that a place is given for an object too small to hold any centre
@@ -39,56 +45,84 @@ AGREED = 0.5  # IoU of two boxes of two models that are the same
 
 
 @dataclass(frozen=True)
-class Detection:
-    """The task of finding boxes of these classes."""
+class BoxRecord:
+    """What was found in one image, and what is there, in the image's own pixels."""
 
-    classes: tuple[str, ...]
+    found: Detections
+    labels: Boxes
+    num_classes: int
 
-    def head(self, channels: Sequence[int], width: int = WIDTH) -> BoxHead:
-        """A new head on stage outputs of these channels, of which it reads the last three."""
-        return BoxHead(channels[-len(STRIDES) :], len(self.classes), width)
 
-    def loss(self, output_BCN: Tensor, labels: Sequence[Boxes]) -> Tensor:
+class Detection(DenseTask):
+    """Boxes with a class each."""
+
+    name = "detection"
+    metric = Metric("map50", "mAP50")
+    shown = {"map50": "mAP50", "map": "mAP"}
+    kind = BoxCare
+
+    def samples(self, data: DataSection, split: Split) -> Samples:
+        """Open images with boxes."""
+        return open_annotated(data, split, "boxes")
+
+    def targets(self, batch: Batch, images_BCHW: Tensor, lesson: Lesson) -> tuple[Tensor, Targets]:
+        """Return the images and their boxes, which moved with them."""
+        return images_BCHW, [_boxes(one) for one in batch.annotations]
+
+    def loss(self, answer: Tensor, targets: Sequence[Boxes]) -> Tensor:
         """What training minimises; the labels are in pixels of the square input."""
-        return detection_loss(output_BCN, labels)
+        return detection_loss(answer, targets)
 
-    def distance(self, output_BCN: Tensor, taught_BCN: Tensor) -> Tensor:
-        """How far a student's output is from its teacher's on the same images; 0 where equal."""
-        return output_distance(output_BCN, taught_BCN)
+    def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:
+        """How far a student's output is from its teacher's; independent classes have no softmax."""
+        return output_distance(answer, taught)
 
-    def answers(
-        self, output_BCN: Tensor, sizes_HW: Sequence[tuple[int, int]], resolution: int
-    ) -> list[Detections]:
-        """Boxes of each image in its own pixels, all that count for the metric: small arrays.
+    def running_score(self, answer: Tensor, batch: Batch) -> None:
+        """Precision of a single batch means nothing."""
 
-        An output with NaN or infinity is an answer without boxes, and `broken`.
-        """
-        outputs = output_BCN.detach().float().cpu().numpy()
-        squares = [Letterbox.of(size, resolution) for size in sizes_HW]
-        return [find_boxes(one, square) for one, square in zip(outputs, squares, strict=True)]
+    def record(self, answer: Tensor, annotation: Annotation, resolution: int) -> BoxRecord:
+        """Bring the boxes that count for the metric back to the image."""
+        labels = _boxes(annotation)
+        found = find_boxes(answer.numpy(), Letterbox.of(labels.size, resolution))
+        return BoxRecord(found, labels, answer.shape[0] - CORNERS)
 
-    def matches(self, answers: Sequence[Detections], labels: Sequence[Boxes]) -> Matches:
-        """Match answers and labels of whole images once, for `score` and `drop`."""
-        return match_boxes(answers, labels, len(self.classes))
+    def is_broken(self, record: BoxRecord) -> bool:
+        """Whether the answer was no number somewhere."""
+        return record.found.broken
 
-    def score(self, matches: Matches) -> Precision:
-        """COCO's mAP and mAP50, which is the number that budgets of recipes are in."""
-        return precision_of(matches)
+    def figures(self, records: Sequence[BoxRecord]) -> Figures:
+        """COCO's mAP50 and mAP."""
+        one = precision_of(_matches(records))
+        per_class = tuple(None if np.isnan(area) else area for area in one.per_class)
+        return Figures(one.images, one.broken, {"map50": one.map50, "map": one.map}, per_class)
 
-    def drop(self, before: Matches, after: Matches) -> PrecisionDrop:
-        """Points lost from one model to another on the same images, with 95 % intervals."""
-        return precision_drop(before, after)
+    def drop(self, before: Sequence[BoxRecord], after: Sequence[BoxRecord]) -> Drop:
+        """Points of mAP50 lost."""
+        ious = IOUS[:1]
+        return Drop(*precision_drop(_matches(before, ious), _matches(after, ious)).map50)
 
-    def agreement(
-        self, before: Sequence[Detections], after: Sequence[Detections]
-    ) -> "BoxAgreement":
-        """How many boxes two models share on the same images."""
-        pairs = zip(before, after, strict=True)
-        return sum((boxes_agreed(one, other) for one, other in pairs), BoxAgreement())
+    def agreed(
+        self, before: Tensor, after: Tensor, records: Sequence[tuple[BoxRecord, BoxRecord]]
+    ) -> list[tuple[int, int]]:
+        """Boxes of either model that the other has, too."""
+        pairs = (boxes_agreed(one.found, other.found) for one, other in records)
+        return [(2 * one.matched, one.boxes) for one in pairs]
 
-    def draw(self, image: Any, answer: Detections) -> Any:
-        """A PIL image with the boxes that the model is sure of."""
-        return draw_boxes(image, answer, self.classes)
+    def rows(self, answer: Tensor) -> Tensor:
+        """Return every place as a row: the classes, and that nothing is there."""
+        logits = answer[:, CORNERS:].transpose(1, 2).flatten(0, 1)
+        nothing = logits.new_full((len(logits), 1), math.log(SHOWN / (1 - SHOWN)))
+        return torch.cat([logits, nothing], dim=1)
+
+
+def _matches(records: Sequence[BoxRecord], ious: Sequence[float] = IOUS) -> Matches:
+    found, labels = [one.found for one in records], [one.labels for one in records]
+    return match_boxes(found, labels, records[0].num_classes, ious)
+
+
+def _boxes(annotation: Annotation) -> Boxes:
+    assert isinstance(annotation, Boxes)
+    return annotation
 
 
 class Objects(NamedTuple):

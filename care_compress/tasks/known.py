@@ -4,9 +4,13 @@ from care_compress.data.listing import Split
 from care_compress.data.samples import Samples
 from care_compress.recipe.recipe import Recipe
 from care_compress.tasks.classification import Classification
+from care_compress.tasks.detection import Detection
+from care_compress.tasks.segmentation import Segmentation
 from care_compress.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(),)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Classification(), Segmentation(), Detection())
+}
 
 
 def task_called(name: str) -> Task:

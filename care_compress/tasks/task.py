@@ -207,6 +207,7 @@ class Task(Protocol):
     metric: Metric
     shown: Mapping[str, str]  # metrics in tables, by key
     kind: type[Care]  # of network
+    keeps_counts: bool  # whether a score is so small that it is written down on the way
 
     def samples(self, data: DataSection, split: Split) -> Samples:
         """Open the images of one split with the labels of this task."""
@@ -232,8 +233,8 @@ class Task(Protocol):
         """Return the distance of a compressed model's answer from its teacher's."""
         ...
 
-    def running_score(self, answer: Tensor, batch: Batch) -> float:
-        """Return percent right in one training batch, for the eye."""
+    def running_score(self, answer: Tensor, batch: Batch) -> float | None:
+        """Return percent right in one training batch, for the eye; none where that means little."""
         ...
 
     def count(self, answer: Tensor, batch: Batch) -> Score:

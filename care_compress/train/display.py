@@ -21,7 +21,9 @@ class Silent:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
+    def step(
+        self, step: int, loss: float, accuracy: float | None, rate: float, images: int
+    ) -> None:
         """After one step: loss, accuracy in percent, learning rate, images of all processes."""
 
     def validated(self, step: int, metrics: dict[str, float]) -> None:
@@ -62,25 +64,29 @@ class TrainingDisplay(Silent):
         self.bar.stop()
         self.writer.close()
 
-    def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
+    def step(
+        self, step: int, loss: float, accuracy: float | None, rate: float, images: int
+    ) -> None:
         """Smooth the numbers and show them."""
         first = self.images == 0
         if first:  # the clock starts with the first batch, not with the loading before it
             self.began = self.last_line = time.monotonic()
         self.images += images
         self.loss = loss if first else 0.95 * self.loss + 0.05 * loss
-        self.accuracy = accuracy if first else 0.95 * self.accuracy + 0.05 * accuracy
+        if accuracy is not None:
+            self.accuracy = accuracy if first else 0.95 * self.accuracy + 0.05 * accuracy
         now = time.monotonic()
         speed = (self.images - images) / max(1e-9, now - self.began)
-        right = f"{self.metric.name} {self.accuracy:.1f} %"
-        note = f"loss {self.loss:.3f}  {right}  {speed:,.0f} images/s"
+        right = "" if accuracy is None else f"{self.metric.name} {self.accuracy:.1f} %  "
+        note = f"loss {self.loss:.3f}  {right}{speed:,.0f} images/s"
         self.bar.update(self.task, completed=step, note=note)
         if not self.console.is_terminal and now - self.last_line >= PLAIN_LINE_SECONDS:
             self.last_line = now
             left = (self.total - step) * (now - self.began) / max(1, step - self.start - 1)
             self.console.print(f"step {step}/{self.total}  {note}  {left / 60:.1f} min left")
         for name, value in (("loss", loss), (self.metric.key, accuracy), ("learning_rate", rate)):
-            self.writer.add_scalar(f"train/{name}", value, step)
+            if value is not None:
+                self.writer.add_scalar(f"train/{name}", value, step)
 
     def validated(self, step: int, metrics: dict[str, float]) -> None:
         """One line per validation."""

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
+from care_compress.data.annotated_transforms import training_transform
 from care_compress.data.loader import BadImages, steps_per_epoch, training_batches
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes
-from care_compress.data.transforms import TrainTransform, normalize
+from care_compress.data.transforms import normalize
 from care_compress.errors import CheckpointError, DataError, TrainingError
 from care_compress.files import fingerprint, sha256_file
 from care_compress.model.care import Care, build_model
@@ -144,6 +145,7 @@ class Training:
     ) -> Course:
         """What the loop works on: `plan` over the recipe's training images."""
         check_batch_size(plan, len(self.samples), self.world)
+        task_called(self.recipe.task).check_training(plan)
         per_epoch = steps_per_epoch(self.samples, plan.batch_size)
         data = self.recipe.data
         return Course(
@@ -156,7 +158,7 @@ class Training:
             fingerprint=fingerprint,
             batches=lambda start: training_batches(
                 self.samples,
-                TrainTransform(data.resolution, plan.augment, data.exif_rotate),
+                training_transform(self.samples, data, plan.augment),
                 plan.batch_size,
                 data,
                 seed=self.recipe.seed,
