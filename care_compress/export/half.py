@@ -4,7 +4,8 @@ Two parts stay in float32. The attention core: exp(t) of the very negative t tha
 nothing in float16, and neither is the 1e-6 that guards its division. The pool, and the GELU and
 LayerNorm behind it: a sum over all positions may exceed 65504, and LayerNorm squares. They are
 under 1 % of the work. The head's product, whose input is normalised, is float16: its weights are
-most of what an engine reads for one image.
+most of what an engine reads for one image. The convolutions of a dense head are float16, where its
+boxes are is not: of the side of an image float16 knows a two thousandth.
 """
 
 import re
@@ -32,7 +33,7 @@ from care_compress.export.to_onnx import (
 from care_compress.runtime.on_onnxruntime import feed_of, open_session
 
 _FLOAT32 = re.compile(
-    r"(images|stages\.\d+\.blocks\.\d+\.token_mixer\.(core|tokens_first)|pool|heads(?!(\.\w+)*\.fc\b))\b"
+    r"(images|stages\.\d+\.blocks\.\d+\.token_mixer\.(core|tokens_first)|pool|heads(?!(\.\w+)*\.(fc|conv|predict|distances|classes|laterals|adds)\b))\b"
 )
 _KINDS = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
 # What these give is no larger than what they are given, which is looked at, or than 1.

@@ -19,6 +19,7 @@ from care_compress.console import say, widened
 from care_compress.evaluate.agreement import Agreement
 from care_compress.evaluate.readback import Peak
 from care_compress.files import digest_of, size_of
+from care_compress.model.predictor import TASK
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import NEEDS, Target
 from care_compress.runtime.feed import PREPROCESSING
@@ -43,13 +44,22 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     exif_rotate: bool  # turned as its EXIF orientation says, before all that
+    # Where answers have a place: the longer side to `resolution` by a bilinear filter, the shorter
+    # one centred between grey bars. Nothing is cut.
+    letterbox: bool = False
 
     @classmethod
-    def of(cls, data: DataSection) -> "Preprocessing":
+    def of(cls, data: DataSection, letterbox: bool = False) -> "Preprocessing":
         """As the recipe's evaluation does it."""
         size, crop = data.resolution, data.crop_pct
-        resize = math.floor(size / crop)
-        return cls(size, resize, crop, data.mean, data.std, data.exif_rotate)
+        resize = size if letterbox else math.floor(size / crop)
+        crop = 1.0 if letterbox else crop
+        return cls(size, resize, crop, data.mean, data.std, data.exif_rotate, letterbox)
+
+    def as_json(self) -> dict[str, Any]:
+        """As files hold it; of what is usual they say nothing."""
+        said = asdict(self)
+        return said if self.letterbox else {k: v for k, v in said.items() if k != "letterbox"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,16 @@ class About:
     preprocessing: Preprocessing
     needs: str | None = None  # what a processor must have, or its answers are wrong
     input: Literal["float", "uint8"] = "float"
+    task: str = "classification"
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``export.json`` holds it; of what is usual it says nothing."""
+        said = {**asdict(self), "preprocessing": self.preprocessing.as_json()}
+        return (
+            said
+            if self.task != "classification"
+            else {k: v for k, v in said.items() if k != "task"}
+        )
 
     @property
     def layout(self) -> str:
@@ -74,8 +94,10 @@ class About:
             PREFIX + "recipe": self.recipe,
             PREFIX + "fingerprint": self.fingerprint,
             PREFIX + "classes": json.dumps(self.classes),
-            PREPROCESSING: json.dumps(asdict(self.preprocessing)),
+            PREPROCESSING: json.dumps(self.preprocessing.as_json()),
         }
+        if self.task != "classification":
+            texts[TASK] = self.task
         if self.input == "uint8":  # of floats a file says nothing, as ever
             texts[PREFIX + "input"] = f"{self.input} {self.layout}"
         return texts if self.needs is None else {**texts, NEEDS: self.needs}

@@ -8,7 +8,7 @@ import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from care_compress import machine
 from care_compress.console import step_line
+from care_compress.data.annotations import is_annotated
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.device.build import RTX_COMPUTE_CAPABILITIES, BuildOptions
 from care_compress.device.deploy import build_file
@@ -203,7 +204,7 @@ class Exporter:
         variants = self.variants
         return {
             **self.recipe_part,
-            "about": asdict(self.about),
+            "about": self.about.as_json(),
             "float model": state_digest(variants.model.state_dict()),
             "model": variants.kept and digest_of(variants.kept),
             "validation images": self.checked_on,
@@ -245,7 +246,7 @@ class Exporter:
         except (RecipeError, TargetError) as error:
             done = Exported(target, skipped=str(error))
         if done.files:
-            said = {**done.as_json(), **asdict(about), "layout": about.layout}
+            said = {**done.as_json(), **about.as_json(), "layout": about.layout}
             said["batch"] = self.variants.section.batch
             self.context.run.write_json(f"exports/{target.name}/export.json", said)
         return done
@@ -376,12 +377,14 @@ def exporter_for(
     notify: Callable[[str], None],
 ) -> Exporter:
     """The exporter of a recipe's model, which compares on so many of the validation images."""
-    kept, prepared = variants.kept, Preprocessing.of(recipe.data)
+    kept = variants.kept
+    prepared = Preprocessing.of(recipe.data, letterbox=is_annotated(validation))
     weights = digest_of(kept) if kept else state_digest(variants.compact.state_dict())
     # The fingerprint is of contents, wherever they lie.
-    content = {"model": weights, "preprocessing": asdict(prepared), "classes": validation.classes}
+    content = {"model": weights, "preprocessing": prepared.as_json(), "classes": validation.classes}
     classes, takes = tuple(validation.classes), recipe.export.input
-    about = About(recipe.name, fingerprint(content), classes, prepared, input=takes)
+    name = fingerprint(content)
+    about = About(recipe.name, name, classes, prepared, input=takes, task=recipe.task)
     part = recipe_parts(recipe)["export"]
     checked_on = validation.content_digest(), images
     listed = context.run.path / CALIBRATION_FILE

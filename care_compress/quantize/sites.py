@@ -39,6 +39,8 @@ _IN_BLOCK = {
     "inter_layer.inter2_add": ("inter2", "residual_add"),
     "add": ("block", "residual_add"),
 }
+# Parts of the names of a dense head's modules to their roles; the rest are predictions.
+_IN_NECK = ((".laterals.", "lateral"), (".adds.", "residual_add"), (".conv", "tower"))
 _PLACE = re.compile(r"stages\.(\d+)\.(?:blocks\.(\d+)\.(.+)|downsample\.\d+)$")
 _counts: Latest[dict[str, int]] = Latest(64)
 
@@ -84,7 +86,8 @@ def _place(name: str) -> tuple[int | None, int | None, str | None, str]:
     if name.startswith("stem."):
         return None, None, None, "stem"
     if name.startswith("heads."):
-        return None, None, None, "head"
+        neck = next((role for part, role in _IN_NECK if part in name), None)
+        return None, None, "neck" if neck else None, neck or "head"
     found = _PLACE.match(name)
     assert found is not None, name
     stage, block, below = found.groups()
