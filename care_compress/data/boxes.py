@@ -17,6 +17,7 @@ from care_compress.data.listing import EncodedSamples, summary
 from care_compress.errors import BadImageError, DataError
 from care_compress.recipe.sections import DataSection
 
+MOST_SIDE = 1 << 24  # of an image; what claims to be longer fits in no number here
 ROUNDING = 1.01  # pixels outside that counting from 1, or a float, explains
 
 
@@ -67,6 +68,11 @@ class BoxSamples(AnnotatedImages):
                         raise
                     # Nobody will ask: the image is left out when it is loaded.
                     one, size = one._replace(objects=()), (1, 1)
+            if max(size) > MOST_SIDE:
+                raise DataError(
+                    f"{where} tells of an image of more than {MOST_SIDE:,} pixels to a side.",
+                    "write the size of the image, or leave it out",
+                )
             packed.append(_boxes(one.objects, labels, size, where))
             sizes[index] = size
         self._sizes = sizes

@@ -58,8 +58,8 @@ class MaskSamples(AnnotatedImages):
             indices = wide.astype(np.uint8)
         if not (known := self._known[indices]).all():
             raise self._unknown(name, np.unique(indices[~known]).astype(np.int64))
-        meant: Mask = self._meaning[indices]
-        return meant
+        mask: Mask = self._meaning[indices]
+        return mask
 
     def _unknown(self, name: str, found: NDArray[np.int64]) -> DataError:
         first = int(found[0])

@@ -32,6 +32,7 @@ MEMORY = 6 << 30  # addresses above what the process holds when a module begins
 LONGEST_LINE = 3000  # letters of what the command line says
 # How many cases each file holds at least; together more than two thousand.
 LEAST = {"recipes": 900, "checkpoints": 400, "images": 500, "archives": 420, "graphs": 220}
+LEAST |= {"annotations": 1500}
 Named = (CareError, DeployError)
 Found = TypeVar("Found")
 
