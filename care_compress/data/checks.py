@@ -130,14 +130,13 @@ def _shared(
     return CheckResult(SHARED, "warning", text, items)
 
 
-def coverage_check(samples: Samples, indices: Sequence[int]) -> CheckResult:
-    """Look for classes that none of these images belongs to."""
-    counts = np.bincount(samples.labels[list(indices)], minlength=len(samples.classes))
+def coverage_check(classes: Sequence[str], counts: NDArray[np.int64]) -> CheckResult:
+    """Look for classes that no image shows, given how many images show each."""
     empty = np.flatnonzero(counts == 0)
-    check, total = "classes", f"{len(samples.classes):,} classes"
+    check, total = "classes", f"{len(classes):,} classes"
     if not len(empty):
         return CheckResult(
             check, "fine", f"each of {total} has at least {counts.min():,} validation images"
         )
     text = f"{len(empty):,} of {total} have no validation image: the accuracy does not know them"
-    return CheckResult(check, "warning", text, tuple(samples.classes[label] for label in empty))
+    return CheckResult(check, "warning", text, tuple(classes[int(label)] for label in empty))

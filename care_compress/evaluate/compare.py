@@ -178,7 +178,7 @@ def decide(found: Comparison) -> None:
     for candidate in found.models[1:]:
         name, files = candidate.name, candidate.files.values()
         budget = candidate.recipe.budget if candidate.recipe else BudgetSection()
-        limit = budget.max_top1_drop if options.max_drop is None else options.max_drop
+        limit = budget.max_drop if options.max_drop is None else options.max_drop
         drops = {target: found.drop(target, name) for target in found.targets}
         for target, drop in drops.items():
             speedups, fault = found.speedups(target, name), found.fault(target, name)
@@ -199,7 +199,9 @@ def decide(found: Comparison) -> None:
         if limit is not None:
             worst = max((drop.value for drop in drops.values() if drop is not None), default=None)
             ok = worst is not None and worst <= limit
-            found.budgets.append(Budget(f"max_top1_drop of {name}", limit, worst, ok))
+            found.budgets.append(
+                Budget(f"max_{found.task.metric.key}_drop of {name}", limit, worst, ok)
+            )
         least = options.min_agreement or budget.min_agreement
         if least is not None:
             shares = (found.agreement(target, name) for target in found.targets)

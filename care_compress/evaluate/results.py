@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
 from care_compress.console import CheckResult, show_checks
+from care_compress.data.annotations import is_annotated
 from care_compress.data.checks import coverage_check, overlap_checks
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.evaluate.accuracy import answers_check, metrics_line
@@ -22,8 +25,10 @@ from care_compress.model.rewrite import RewriteStep
 from care_compress.quantize.health import NNCF_TELLS_NOTHING, Health, read_health
 from care_compress.quantize.stages import CALIBRATION_FILE
 from care_compress.recipe.recipe import Recipe
+from care_compress.recipe.sections import DROPS
 from care_compress.run.context import RunContext
 from care_compress.shipped import COMPARE
+from care_compress.tasks.dense import Figures, Records
 from care_compress.tasks.known import task_called
 
 UNREADABLE = "health.json is not beside the model: make the run again under another --name"
@@ -108,12 +113,23 @@ def run_checks(
         choice_check(recipe, scores),
         exports_check(exports),
         answers_check(answers),
-        coverage_check(validation, indices),
+        coverage_check(validation.classes, _images_of_classes(validation, indices, scores)),
         *overlap_checks(validation, seen_images(context, validation), calibration),
         *health,
     ]
     order = ("warning", "not measured", "fine")
     return sorted(found, key=lambda check: order.index(check.status))
+
+
+def _images_of_classes(
+    validation: Samples, indices: Sequence[int], scores: Scores
+) -> NDArray[np.int64]:
+    """Count images by class; of labels with a place it is only known whether there are any."""
+    if not is_annotated(validation):
+        labels = validation.labels[list(indices)]
+        return np.bincount(labels, minlength=len(validation.classes))
+    assert isinstance(scores.accuracy, Figures | Records)
+    return np.array([one is not None for one in scores.accuracy.per_class], np.int64)
 
 
 def choice_check(recipe: Recipe, scores: Scores) -> CheckResult:
@@ -163,8 +179,8 @@ def _slimmed(recipe: Recipe, scores: Scores, slim: Mapping[str, Any] | None) -> 
 
 def _budget(recipe: Recipe, drop: float) -> dict[str, Any] | None:
     """Return the limit of the drop and whether it holds; None where the recipe sets none."""
-    limit = recipe.budget.max_top1_drop
-    return None if limit is None else {"max_top1_drop": limit, "met": drop <= limit}
+    limit = recipe.budget.max_drop
+    return None if limit is None else {DROPS[recipe.task]: limit, "met": drop <= limit}
 
 
 def _tell(
@@ -173,7 +189,7 @@ def _tell(
     """Tell the outcome in one or two lines, and what to do next."""
     console, accuracy, best = context.console, scores.accuracy, scores.best
     if budget is not None and not budget["met"]:
-        limit = budget["max_top1_drop"]
+        limit = recipe.budget.max_drop
         what = task_called(recipe.task).metric.name
         console.print(f"[yellow]the drop in {what} is over the budget of {limit} points[/]")
     if best is None or recipe.quantize is None:

@@ -103,7 +103,7 @@ def run_tune(
     with run.reopen():
         bench = _open_bench(run, finished, target, options, console)
         tried = _tried(bench, options)
-        budget = bench.recipe.budget.max_top1_drop
+        budget = bench.recipe.budget.max_drop
         limit = budget if options.max_drop is None else options.max_drop
         best = choose(tried, limit, bench.usual)
         table = tune_table(tried, best, target, len(bench.judges.labels))

@@ -286,7 +286,7 @@ def _searched(
     judge: Judge,
 ) -> Found:
     """Bits per site by trial; the trail and its picture are kept in ``ptq/``."""
-    console, search, max_drop = context.console, section.search, recipe.budget.max_top1_drop
+    console, search, max_drop = context.console, section.search, recipe.budget.max_drop
     assert search is not None and max_drop is not None  # the recipe's own check
 
     def show(trial: Trial) -> None:
@@ -335,8 +335,8 @@ def _ptq_by_nncf(
         size = images_at_once(recipe.evaluate.batch_size, context.world.device)
         batches = pixel_batches(chosen.samples, recipe.data, indices, size, context.bad)
         items = [(batch.images, batch.labels) for batch in batches]
-        assert recipe.budget.max_top1_drop is not None  # the recipe's own check
-        control = AccuracyControl(recipe.budget.max_top1_drop, items, recipe.data)
+        assert recipe.budget.max_drop is not None  # the recipe's own check
+        control = AccuracyControl(recipe.budget.max_drop, items, recipe.data)
     with step_line(context.console) as notify:
         notify("NNCF is quantizing")
         quantize_openvino(

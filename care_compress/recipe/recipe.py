@@ -22,6 +22,7 @@ from care_compress.recipe.layers import ENDINGS, Origins, read_layers
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.reading import did_you_mean, parse_yaml
 from care_compress.recipe.sections import (
+    DROPS,
     BudgetSection,
     DataSection,
     EvaluateSection,
@@ -87,8 +88,19 @@ class Recipe(Section):
         if (self.precision == "fp8") != float8:  # it names the file, and so what it is built for
             raise ValueError("rules with fp8 go with precision: fp8, and it with them")
         search = self.quantize is not None and self.quantize.searches
-        if search and self.budget.max_top1_drop is None:
-            raise ValueError("the search for bits needs budget.max_top1_drop")
+        if search and self.budget.max_drop is None:
+            raise ValueError(f"the search for bits needs budget.{DROPS[self.task]}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> "Recipe":
+        for task, key in DROPS.items():
+            if task != self.task and getattr(self.budget, key) is not None:
+                raise ValueError(
+                    f"budget.{key} is for {task}; set it to null, and {DROPS[self.task]} instead"
+                )
+        if self.model.backbone is not None and self.model.checkpoint is not None:
+            raise ValueError("model.checkpoint is a whole network: leave model.backbone out")
         return self
 
 

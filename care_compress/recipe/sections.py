@@ -192,7 +192,9 @@ class EvaluateSection(Section):
 class BudgetSection(Section):
     """What the compressed model may cost at most."""
 
-    max_top1_drop: NonNegative | None = Field(None, description="in points")
+    max_top1_drop: NonNegative | None = Field(None, description="in points; classification")
+    max_miou_drop: NonNegative | None = Field(None, description="in points; segmentation")
+    max_map50_drop: NonNegative | None = Field(None, description="in points; detection")
     min_speedup: dict[str, Positive] | None = Field(
         None, description="over the baseline at batch 1, one thread, by target: openvino-cpu: 1.5"
     )
@@ -201,6 +203,18 @@ class BudgetSection(Section):
     )
     max_size: Positive | None = Field(None, description="of the largest exported model, in MB")
 
+    @property
+    def max_drop(self) -> float | None:
+        """The limit in the metric of the recipe's own task; it has no other."""
+        limits = (self.max_top1_drop, self.max_miou_drop, self.max_map50_drop)
+        return next((limit for limit in limits if limit is not None), None)
 
+
+# The key of a task's own limit.
+DROPS: dict[Task, str] = {
+    "classification": "max_top1_drop",
+    "segmentation": "max_miou_drop",
+    "detection": "max_map50_drop",
+}
 # Settings that change how a training is watched, not what it computes.
 WATCHING = {"checkpoint_steps", "validate_epochs"}

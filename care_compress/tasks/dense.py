@@ -246,6 +246,11 @@ class Records:
         """Every metric in percent."""
         return self.figures.values
 
+    @property
+    def per_class(self) -> tuple[float | None, ...]:
+        """The metric that counts, by class."""
+        return self.figures.per_class
+
 
 @dataclass(frozen=True)
 class Both:

@@ -126,9 +126,9 @@ def test_contents_are_kept_as_text_and_each_image_once() -> None:
 
 
 def test_classes_that_no_image_belongs_to_are_named() -> None:
-    found = coverage_check(samples([0, 0, 1, 2]), [0, 1, 3])
+    found = coverage_check(*counted([0, 0, 2]))
     assert found.status == "warning" and found.items == ("b",)
-    fine = coverage_check(samples([0, 0, 1, 2]), range(4))
+    fine = coverage_check(*counted([0, 0, 1, 2]))
     assert fine.status == "fine" and "at least 1 " in fine.text
 
 
