@@ -50,7 +50,7 @@ from care_compress.slim.plan import (
     make_plan as make_slim_plan,
 )
 from care_compress.slim.stage import cost_by, watched
-from care_compress.tasks.known import labelled, task_called
+from care_compress.tasks.known import check_whole_images, labelled, task_called
 from care_compress.train.stage import LoadedModel, check_batch_size
 
 # Measured (LOG.md): what a file holds beside its weights grows with the number of sites. Unasked, a
@@ -201,12 +201,15 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
     if trainings or listed or recipe.slim:
         samples = labelled(recipe, "train")
         for training in trainings:
+            task_called(recipe.task).check_training(training)
             check_batch_size(training, len(samples), world)
         if listed:
             read_list(Path(listed), samples)
 
     if section is not None and section.backend == "nncf":  # it has no rules that could be checked
         load_nncf()
+        if section.nncf is not None and section.nncf.accuracy_control:
+            check_whole_images(recipe, "NNCF's accuracy control")
         if section.qat is not None and world.size > 1:
             raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
         if section.target is not None and load_target(section.target).runtime != "openvino":

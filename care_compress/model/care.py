@@ -426,10 +426,14 @@ def architecture(arch: str) -> Architecture:
 
 
 def build_model(
-    arch: str, num_classes: int = 1000, drop_path_rate: float = 0.0, kind: type[Care] = Care
+    arch: str,
+    num_classes: int = 1000,
+    drop_path_rate: float = 0.0,
+    kind: type[Care] = Care,
+    widths: Widths | None = None,
 ) -> Care:
     """A freshly initialised CARE of the named size; `kind` is that of a task."""
-    model = kind(arch, num_classes, drop_path_rate)
+    model = kind(arch, num_classes, drop_path_rate, widths)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

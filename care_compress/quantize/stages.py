@@ -42,7 +42,7 @@ from care_compress.recipe.quantize import NncfSection, QatSection, QuantizeSecti
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
 from care_compress.run.stages import EVERYTHING, once, recipe_parts
-from care_compress.tasks.known import labelled
+from care_compress.tasks.known import check_whole_images, labelled
 from care_compress.train.loop import Validate
 from care_compress.train.stage import training_in
 
@@ -193,6 +193,7 @@ def measure_sites(
 ) -> list[Sensitivity]:
     """Measure every site of the PTQ result on `count` evenly spaced validation images."""
     run, console = context.run, context.console
+    check_whole_images(recipe, "sensitivity")
     chosen = calibration_images(context, recipe, section, compact)
     # Corrections and learned rounding mend the error of all sites at once: with them in, switching
     # a site off would not lead back to the float model.

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from care_compress.console import widened
 from care_compress.errors import RecipeError
-from care_compress.model.care import Care
+from care_compress.model.care import Care, DenseCare
 from care_compress.model.cost import measure_cost
 from care_compress.recipe.slim import SlimSection
 from care_compress.slim.allocate import choose_widths
@@ -103,6 +103,11 @@ class SlimPlan:
 
 def check_slim(model: Care, section: SlimSection) -> None:
     """Refuse what cannot be slimmed as asked, before anything is measured."""
+    if isinstance(model, DenseCare):
+        raise RecipeError(
+            f"slim cuts classifiers, and this is a network for {model.task}.",
+            "slim the classifier first, and train the head on what is left of it",
+        )
     if model.is_slimmed:
         raise RecipeError(
             f"the checkpoint is a {model.arch} that was slimmed already.",

@@ -2,6 +2,8 @@
 
 from care_compress.data.listing import Split
 from care_compress.data.samples import Samples
+from care_compress.errors import RecipeError
+from care_compress.model.care import DenseCare
 from care_compress.recipe.recipe import Recipe
 from care_compress.tasks.classification import Classification
 from care_compress.tasks.detection import Detection
@@ -21,3 +23,12 @@ def task_called(name: str) -> Task:
 def labelled(recipe: Recipe, split: Split) -> Samples:
     """Open the images of one split of a recipe, with the labels of its task."""
     return task_called(recipe.task).samples(recipe.data, split)
+
+
+def check_whole_images(recipe: Recipe, what: str) -> None:
+    """Refuse what knows labels of whole images only."""
+    if issubclass(task_called(recipe.task).kind, DenseCare):
+        raise RecipeError(
+            f"{what} judges by classes of whole images, and {recipe.name} is for {recipe.task}.",
+            "leave it out, or use a recipe for classification",
+        )

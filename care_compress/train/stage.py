@@ -16,7 +16,7 @@ from care_compress.data.loader import BadImages, steps_per_epoch, training_batch
 from care_compress.data.samples import Samples
 from care_compress.data.sources import check_classes
 from care_compress.data.transforms import normalize
-from care_compress.errors import CheckpointError, DataError, TrainingError
+from care_compress.errors import DataError, TrainingError
 from care_compress.files import fingerprint, sha256_file
 from care_compress.model.care import Care, build_model
 from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
@@ -198,9 +198,12 @@ def starting_point(recipe: Recipe, num_classes: int) -> Care:
     if recipe.model.checkpoint is None:
         assert recipe.model.arch is not None
         kind = task_called(recipe.task).kind
-        model = build_model(recipe.model.arch, num_classes, drop_path, kind)
-        if recipe.model.backbone is not None:
-            take_stages(model, load_checkpoint(recipe.model.backbone, recipe.model.arch))
+        if recipe.model.backbone is None:
+            return build_model(recipe.model.arch, num_classes, drop_path, kind)
+        source = load_checkpoint(recipe.model.backbone, recipe.model.arch)
+        model = build_model(source.arch, num_classes, drop_path, kind, source.widths)
+        model.stem.load_state_dict(source.stem.state_dict())
+        model.stages.load_state_dict(source.stages.state_dict())
         return model
     loaded = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
     if loaded.num_classes != num_classes:
@@ -211,17 +214,6 @@ def starting_point(recipe: Recipe, num_classes: int) -> Care:
     model = type(loaded)(loaded.arch, loaded.num_classes, drop_path, loaded.widths)
     model.load_state_dict(loaded.state_dict())
     return model
-
-
-def take_stages(model: Care, source: Care) -> None:
-    """Begin with the stem and the stages of another network of the same size, whatever its task."""
-    if source.is_slimmed:
-        raise CheckpointError(
-            "model.backbone is a slimmed network, whose widths this one does not have.",
-            "give the network it was cut from",
-        )
-    model.stem.load_state_dict(source.stem.state_dict())
-    model.stages.load_state_dict(source.stages.state_dict())
 
 
 def training_fingerprint(recipe: Recipe, samples: Samples) -> str:
