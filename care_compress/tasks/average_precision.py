@@ -75,7 +75,7 @@ def match_boxes(
 ) -> Matches:
     """Match the boxes found in each image with its objects, as COCO does.
 
-    With ``ious=(0.5,)`` it takes a tenth of the time and knows mAP50 only.
+    With ``ious=(0.5,)`` it takes less than half the time and knows mAP50 only.
     """
     assert len(found) == len(labels)
     # Imported late: it takes a while, and only detection needs it.
