@@ -31,7 +31,9 @@ class LevelHead(nn.Module):
         self.classes = nn.Conv2d(width, num_classes, 1)
         for conv in (self.distances, self.classes):
             nn.init.normal_(conv.weight, std=0.01)
-        nn.init.constant_(_bias(self.distances), 1.0)  # boxes four strides wide
+        # Boxes start two strides wide: an object counts for the overlap it has, and small ones that
+        # begin inside boxes of twice their size were still not learned when large ones were.
+        nn.init.zeros_(_bias(self.distances))
         nn.init.constant_(_bias(self.classes), -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
