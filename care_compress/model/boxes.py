@@ -32,10 +32,12 @@ class LevelHead(nn.Module):
         self.start()
 
     def start(self) -> None:
-        """Begin with boxes four strides wide, and with little belief in any class."""
+        """Begin with boxes two strides wide, and with little belief in any class."""
         for conv in (self.distances, self.classes):
             nn.init.normal_(conv.weight, std=0.01)
-        nn.init.constant_(_bias(self.distances), 1.0)
+        # Boxes start two strides wide: an object counts for the overlap it has, and small ones that
+        # begin inside boxes of twice their size were still not learned when large ones were.
+        nn.init.zeros_(_bias(self.distances))
         nn.init.constant_(_bias(self.classes), -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from care_compress.tasks.detection import (
     generalized_overlap,
     objects_of,
     output_distance,
+    overlaps_of,
 )
 
 SIDE = 64
@@ -95,11 +96,13 @@ def test_an_object_between_all_centres_is_not_lost() -> None:
 
 def test_a_place_belongs_to_one_object() -> None:
     """Two objects of other classes over one another: none of their places is both."""
-    scores, _, weights, _ = assigned(
-        decoded(untrained()), boxes((0, 0, 64, 64, 0), (8, 8, 56, 56, 1), (8, 8, 56, 56, 2))
-    )
+    output = decoded(untrained())
+    labels = boxes((0, 0, 64, 64, 0), (8, 8, 56, 56, 1), (8, 8, 56, 56, 2))
+    scores, _, weights, _ = assigned(output, labels)
     assert ((scores > 0).sum(dim=1) <= 1).all()
     assert (scores.sum(dim=1) == weights).all() and (scores > 0).any(dim=2)[0, :2].all()
+    reached = overlaps_of(objects_of([labels], output.device).corners_BM4, output[:, :4])
+    assert weights.max() <= reached.max(), "it is asked for two objects' scores at once"
 
 
 def test_nothing_is_wrong_in_a_crowd() -> None:
