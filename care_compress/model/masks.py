@@ -7,10 +7,9 @@ the levels are added, and a 1x1 gives the logits. Shape suffixes as in `care_com
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from care_compress.model.care import ARCHITECTURES, DenseCare, Sum
-from care_compress.model.pyramid import ConvUnit, Pyramid
+from care_compress.model.pyramid import ConvUnit, Pyramid, enlarged
 
 
 class MaskHead(nn.Module):
@@ -49,13 +48,8 @@ class Tower(nn.Module):
         if not finer:
             x_BCHW = self.units[0](x_BCHW)
         for unit, like in zip(self.units, finer, strict=False):
-            x_BCHW = smoothly_enlarged(unit(x_BCHW), like)
+            x_BCHW = enlarged(unit(x_BCHW), like, "bilinear")
         return x_BCHW
-
-
-def smoothly_enlarged(x_BCHW: Tensor, like: Tensor) -> Tensor:
-    """Bilinear copy at the size of another level: masks have no corners of their own."""
-    return F.interpolate(x_BCHW, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
 class MaskCare(DenseCare):

@@ -43,6 +43,13 @@ class Pyramid(nn.Module):
         return levels
 
 
-def enlarged(x_BCHW: Tensor, like: Tensor) -> Tensor:
-    """Nearest-neighbour copy at the size of another level: a sum of quantized values stays one."""
-    return F.interpolate(x_BCHW, size=like.shape[2:], mode="nearest")
+def enlarged(x_BCHW: Tensor, like: Tensor, mode: str = "nearest") -> Tensor:
+    """Copy at the size of another level, for a level is added to the next finer one.
+
+    Doubling, the usual case, is said as such: a size would be computed anew in an exported graph.
+    """
+    height, width = like.shape[2:]
+    align = None if mode == "nearest" else False
+    if (height, width) == (2 * x_BCHW.shape[2], 2 * x_BCHW.shape[3]):
+        return F.interpolate(x_BCHW, scale_factor=2.0, mode=mode, align_corners=align)
+    return F.interpolate(x_BCHW, size=(height, width), mode=mode, align_corners=align)
