@@ -50,7 +50,7 @@ from care_compress.slim.plan import (
     make_plan as make_slim_plan,
 )
 from care_compress.slim.stage import cost_by, watched
-from care_compress.tasks.known import check_whole_images, labelled, task_called
+from care_compress.tasks.known import check_task, check_whole_images, labelled, task_called
 from care_compress.train.stage import LoadedModel, check_batch_size
 
 # Measured (LOG.md): what a file holds beside its weights grows with the number of sites. Unasked, a
@@ -220,6 +220,7 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
 
     start = None if recipe.train else LoadedModel.of(recipe.model)
     whole = start.model if start else model_of(recipe)
+    check_task(whole, recipe)
     if recipe.slim is not None:
         if start is None and recipe.model.arch is not None:  # of the data's own classes
             whole = model_of(recipe, len(samples.classes))
@@ -253,7 +254,9 @@ def with_pinned_checkpoint(recipe: Recipe) -> Recipe:
 def model_of(recipe: Recipe, num_classes: int = 1000) -> Care:
     """The float model that a recipe starts from; an architecture alone gives its shape."""
     if recipe.model.checkpoint is not None:
-        return load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
+        model = load_checkpoint(recipe.model.checkpoint, recipe.model.arch)
+        check_task(model, recipe)
+        return model
     assert recipe.model.arch is not None
     return build_model(recipe.model.arch, num_classes, kind=task_called(recipe.task).kind)
 

@@ -3,7 +3,7 @@
 from care_compress.data.listing import Split
 from care_compress.data.samples import Samples
 from care_compress.errors import RecipeError
-from care_compress.model.care import DenseCare
+from care_compress.model.care import Care, DenseCare
 from care_compress.recipe.recipe import Recipe
 from care_compress.tasks.classification import Classification
 from care_compress.tasks.detection import Detection
@@ -31,4 +31,16 @@ def check_whole_images(recipe: Recipe, what: str) -> None:
         raise RecipeError(
             f"{what} judges by classes of whole images, and {recipe.name} is for {recipe.task}.",
             "leave it out, or use a recipe for classification",
+        )
+
+
+def check_task(model: Care, recipe: Recipe) -> None:
+    """Refuse a network that was made for another task than the recipe."""
+    if model.task != recipe.task:
+        raise RecipeError(
+            f"the checkpoint is a {model.arch} for {model.task}, {recipe.name} is for "
+            f"{recipe.task}.",
+            "train a head on its stages first: a recipe that trains, with model.backbone"
+            if model.task == "classification"
+            else f"choose a recipe for {model.task}",
         )
