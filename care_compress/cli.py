@@ -170,6 +170,36 @@ def sensitivity(
 
 
 @app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="name of a shipped sweep, or a .yaml file")],
+    address: Annotated[
+        str | None,
+        typer.Option(help="of a Ray cluster, or auto; RAY_ADDRESS, or here, if left out"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="name the trials, run none")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="make again what was damaged since it was written")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="folder in runs; the sweep's if left out")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Run many recipes on Ray and show the best; exit code 0 if one is within every budget."""
+    from care_compress.sweep.sections import read_sweep
+
+    asked = read_sweep(file)
+    if name is not None:
+        asked = asked.model_copy(update={"name": plain_name(name)})
+
+    from care_compress.pipeline import run_recipe
+    from care_compress.sweep.driver import SweepOptions, run_sweep
+
+    options = SweepOptions(address, dry_run, repair)
+    sys.exit(run_sweep(asked, runs, options, run_recipe, Terminal()))
+
+
+@app.command()
 @on_a_recipe("method", "images", "ckpt", "arch", "data", "res", "crop")
 def select(
     recipe: Recipe,
