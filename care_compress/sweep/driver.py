@@ -37,14 +37,13 @@ from care_compress.model.checkpoint import resolve_checkpoint
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import BudgetSection
 from care_compress.recipe.target import load_target
-from care_compress.run.stages import EVERYTHING, SHARED, code_digest, recipe_parts
+from care_compress.run.stages import EVERYTHING, SHARED, recipe_parts
 from care_compress.sweep.cluster import TIMING, Cluster, Node, open_cluster
 from care_compress.sweep.page import write_page
 from care_compress.sweep.results import best_of, judged, milliseconds, sweep_as_json
 from care_compress.sweep.sections import Sweep
 from care_compress.sweep.tasks import (
     MARK,
-    PIPELINE,
     RECORDS,
     TIMINGS,
     Job,
@@ -52,6 +51,7 @@ from care_compress.sweep.tasks import (
     Work,
     do_timing,
     do_trial,
+    pipeline_digest,
     processor,
     record_file,
 )
@@ -60,6 +60,7 @@ from care_compress.sweep.trials import DIGITS, Row, Search, Trial, axes_of, make
 SPARE = 2  # trials in flight beyond those that run: a worker that is done finds its next one
 LOST = 3  # times that a node or a process may be lost under a trial before it counts as failed
 WRITE_SECONDS = 30.0  # between two writings of the page while trials run
+LONGEST_REASON = 500  # letters
 LISTED = 200  # trials that a plan names
 
 
@@ -171,7 +172,7 @@ def prepared(folder: Path) -> Iterator[Place]:
                 f"another sweep is working in {folder}.", "wait for it, or give this one a name"
             ) from None
         write_text(folder / MARK, mark)
-        yield Place(folder, Path.cwd(), mark, code_digest(PIPELINE))
+        yield Place(folder, Path.cwd(), mark, pipeline_digest())
 
 
 def show_plan(sweep: Sweep, search: Search, console: Console) -> None:
@@ -218,6 +219,13 @@ def timing_nodes(sweep: Sweep, cluster: Cluster) -> list[Node]:
     return max(kinds.values(), key=len)
 
 
+def told_by_ray(error: Exception) -> str:
+    """What Ray says of a task that it could not do: its last line names the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    return shortened(f"{kind}: {lines[-1]}" if lines else kind, LONGEST_REASON)
+
+
 class Driver:
     """The loop of one sweep, and what it knows so far."""
 
@@ -241,8 +249,8 @@ class Driver:
         self.began, self.written = time.monotonic(), time.monotonic()
         self._floats: dict[str, Any] = {}  # rows of shared trainings, or references to them
         self._digests: dict[str, str] = {}
-        # Once: each reference to a function that travels is kept by Ray until the end.
-        self._work = self.ray.put(work)
+        self._packages = machine.installed_versions(EVERYTHING)
+        self._work = self.ray.put(work)  # once, not with every trial
         resources = sweep.resources
         self._do_trial = self.ray.remote(do_trial).options(
             num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=LOST
@@ -350,7 +358,7 @@ class Driver:
             {
                 "recipe": recipe.model_dump(mode="json"),
                 "code": self.place.code,
-                "packages": machine.installed_versions(EVERYTHING),
+                "packages": self._packages,
                 "files": [None if file is None else self._digest(file) for file in files],
                 "images": self._digest_of_images(recipe),
                 "targets": [
@@ -383,8 +391,7 @@ class Driver:
         try:
             found: Row = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = shortened(f"{type(error).__name__}: {' '.join(lines[:2])}")
+            reason = told_by_ray(error)
             found = {"status": "failed", "reason": reason, "seconds": None, "node": None}
         return found
 
@@ -461,8 +468,7 @@ class Driver:
 
     def _not_timed(self, error: Exception) -> dict[str, Any]:
         assert self.sweep.timing is not None
-        why = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        return {target: {"missing": why} for target in self.sweep.timing.targets}
+        return {target: {"missing": told_by_ray(error)} for target in self.sweep.timing.targets}
 
     def _say_timed(self, row: Row) -> None:
         for target, found in row["latency"].items():

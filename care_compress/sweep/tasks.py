@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,14 @@ LOGS = "logs"
 MARK = ".mark"  # tells a node whether it sees the folder that the driver sees
 PATIENCE = 60.0  # seconds that a process of a lost node may take to let go of its run
 WIDTH = 112  # letters of a line in a log
-PIPELINE = "care_compress.pipeline"
 # A recipe, its folder of runs, its name, a console, whether to repair; ``results.json`` comes back.
 Work = Callable[[Recipe, Path, str, Console, bool], Mapping[str, Any]]
+
+
+@cache
+def pipeline_digest() -> str:
+    """Digest of all the code that a run goes through, as this process has it."""
+    return code_digest("care_compress.pipeline")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Place:
                 f"{node} does not see {self.runs}.",
                 "put --runs on storage that every node mounts under the same path",
             )
-        if code_digest(PIPELINE) != self.code:
+        if pipeline_digest() != self.code:
             raise RunError(
                 f"{node} has another care-compress than the machine that drives the sweep.",
                 "install the same version on every node",
