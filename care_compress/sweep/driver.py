@@ -43,6 +43,7 @@ from care_compress.sweep.page import write_page
 from care_compress.sweep.results import best_of, judged, milliseconds, sweep_as_json
 from care_compress.sweep.sections import Sweep
 from care_compress.sweep.tasks import (
+    LOGS,
     MARK,
     RECORDS,
     TIMINGS,
@@ -82,18 +83,43 @@ def run_sweep(sweep: Sweep, runs: Path, options: SweepOptions, work: Work, conso
         show_plan(sweep, search, console)
         return 0
     with open_cluster(options.address) as cluster:
-        check_cluster(sweep, cluster)
-        with prepared(folder) as place:
-            driver = Driver(sweep, cluster, place, search, work, console, options.repair)
-            try:
-                driver.run()
-            except Stopped as stopped:
-                stopped.hint = "the same command goes on"
-                raise
-            finally:
-                driver.write()
-    driver.tell()
-    return 0 if best_of(sweep, driver.judged_rows()) is not None else 1
+        return drive(cluster, sweep, folder, search, work, console, options.repair)
+
+
+def drive(
+    cluster: Cluster,
+    sweep: Sweep,
+    folder: Path,
+    search: Search,
+    work: Work,
+    console: Console,
+    repair: bool = False,
+) -> int:
+    """Run the trials on a cluster that is there."""
+    check_cluster(sweep, cluster)
+    with prepared(folder) as place, ray_told_to(folder / LOGS / "ray.txt", console):
+        driver = Driver(sweep, cluster, place, search, work, console, repair)
+        try:
+            driver.run()
+        except Stopped as stopped:
+            stopped.hint = "the same command goes on"
+            raise
+        finally:
+            driver.write()
+        return driver.tell()
+
+
+@contextlib.contextmanager
+def ray_told_to(path: Path, console: Console) -> Iterator[None]:
+    """Keep what Ray prints on this process's streams in a file: of a lost node, pages of it."""
+    console.file = console.file  # bound to the stream of now
+    path.parent.mkdir(exist_ok=True)
+    with (
+        path.open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        yield
 
 
 def space_of(sweep: Sweep) -> str:
@@ -522,7 +548,7 @@ class Driver:
         write_text(self.place.runs / "sweep.json", json_text(value))
         write_page(value, self.place.runs / "sweep.html")
 
-    def tell(self) -> None:
+    def tell(self) -> int:
         """Say what is best within the budgets, how to make it again, and where the page is."""
         rows = self.judged_rows()
         failed = sum(row["status"] != "finished" for row in rows)
@@ -536,3 +562,4 @@ class Driver:
         else:
             say(f"best within the budgets: {best['name']}\n  {best['command']}", self.console)
         say(f"sweep: {self.place.runs / 'sweep.html'}", self.console)
+        return 1 if best is None else 0
