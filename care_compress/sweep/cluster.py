@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from care_compress import machine
+from care_compress.console import one_line, shortened
 from care_compress.errors import CareError, TargetError
 from care_compress.libraries import load_ray
 from care_compress.signals import SIGNALS
@@ -105,10 +106,13 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
             }
         try:
             ray.init(**settings)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
+        except Exception as error:  # Ray raises plain ones, too: "timed out during startup"
+            why = shortened(one_line(str(error)))
             raise TargetError(
-                f"Ray at {address} cannot be used: {error}.",
-                "ray start --head on a machine of the cluster, or leave --address out",
+                f"Ray {'here' if address == HERE else f'at {address}'} cannot be used: {why}",
+                "again when this machine has less to do"
+                if address == HERE
+                else "ray start --head on a machine of the cluster, or leave --address out",
             ) from error
         _restore(handlers)
         try:
