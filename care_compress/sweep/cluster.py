@@ -12,7 +12,10 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from care_compress import machine
 from care_compress.console import one_line, shortened
@@ -24,6 +27,8 @@ TIMING = "timing"  # where some nodes offer this resource, timings go to those a
 ANSWER_SECONDS = 5.0  # within which an address must accept a connection
 OBJECT_STORE = 100 * 2**20  # bytes: recipes and rows; models stay in their run directories
 HERE = "local"
+SHORT = "/tmp"  # nosec B108 # folders are made anew in it
+FOLDER = "care-ray-"  # and the process that made it
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,9 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
         }
         if address == HERE:
             # In /tmp: the paths of its sockets may have 107 letters, and TMPDIR may be long.
-            folder = tempfile.mkdtemp(prefix="care-ray-", dir="/tmp")  # nosec B108 # made anew
+            _sweep_killed()
+            own = f"{FOLDER}{os.getpid()}-"
+            folder = tempfile.mkdtemp(prefix=own, dir=SHORT)
             settings |= {
                 "num_cpus": machine.read_machine().cpu.logical_cores,
                 "include_dashboard": False,
@@ -123,6 +130,14 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
         _restore(handlers)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep_killed() -> None:
+    """Remove what Ray left of processes that were killed."""
+    for path in Path(SHORT).glob(f"{FOLDER}*-*"):
+        owner = path.name.removeprefix(FOLDER).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _restore(handlers: dict[signal.Signals, Any]) -> None:

@@ -8,6 +8,7 @@ thousand of them need no more memory than a few.
 
 import contextlib
 import fcntl
+import os
 import time
 import uuid
 from collections import defaultdict
@@ -429,6 +430,7 @@ class Driver:
             "command": trial.command,
             "taken_over": False,
             "latency": {},
+            "baseline": None,
             **found,
         }
         self.rows[trial.name] = row
@@ -486,7 +488,10 @@ class Driver:
                         ahead.append(trial)  # another node of its kind will do
                         continue
                 free.append(node)
-                self.rows[trial.name]["latency"] = found
+                self.rows[trial.name] |= {
+                    "latency": found,
+                    "baseline": baseline_of[trial.name],
+                }
                 self._say_timed(self.rows[trial.name])
                 self._tell_search(trial.name)
             if not free and not under_way:
@@ -543,6 +548,7 @@ class Driver:
             "machine": machine.describe(),
             "nodes": [node.name for node in self.cluster.nodes],
             "total": self.search.total,
+            "runs": os.path.relpath(self.place.runs),
         }
         value = sweep_as_json(self.sweep, self.judged_rows(), list(self.baselines.values()), about)
         write_text(self.place.runs / "sweep.json", json_text(value))

@@ -46,7 +46,7 @@ def write_page(sweep: Json, path: Path) -> None:
     """Write the page of what ``sweep.json`` holds."""
     rows: Sequence[Row] = sweep["trials"]
     sections = [
-        PageSection("best", "Best within the budgets", best(sweep, path.parent)),
+        PageSection("best", "Best within the budgets", best(sweep)),
         PageSection("fronts", "Accuracy against cost", fronts(sweep)),
         PageSection("trials", "Trials", trials(sweep)),
         PageSection("failed", "Failed trials", failures(rows)),
@@ -59,7 +59,7 @@ def write_page(sweep: Json, path: Path) -> None:
     write_text(path, page_html(name, "care-compress sweep", claim, shown, f"the sweep {name}"))
 
 
-def best(sweep: Json, folder: Path) -> list[Block]:
+def best(sweep: Json) -> list[Block]:
     """Show the best trial, its figures and the commands that make and check it."""
     asked, rows = sweep["asked"], {row["name"]: row for row in sweep["trials"]}
     metric, more = METRICS[asked["objective"]["metric"]]
@@ -83,9 +83,8 @@ def best(sweep: Json, folder: Path) -> list[Block]:
             note = f"{found['speedup']:.2f}x float, {found['processor']}"
             tiles.append(Tile(f"p50 on {where}", f"{found['ms']['p50']:.2f} ms", note))
     blocks: list[Block] = [Text(said), Tiles(tiles), Text(f"Made again by: {row['command']}")]
-    baseline = next((one["name"] for one in sweep["baselines"]), None)
-    if baseline is not None:
-        check = compare_command(folder, baseline, row["name"])
+    if row["baseline"] is not None:
+        check = compare_command(sweep["runs"], row["baseline"], row["name"])
         blocks.append(Text(f"Its files scored and timed beside the float model: {check}"))
     return blocks
 
@@ -114,7 +113,7 @@ def fronts(sweep: Json) -> list[Block]:
         for alike in same_processor(rows, target).values():
             timed = alike[0]["latency"][target]
             title = f"Accuracy against latency on {target}, {timed['processor']}"
-            figures.append(_figure(alike, latency, "ms", title))
+            figures += _figure(alike, latency, "ms", title)
         if not same_processor(rows, target):
             figures.append(missing(f"No trial was timed on {target}."))
     sized = [row for row in rows if size_of_row(row) is not None]
@@ -124,26 +123,39 @@ def fronts(sweep: Json) -> list[Block]:
             found = size_of_row(row)
             return None if found is None else found / 1e6
 
-        figures.append(_figure(sized, size, "MB", "Accuracy against the largest file"))
+        figures += _figure(sized, size, "MB", "Accuracy against the largest file")
     return figures
 
 
-def _figure(rows: Sequence[Row], cost: Any, unit: str, title: str) -> Figure:
+def _figure(rows: Sequence[Row], cost: Any, unit: str, title: str) -> list[Block]:
+    """Draw trials over a cost, and list those on the front."""
+
     def point(row: Row) -> Point:
         series = WITHIN if row["within"] else OVER
         return Point(row["name"], cost(row), row["top1"], series)
 
     chosen = front(rows, cost)
-    told = "On the front, by cost: " + "; ".join(
-        f"{row['name']} {cost(row):.3g} {unit} {row['top1']:.2f} %" for row in chosen
-    )
+    told = f"{len(chosen):,} of {len(rows):,} trials are on the front"
     legend = {
         "within every budget": legend_mark(*SERIES[WITHIN]),
         "not within": legend_mark(*SERIES[OVER]),
     }
     picture = front_drawing([*map(point, rows)], [*map(point, chosen)], (unit, "% top-1"), told)
-    note = "The line joins the trials that no other beats in both. " + told + "."
-    return Figure([Picture(picture, told)], title, legend, note)
+    note = "The line joins the trials that no other beats in both."
+    listed: list[TableRow] = [
+        {
+            "run": row["name"],
+            unit: number(cost(row)),
+            "top-1 %": number(row["top1"]),
+            "drop": number(row["drop"]),
+            "within": "yes" if row["within"] else "no",
+        }
+        for row in chosen
+    ]
+    return [
+        Figure([Picture(picture, told)], title, legend, note),
+        *table("On the front, by cost", listed, tall=len(listed) > TALL),
+    ]
 
 
 def trials(sweep: Json) -> list[Block]:

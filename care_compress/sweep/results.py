@@ -7,7 +7,6 @@ Latency is compared only where the same processor measured it. Accuracy is that 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from care_compress.sweep.sections import METRICS, ObjectiveSection, Sweep
@@ -140,6 +139,6 @@ def sweep_as_json(
     }
 
 
-def compare_command(runs: Path, baseline: str, name: str) -> str:
+def compare_command(runs: str, baseline: str, name: str) -> str:
     """What to type to score and time a trial's files beside its float model."""
-    return shlex.join(["care-compress", "compare", baseline, name, "--runs", str(runs)])
+    return shlex.join(["care-compress", "compare", baseline, name, "--runs", runs])
