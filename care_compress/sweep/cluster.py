@@ -27,6 +27,8 @@ TIMING = "timing"  # where some nodes offer this resource, timings go to those a
 ANSWER_SECONDS = 5.0  # within which an address must accept a connection
 OBJECT_STORE = 100 * 2**20  # bytes: recipes and rows; models stay in their run directories
 HERE = "local"
+STARTS = 3  # Ray gives itself half a minute, which a busy machine may not grant it
+QUIET = {"logging_level": "ERROR", "log_to_driver": False, "namespace": "care-compress"}
 SHORT = "/tmp"  # nosec B108 # folders are made anew in it
 FOLDER = "care-ray-"  # and the process that made it
 
@@ -89,47 +91,48 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
     """
     address = address or os.environ.get("RAY_ADDRESS") or HERE
     handlers = {one: signal.getsignal(one) for one in SIGNALS}
-    folder = None
-    try:
+    with contextlib.ExitStack() as left:
+        left.callback(_restore, handlers)
         ray = load_ray()
-        if address != HERE:
-            _check_answers(address)
-        settings: dict[str, Any] = {
-            "address": address,
-            "logging_level": "ERROR",
-            "log_to_driver": False,
-            "namespace": "care-compress",
-        }
         if address == HERE:
-            # In /tmp: the paths of its sockets may have 107 letters, and TMPDIR may be long.
-            _sweep_killed()
-            own = f"{FOLDER}{os.getpid()}-"
-            folder = tempfile.mkdtemp(prefix=own, dir=SHORT)
-            settings |= {
-                "num_cpus": machine.read_machine().cpu.logical_cores,
-                "include_dashboard": False,
-                "object_store_memory": OBJECT_STORE,
-                "_temp_dir": folder,
-            }
-        try:
-            ray.init(**settings)
-        except Exception as error:  # Ray raises plain ones, too: "timed out during startup"
-            why = shortened(one_line(str(error)))
-            raise TargetError(
-                f"Ray {'here' if address == HERE else f'at {address}'} cannot be used: {why}",
-                "again when this machine has less to do"
-                if address == HERE
-                else "ray start --head on a machine of the cluster, or leave --address out",
-            ) from error
+            _start(ray, left)
+        else:
+            _check_answers(address)
+            try:
+                ray.init(address=address, **QUIET)
+            except Exception as error:  # Ray raises plain ones, too
+                raise TargetError(
+                    f"Ray at {address} cannot be used: {shortened(one_line(str(error)))}",
+                    "ray start --head on a machine of the cluster, or leave --address out",
+                ) from error
+        left.callback(ray.shutdown)
         _restore(handlers)
+        yield Cluster(ray)
+
+
+def _start(ray: Any, left: contextlib.ExitStack) -> None:
+    """Start Ray on the cores of this machine; its files go with what is `left` behind."""
+    _sweep_killed()
+    for attempt in range(STARTS):
+        # In /tmp: the paths of its sockets may have 107 letters, and TMPDIR may be long.
+        folder = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=SHORT)
+        left.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
-            yield Cluster(ray)
-        finally:
-            ray.shutdown()
-    finally:
-        _restore(handlers)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            ray.init(
+                address=HERE,
+                num_cpus=machine.read_machine().cpu.logical_cores,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE,
+                _temp_dir=folder,
+                **QUIET,
+            )
+            return
+        except Exception as error:  # a plain one where it took more than half a minute
+            if attempt + 1 == STARTS:
+                raise TargetError(
+                    f"Ray does not start here: {shortened(one_line(str(error)))}",
+                    "try again when this machine has less to do",
+                ) from error
 
 
 def _sweep_killed() -> None:

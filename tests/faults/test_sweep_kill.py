@@ -54,7 +54,8 @@ def left(runs: Path) -> dict[str, str]:
 
 def start(asked: Path, runs: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "care_compress", "sweep", str(asked), "--runs", str(runs)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (asked.parent / "said.log").open("ab") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said)
 
 
 @pytest.fixture(scope="module")
