@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 RECIPE ?= int8_qat
+SWEEP ?= int8_grid
 MODELS ?= fp32 int8
 TARGET ?= tensorrt-jetson-orin
 # What bundle and engine take: a run's name, by default that of the recipe.
@@ -28,7 +29,7 @@ endef
 WHAT ?= speed
 BENCHES := speed data train quantize evaluate ablate slim engines
 
-.PHONY: help setup quantize compare report bundle engine doctor test test-slow faults check bench known-bench reference mutants clean audit recipes
+.PHONY: help setup quantize sweep compare report bundle engine doctor test test-slow faults check bench known-bench reference mutants clean audit recipes
 
 help:
 	@echo "care-compress: make VERB [NAME=value]"
@@ -40,6 +41,10 @@ quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES=
 	@$(BIN)/care-compress quantize '$(RECIPE)' $(if $(CKPT),--ckpt '$(CKPT)') $(if $(ARCH),--arch '$(ARCH)') \
 		$(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)') $(if $(CROP),--crop '$(CROP)') \
 		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)') $(if $(REPAIR),--repair)
+
+sweep: $(VENV)/.ray ## many recipes on Ray, one page: SWEEP=int8_grid [ADDRESS=auto RUN= REPAIR=1 PLAN=1]
+	@$(BIN)/care-compress sweep '$(SWEEP)' $(if $(ADDRESS),--address '$(ADDRESS)') $(if $(RUN),--name '$(RUN)') \
+		$(if $(REPAIR),--repair) $(if $(PLAN),--dry-run)
 
 compare: $(VENV)/.user ## models side by side on every target: MODELS="fp32 int8"
 	@$(BIN)/python eval/compare.py $(MODELS)
@@ -123,6 +128,11 @@ $(BIN)/python:
 $(VENV)/.user: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing care-compress (first time: a few minutes)"
 	@$(INSTALL) -e '.[openvino]'
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.user
+	@echo "installing Ray"
+	@$(INSTALL) -e '.[openvino,ray]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.user

@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("recipes", "examples", "eval/reference.yaml", "LICENSE")
+SHIPPED = ("recipes", "sweeps", "examples", "eval/reference.yaml", "LICENSE")
 
 
 class BuildWithData(build_py):

@@ -58,6 +58,9 @@ Targets = Annotated[str | None, typer.Option(help="names, separated by commas")]
 ImagesOnly = Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")]
 MaxDrop = Annotated[float | None, typer.Option(min=0, help="points of top-1")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+OnRay = Annotated[
+    str | None, typer.Option(help="on Ray's workers: local, or the address of a cluster")
+]
 JsonFile = Annotated[Path | None, typer.Option(help="also write the numbers here")]
 
 app = typer.Typer(
@@ -160,13 +163,52 @@ def sensitivity(
     images: Annotated[int, typer.Option(min=1, help="validation images per measurement")] = 256,
     name: RunName = None,
     runs: Runs = Path("runs"),
+    ray: OnRay = None,
 ) -> None:
     """Measure which site costs accuracy: each quantized alone, and each left alone out."""
     run = plain_name(name or f"{recipe.name}_sensitivity")
 
     from care_compress.pipeline import run_sensitivity
 
-    run_sensitivity(recipe, runs, run, images, Terminal())
+    if ray is None:
+        run_sensitivity(recipe, runs, run, images, Terminal())
+        return
+
+    from care_compress.sweep.cluster import open_cluster
+    from care_compress.sweep.sites import sites_on
+
+    with open_cluster(ray) as cluster:
+        run_sensitivity(recipe, runs, run, images, Terminal(), sites_on(cluster, runs / run))
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="name of a shipped sweep, or a .yaml file")],
+    address: Annotated[
+        str | None,
+        typer.Option(help="of a Ray cluster, or auto; RAY_ADDRESS, or here, if left out"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="name the trials, run none")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="make again what was damaged since it was written")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="folder in runs; the sweep's if left out")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Run many recipes on Ray and show the best; exit code 0 if one is within every budget."""
+    from care_compress.sweep.sections import read_sweep
+
+    asked = read_sweep(file)
+    if name is not None:
+        asked = asked.model_copy(update={"name": plain_name(name)})
+
+    from care_compress.pipeline import run_recipe
+    from care_compress.sweep.driver import SweepOptions, run_sweep
+
+    options = SweepOptions(address, dry_run, repair)
+    sys.exit(run_sweep(asked, runs, options, run_recipe, Terminal()))
 
 
 @app.command()
@@ -532,6 +574,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     wanted = [argument for argument in given if argument != "--debug"]
     debug = wanted != given
+    for place in reversed(range(len(wanted))):  # its address may be left out
+        if wanted[place] == "--ray" and (wanted[place + 1 :] or ["-"])[0].startswith("-"):
+            wanted.insert(place + 1, "local")
     errors = Terminal(stderr=True, soft_wrap=True)
     try:
         with stops_in_order(errors), full_disks_named():

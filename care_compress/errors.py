@@ -57,6 +57,10 @@ class RunError(CareError):
     """A run directory that cannot be used: locked, not writable, or somebody else's."""
 
 
+class BusyRunError(RunError):
+    """A run directory in which another process is at work."""
+
+
 class DamagedRunError(RunError):
     """A file of a run that is not what was written: cut short, flipped bits, or edited."""
 

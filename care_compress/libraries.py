@@ -1,6 +1,6 @@
-"""OpenVINO and NNCF, loaded only when a recipe or a file asks for them.
+"""OpenVINO and NNCF, Ray and Optuna, loaded only when a recipe, a file or a sweep asks for them.
 
-They are an optional extra, and importing them takes seconds.
+They are optional extras, and importing them takes seconds.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import gc
 import importlib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -85,10 +86,22 @@ def load_nncf() -> Any:
     return _load("nncf")
 
 
-def _load(name: str) -> Any:
+def load_ray() -> Any:
+    """The `ray` module; it sends no reports of its use unless its user said so."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    return _load("ray", "ray")
+
+
+def load_optuna() -> Any:
+    """The `optuna` module."""
+    return _load("optuna", "ray")
+
+
+def _load(name: str, extra: str = "openvino") -> Any:
     """Import an optional module, without the reports of its use.
 
-    Both send usage to a statistics server from their import on, unasked; without it they run.
+    OpenVINO and NNCF send usage to a statistics server from their import on, unasked; without it
+    they run.
     """
     reports = REPORTER in sys.modules
     if not reports:
@@ -97,7 +110,7 @@ def _load(name: str) -> Any:
         with silent():
             return importlib.import_module(name)
     except ImportError as error:
-        raise TargetError(f"{name} is not installed here.", install_command("openvino")) from error
+        raise TargetError(f"{name} is not installed here.", install_command(extra)) from error
     finally:
         if not reports:
             del sys.modules[REPORTER]

@@ -32,7 +32,7 @@ from care_compress.preflight import (
     preflight,
     with_pinned_checkpoint,
 )
-from care_compress.quantize.sensitivity import Sensitivity
+from care_compress.quantize.sensitivity import MeasureSites, Sensitivity, one_by_one
 from care_compress.quantize.stages import measure_sites, quantized, trained_quantized
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.slim import SlimSection
@@ -92,9 +92,17 @@ def run_recipe(
 
 
 def run_sensitivity(
-    recipe: Recipe, runs: Path, name: str, images: int, console: Console
+    recipe: Recipe,
+    runs: Path,
+    name: str,
+    images: int,
+    console: Console,
+    measure: MeasureSites = one_by_one,
 ) -> list[Sensitivity]:
-    """Measure every site of a recipe's PTQ result alone, in a run of its own."""
+    """Measure every site of a recipe's PTQ result alone, in a run of its own.
+
+    `measure` may spread the sites over processes (`care_compress.sweep.sites`).
+    """
     section, recipe = own_section(recipe), with_pinned_checkpoint(recipe)
     nothing = recipe.export.model_copy(update={"targets": ()})
     recipe = recipe.model_copy(update={"export": nothing})
@@ -105,7 +113,7 @@ def run_sensitivity(
         if recipe.slim is not None:
             model = _slimmed(context, recipe, recipe.slim, model, validation).model
         compact, _ = _rewritten(context, recipe, model)
-        return measure_sites(context, recipe, section, compact, validation, images)
+        return measure_sites(context, recipe, section, compact, validation, images, measure)
 
 
 @contextmanager

@@ -37,7 +37,13 @@ from care_compress.quantize.ptq import PtqJob, first_images, quantize_network
 from care_compress.quantize.qat import train_quantized
 from care_compress.quantize.search import Found, Trial, search_bits
 from care_compress.quantize.selection import CalibrationSet, deep_features, read_list, select_images
-from care_compress.quantize.sensitivity import Sensitivity, measure_sensitivity, quantized_sites
+from care_compress.quantize.sensitivity import (
+    MeasureSites,
+    Sensitivity,
+    SiteJob,
+    measure_sensitivity,
+    quantized_sites,
+)
 from care_compress.recipe.quantize import NncfSection, QatSection, QuantizeSection
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
@@ -190,6 +196,7 @@ def measure_sites(
     compact: CompactCare,
     validation: Samples,
     count: int,
+    measure: MeasureSites,
 ) -> list[Sensitivity]:
     """Measure every site of the PTQ result on `count` evenly spaced validation images."""
     run, console = context.run, context.console
@@ -211,7 +218,8 @@ def measure_sites(
     loaded = prepared_batches(validation, recipe.data, SITE_BATCH, bad=context.bad, indices=indices)
     with contextlib.closing(loaded):
         batches = list(loaded)
-    images, labels = [one.images for one in batches], torch.cat([one.labels for one in batches])
+    images, labels = tuple(one.images for one in batches), torch.cat([b.labels for b in batches])
+    site_job = SiteJob(model, plain, recipe.rewrite, images, labels)
     key = fingerprint(
         {
             "model": state_digest(model.state_dict()),
@@ -223,7 +231,7 @@ def measure_sites(
     )
     measured, plot = run.path / "sensitivity.json", run.path / "sensitivity.svg"
     with progress_bar(console, "sites", len(sites)) as advance:
-        found = measure_sensitivity(model, images, labels, measured, key, advance)
+        found = measure_sensitivity(site_job, measured, key, advance, measure)
     run.record_output(measured)
     plot_sensitivity(found, plot)
     run.record_output(plot)

@@ -252,6 +252,38 @@ def scatter(points: Sequence[Point], units: tuple[str, str], told: str) -> Marku
     return drawing.markup(told)
 
 
+def front(
+    points: Sequence[Point], best: Sequence[Point], units: tuple[str, str], told: str
+) -> Markup:
+    """Draw points over two axes as they lie; those of the front are joined by steps.
+
+    Names appear when a point is pointed at: a thousand of them beside the marks would be a blot.
+    """
+    height, top, bottom = 320, 30, 272
+    drawing = Drawing(height)
+    values, costs = [point.y for point in points], [point.x for point in points]
+    room = max(max(values) - min(values), 0.5) * 0.1
+    up = _axis(drawing, min(values) - room, max(values) + room, top, bottom, units[1])
+    margin = max((max(costs) - min(costs)) * 0.05, abs(max(costs)) * 0.02, 1e-9)
+    low, high = min(costs) - margin, max(costs) + margin
+
+    def across(x: float) -> float:
+        return LEFT + (RIGHT - LEFT) * (x - low) / (high - low)
+
+    for tick in ticks(low, high):
+        if tick >= low:
+            drawing.text(across(tick), bottom + 18, f"{tick:g}", "middle", "axis")
+    drawing.text(RIGHT, bottom + 38, units[0], "end", "axis")
+    for first, second in itertools.pairwise(best):
+        drawing.line(across(first.x), up(first.y), across(second.x), up(first.y), "curve")
+        drawing.line(across(second.x), up(first.y), across(second.x), up(second.y), "curve")
+    for point in points:
+        shape, kind = SERIES[point.series % len(SERIES)]
+        said = f"{point.label}: {point.x:.3g} {units[0]}, {point.y:.2f} {units[1]}"
+        drawing.mark(shape, across(point.x), up(point.y), kind, said)
+    return drawing.markup(told)
+
+
 def _axis(
     drawing: Drawing, low: float, high: float, top: int, bottom: int, unit: str
 ) -> Callable[[float], float]:

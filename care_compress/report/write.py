@@ -63,7 +63,21 @@ def write_report(run_dir: Path, console: Console) -> tuple[Path, Path]:
 
 
 def as_html(sources: Sources, sections: Sequence[PageSection]) -> str:
-    """Write the whole page."""
+    """Write the page of a run."""
+    precision, recipe = sources.results["precision"].upper(), sources.results["recipe"]
+    return page_html(
+        sources.name,
+        f"care-compress report, {precision}, recipe {recipe}",
+        sources.recipe.get("claim", ""),
+        sections,
+        f"the run {sources.name}",
+    )
+
+
+def page_html(
+    title: str, kicker: str, claim: str, sections: Sequence[PageSection], written_from: str
+) -> str:
+    """Write a whole page of sections; it loads nothing, and nothing but its own script runs."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -73,11 +87,11 @@ def as_html(sources: Sources, sections: Sequence[PageSection]) -> str:
     )
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return environment.get_template("page.html.j2").render(
-        title=sources.name,
-        recipe=sources.results["recipe"],
-        precision=sources.results["precision"].upper(),
-        claim=sources.recipe.get("claim", ""),
+        title=title,
+        kicker=kicker,
+        claim=claim,
         sections=sections,
+        written_from=written_from,
         style=Markup(style),  # nosec B704 # our own
         style_hash=_digest(style),
         script=Markup(script),  # nosec B704 # our own

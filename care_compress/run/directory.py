@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from care_compress.errors import DamagedRunError, RunError, Stopped
+from care_compress.errors import BusyRunError, DamagedRunError, RunError, Stopped
 from care_compress.files import json_text, not_writable, read_json, sha256_file, sweep, write_text
 from care_compress.machine import git_revision
 from care_compress.recipe.layers import commented
@@ -111,7 +111,7 @@ class Run:
                 # after their parent was killed, when the same command should go on.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RunError(
+                raise BusyRunError(
                     f"another process is working in {self.path}.",
                     "wait for it, or give this run another --name",
                 ) from None

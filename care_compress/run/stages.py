@@ -3,24 +3,38 @@
 `manifest.json` holds a record of every stage that came to its end: digests of what it was made
 from, by name, and of the files it wrote. A rerun compares them; so a killed run goes on where it
 was, and a changed recipe redoes the stages that the change reaches and no other.
+
+Runs of a sweep share: where a run's folder has a `SHARED` folder beside it, a stage that one run
+made is copied by the others that would make it from the same things.
 """
 
+import contextlib
+import fcntl
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from care_compress.errors import DamagedRunError
-from care_compress.files import fingerprint, sha256_file
+from care_compress.errors import DamagedRunError, RunError
+from care_compress.files import (
+    atomic_file,
+    fingerprint,
+    json_text,
+    read_json,
+    sha256_file,
+    write_text,
+)
 from care_compress.machine import LIBRARIES, installed_versions
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.sections import WATCHING
 from care_compress.run.context import RunContext
 from care_compress.run.directory import REPAIR
 
+SHARED = ".stages"  # beside runs that share: which of them made what, by digest
 Json = Any  # what JSON has: dicts with text keys, lists, texts, numbers, None
 # What the numbers of a stage depend on beside our own code. A stage that a runtime takes part in
 # names all of them.
@@ -108,34 +122,72 @@ def once(
         **made_from,
     }
     digests = {name: fingerprint(value) for name, value in everything.items()}
-    record = _current(context, stage, digests) if context.world.is_main else None
-    if together:
-        record = context.world.gathered(record)[0]
-    if record is not None:
-        context.console.print(f"{escape(stage)}: unchanged, taken over", highlight=False)
-    else:
+    with contextlib.ExitStack() as held:
+        record = _current(context, stage, digests) if context.world.is_main else None
+        from_where = "unchanged, taken over"
+        share = context.run.path.parent / SHARED
+        if record is None and context.world.is_main and share.is_dir():
+            # Who is second waits until the first has made it.
+            entry = held.enter_context(_held(share / fingerprint([stage, digests])))
+            record, from_where = _of_sibling(context, stage, digests, entry)
+        else:
+            entry = None
+        if together:
+            record = context.world.gathered(record)[0]
+        if record is not None:
+            context.console.print(f"{escape(stage)}: {escape(from_where)}", highlight=False)
+        else:
+            if context.world.is_main:
+                context.run.forget_stage(stage)
+            with context.apart(), context.run.noting() as notes:
+                value = make()
+                # The main process reports what any of them left out.
+                for reasons in context.world.gathered(context.bad.reasons) if together else ():
+                    context.bad.reasons.update(reasons)
+                record = {
+                    "made_from": digests,
+                    "inputs": notes.inputs,
+                    "outputs": notes.outputs,
+                    "seconds": context.seconds,
+                    "skipped_images": context.bad.reasons,
+                    "value": value,
+                }
+            record["seal"] = _seal(record)
+        for name, seconds in record["seconds"].items():
+            context.spend(name, seconds)
+        context.bad.reasons.update(record["skipped_images"])
         if context.world.is_main:
-            context.run.forget_stage(stage)
-        with context.apart(), context.run.noting() as notes:
-            value = make()
-            # The main process reports what any of them left out.
-            for reasons in context.world.gathered(context.bad.reasons) if together else ():
-                context.bad.reasons.update(reasons)
-            record = {
-                "made_from": digests,
-                "inputs": notes.inputs,
-                "outputs": notes.outputs,
-                "seconds": context.seconds,
-                "skipped_images": context.bad.reasons,
-                "value": value,
-            }
-        record["seal"] = _seal(record)
-    for name, seconds in record["seconds"].items():
-        context.spend(name, seconds)
-    context.bad.reasons.update(record["skipped_images"])
-    if context.world.is_main:
-        context.run.record_stage(stage, record)
-    return record["value"]
+            context.run.record_stage(stage, record)
+            if entry is not None:
+                write_text(entry, json_text({"stage": stage, "run": context.run.name}))
+        return record["value"]
+
+
+@contextlib.contextmanager
+def _held(entry: Path) -> Iterator[Path]:
+    """Hold what the runs beside this one know of a stage, so that only one of them makes it."""
+    with entry.with_suffix(".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # lockf: see `Run`; it holds on NFS, too
+        yield entry.with_suffix(".json")
+
+
+def _of_sibling(
+    context: RunContext, stage: str, digests: Mapping[str, str], entry: Path
+) -> tuple[dict[str, Any] | None, str]:
+    """Copy what a run beside this one made from the same things; nothing where it is not whole."""
+    try:
+        sibling = context.run.path.parent / read_json(entry)["run"]
+        record: dict[str, Any] = read_json(sibling / "manifest.json")["stages"][stage]
+        if record["made_from"] != digests or record["seal"] != _seal(record):
+            return None, ""
+        for name, digest in record["outputs"].items():
+            with atomic_file(context.run.path / name) as temporary:
+                shutil.copyfile(sibling / name, temporary)
+                if sha256_file(temporary) != digest:
+                    raise ValueError(f"{name} was damaged")  # there: it is made here
+    except (OSError, ValueError, LookupError, TypeError, RunError):
+        return None, ""
+    return record, f"taken over from {sibling.name}"
 
 
 def code_digest(*modules: str) -> str:

@@ -14,11 +14,12 @@ from care_compress.quantize import search, stages
 from care_compress.quantize.ptq import PtqJob
 from care_compress.quantize.search import Step, Trial, _noises, _ordered_steps, search_bits
 from care_compress.quantize.selection import digests_of
-from care_compress.quantize.sensitivity import measure_sensitivity
+from care_compress.quantize.sensitivity import SiteJob, measure_sensitivity
 from care_compress.quantize.spec import Decision, Plan, Site, TensorSpec
 from care_compress.quantize.stages import _calibration, quantized, trained_quantized
 from care_compress.recipe.quantize import QuantizeSection, RuleSection, SearchSection
 from care_compress.recipe.recipe import load_recipe
+from care_compress.recipe.sections import RewriteSection
 
 NOISE = {"a": 1.0, "b": 3.0, "c": 0.5}
 
@@ -64,9 +65,8 @@ def test_a_sites_noise_is_its_own_alone(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_site_is_measured_alone_and_left_out_of_all_others(tmp_path: Path) -> None:
     model, images = Noisy(), [torch.zeros(8, 2) + torch.tensor([0.0, 10.0])]
     labels = torch.ones(8, dtype=torch.int64)
-    found = measure_sensitivity(
-        cast(Any, model), images, labels, tmp_path / "s.json", "k", lambda sites: None
-    )
+    sites = SiteJob(cast(Any, model), SECTION, RewriteSection(), tuple(images), labels)
+    found = measure_sensitivity(sites, tmp_path / "s.json", "k", lambda sites: None)
     assert [one.site for one in found] == ["b", "a", "c"], "hardest first"
     power = {one.site: 100 / 10 ** (one.alone.sqnr_db / 10) for one in found}
     assert power == pytest.approx({"b": 9.0, "a": 1.0, "c": 0.25})

@@ -1,13 +1,15 @@
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from quantized import SIZE, W4A4, batches, images, network, quantized, section
+from quantized import KEPT, SIZE, W4A4, batches, images, network, quantized, section
 from rich.console import Console
+from torch import Tensor
 
-from care_compress.errors import RecipeError
+from care_compress.errors import RecipeError, RunError
 from care_compress.pipeline import run_sensitivity
 from care_compress.quantize import search as mixed
 from care_compress.quantize import sensitivity as measured
@@ -16,15 +18,23 @@ from care_compress.quantize.plots import pareto, short_name
 from care_compress.quantize.ptq import PtqJob, planned
 from care_compress.quantize.search import LADDER, Trial, search_bits
 from care_compress.quantize.sensitivity import (
+    SiteJob,
     effect,
+    load_job,
     logits_of,
     measure_sensitivity,
     only,
     quantized_sites,
+    save_job,
 )
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.recipe import load_recipe
 from care_compress.tasks.distance import EXACT_DB
+
+
+def job(model: QuantizedCare, x: Sequence[Tensor], labels: Tensor) -> SiteJob:
+    """What sites are measured on, by this process."""
+    return SiteJob(model, section(), KEPT, tuple(x), labels)
 
 
 def silent(sites: int) -> None:
@@ -37,7 +47,7 @@ def test_the_site_with_the_fewest_bits_is_the_hardest(tmp_path: Path) -> None:
     model = quantized(section(rule, bias_correction=False)).model
     x = torch.split(images(16, seed=4), 8)
     labels = torch.zeros(16, dtype=torch.int64)
-    found = measure_sensitivity(model, x, labels, tmp_path / "s.json", "key", silent)
+    found = measure_sensitivity(job(model, x, labels), tmp_path / "s.json", "key", silent)
     assert found[0].site == hard
     assert {one.site for one in found} == set(quantized_sites(model))
     (it,) = (one for one in found if one.site == hard)
@@ -50,29 +60,40 @@ def test_the_site_with_the_fewest_bits_is_the_hardest(tmp_path: Path) -> None:
 def test_it_goes_on_where_it_stopped_and_only_for_the_same_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = quantized(section()).model
-    x, labels = [images(4)], torch.zeros(4, dtype=torch.int64)
+    few = job(quantized(section()).model, [images(4)], torch.zeros(4, dtype=torch.int64))
     cache = tmp_path / "s.json"
 
     measured_sites = itertools.count(1)
 
     def stop_early(sites: int) -> None:
-        if next(measured_sites) == 5:
+        if sites == 1 and next(measured_sites) == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_sensitivity(model, x, labels, cache, "a", stop_early)
+        measure_sensitivity(few, cache, "a", stop_early)
     assert len(json.loads(cache.read_text())["sites"]) == 5
     calls = []
     monkeypatch.setattr(
         measured, "only", lambda model, sites: (calls.append(sites), only(model, sites))
     )
-    whole = measure_sensitivity(model, x, labels, cache, "a", silent)
+    whole = measure_sensitivity(few, cache, "a", silent)
     assert len(calls) == 2 * (len(whole) - 5)
-    measure_sensitivity(model, x, labels, cache, "a", silent)
+    measure_sensitivity(few, cache, "a", silent)
     assert len(calls) == 2 * (len(whole) - 5), "a third time measures nothing"
-    measure_sensitivity(model, x, labels, cache, "b", silent)
+    measure_sensitivity(few, cache, "b", silent)
     assert len(calls) == 2 * (2 * len(whole) - 5), "other content, other measurement"
+
+
+def test_a_job_that_travels_measures_the_same_bits(tmp_path: Path) -> None:
+    plain = section(bias_correction=False)
+    here = SiteJob(quantized(plain).model, plain, KEPT, (images(8),), torch.zeros(8).long())
+    digest = save_job(here, tmp_path)
+    there = load_job(tmp_path, digest)
+    for site in quantized_sites(here.model)[::7]:
+        assert here.effects(site) == there.effects(site)
+    (tmp_path / "images.pt").write_bytes(b"others")
+    with pytest.raises(RunError, match="does not see"):
+        load_job(tmp_path, digest)
 
 
 def test_no_difference_is_no_effect() -> None:

@@ -22,10 +22,11 @@ class Stage:
     def __init__(self, root: Path) -> None:
         self.root, self.done, self.made_from = root, 0, {"images": "a", "recipe": [1, 2]}
         self.handed_in: list[Any] = []
+        self.name = "run"
 
     def __call__(self, repair: bool = False) -> tuple[Any, RunContext]:
         """As a new process does it: its value, and the context afterwards."""
-        run = Run(self.root, "run")
+        run = Run(self.root, self.name)
         with run.open(load_recipe("fp32"), {}, repair):
             context = RunContext(run, World(), Console(quiet=True), repair=repair)
             context.bad.reasons["earlier"] = "cut short"
@@ -123,3 +124,47 @@ def test_a_stage_that_fails_is_done_again_and_its_files_are_not_trusted(stage: S
     stage.made_from["images"] = "a"
     stage()
     assert stage.done == 2
+
+
+def sibling(stage: Stage, name: str) -> tuple[Stage, Path]:
+    """The same stage in another run of the same folder."""
+    other = Stage(stage.root)
+    other.made_from, other.name = dict(stage.made_from), name
+    return other, stage.root / name
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Stage:
+    (tmp_path / stages.SHARED).mkdir()
+    made = Stage(tmp_path)
+    made()
+    return made
+
+
+def test_runs_that_share_make_a_stage_once(shared: Stage) -> None:
+    other, run = sibling(shared, "other")
+    value, context = other()
+    assert (other.done, value, context.seconds) == (0, {"top1": 90.0}, {"work": 2.5})
+    assert (run / "out.bin").read_bytes() == b"result"
+    other()
+    assert other.done == 0, "it is the run's own now"
+    different, _ = sibling(shared, "different")
+    different.made_from["images"] = "b"
+    different()
+    assert different.done == 1
+
+
+def test_what_was_damaged_in_the_run_that_made_it_is_made_again(shared: Stage) -> None:
+    (shared.root / "run" / "out.bin").write_bytes(b"resulT")
+    other, run = sibling(shared, "other")
+    other()
+    assert other.done == 1 and (run / "out.bin").read_bytes() == b"result"
+    third, _ = sibling(shared, "third")
+    third()
+    assert third.done == 0, "taken over from the one that is whole"
+
+
+def test_runs_that_do_not_share_take_nothing_over(stage: Stage) -> None:
+    other, _ = sibling(stage, "other")
+    other()
+    assert other.done == 1

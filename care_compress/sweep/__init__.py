@@ -1,0 +1,1 @@
+"""Many recipes on an existing engine, Ray: which trials, where each runs, what came of all."""
