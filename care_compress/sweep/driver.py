@@ -57,7 +57,7 @@ from care_compress.sweep.tasks import (
     record_file,
 )
 from care_compress.sweep.trials import DIGITS, Row, Search, Trial, axes_of, make_search
-from care_compress.tasks.known import labelled
+from care_compress.tasks.known import check_whole_images, labelled
 
 SPARE = 2  # trials in flight beyond those that run: a worker that is done finds its next one
 LOST = 3  # times that a node or a process may be lost under a trial before it counts as failed
@@ -146,6 +146,7 @@ def check_trials(sweep: Sweep, search: Search) -> None:
     timed = () if sweep.timing is None else sweep.timing.targets
     for trial in search.shown:
         recipe = trial.recipe
+        check_whole_images(recipe, "a sweep")
         checkpoint, data = recipe.model.checkpoint, recipe.data.model_dump_json()
         if checkpoint is not None and checkpoint not in checked:
             checked.add(checkpoint)
