@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from care_compress.evaluate.agreement import HeldImages
+from care_compress.evaluate.agreement import HeldImages, drop_between
 from care_compress.evaluate.compare import judge
 from care_compress.evaluate.readback import (
     ReadBack,
@@ -55,6 +55,15 @@ def test_a_file_of_another_processor_holds_by_what_its_export_promised() -> None
     lost = beside(logits, torch.full_like(logits, torch.nan), labels, 25.0)
     assert not lost.holds and "NaN" in str(lost) and lost.value == 0
     json.dumps(lost.as_json(), allow_nan=False)
+
+
+def test_a_drop_on_held_images_counts_what_is_no_number_as_wrong() -> None:
+    """A placement that overflows has lost everything; that is a number, and no reason to stop."""
+    logits, labels = answers()
+    held = HeldImages(torch.zeros(400, 3, 1, 1), labels, DataSection(source="none"))
+    for spoiled, lost in ((logits, 0.0), (torch.full_like(logits, torch.nan), 90.0)):
+        drop = drop_between(Classification(), logits, spoiled, held)
+        assert drop.value == pytest.approx(lost) and drop.low <= lost <= drop.high
 
 
 def test_as_many_right_answers_to_other_images_are_not_the_same_answers() -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from care_compress.data.annotations import Mask
 from care_compress.data.loader import Batch
 from care_compress.errors import DataError, EvaluationError, TrainingError
-from care_compress.recipe.sections import TrainSection
+from care_compress.evaluate.agreement import HeldImages, drop_between
+from care_compress.evaluate.readback import read_back
+from care_compress.recipe.sections import DataSection, TrainSection
 from care_compress.tasks.dense import Compared, Figures
 from care_compress.tasks.detection import Detection
 from care_compress.tasks.distance import Distance
@@ -164,6 +166,20 @@ def test_what_is_no_number_has_no_distance_and_agrees_with_nothing() -> None:
     assert found["a"].agreement(found["b"]) == pytest.approx(100 * 7 / 8)
     drop: Drop = found["a"].drop_to(found["b"])
     assert drop.value > 0 and drop.low <= drop.value <= drop.high
+
+
+def test_images_that_are_held_keep_their_labels() -> None:
+    """A file is read back, and a placement judged, by the metric on few images."""
+    (batch,) = batches((6,))
+    every = HeldImages(batch.images, batch.labels, DataSection(source="none"), batch.annotations)
+    held = every.only([0, 2, 5])
+    images = batch.images[[0, 2, 5]]
+    right, wrong = exact()(images), seeing(lambda number: 30 * (number == 1))(images)
+    found = read_back(TASK, right, wrong, held, 0.0)
+    assert (found.model_value, found.images) == (100.0, 3)
+    assert found.value == TASK.count(wrong, held.as_batch()).metrics()["miou"] < 100
+    assert found.as_json()["model_miou"] == 100.0
+    assert drop_between(TASK, right, wrong, held).value == pytest.approx(100 - found.value)
 
 
 @pytest.mark.parametrize("task", [Segmentation(), Detection()], ids=lambda task: task.name)

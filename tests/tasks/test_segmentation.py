@@ -81,7 +81,9 @@ def test_an_answer_comes_back_at_the_size_of_the_image(size: tuple[int, int], st
     halves[:, size[1] // 2 :] = 1
     square = Letterbox.of(size, 64).mask(halves)
     square[square == IGNORED] = 2
-    logits = F.one_hot(torch.from_numpy(square[stride // 2 :: stride, stride // 2 :: stride]).long(), CLASSES)
+    logits = F.one_hot(
+        torch.from_numpy(square[stride // 2 :: stride, stride // 2 :: stride]).long(), CLASSES
+    )
     found = mask_of(logits.permute(2, 0, 1).float(), size, 64)
     assert found.shape == size and found.dtype == np.uint8
     assert (found == halves).mean() > 1 - 0.05 * stride
@@ -185,7 +187,7 @@ def test_ignored_pixels_teach_nothing() -> None:
     answer = torch.zeros(1, CLASSES, 2, 2, requires_grad=True)
     loss = TASK.loss(answer, MaskTargets(masks, 0.0))
     loss.backward()  # type: ignore[no-untyped-call]
-    assert float(loss.detach()) == pytest.approx(np.log(CLASSES)), "a mean over the pixels that count"
+    assert float(loss.detach()) == pytest.approx(np.log(CLASSES)), "a mean over what counts"
     assert answer.grad is not None
     taught = answer.grad.abs().sum(dim=1)[0] > 0
     assert taught.tolist() == [[True, False], [False, True]]

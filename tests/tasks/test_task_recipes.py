@@ -61,6 +61,7 @@ def made(folder: Path, name: str, **changed: Any) -> Recipe:
         "data": {"source": str(source), "resolution": 96, "workers": 0},
         "train": {"epochs": 1, "max_steps": 2, "batch_size": 4, "learning_rate": 1e-3}
         | changed.pop("train", {}),
+        "quantize": {"bias_correction": False, "norm_reestimation": False},
         "export": {"targets": ["onnxruntime-cpu"], "images": 4},
         "budget": {DENSE[name][1]: None},
         **changed,

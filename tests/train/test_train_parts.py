@@ -179,6 +179,9 @@ def test_a_validation_is_top1_in_percent_at_its_epoch() -> None:
     watcher = Watcher()
     _validate(trainee, course(plan(), validate=lambda model: Accuracy(8, 6, 7)), World(), watcher)
     assert trainee.progress.history == [{"epoch": 2.5, "top1": 75.0, "loss": 1.5}]
+    lost = course(plan(), validate=lambda model: Accuracy(8, 0, 0, broken=8))
+    _validate(trainee, lost, World(), watcher)
+    assert trainee.progress.history[-1]["top1"] == 0.0, "a training may still recover"
 
 
 def test_soft_distillation_is_the_students_distance_from_the_softened_teacher() -> None:
