@@ -16,7 +16,7 @@ from torch import Tensor
 from care_compress.console import CheckResult
 from care_compress.evaluate.agreement import Agreement, HeldImages, held_to
 from care_compress.tasks.intervals import unpaired_interval
-from care_compress.tasks.task import Metric, Task
+from care_compress.tasks.task import Metric, Task, value_of
 
 CHECK = "files beside their models"
 LARGEST_HALF = 65504.0
@@ -107,8 +107,8 @@ def read_back(
 ) -> ReadBack:
     """Judge a file whose model's answers to the same images are known."""
     near = held_to(least_db, task.rows(model), task.rows(file), len(held))
-    batch, key = held.as_batch(), task.metric.key
-    here, known = (task.count(answers, batch).metrics()[key] for answers in (file, model))
+    scores = (task.count(answers, held.as_batch()) for answers in (file, model))
+    here, known = (value_of(score, task.metric) for score in scores)
     return ReadBack(task.metric, here, len(held), known, near=near)
 
 

@@ -235,6 +235,8 @@ class Records:
     @cached_property
     def figures(self) -> Figures:
         """The numbers."""
+        if not self.of_images:
+            raise DataError("there was no image to evaluate.", "check the source and its val split")
         if self.broken == self.images:
             raise EvaluationError(
                 f"the model answers NaN or infinity to all {self.images:,} images.",
@@ -274,10 +276,11 @@ class Both:
 
     def settled(self) -> Compared:
         """Return the numbers."""
+        before, after = self.before.figures, self.after.figures  # which say what there is none of
         drop = self.task.drop(self.before.of_images, self.after.of_images)
         return Compared(
-            self.before.figures,
-            self.after.figures,
+            before,
+            after,
             drop.value,
             (drop.low, drop.high),
             share_agreed(self.agreed),

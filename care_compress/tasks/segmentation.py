@@ -133,7 +133,10 @@ class Segmentation(DenseTask):
         for records in (before, after):
             counts_I3K = _counts(records)
             drawn = counts_SI @ counts_I3K.reshape(images, -1)
-            shares.append(np.nanmean(overlap_of(drawn.reshape(-1, *counts_I3K.shape[1:])), axis=1))
+            shares_SK = overlap_of(drawn.reshape(-1, *counts_I3K.shape[1:]))
+            # Few images may be drawn without any pixel that counts, by both models alike.
+            some = ~np.isnan(shares_SK).all(axis=1)
+            shares.append(np.nanmean(shares_SK[some], axis=1))
         drops_S = 100 * (shares[0] - shares[1])
         value = float(drops_S[0])
         low, high = np.percentile(drops_S[1:], (2.5, 97.5))

@@ -91,6 +91,11 @@ class Score(Protocol):
         ...
 
 
+def value_of(score: Score, metric: Metric) -> float:
+    """Return the metric in percent; 0 of a model whose answers are no numbers at all."""
+    return 0.0 if score.broken == score.images else score.metrics()[metric.key]
+
+
 class Pair(Protocol):
     """A model beside its baseline on the same images, as numbers that can be written down."""
 

@@ -21,7 +21,7 @@ from care_compress.data.loader import BadImages, Batch
 from care_compress.errors import DataError, TrainingError
 from care_compress.recipe.sections import TrainSection
 from care_compress.run.processes import World, distribute, synchronise_norms
-from care_compress.tasks.task import Lesson, Objective, Score, Task
+from care_compress.tasks.task import Lesson, Objective, Score, Task, value_of
 from care_compress.train.display import Silent, TrainingDisplay
 from care_compress.train.state import STATE_FILE, Progress, Trainee, forget, step_back
 
@@ -294,10 +294,10 @@ def _validate(trainee: Trainee, course: Course, world: World, display: Silent) -
             "no validation image can be decoded, so there is nothing to judge the training by.",
             "check the val split of data.source",
         )
-    key = course.task.metric.key
+    metric = course.task.metric
     entry = {
         "epoch": trainee.progress.step / course.steps_per_epoch,
-        key: score.metrics()[key],
+        metric.key: value_of(score, metric),
         "loss": trainee.progress.recent_loss,
     }
     trainee.progress.history.append(entry)

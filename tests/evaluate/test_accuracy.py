@@ -24,7 +24,6 @@ from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.run.processes import World
-from care_compress.tasks.classification import Accuracy
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
@@ -57,15 +56,16 @@ def whole(artifact: str, data: DataSection, tmp_path_factory: pytest.TempPathFac
 def stop_after(batches: int, error: type[BaseException], patch: pytest.MonkeyPatch) -> list[int]:
     """End the evaluation before this batch; the sizes of the batches that were scored."""
     scored: list[int] = []
-    real = scoring.count_batch
+    real = scoring.count
 
-    def count(predict: Any, batch: Any) -> Accuracy:
+    def count(task: Any, predict: Any, given: Any) -> Any:
         if len(scored) == batches:
             raise error
+        (batch,) = given
         scored.append(len(batch.labels))
-        return real(predict, batch)
+        return real(task, predict, given)
 
-    patch.setattr(scoring, "count_batch", count)
+    patch.setattr(scoring, "count", count)
     return scored
 
 
@@ -102,12 +102,12 @@ from care_compress.cli import main
 from care_compress.evaluate import scoring
 
 scoring.SECONDS = 0.0
-real, batches = scoring.count_batch, iter(range(4))
-def count(predict, batch):
+real, batches = scoring.count, iter(range(4))
+def count(task, predict, batch):
     if next(batches, None) is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(predict, batch)
-scoring.count_batch = count
+    return real(task, predict, batch)
+scoring.count = count
 main(sys.argv[1:])
 """
 

@@ -33,11 +33,12 @@ from care_compress.recipe.target import DOT_PRODUCTS
 from care_compress.report.write import write_report
 from care_compress.tasks.classification import (
     Accuracy,
-    Drop,
     Paired,
     collect_answers,
+    drop_between,
 )
 from care_compress.tasks.distance import Distance
+from care_compress.tasks.task import Drop
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 ROOT = Path(__file__).resolve().parents[2]
@@ -494,7 +495,7 @@ def test_one_drop_has_one_interval_wherever_it_is_told() -> None:
     wrong_now, right_now = np.flatnonzero(right)[:9], np.flatnonzero(~right)[:4]
     after = right.copy()
     after[wrong_now], after[right_now] = False, True
-    drop = Drop.between(right, after)
+    drop = drop_between(right, after)
     counts = [Accuracy(500, int(hits.sum()), 500) for hits in (right, after)]
     pair = Paired(counts[0], counts[1], lost=9, gained=4, agreeing=480, distance=Distance())
     assert (pair.drop, pair.drop_ci95) == (drop.value, (drop.low, drop.high))

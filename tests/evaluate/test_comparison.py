@@ -26,11 +26,12 @@ from care_compress.recipe.sections import DataSection
 from care_compress.tasks.classification import (
     NO_ANSWER,
     Answers,
-    Collected,
+    Classification,
     collect_answers,
     same_answers,
 )
 from care_compress.tasks.distance import Distance
+from care_compress.tasks.task import Collected
 
 LABELS = np.array([0, 0, 1, 1, 2, 2, 2, 2])
 BEFORE = (0, 0, 1, 1, 2, 2, 2, 0)  # right but for the last
@@ -71,6 +72,7 @@ def compared(
         for batch in (1, 8)
     }
     return Comparison(
+        Classification(),
         DataSection(source="builtin:shapes"),
         samples,
         options or CompareOptions(),

@@ -24,9 +24,10 @@ from care_compress.evaluate.resolve import NamedModel
 from care_compress.files import digest_of
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
-from care_compress.tasks.classification import Answers, Collected
+from care_compress.tasks.classification import Answers, Classification
 from care_compress.tasks.distance import Distance
 from care_compress.tasks.intervals import drop_interval
+from care_compress.tasks.task import Collected
 
 ONNX, XML, NPU = "onnxruntime-cpu", "openvino-cpu", "openvino-npu"
 IMAGES, WRONG, TURNS = 4000, 232, 24  # of the included model's run
@@ -109,8 +110,11 @@ class Measured:
         data, missing = DataSection(source="builtin:shapes"), {(NPU, "mine"): "no NPU here"}
         options: Any = None
         return comparison_as_json(
-            Comparison(data, samples, options, models, entries, missing, collected, {(1, 1): times})
-        )
+            Comparison(
+                Classification(), data, samples, options, models, entries, missing, collected,
+                {(1, 1): times},
+            )
+        )  # fmt: skip
 
     def gate(self, before: Any, now: Any, *options: str) -> int:
         """Exit code of the verb."""

@@ -5,16 +5,22 @@ import json
 import pytest
 import torch
 
+from care_compress.evaluate.agreement import HeldImages, drop_between
 from care_compress.evaluate.compare import judge
 from care_compress.evaluate.readback import (
+    ReadBack,
     counted_only,
     exports_check,
     read_back,
     read_back_checks,
     what_failed,
 )
-from care_compress.tasks.classification import Drop
+from care_compress.recipe.sections import DataSection
+from care_compress.tasks.classification import Classification
 from care_compress.tasks.intervals import unpaired_interval
+from care_compress.tasks.task import Drop
+
+TOP1 = Classification.metric
 
 
 def answers(images: int = 400, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,20 +33,37 @@ def answers(images: int = 400, classes: int = 4) -> tuple[torch.Tensor, torch.Te
     return logits, labels
 
 
+def beside(
+    model: torch.Tensor, file: torch.Tensor, labels: torch.Tensor, least_db: float
+) -> ReadBack:
+    """Answers of a file beside its model's, to images of these labels."""
+    held = HeldImages(torch.zeros(len(labels), 3, 1, 1), labels, DataSection(source="none"))
+    return read_back(Classification(), model, file, held, least_db)
+
+
 def test_a_file_of_another_processor_holds_by_what_its_export_promised() -> None:
     logits, labels = answers()
-    near = read_back(logits, logits + 0.01 * torch.randn_like(logits), labels, 25.0)
-    assert near.holds and near.top1 == near.model_top1 == pytest.approx(90.0)
+    near = beside(logits, logits + 0.01 * torch.randn_like(logits), labels, 25.0)
+    assert near.holds and near.value == near.model_value == pytest.approx(90.0)
     spoiled = torch.cat([logits[:200].roll(2, dims=1), logits[200:]])
-    far = read_back(logits, spoiled, labels, 25.0)
+    far = beside(logits, spoiled, labels, 25.0)
     assert not far.holds
     assert "top-1 45.00 % where its model has 90.00 %, on the same 400 images" in str(far)
     assert "of at least 25.0" in str(far) and far.as_json()["holds"] is False
     coarse = logits + 0.7 * torch.randn_like(logits)
-    assert not read_back(logits, coarse, labels, 25.0).holds
-    lost = read_back(logits, torch.full_like(logits, torch.nan), labels, 25.0)
-    assert not lost.holds and "NaN" in str(lost) and lost.top1 == 0
+    assert not beside(logits, coarse, labels, 25.0).holds
+    lost = beside(logits, torch.full_like(logits, torch.nan), labels, 25.0)
+    assert not lost.holds and "NaN" in str(lost) and lost.value == 0
     json.dumps(lost.as_json(), allow_nan=False)
+
+
+def test_a_drop_on_held_images_counts_what_is_no_number_as_wrong() -> None:
+    """A placement that overflows has lost everything; that is a number, and no reason to stop."""
+    logits, labels = answers()
+    held = HeldImages(torch.zeros(400, 3, 1, 1), labels, DataSection(source="none"))
+    for spoiled, lost in ((logits, 0.0), (torch.full_like(logits, torch.nan), 90.0)):
+        drop = drop_between(Classification(), logits, spoiled, held)
+        assert drop.value == pytest.approx(lost) and drop.low <= lost <= drop.high
 
 
 def test_as_many_right_answers_to_other_images_are_not_the_same_answers() -> None:
@@ -50,19 +73,19 @@ def test_as_many_right_answers_to_other_images_are_not_the_same_answers() -> Non
     model[:20] = model[:20].flip(1)
     file = torch.nn.functional.one_hot(labels, 2).float()
     file[-20:] = file[-20:].flip(1)
-    found = read_back(model, file, labels, 3.9)
-    assert found.top1 == found.model_top1 == pytest.approx(90.0)
+    found = beside(model, file, labels, 3.9)
+    assert found.value == found.model_value == pytest.approx(90.0)
     assert not found.holds and "80.0 % of answers are the same" in str(found)
 
 
 def test_where_only_counts_are_known_chance_is_allowed_for() -> None:
-    assert not counted_only(47.0, 4000, 94.0, 4000).holds
-    assert counted_only(93.5, 4000, 94.0, 4000).holds
-    assert not counted_only(92.5, 4000, 94.0, 4000).holds
-    assert counted_only(92.5, 200, 94.0, 4000).holds, "few images say little"
-    assert counted_only(97.0, 4000, 94.0, 4000).holds, "a target may leave layers in float"
-    assert counted_only(100.0, 10, 100.0, 10).holds
-    assert "a difference of [" in str(counted_only(47.0, 4000, 94.0, 4000))
+    assert not counted_only(TOP1, 47.0, 4000, 94.0, 4000).holds
+    assert counted_only(TOP1, 93.5, 4000, 94.0, 4000).holds
+    assert not counted_only(TOP1, 92.5, 4000, 94.0, 4000).holds
+    assert counted_only(TOP1, 92.5, 200, 94.0, 4000).holds, "few images say little"
+    assert counted_only(TOP1, 97.0, 4000, 94.0, 4000).holds, "a target may leave layers in float"
+    assert counted_only(TOP1, 100.0, 10, 100.0, 10).holds
+    assert "a difference of [" in str(counted_only(TOP1, 47.0, 4000, 94.0, 4000))
 
 
 def test_an_unpaired_interval_covers_the_true_difference_nineteen_times_in_twenty() -> None:
@@ -79,7 +102,7 @@ def test_an_unpaired_interval_covers_the_true_difference_nineteen_times_in_twent
 
 def test_what_is_wrong_what_failed_and_what_is_unknown_are_told_apart() -> None:
     logits, labels = answers(40)
-    good, bad = read_back(logits, logits, labels, 25), read_back(logits, -logits, labels, 25)
+    good, bad = beside(logits, logits, labels, 25), beside(logits, -logits, labels, 25)
     (fine,) = read_back_checks({"cpu/a": good}, {}, {})
     assert fine.status == "fine" and "of 1" in fine.text
     wrong, unknown = read_back_checks(

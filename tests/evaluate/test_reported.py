@@ -27,7 +27,7 @@ def kept(ptq: tuple[int, int], qat: tuple[int, int]) -> tuple[str, str]:
     text = StringIO()
     context = cast(Any, SimpleNamespace(console=Console(file=text, width=200)))
     tried = [candidate("ptq", *ptq), candidate("qat", *qat)]
-    found = score(context, cast(Any, None), cast(Any, None), tried, cast(Any, None))
+    found = score(context, load_recipe("int8_qat"), cast(Any, None), tried, cast(Any, None))
     assert found.best is not None and found.accuracy == found.best.paired.candidate
     return found.best.name, text.getvalue()
 

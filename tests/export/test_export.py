@@ -4,10 +4,8 @@ import copy
 import json
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from quantized import (
@@ -17,11 +15,11 @@ from quantized import (
     network,
     quantized,
     quantized_shipped,
+    run,
     section,
     shipped_images,
     sqnr,
 )
-from torch import Tensor
 
 from care_compress.errors import ExportError, RecipeError
 from care_compress.export.form import form_for, in_form
@@ -52,18 +50,6 @@ def graph_of(model: QuantizedCare, chosen: QuantizeSection, batch: object = 1) -
     graph = float_graph(float_network(model, skeleton), SIZE, batch)  # type: ignore[arg-type]
     put_integers(graph, model)
     return graph
-
-
-def run(graph: ir.Model, x: Tensor) -> Tensor:
-    """Without fused kernels, which round in another order."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    content = ir.to_proto(graph).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options)
-    fixed = session.get_inputs()[0].shape[0]
-    size = fixed if isinstance(fixed, int) else len(x)
-    parts = [session.run(None, {"images": part.numpy()})[0] for part in torch.split(x, size)]
-    return torch.from_numpy(np.concatenate(parts))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from care_compress.files import digest_of
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.target import AS_SHIPPED, Placement, load_target
-from care_compress.tasks.classification import Drop
+from care_compress.tasks.task import Drop
 
 QUIET = Console(quiet=True)
 QUICK = TuneOptions(images=8, latency=LatencyPlan(0.01, least_runs=6, warmup=1, turns=3))

@@ -12,7 +12,7 @@ from care_compress.model.attention import AttentionCore
 from care_compress.model.care import build_model, linear_attention
 from care_compress.model.compact import GlobalMean, MergedHead, PooledDepthwise, TwinHeads
 from care_compress.model.cost import measure_cost
-from care_compress.model.predictor import as_logits, in_slices
+from care_compress.model.predictor import as_answers, in_slices
 from care_compress.model.rewrite import norm_as_affine
 
 
@@ -106,7 +106,7 @@ def test_a_fixed_batch_takes_any_number_of_images(count: int) -> None:
 def test_answers_that_are_no_logits_of_these_images_are_refused() -> None:
     images, path = torch.zeros(2, 3, 8, 8), Path("model.onnx")
     good = np.zeros((2, 5), np.float32)
-    assert as_logits(good, images, 5, path).shape == (2, 5)
+    assert as_answers(good, images, 5, 2, path).shape == (2, 5)
     for bad in (good.T, good[:1], good[:, :4], good.astype(np.int64), [1.0], good[0]):
         with pytest.raises(TargetError, match="not with"):
-            as_logits(bad, images, 5, path)
+            as_answers(bad, images, 5, 2, path)

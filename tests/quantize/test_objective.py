@@ -19,6 +19,7 @@ from care_compress.quantize.qat import (
 )
 from care_compress.quantize.spec import TensorSpec
 from care_compress.recipe.quantize import QatSection
+from care_compress.tasks.classification import Classification
 
 TAUGHT = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
 LEARNED = torch.tensor([[1.0, 0.5, -2.0], [0.0, 2.0, 1.0]])
@@ -31,7 +32,7 @@ class Teacher(nn.Module):
     def stage_outputs(self, images: Tensor) -> list[Tensor]:
         return [torch.full((2, 4, 1, 1), 2.0)]
 
-    def classify(self, features: Tensor) -> Tensor:
+    def answer(self, features: list[Tensor]) -> Tensor:
         return TAUGHT
 
 
@@ -44,7 +45,7 @@ class Student(nn.Module):
 
 def loss(**settings: float) -> float:
     plan = QatSection.model_validate({"labels": 0.0, "features": 0.0, **settings})
-    objective = FollowFloat(cast(Any, Teacher()), plan)
+    objective = FollowFloat(Classification(), cast(Any, Teacher()), plan)
     return float(objective(Student(), torch.zeros(2, 3, 4, 4), LABELS, 0.5).loss)
 
 
@@ -121,7 +122,7 @@ def test_the_pull_to_the_grid_comes_late_and_whole() -> None:
 
     def at(progress: float, weight: float) -> float:
         plan = QatSection(dampening=weight)
-        objective = FollowFloat(cast(Any, Teacher()), plan)
+        objective = FollowFloat(Classification(), cast(Any, Teacher()), plan)
         return float(objective(model, images, LABELS, progress).loss.detach())
 
     added = [at(progress, 2.0) - at(progress, 0.0) for progress in (0.0, 0.25, 0.5, 1.0)]

@@ -24,6 +24,7 @@ from care_compress.recipe.quantize import QatSection
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import TrainSection
 from care_compress.run.processes import World
+from care_compress.tasks.classification import Classification
 from care_compress.train.display import Silent
 from care_compress.train.loop import Course, set_up, train_step
 
@@ -265,13 +266,14 @@ def test_scales_stop_where_the_recipe_says_and_weights_go_on() -> None:
     plan = plan.model_copy(update={"epochs": 1, "freeze_scales": 0.5})
     batch = Batch(images(16), torch.zeros(16, dtype=torch.int64), torch.arange(16))
     course = Course(
-        plan, 4, 5, 0, "", lambda s: (), lambda x: x, lambda m: (0, 0), parameter_groups
-    )
+        plan, Classification(), 4, 5, 64, 0, "", lambda s: (), lambda x: x, lambda m: None,
+        parameter_groups,
+    )  # fmt: skip
     trainee = set_up(model, plan, World(), parameter_groups)
     moved = []
     for _ in range(4):
         before = [p.detach().clone() for g in (groups[2], groups[0]) for p in g.parameters[:3]]
-        objective = FollowFloat(network(), plan)
+        objective = FollowFloat(Classification(), network(), plan)
         train_step(trainee, trainee.model.train(), objective, batch, course, World(), Silent())
         after = [p for g in (groups[2], groups[0]) for p in g.parameters[:3]]
         same = [torch.equal(b, a) for b, a in zip(before, after, strict=True)]
@@ -284,7 +286,7 @@ def test_learning_reduces_the_distance_to_the_float_model() -> None:
     prepare_to_learn(model)
     plan = QatSection(batch_size=16, learning_rate=2e-4)
     trainee = set_up(model, plan, World(), parameter_groups)
-    objective, x = FollowFloat(teacher, plan), images(32, seed=3)
+    objective, x = FollowFloat(Classification(), teacher, plan), images(32, seed=3)
     losses = []
     runner = trainee.model.train()
     targets = torch.zeros(32, 5)
@@ -317,7 +319,9 @@ def test_the_teacher_itself_has_no_loss() -> None:
             logits, *features = model.graph(x)
             return logits, features
 
-    outcome = FollowFloat(network(), plan)(Same(), images(8), torch.zeros(8, 5), 0.5)
+    outcome = FollowFloat(Classification(), network(), plan)(
+        Same(), images(8), torch.zeros(8, 5), 0.5
+    )
     assert float(outcome.loss) < 1e-6
 
 

@@ -4,7 +4,9 @@ import functools
 from collections.abc import Generator
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from tiny import image_folder
@@ -124,6 +126,18 @@ def quantized_shipped(chosen: QuantizeSection, **switches: bool) -> QuantizedCar
         yield from torch.split(shipped_images("train", 128)[0], 32)
 
     return quantize_network(PtqJob(shipped_network(**switches), 64, 0, calibration), chosen).model
+
+
+def run(graph: ir.Model, x: Tensor) -> Tensor:
+    """Without fused kernels, which round in another order."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    content = ir.to_proto(graph).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options)
+    fixed = session.get_inputs()[0].shape[0]
+    size = fixed if isinstance(fixed, int) else len(x)
+    parts = [session.run(None, {"images": part.numpy()})[0] for part in torch.split(x, size)]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def sqnr(value: Tensor, reference: Tensor) -> float:

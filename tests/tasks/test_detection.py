@@ -7,12 +7,15 @@ from PIL import Image
 from torch import Tensor
 
 from care_compress.data.annotations import Boxes
-from care_compress.device.boxes import Detections
-from care_compress.model.boxes import BoxDecoder, places
+from care_compress.device.boxes import Detections, draw_boxes
+from care_compress.model.boxes import BoxDecoder, BoxHead, places
 from care_compress.tasks.detection import (
     TOP,
+    BoxAgreement,
+    BoxRecord,
     Detection,
     assign,
+    boxes_agreed,
     detection_loss,
     generalized_overlap,
     objects_of,
@@ -23,7 +26,7 @@ from care_compress.tasks.detection import (
 SIDE = 64
 LEVELS = [(8, 8), (4, 4), (2, 2)]
 PLACES = 84
-TASK = Detection(("cat", "dog", "bird"))
+TASK = Detection()
 
 
 def boxes(*rows: tuple[int, ...], crowd: tuple[int, ...] = ()) -> Boxes:
@@ -50,6 +53,18 @@ def assigned(output: Tensor, *labels: Boxes) -> tuple[Tensor, Tensor, Tensor, Te
     return assign(output[:, :4], output[:, 4:], places(LEVELS, output), wanted)
 
 
+def records(output: Tensor, *labels: Boxes) -> list[BoxRecord]:
+    """What is found in each image of a batch, beside what is there."""
+    pairs = zip(output.detach(), labels, strict=True)
+    return [TASK.record(one, annotation, SIDE) for one, annotation in pairs]
+
+
+def agreement(before: list[Detections], after: list[Detections]) -> BoxAgreement:
+    """Of several images."""
+    pairs = zip(before, after, strict=True)
+    return sum((boxes_agreed(one, other) for one, other in pairs), BoxAgreement())
+
+
 def test_what_is_learned_is_found() -> None:
     """An object of any size, an image without one, and another batch mate: all from one loss."""
     labels = [boxes((4, 4, 60, 40, 0), (30, 42, 44, 60, 2), (10, 50, 13, 53, 1)), boxes()]
@@ -59,12 +74,12 @@ def test_what_is_learned_is_found() -> None:
         optimizer.zero_grad()
         detection_loss(decoded(raw), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    answers = TASK.answers(decoded(raw), [(SIDE, SIDE), (SIDE, SIDE)], SIDE)
-    found = answers[0].surer(0.5)
-    assert found.classes.tolist().count(0) == 1 and len(found) == 3 and len(answers[1].surer()) == 0
+    learned = records(decoded(raw), *labels)
+    found, nothing = learned[0].found.surer(0.5), learned[1].found.surer()
+    assert found.classes.tolist().count(0) == 1 and len(found) == 3 and len(nothing) == 0
     order = [found.classes.tolist().index(place) for place in (0, 2, 1)]
     np.testing.assert_allclose(found.corners[order], labels[0].corners, atol=1.0)
-    assert TASK.score(TASK.matches(answers, labels)).map50 == pytest.approx(100)
+    assert TASK.figures(learned).values["map50"] == pytest.approx(100)
 
 
 def test_an_object_takes_places_whose_centre_it_holds() -> None:
@@ -171,35 +186,33 @@ def test_agreement_pairs_boxes_one_to_one() -> None:
     """Two boxes over one have one partner; another class, or no certainty, has none."""
     one = found((0, 0, 10, 10, 0, 0.9), (20, 20, 30, 30, 1, 0.9), (40, 40, 50, 50, 2, 0.1))
     two = found((0, 0, 10, 9, 0, 0.5), (0, 0, 10, 10, 0, 0.4), (20, 20, 30, 30, 2, 0.9))
-    agreement = TASK.agreement([one, one, found()], [two, one, found()])
-    assert (agreement.images, agreement.same_images) == (3, 2)
-    assert (agreement.boxes, agreement.matched) == (5 + 4, 1 + 2)
-    assert agreement.percent == pytest.approx(100 * 6 / 9)
-    assert TASK.agreement([two], [one]).matched == 1
-    assert TASK.agreement([found()], [found()]).percent == 100
+    both = agreement([one, one, found()], [two, one, found()])
+    assert (both.images, both.same_images) == (3, 2)
+    assert (both.boxes, both.matched) == (5 + 4, 1 + 2)
+    assert both.percent == pytest.approx(100 * 6 / 9)
+    assert agreement([two], [one]).matched == 1
+    assert agreement([found()], [found()]).percent == 100
 
 
 def test_a_broken_answer_agrees_with_none() -> None:
     output = decoded(untrained(images=2)).detach()
     output[1, 5, 3] = torch.nan
-    answers = TASK.answers(output, [(SIDE, SIDE)] * 2, SIDE)
+    answers = [one.found for one in records(output, boxes(), boxes())]
     assert [one.broken for one in answers] == [False, True]
-    assert TASK.agreement(answers, answers).same_images == 1
+    assert agreement(answers, answers).same_images == 1
 
 
 def test_a_drawing_names_the_classes() -> None:
     image = Image.new("RGB", (100, 80))
     answer = found((10, 20, 60, 70, 1, 0.9))
-    pictures = [
-        np.asarray(Detection(names).draw(image, answer)) for names in (("", "a"), ("", "b"))
-    ]
+    pictures = [np.asarray(draw_boxes(image, answer, names)) for names in (("", "a"), ("", "b"))]
     assert (pictures[0] != pictures[1]).any()
 
 
 def test_the_head_of_the_task_answers_in_its_form() -> None:
     """Features of all four stages may be given; the loss reads what the head says."""
     channels = (8, 16, 32, 48)
-    head = TASK.head(channels)
+    head = BoxHead(channels[1:], 3, 24)
     output = head([torch.randn(2, c, 16 >> i, 16 >> i) for i, c in enumerate(channels)])
     assert output.shape == (2, 4 + 3, PLACES)
     loss = TASK.loss(output, [boxes((4, 4, 30, 40, 0)), boxes()])

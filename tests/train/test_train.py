@@ -25,12 +25,13 @@ from care_compress.recipe.sections import AugmentSection, DistillSection, TrainS
 from care_compress.run.processes import World
 from care_compress.tasks.classification import (
     BothHeads,
-    Outcome,
+    Classification,
     follow_teacher,
     mix,
     neighbours,
     soft_targets,
 )
+from care_compress.tasks.task import Outcome
 from care_compress.train.display import Silent
 from care_compress.train.loop import (
     GUARD_STEPS,
@@ -192,7 +193,10 @@ def test_a_nan_stops_with_the_step_and_keeps_the_last_checkpoint(
 
 
 def course(section: TrainSection, classes: int) -> Course:
-    return Course(section, 10, classes, 0, "", lambda s: (), lambda x: x, lambda m: (0, 0))
+    return Course(
+        section, Classification(), 10, classes, 32, 0, "", lambda s: (), lambda x: x,
+        lambda m: None,
+    )  # fmt: skip
 
 
 def test_divergence_is_told_from_a_fine_tuning_that_starts_low() -> None:

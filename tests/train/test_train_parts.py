@@ -17,7 +17,8 @@ from care_compress.errors import TrainingError
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import AugmentSection, DistillSection, TrainSection
 from care_compress.run.processes import World
-from care_compress.tasks.classification import Outcome, follow_teacher, mix
+from care_compress.tasks.classification import Accuracy, Classification, follow_teacher, mix
+from care_compress.tasks.task import Outcome
 from care_compress.train import display
 from care_compress.train.loop import (
     GUARD_STEPS,
@@ -84,10 +85,10 @@ def test_an_average_warms_up_and_then_holds_its_decay() -> None:
 
 
 def course(section: TrainSection, **more: Any) -> Course:
-    given = {"validate": lambda m: (0, 0), **more}
+    given = {"validate": lambda m: None, **more}
     return Course(
-        section, 10, 4, 0, "", lambda s: cast(Any, ()), lambda x: x.float(), given["validate"],
-        given.get("groups", decayed_and_free),
+        section, Classification(), 10, 4, 2, 0, "", lambda s: cast(Any, ()), lambda x: x.float(),
+        given["validate"], given.get("groups", decayed_and_free),
     )  # fmt: skip
 
 
@@ -128,7 +129,9 @@ class Watcher(display.Silent):
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def step(self, step: int, loss: float, accuracy: float, rate: float, images: int) -> None:
+    def step(
+        self, step: int, loss: float, accuracy: float | None, rate: float, images: int
+    ) -> None:
         self.seen.append((step, loss, accuracy, rate, images))
 
     def validated(self, step: int, metrics: dict[str, float]) -> None:
@@ -174,8 +177,11 @@ def test_a_validation_is_top1_in_percent_at_its_epoch() -> None:
     trainee = set_up(nn.Linear(1, 1), plan(), World())
     trainee.progress.step, trainee.progress.recent_loss = 25, 1.5
     watcher = Watcher()
-    _validate(trainee, course(plan(), validate=lambda model: (8, 6)), World(), watcher)
+    _validate(trainee, course(plan(), validate=lambda model: Accuracy(8, 6, 7)), World(), watcher)
     assert trainee.progress.history == [{"epoch": 2.5, "top1": 75.0, "loss": 1.5}]
+    lost = course(plan(), validate=lambda model: Accuracy(8, 0, 0, broken=8))
+    _validate(trainee, lost, World(), watcher)
+    assert trainee.progress.history[-1]["top1"] == 0.0, "a training may still recover"
 
 
 def test_soft_distillation_is_the_students_distance_from_the_softened_teacher() -> None:
@@ -320,7 +326,7 @@ def test_speed_and_time_left_count_from_the_first_batch_here(
     monkeypatch.setattr(display, "SummaryWriter", lambda *given, **how: writer)
     said = io.StringIO()
     console = Console(file=said, width=200)
-    with display.TrainingDisplay(console, tmp_path, 100, 400) as shown:
+    with display.TrainingDisplay(console, Classification.metric, tmp_path, 100, 400) as shown:
         clock = iter([0.0, 0.0, 20.0, 40.0])
         for step, loss in ((101, 2.0), (102, 3.0), (103, 3.0)):
             shown.step(step, loss, 50.0, 0.1, 64)
