@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,12 +21,13 @@ from care_compress.data.listing import Split
 from care_compress.data.loader import Batch
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_annotated
+from care_compress.device.masks import draw_mask, legend_of
 from care_compress.errors import DataError
 from care_compress.model.masks import MaskCare
 from care_compress.recipe.sections import DataSection
 from care_compress.tasks.classification import softened_distance
 from care_compress.tasks.dense import DenseTask, Figures
-from care_compress.tasks.task import Drop, Lesson, Metric, Targets
+from care_compress.tasks.task import Drawn, Drop, Lesson, Metric, Same, Targets
 
 RESAMPLES = 1000
 # The most events, at 97.5 %, behind none seen (Garwood 1936), and how many pixels one of them
@@ -54,13 +56,21 @@ class Segmentation(DenseTask):
     """A class for every pixel."""
 
     name = "segmentation"
-    metric = Metric("miou", "mIoU")
+    metric = Metric("miou", "mIoU", "IoU")
     shown = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+    same = Same("same places", "places")
     kind = MaskCare
 
     def samples(self, data: DataSection, split: Split) -> Samples:
         """Open images with masks."""
         return open_annotated(data, split, "masks")
+
+    def draw(
+        self, image: Image.Image, answer: Tensor, resolution: int, classes: Sequence[str]
+    ) -> Drawn:
+        """Colour every pixel."""
+        mask = mask_of(answer, image.size[::-1], resolution)
+        return Drawn(draw_mask(image, mask, classes), legend_of(mask, classes))
 
     def targets(self, batch: Batch, images_BCHW: Tensor, lesson: Lesson) -> tuple[Tensor, Targets]:
         """Return the images and their masks, which moved with them."""
@@ -126,15 +136,8 @@ class Segmentation(DenseTask):
         Both models are on the same resamples. To each end is joined, as independent deviations
         are, what may have escaped notice: `UNSEEN` more places of each class that turn.
         """
-        rng, images = np.random.default_rng(0), len(before)
-        counts_SI = np.ones((1 + RESAMPLES, images))
-        counts_SI[1:] = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
-        shares = []
-        for records in (before, after):
-            counts_I3K = _counts(records)
-            drawn = counts_SI @ counts_I3K.reshape(images, -1)
-            shares.append(np.nanmean(overlap_of(drawn.reshape(-1, *counts_I3K.shape[1:])), axis=1))
-        drops_S = 100 * (shares[0] - shares[1])
+        first, second = _resampled(before), _resampled(after)
+        drops_S = 100 * (first - second)
         value = float(drops_S[0])
         low, high = np.percentile(drops_S[1:], (2.5, 97.5))
         labelled_K = _counts(before)[:, 2].sum(axis=0)
@@ -145,6 +148,11 @@ class Segmentation(DenseTask):
             value - float(np.hypot(max(0.0, value - low), unseen)),
             value + float(np.hypot(max(0.0, high - value), unseen)),
         )
+
+    def spread(self, records: Sequence[MaskRecord]) -> tuple[float, float]:
+        """Percentiles of mIoU."""
+        low, high = np.percentile(100 * _resampled(records)[1:], (2.5, 97.5))
+        return float(low), float(high)
 
     def agreed(
         self,
@@ -187,6 +195,19 @@ def overlap_of(counts_S3K: NDArray[np.generic]) -> NDArray[np.float64]:
         right, union, out=np.full_like(right, np.nan), where=union > 0
     )
     return shares
+
+
+def _resampled(records: Sequence[MaskRecord]) -> NDArray[np.float64]:
+    """Mean IoU of the images as they are, then of resamples; the same ones for every model."""
+    rng, images = np.random.default_rng(0), len(records)
+    counts_SI = np.ones((1 + RESAMPLES, images))
+    counts_SI[1:] = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
+    counts_I3K = _counts(records)
+    drawn = counts_SI @ counts_I3K.reshape(images, -1)
+    means: NDArray[np.float64] = np.nanmean(
+        overlap_of(drawn.reshape(-1, *counts_I3K.shape[1:])), axis=1
+    )
+    return means
 
 
 def _counts(records: Sequence[MaskRecord]) -> NDArray[np.int64]:
