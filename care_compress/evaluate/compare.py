@@ -69,8 +69,8 @@ def run_compare(
     models = [_settled(one, names, runs, make_run, console) for one in named_models(names, runs)]
     if len({one.name for one in models}) < len(models):
         raise RunError("two of the names mean the same model.", "name different runs")
-    data = _common_data(models, options)
     task = _common_task(models)
+    data = _common_data(task, models, options)
     samples = task.samples(data, "val")
     _check_files(models, data)
     entries, missing = find_entries(models, options)
@@ -121,7 +121,7 @@ def _settled(
     return made
 
 
-def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSection:
+def _common_data(task: Task, models: list[NamedModel], options: CompareOptions) -> DataSection:
     """Return the images all of them are scored on; different ones give no drop."""
     named = [(one.name, one.recipe.data) for one in models if one.recipe is not None]
     if not named and options.data is None:
@@ -130,7 +130,7 @@ def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSecti
         )
     wanted = options.data or named[0][1]
     for name, section in named:
-        if not same_images(section, wanted):
+        if not same_images(task.name, section, wanted):
             raise DataError(
                 f"{name} looks at {section.source} at {section.resolution} pixels (crop "
                 f"{section.crop_pct}), others do not: a drop between them means nothing.",

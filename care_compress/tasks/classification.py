@@ -478,6 +478,7 @@ class Classification(Task):
         "narrower: only images whose answer changed sides count."
     )
     kind = Care
+    unused: frozenset[str] = frozenset()
     keeps_counts = True
 
     def samples(self, data: DataSection, split: Split) -> Samples:

@@ -90,6 +90,7 @@ class Compared:
 class DenseTask(Task):
     """A task whose answers have a place; its own file says what a record is."""
 
+    unused = frozenset({"crop_pct"})  # images are letterboxed
     keeps_counts = False
     paired: Mapping[str, str] = {}
     how_sure = (

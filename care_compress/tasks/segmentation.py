@@ -21,12 +21,12 @@ from care_compress.data.listing import Split
 from care_compress.data.loader import Batch
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_annotated
-from care_compress.device.masks import draw_mask, legend_of
 from care_compress.errors import DataError
 from care_compress.model.masks import MaskCare
 from care_compress.recipe.sections import DataSection
 from care_compress.tasks.classification import softened_distance
 from care_compress.tasks.dense import DenseTask, Figures
+from care_compress.tasks.overlay import draw_mask, legend_of
 from care_compress.tasks.task import Drawn, Drop, Lesson, Metric, Same, Targets
 
 RESAMPLES = 1000

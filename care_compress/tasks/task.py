@@ -233,6 +233,7 @@ class Task(Protocol):
     same: Same
     how_sure: str  # where the intervals come from
     kind: type[Care]  # of network
+    unused: frozenset[str]  # keys of a recipe's data section that change nothing
     keeps_counts: bool  # whether a score is so small that it is written down on the way
 
     def samples(self, data: DataSection, split: Split) -> Samples:
