@@ -31,6 +31,7 @@ from care_compress.recipe.sections import (
 from care_compress.tasks.distance import Distance
 from care_compress.tasks.intervals import drop_interval, mcnemar_p, wilson
 from care_compress.tasks.task import (
+    CardWords,
     Collected,
     Drop,
     Lesson,
@@ -473,6 +474,18 @@ class Classification(Task):
     shown = {"top1": "top-1", "top5": "top-5"}
     paired = {"mcnemar_p": "McNemar p"}
     same = Same("same answer", "answers")
+    card = CardWords(
+        tag="image-classification",
+        metric="accuracy",
+        said="Top-1 accuracy",
+        noun="an image classifier",
+        program="classify.py",
+        answer="""\
+odds = np.exp(logits[0] - logits[0].max())
+best = int(odds.argmax())
+print(f"{about['classes'][best]} ({odds[best] / odds.sum():.1%})")
+""",
+    )
     how_sure = (
         "The interval of a top-1 is Wilson's; that of a drop is of paired images, and so far "
         "narrower: only images whose answer changed sides count."

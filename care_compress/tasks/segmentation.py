@@ -27,7 +27,7 @@ from care_compress.recipe.sections import DataSection
 from care_compress.tasks.classification import softened_distance
 from care_compress.tasks.dense import DenseTask, Figures
 from care_compress.tasks.overlay import draw_mask, legend_of
-from care_compress.tasks.task import Drawn, Drop, Lesson, Metric, Same, Targets
+from care_compress.tasks.task import CardWords, Drawn, Drop, Lesson, Metric, Same, Targets
 
 RESAMPLES = 1000
 # The most events, at 97.5 %, behind none seen (Garwood 1936), and how many pixels one of them
@@ -60,6 +60,24 @@ class Segmentation(DenseTask):
     shown = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
     same = Same("same places", "places")
     kind = MaskCare
+    card = CardWords(
+        tag="image-segmentation",
+        metric="mean_iou",
+        said="Mean intersection over union",
+        noun="a network for semantic segmentation",
+        program="segment.py",
+        answer="""\
+planes = []
+for plane in logits[0]:  # of each class, to the square, cut to the picture, to its size
+    plane = Image.fromarray(plane).resize((side, side), Image.Resampling.BILINEAR)
+    plane = plane.crop((left, top, left + width, top + height))
+    planes.append(np.asarray(plane.resize(picture.size, Image.Resampling.BILINEAR)))
+mask = np.argmax(planes, axis=0).astype(np.uint8)
+for place in np.unique(mask):
+    print(f"{(mask == place).mean():6.1%} {about['classes'][place]}")
+Image.fromarray(mask).save("mask.png")  # each pixel is a place in the list of classes
+""",
+    )
 
     def samples(self, data: DataSection, split: Split) -> Samples:
         """Open images with masks."""

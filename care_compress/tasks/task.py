@@ -39,6 +39,17 @@ class Same(NamedTuple):
     things: str  # in a sentence: 99 % of answers the same
 
 
+class CardWords(NamedTuple):
+    """How a model card tells of the task, in the Hub's words."""
+
+    tag: str  # of the Hub: image-classification
+    metric: str  # of the Hub: accuracy
+    said: str  # that metric in words
+    noun: str  # what a model is
+    program: str  # what the programs of the card are called
+    answer: str  # Python that tells `outputs` of `picture`
+
+
 class Drawn(NamedTuple):
     """An answer drawn on its image."""
 
@@ -231,6 +242,7 @@ class Task(Protocol):
     shown: Mapping[str, str]  # metrics in tables, by key
     paired: Mapping[str, str]  # what tables say of two models beside the drop, by key
     same: Same
+    card: CardWords
     how_sure: str  # where the intervals come from
     kind: type[Care]  # of network
     unused: frozenset[str]  # keys of a recipe's data section that change nothing
