@@ -65,7 +65,9 @@ def _from_whole(pair: Json) -> str:
 
 def _judged(sources: Sources, what: str, pair: Json, limit: float | None, where: str) -> Text:
     drop = f"{pair['drop']:.2f} points {interval(pair['drop_ci95'])}"
-    said = f"{what}: a {sources.task.metric.name} drop of {drop} {where}"
+    name = sources.task.metric.name
+    article = "a" if name.islower() else "an"  # an m, as it is spoken
+    said = f"{what}: {article} {name} drop of {drop} {where}"
     if limit is None:
         return Text(f"{said}. The recipe sets no budget.")
     if pair["drop"] > limit:

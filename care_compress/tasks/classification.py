@@ -474,6 +474,7 @@ class Classification(Task):
     shown = {"top1": "top-1", "top5": "top-5"}
     paired = {"mcnemar_p": "McNemar p"}
     same = Same("same answer", "answers")
+    recipes = ""
     card = CardWords(
         tag="image-classification",
         metric="accuracy",

@@ -62,6 +62,7 @@ class Detection(DenseTask):
     metric = Metric("map50", "mAP50", "AP50")
     shown = {"map50": "mAP50", "map": "mAP"}
     same = Same("same boxes", "boxes")
+    recipes = "det_"
     kind = BoxCare
     card = CardWords(
         tag="object-detection",

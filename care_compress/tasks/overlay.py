@@ -12,7 +12,7 @@ from care_compress.device.boxes import COLOURS, READABLE
 
 Colour = tuple[int, int, int]
 
-NOTHING = "background"  # a class of this name keeps the pixels of the image
+NOTHING = "background"  # a class of this name is left grey
 COVER = 0.6  # of a coloured pixel is its class, the rest is the image without its colours
 DARK = 0.35  # of a line between classes
 TURN = 0.618034  # of the circle of hues, from one class to the next: never twice the same
@@ -28,7 +28,7 @@ def colour_of(place: int) -> Colour:
 
 
 def draw_mask(image: Image.Image, mask_HW: Mask, names: Sequence[str]) -> Image.Image:
-    """A copy of the image with every pixel in the colour of its class, dark lines between them.
+    """The image in grey with every pixel in the colour of its class, dark lines between them.
 
     A small image is enlarged first. What is no class, such as a pixel without a label, stays grey.
     """
@@ -36,15 +36,12 @@ def draw_mask(image: Image.Image, mask_HW: Mask, names: Sequence[str]) -> Image.
     factor = max(1, -(-READABLE // max(image.size)))
     size = image.width * factor, image.height * factor
     enlarged = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
-    pixels = np.asarray(enlarged).astype(np.float32)
+    grey = np.asarray(enlarged).astype(np.float32).mean(axis=2, keepdims=True)
+    pixels = np.repeat(grey, 3, axis=2)
     mask = np.kron(mask_HW, np.ones((factor, factor), mask_HW.dtype))
-    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
-    for place in np.unique(mask).tolist():
-        if place >= len(names):
-            pixels[mask == place] = grey[mask == place]
-        elif names[place] != NOTHING:
-            colour = np.array(colour_of(place), np.float32)
-            pixels[mask == place] = COVER * colour + (1 - COVER) * grey[mask == place]
+    for place in _drawn(mask_HW, names):
+        colour = np.array(colour_of(place), np.float32)
+        pixels[mask == place] = COVER * colour + (1 - COVER) * pixels[mask == place]
     # The pixels whose right or lower neighbour is of another class.
     edges: NDArray[np.bool_] = np.zeros(mask.shape, np.bool_)
     edges[:, :-1] |= mask[:, :-1] != mask[:, 1:]
@@ -55,5 +52,9 @@ def draw_mask(image: Image.Image, mask_HW: Mask, names: Sequence[str]) -> Image.
 
 def legend_of(mask_HW: Mask, names: Sequence[str]) -> dict[str, Colour]:
     """The colour of each class that a drawn mask shows."""
-    there = [place for place in np.unique(mask_HW).tolist() if place < len(names)]
-    return {names[place]: colour_of(place) for place in there if names[place] != NOTHING}
+    return {names[place]: colour_of(place) for place in _drawn(mask_HW, names)}
+
+
+def _drawn(mask_HW: Mask, names: Sequence[str]) -> list[int]:
+    there = [int(place) for place in np.unique(mask_HW) if place < len(names)]
+    return [place for place in there if names[place] != NOTHING]

@@ -59,6 +59,7 @@ class Segmentation(DenseTask):
     metric = Metric("miou", "mIoU", "IoU")
     shown = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
     same = Same("same places", "places")
+    recipes = "seg_"
     kind = MaskCare
     card = CardWords(
         tag="image-segmentation",

@@ -243,6 +243,7 @@ class Task(Protocol):
     paired: Mapping[str, str]  # what tables say of two models beside the drop, by key
     same: Same
     card: CardWords
+    recipes: str  # what names of its shipped recipes begin with
     how_sure: str  # where the intervals come from
     kind: type[Care]  # of network
     unused: frozenset[str]  # keys of a recipe's data section that change nothing
