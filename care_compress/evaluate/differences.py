@@ -44,11 +44,11 @@ def draw_differences(found: Comparison, console: Console) -> None:
     with step_line(console) as notify:
         notify(f"drawing what changed on {target}")
         drawn = list(_drawn(found, target, names, [one["index"] for one in worst]))
+    for path in (run / FOLDER).glob("*.png"):  # of an earlier comparison
+        path.unlink()
     if not drawn:
         return
     (run / FOLDER).mkdir(exist_ok=True)
-    for path in (run / FOLDER).glob("*.png"):  # of an earlier comparison
-        path.unlink()
     images = []
     for number, (one, pictures) in enumerate(zip(worst, drawn, strict=True), start=1):
         written = {}

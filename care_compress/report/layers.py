@@ -229,11 +229,9 @@ def training(sources: Sources) -> list[Block]:
         baseline = (sources.results.get("float") or {}).get(metric.key)
         blocks += _curve("Quantization-aware training", metric, validations, baseline)
     elif not sources.is_float:
+        command = quantize_command(f"{sources.task.recipes}int8_qat")
         blocks.append(
-            missing(
-                f"This recipe has no quantization-aware training: {quantize_command('int8_qat')} "
-                "is one that has."
-            )
+            missing(f"This recipe has no quantization-aware training: {command} is one that has.")
         )
     nothing = "Nothing was trained in this run: it loaded a checkpoint."
     return blocks or [missing(nothing)]
