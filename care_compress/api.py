@@ -40,6 +40,7 @@ from care_compress.recipe.recipe import Recipe, load_recipe, plain_name
 from care_compress.recipe.target import load_target
 from care_compress.report.write import write_report
 from care_compress.run.finished import FinishedRun, find_run
+from care_compress.tasks.known import task_called
 
 Tell = Callable[[str], None]
 WIDTH = 120  # of what is told line by line
@@ -48,21 +49,32 @@ CHECKPOINTS = ".checkpoints"  # in the folder of runs: models that were given as
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 and top-5 in percent, and what top-1 lost against the float model."""
+    """Every metric of the task in percent, and what the first lost against the float model.
+
+    Each is an attribute, too: `top1` and `top5`, `miou` and `pixel_accuracy`, `map50` and `map`.
+    """
 
     images: int
-    top1: float
-    top5: float
+    task: str
+    metrics: Mapping[str, float]
     drop: float | None = None  # points; None of a float run
     drop_ci95: tuple[float, float] | None = None
     agreement: float | None = None  # percent of answers that are the float model's
 
     def __str__(self) -> str:
-        said = f"top-1 {self.top1:.2f} % of {self.images:,} images"
+        metric = task_called(self.task).metric
+        said = f"{metric.name} {self.metrics[metric.key]:.2f} % of {self.images:,} images"
         if self.drop_ci95 is None:
             return said
         low, high = self.drop_ci95
         return f"{said}, {self.drop:.2f} points [{low:.2f}, {high:.2f}] below the float model"
+
+    def __getattr__(self, name: str) -> float:
+        # Asked of what is no field; of a copy in the making, too, which has nothing yet.
+        metrics: Mapping[str, float] = self.__dict__.get("metrics", {})
+        if name in metrics:
+            return metrics[name]
+        raise AttributeError(f"{name} is no metric of this task: {', '.join(metrics)}")
 
 
 @dataclass(frozen=True)
@@ -84,16 +96,18 @@ class Result:
     @property
     def accuracy(self) -> Accuracy:
         """What the run's model answers on the validation images: the simulation, not a file."""
-        results = self.run.results
+        results, task = self.run.results, self.run.recipe.task
+        shown = task_called(task).shown
         if self.run.kept is None:
-            return Accuracy(**results["accuracy"])
+            metrics = {key: results["accuracy"][key] for key in shown}
+            return Accuracy(results["accuracy"]["images"], task, metrics)
         kept = results["candidates"][results["kept"]]
         # What was cut is held to the whole network, not to the float one it was quantized from.
         held = results["slim"]["models"][results["kept"]] if "slim" in results else kept
         return Accuracy(
             kept["images"],
-            kept["top1"],
-            kept["top5"],
+            task,
+            {key: kept[key] for key in shown},
             held["drop"],
             tuple(held["drop_ci95"]),
             kept["agreement"],

@@ -32,6 +32,7 @@ from care_compress.evaluate.device_measurements import (
     is_of_cpu,
     place_of,
 )
+from care_compress.evaluate.differences import draw_differences
 from care_compress.evaluate.file_measurements import (
     find_entries,
     profile_files,
@@ -68,8 +69,8 @@ def run_compare(
     models = [_settled(one, names, runs, make_run, console) for one in named_models(names, runs)]
     if len({one.name for one in models}) < len(models):
         raise RunError("two of the names mean the same model.", "name different runs")
-    data = _common_data(models, options)
     task = _common_task(models)
+    data = _common_data(task, models, options)
     samples = task.samples(data, "val")
     _check_files(models, data)
     entries, missing = find_entries(models, options)
@@ -92,6 +93,7 @@ def run_compare(
     read_files_back(found, console)
     time_files(found, console)
     profile_files(found, console)
+    draw_differences(found, console)
     decide(found)
     _report(found, console)
     return found
@@ -119,7 +121,7 @@ def _settled(
     return made
 
 
-def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSection:
+def _common_data(task: Task, models: list[NamedModel], options: CompareOptions) -> DataSection:
     """Return the images all of them are scored on; different ones give no drop."""
     named = [(one.name, one.recipe.data) for one in models if one.recipe is not None]
     if not named and options.data is None:
@@ -128,7 +130,7 @@ def _common_data(models: list[NamedModel], options: CompareOptions) -> DataSecti
         )
     wanted = options.data or named[0][1]
     for name, section in named:
-        if not same_images(section, wanted):
+        if not same_images(task.name, section, wanted):
             raise DataError(
                 f"{name} looks at {section.source} at {section.resolution} pixels (crop "
                 f"{section.crop_pct}), others do not: a drop between them means nothing.",
@@ -184,12 +186,14 @@ def decide(found: Comparison) -> None:
             speedups, fault = found.speedups(target, name), found.fault(target, name)
             same = found.agreement(target, name)
             if drop is not None or fault:
-                found.verdicts.append(judge(target, name, speedups, drop, same, limit, fault))
+                things = found.task.same.things
+                said = judge(target, name, speedups, drop, same, limit, fault, things)
+                found.verdicts.append(said)
             for board in found.device_results.get((target, name), ()):
                 assert candidate.recipe is not None  # a run's
-                said = device_verdict(name, candidate.recipe.precision, board)
-                if said is not None:
-                    found.verdicts.append(said)
+                on_device = device_verdict(name, candidate.recipe.precision, board)
+                if on_device is not None:
+                    found.verdicts.append(on_device)
             least = options.min_speedup or (budget.min_speedup or {}).get(target)
             if least is not None and found.entry(target, name):
                 over = speedups.get(found.baseline.name)
@@ -222,19 +226,20 @@ def judge(
     agreement: float | None,
     max_drop: float | None,
     fault: str = "",
+    things: str = "answers",
 ) -> Verdict:
     """Decide for one target by the ends of the intervals, alike in both directions.
 
     `speedups` are over what a user could run instead: FP32, and BF16 or FP16 where there is.
-    `agreement` is the percent of answers as the baseline's. `fault` says why the file is not the
-    model it was made from: such a file never pays.
+    `agreement` is the percent of answers as the baseline's, or of other `things`. `fault` says why
+    the file is not the model it was made from: such a file never pays.
     """
     if fault:
         return Verdict(target, candidate, False, f"{candidate} does not pay, because {fault}")
     if not speedups or drop is None or agreement is None:
         return Verdict(target, candidate, None, "nothing to compare with was measured")
     parts = [f"{value:.2f}x over {name}" for name, (value, _, _) in speedups.items()]
-    told = ", ".join([*parts, str(drop), f"{agreement:.2f} % of answers the same"])
+    told = ", ".join([*parts, str(drop), f"{agreement:.2f} % of {things} the same"])
     name, (value, _, _) = min(speedups.items(), key=lambda item: item[1][0])
     low, high = (min(one[end] for one in speedups.values()) for end in (1, 2))
     between = f"{value:.2f} [{low:.2f}, {high:.2f}] times the speed of {name}"
@@ -344,17 +349,19 @@ def _report(found: Comparison, console: Console) -> None:
 
 def accuracy_table(value: dict[str, Any]) -> Table:
     """Show every file's accuracy beside the baseline's on the same target."""
+    task = task_called(value["task"])
     table = Table(title=f"Accuracy of the files on {value['images']:,} images")
     table.title_justify = "left"
     table.add_column("target", no_wrap=True)
     table.add_column("model", no_wrap=True)
-    beside = "drop [95 %]", "McNemar p", "same answer", "SQNR"
-    for column in ("top-1", "top-5", *beside, "size", "memory"):
+    beside = "drop [95 %]", *task.paired.values(), task.same.name, "SQNR"
+    for column in (*task.shown.values(), *beside, "size", "memory"):
         table.add_column(column, justify="right", no_wrap=True)
     pairs = {(pair["target"], pair["candidate"]): pair for pair in value["pairs"]}
     for target, models in value["targets"].items():
         for name, found in models.items():
-            if not found["available"] or found["top1"] is None or "measured_on" in found:
+            known = found["available"] and found[task.metric.key] is not None
+            if not known or "measured_on" in found:
                 continue
             pair, memory = pairs.get((target, name)), found.get("peak_memory_bytes")
             cells = [""] * len(beside)
@@ -362,15 +369,14 @@ def accuracy_table(value: dict[str, Any]) -> Table:
                 low, high = pair["drop_ci95"]
                 cells = [
                     f"{pair['drop']:.2f} [{low:.2f}, {high:.2f}]",
-                    f"{pair['mcnemar_p']:.2g}",
+                    *(f"{pair[key]:.2g}" for key in task.paired),
                     f"{pair['agreement']:.2f} %",
                     "exact" if pair["sqnr_db"] is None else f"{pair['sqnr_db']:.1f} dB",
                 ]
             table.add_row(
                 target,
                 escape(name),
-                f"{found['top1']:.2f} %",
-                f"{found['top5']:.2f} %",
+                *(f"{found[key]:.2f} %" for key in task.shown),
                 *cells,
                 f"{found['size_bytes'] / 1e6:.2f} MB",
                 "" if memory is None else f"{memory / 1e6:.1f} MB",
@@ -405,12 +411,13 @@ def latency_table(setting: dict[str, Any]) -> Table:
 
 def device_table(value: dict[str, Any]) -> Table:
     """Show what other devices measured by the script of a bundle, each on its own."""
+    metric = task_called(value["task"]).metric
     table = Table(title="Measured on devices, by the script of a bundle", title_justify="left")
     for column in ("target", "model", "device", "with"):
         table.add_column(column, overflow="fold")
     percentiles = ("p50", "p90", "p99")
     times_in = [f"{p} ms" for p in percentiles]
-    for column in ("batch", *times_in, "images/s", "top-1 of samples", "verified"):
+    for column in ("batch", *times_in, "images/s", f"{metric.name} of samples", "verified"):
         table.add_column(column, justify="right", no_wrap=True)
     for target, models in value["targets"].items():
         for one in models.values():
@@ -428,7 +435,7 @@ def device_table(value: dict[str, Any]) -> Table:
                 str(where["batch"] or ""),
                 *(f"{times[p]:.2f}" if times else "" for p in percentiles),
                 "" if one["throughput"] is None else f"{one['throughput']:.0f}",
-                "" if one["top1"] is None else f"{one['top1']:.2f} %",
+                "" if one.get(metric.key) is None else f"{one[metric.key]:.2f} %",
                 {True: "passed", False: "FAILED", None: "no"}[where["verified"]],
             )
     return table

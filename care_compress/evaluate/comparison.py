@@ -112,6 +112,7 @@ class Comparison:
     load_average: dict[str, float] = field(default_factory=dict)  # before and after the timing
     read_backs: dict[str, ReadBack] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # exports, where they were made
+    pictures: dict[str, Any] | None = None  # of answers that changed, where a task draws any
     checks: list[CheckResult] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     budgets: list[Budget] = field(default_factory=list)
@@ -178,7 +179,7 @@ class Comparison:
         return None if before is None or after is None else (before, after)
 
     def drop(self, target: str, name: str) -> Drop | None:
-        """Return top-1 of the baseline minus that of `name`, on this target's files."""
+        """Return the metric of the baseline minus that of `name`, on this target's files."""
         pair = self.pair(target, name)
         return None if pair is None else pair[0].drop_to(pair[1])
 
@@ -210,6 +211,7 @@ def comparison_as_json(found: Comparison) -> dict[str, Any]:
             if (pair := _pair(found, target, one.name)) is not None
         ],
         "targets": {target: _target(found, target) for target in found.targets},
+        **({} if found.pictures is None else {"pictures": found.pictures}),
         "devices": [
             field
             for (_, name), boards in found.device_results.items()
@@ -296,6 +298,7 @@ def _on_target(found: Comparison, target: str, name: str) -> dict[str, Any]:
         "available": True,
         "why": "",
         **answers.metrics(),
+        **{key: list(ends) for key, ends in answers.intervals().items()},
         "not_finite": answers.broken,
         "latency_ms": None if timed is None else timed.percentiles(),
         "throughput": None if timed is None else timed.throughput,

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from care_compress.console import step_line
+from care_compress.data.annotations import is_annotated
 from care_compress.data.loader import CPU, BadImages, Batch, pixel_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import check_classes
@@ -42,11 +43,13 @@ from care_compress.recipe.sections import DataSection
 from care_compress.run.finished import FinishedRun, read_run
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
+from care_compress.shipped import COMPARE
 from care_compress.tasks.known import labelled
 
 BATCH = 32
 SHOWN = 24  # flipped images with a picture
 THUMBNAIL = 96  # pixels at most; an image is a few kilobytes of the page
+DRAWN = f"Answers with a place are drawn by the comparison: {COMPARE} fp32 and this run."
 PARTS = ("plan", "layers", "answers")
 VERSION = 1  # raised when the same model would be described in another way
 # Answers on as many images as so many MACs allow, within these ends: a flipped answer is rare, and
@@ -181,12 +184,17 @@ def _measured(run: FinishedRun, model: Path, count: int) -> dict[str, Any]:
     before = TorchPredictor(rewrite(network, recipe.rewrite), network.num_classes, CPU)
     check_classes(samples, before.num_classes)
     images = Images(samples, recipe.data, spread_indices(len(samples), count))
+
+    def answers(after: Predictor) -> dict[str, Any]:
+        if is_annotated(samples):
+            return {"missing": {"answers": DRAWN}}
+        return {"answers": measure_answers(before, after, images), "missing": {}}
+
     if model.suffix != ".safetensors":
         after = open_predictor(str(model), CPU)
-        return {
-            "answers": measure_answers(before, after, images),
-            "missing": {"plan": NNCF_HAS_NO_PLAN, "layers": NNCF_HAS_NO_LAYERS},
-        }
+        found = answers(after)
+        found["missing"] |= {"plan": NNCF_HAS_NO_PLAN, "layers": NNCF_HAS_NO_LAYERS}
+        return found
     saved = load_saved(model)
     # Spread over all images again: the first of a folder are all of one class.
     few = Images(samples, recipe.data, spread_indices(len(samples), min(count, LAYER_IMAGES)))
@@ -197,6 +205,5 @@ def _measured(run: FinishedRun, model: Path, count: int) -> dict[str, Any]:
         "plan": plan_as_json(saved.model.plan),
         "rules": [rule_text(rule) for rule in saved.section.rules],
         "layers": layers,
-        "answers": measure_answers(before, simulated, images),
-        "missing": {},
+        **answers(simulated),
     }

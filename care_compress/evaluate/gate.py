@@ -25,6 +25,7 @@ from care_compress.run.finished import FinishedRun, as_written, find_run
 from care_compress.tasks.intervals import Interval, drop_interval, negated, sum_interval
 
 NOT_IN_XML = re.compile("[\ufffe\uffff]")  # the only ones that `one_line` lets through
+SAME_FLOAT = 0.005  # points: two versions of a runtime round differently
 UNKNOWN_WEIGHTS = "the baseline does not say of which float weights it is: store it anew"
 
 
@@ -38,7 +39,7 @@ class GateOptions:
     a library.
     """
 
-    max_drop: float = 0.3  # points of top-1
+    max_drop: float = 0.3  # points of top-1, or of the metric of another task
     max_slowdown: float = 10.0  # percent of latency, beside the float model's
     max_size: float = 2.0  # percent of bytes
 
@@ -55,7 +56,7 @@ class Checked:
     """One check of one target: what was found, and whether it is a regression beyond doubt."""
 
     target: str
-    what: str  # top-1, speed, size, or measured
+    what: str  # the metric, speed, size, or measured
     text: str
     regressed: bool
     in_doubt: bool = False  # beyond the limit, but not by its whole interval
@@ -113,6 +114,11 @@ def check_current(run: FinishedRun, now: ComparedModel, again: str) -> None:
 def check_comparable(before: ComparedModel, now: ComparedModel) -> None:
     """Raise unless both are of one float model, one set of images and one kind of processor."""
     then, today, where = before.found, now.found, before.file
+    if then.task != today.task:
+        raise RunError(
+            f"{where} is of {then.task}, {now.name} of {today.task}.",
+            "store a baseline of this task",
+        )
     for key in StoredImages.model_fields:
         old, new = getattr(then.data, key), getattr(today.data, key)
         if old != new:
@@ -159,7 +165,7 @@ def check_comparable(before: ComparedModel, now: ComparedModel) -> None:
 def compared(before: ComparedModel, now: ComparedModel, options: GateOptions) -> Iterator[Checked]:
     """Yield every check of every target of the baseline, and what is new here."""
     ways = (
-        ("top-1", ComparedModel.drop, accuracy_check, options.max_drop),
+        (now.task.metric.name, ComparedModel.drop, accuracy_check, options.max_drop),
         ("speed", ComparedModel.speedup, speed_check, options.max_slowdown),
         ("size", ComparedModel.size, size_check, options.max_size),
     )
@@ -184,9 +190,9 @@ def compared(before: ComparedModel, now: ComparedModel, options: GateOptions) ->
 
 
 def accuracy_check(before: ComparedModel, now: ComparedModel, target: str, limit: float) -> Checked:
-    """Top-1 of the baseline's file minus that of the present one, in points.
+    """The metric of the baseline's file minus that of the present one, in points.
 
-    Both were scored beside the float model on the same images, so most of what makes one top-1
+    Both were scored beside the float model on the same images, so most of what makes one metric
     uncertain cancels: the change is
 
         drop_now - drop_before + (float_before - float_now)
@@ -196,15 +202,36 @@ def accuracy_check(before: ComparedModel, now: ComparedModel, target: str, limit
     the same side, which makes the interval too wide rather than too narrow.
     """
     drops = before.drop(target), now.drop(target)
-    floats = before.top1_beside(target), now.top1_beside(target)
+    floats = before.metric_beside(target), now.metric_beside(target)
     assert drops[0] and drops[1] and floats[0] is not None and floats[1] is not None
+    shift, unheld = shift_of_float(before, now, target, floats[0], floats[1])
+    change = sum_interval(drops[1], negated(drops[0]), shift)
+    what = now.task.metric.name
+    was, value = floats[0] - drops[0][0], floats[1] - drops[1][0]
+    text = f"{what} fell by {spread(change, 2)} points, from {was:.2f} % to {value:.2f} %"
+    return held(target, what, f"{text}; the limit is {limit:g}{unheld}", change, limit)
+
+
+def shift_of_float(
+    before: ComparedModel, now: ComparedModel, target: str, was: float, value: float
+) -> tuple[Interval, str]:
+    """What the float file itself lost between two comparisons, and what is to be said of it.
+
+    A share of images is counted: the fewest answers that can have turned have an interval. Another
+    metric has one only where both comparisons stored it, and then as if their images were not the
+    same: it is wide, and finds what is gross.
+    """
     images = now.found.images
-    lost = round((floats[0] - floats[1]) * images / 100)
-    shift = drop_interval(max(lost, 0), max(-lost, 0), images)
-    change = sum_interval(drops[1], negated(drops[0]), (100 * lost / images, *shift))
-    was, top1 = floats[0] - drops[0][0], floats[1] - drops[1][0]
-    text = f"top-1 fell by {spread(change, 2)} points, from {was:.2f} % to {top1:.2f} %"
-    return held(target, "top-1", f"{text}; the limit is {limit:g}", change, limit)
+    if now.task.interval(value, images) is not None:
+        lost = round((was - value) * images / 100)
+        return (100 * lost / images, *drop_interval(max(lost, 0), max(-lost, 0), images)), ""
+    if abs(was - value) < SAME_FLOAT:
+        return (0.0, 0.0, 0.0), ""
+    stored = before.interval_beside(target), now.interval_beside(target)
+    if stored[0] and stored[1]:
+        return sum_interval(stored[0], negated(stored[1])), ""
+    told = f"; {now.beside} itself went from {was:.2f} % to {value:.2f} %, which cannot be held"
+    return (0.0, 0.0, 0.0), f"{told}: the baseline has no interval of it"
 
 
 def speed_check(before: ComparedModel, now: ComparedModel, target: str, limit: float) -> Checked:
@@ -251,7 +278,7 @@ def summary(
     new = [check.target for check in checks if check.what == "measured"]
     limits = []
     for what, limit, unit in (
-        ("top-1", options.max_drop, "points"),
+        (now.task.metric.name, options.max_drop, "points"),
         ("speed", options.max_slowdown, "%"),
         ("size", options.max_size, "%"),
     ):

@@ -1,7 +1,8 @@
 """``care-compress reference``: whether the shipped recipes still give what was accepted.
 
-`eval/reference.yaml` holds top-1 and size of every recipe's file on every target that can be
-measured without a device. Runs are made for it, or taken if this very commit made them.
+`eval/reference.yaml` holds accuracy, by the metric of its task, and size of every recipe's file on
+every target that can be measured without a device. Runs are made for it, or taken if this very
+commit made them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.markup import escape
 
@@ -25,25 +26,53 @@ from care_compress.recipe.recipe import Recipe, load_recipe, parse
 from care_compress.recipe.sections import Count, Section
 from care_compress.recipe.target import load_target
 from care_compress.shipped import shipped
-from care_compress.tasks.known import labelled, task_called
+from care_compress.tasks.known import TASKS, labelled, task_called
+from care_compress.tasks.task import Metric
 
 REFERENCE_FILE = shipped("eval/reference.yaml")
 Tolerance = Annotated[float, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class AcceptedFile(Section):
     """What one target's file of a recipe gave when it was accepted."""
 
-    top1: Annotated[float, Field(ge=0, le=100)]
+    top1: Percent | None = Field(None, description="of classification")
+    miou: Percent | None = Field(None, description="of segmentation")
+    map50: Percent | None = Field(None, description="of detection")
     size_bytes: Count
 
 
 class AcceptedRecipe(Section):
     """The values of one recipe, and how far a value may be from them."""
 
-    top1_tolerance: Tolerance = Field(description="in points")
+    top1_tolerance: Tolerance | None = Field(None, description="in points")
+    miou_tolerance: Tolerance | None = Field(None, description="in points")
+    map50_tolerance: Tolerance | None = Field(None, description="in points")
     size_tolerance: Tolerance = Field(description="in percent")
     targets: dict[str, AcceptedFile] = Field(min_length=1)
+
+    @property
+    def metric(self) -> Metric:
+        """The one that has a tolerance."""
+        metrics = (task.metric for task in TASKS.values())
+        return next(one for one in metrics if getattr(self, f"{one.key}_tolerance") is not None)
+
+    @property
+    def tolerance(self) -> float:
+        """In points of the metric."""
+        return float(getattr(self, f"{self.metric.key}_tolerance"))
+
+    @model_validator(mode="after")
+    def _has_one_metric(self) -> "AcceptedRecipe":
+        keys = [task.metric.key for task in TASKS.values()]
+        there = [key for key in keys if getattr(self, f"{key}_tolerance") is not None]
+        if len(there) != 1:
+            raise ValueError(f"give one of {', '.join(f'{key}_tolerance' for key in keys)}")
+        for target, one in self.targets.items():
+            if [key for key in keys if getattr(one, key) is not None] != there:
+                raise ValueError(f"{target} needs {there[0]}, as its tolerance says")
+        return self
 
 
 class AcceptedValues(Section):
@@ -56,7 +85,7 @@ class AcceptedValues(Section):
 class MeasuredFile:
     """What a recipe's file on one target gives now."""
 
-    top1: float
+    value: float  # of the metric of its task
     size_bytes: int
 
 
@@ -96,6 +125,12 @@ def run_reference(
         # Laid out for one class of processor, whichever measures it: sizes are of one placement.
         fixed = {"export.targets": list(accepted.targets), "export.dot_products": True}
         recipes[name] = load_recipe(name, [], fixed)
+        wanted = task_called(recipes[name].task).metric
+        if wanted != accepted.metric:
+            raise RecipeError(
+                f"{file} has {accepted.metric.name} of {name}, whose metric is {wanted.name}.",
+                f"give it {wanted.key} and {wanted.key}_tolerance",
+            )
     checks: list[Check] = []
     for name, accepted in chosen.items():
         run = _run_of(recipes[name], name, runs, make_run, console)
@@ -131,7 +166,8 @@ def checked(
     """Yield every value that could be measured, beside its accepted one."""
     for target, one in found.items():
         known = accepted.targets[target]
-        yield Check(name, target, "top-1", one.top1, known.top1, accepted.top1_tolerance)
+        metric, right = accepted.metric, getattr(known, accepted.metric.key)
+        yield Check(name, target, metric.name, one.value, right, accepted.tolerance)
         allowed = known.size_bytes * accepted.size_tolerance / 100
         yield Check(name, target, "bytes", one.size_bytes, known.size_bytes, allowed)
 

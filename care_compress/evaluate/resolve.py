@@ -20,6 +20,7 @@ from care_compress.recipe.recipe import Precision, Recipe, load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.run.finished import FinishedRun, as_written, read_run
 from care_compress.runtime.artifact import CHECKPOINT_SUFFIXES, open_predictor
+from care_compress.tasks.known import task_called
 
 # The target whose runtime reads a bare file.
 READERS = {".onnx": "onnxruntime-cpu", ".xml": "openvino-cpu"}
@@ -77,14 +78,16 @@ class NamedModel:
         """Whether both runs began with the same model and images."""
         if self.recipe is None or other.recipe is None:
             return True
-        return same_images(self.recipe.data, other.recipe.data) and (
-            self.recipe.model.checkpoint == other.recipe.model.checkpoint
+        return (
+            self.task == other.task
+            and same_images(self.task, self.recipe.data, other.recipe.data)
+            and self.recipe.model.checkpoint == other.recipe.model.checkpoint
         )
 
 
-def same_images(one: DataSection, other: DataSection) -> bool:
-    """Whether two runs look at the same images in the same way."""
-    keys = set(DataSection.model_fields) - {"workers"}
+def same_images(task: str, one: DataSection, other: DataSection) -> bool:
+    """Whether two runs of a task look at the same images in the same way."""
+    keys = set(DataSection.model_fields) - {"workers"} - task_called(task).unused
     return one.model_dump(include=keys) == other.model_dump(include=keys)
 
 

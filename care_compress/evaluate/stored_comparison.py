@@ -13,7 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from care_compress.console import listed, shortened
 from care_compress.errors import RunError
 from care_compress.files import MOST_JSON, read_text
+from care_compress.recipe.sections import Task as TaskName
 from care_compress.tasks.intervals import Interval
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Task
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Points = Annotated[float, Field(ge=-100, le=100)]
@@ -33,7 +36,7 @@ class StoredModel(_Stored):
 
 
 class StoredPair(_Stored):
-    """Top-1 of the first model minus that of another, on one target's files."""
+    """The metric of the first model minus that of another, on one target's files."""
 
     target: str
     baseline: str
@@ -43,11 +46,15 @@ class StoredPair(_Stored):
 
 
 class StoredFile(_Stored):
-    """One model's file on one target."""
+    """One model's file on one target, with the metric of each task: it has that of its own."""
 
     available: bool
     why: str | None = None
     top1: Percent | None = None
+    miou: Percent | None = None
+    miou_ci95: tuple[Percent, Percent] | None = None
+    map50: Percent | None = None
+    map50_ci95: tuple[Percent, Percent] | None = None
     size_bytes: Whole | None = None
     sha256: str | None = None
 
@@ -106,8 +113,9 @@ class StoredMachine(_Stored):
 
 
 class StoredComparison(_Stored):
-    """What is asked of a compare.json."""
+    """What is asked of a compare.json; one without a task is of the first there was."""
 
+    task: TaskName = "classification"
     images: Whole
     models: dict[str, StoredModel]
     pairs: list[StoredPair]
@@ -125,6 +133,11 @@ class ComparedModel:
     found: StoredComparison
     name: str
     beside: str
+
+    @property
+    def task(self) -> Task:
+        """What the models answer."""
+        return task_called(self.found.task)
 
     @property
     def targets(self) -> list[str]:
@@ -146,16 +159,24 @@ class ComparedModel:
         row = self.found.targets.get(target, {}).get(self.name)
         return row if row is not None and row.available else None
 
-    def top1_beside(self, target: str) -> float | None:
-        """Percent of images that the first model's file has right."""
+    def metric_beside(self, target: str) -> float | None:
+        """The metric of the first model's file, in percent."""
         row = self.found.targets.get(target, {}).get(self.beside)
-        return None if row is None else row.top1
+        value: float | None = getattr(row, self.task.metric.key, None)
+        return value
+
+    def interval_beside(self, target: str) -> Interval | None:
+        """The metric of the first model's file with its own interval, where that is stored."""
+        row = self.found.targets.get(target, {}).get(self.beside)
+        value = self.metric_beside(target)
+        ends = getattr(row, f"{self.task.metric.key}_ci95", None)
+        return None if value is None or ends is None else (value, *ends)
 
     def drop(self, target: str) -> Interval | None:
-        """Top-1 lost against the first model, in points; None where one of them did not run."""
+        """Points lost against the first model; None where one of them did not run."""
         for pair in self.found.pairs:
             if (pair.target, pair.baseline, pair.candidate) == (target, self.beside, self.name):
-                known = self.top1_beside(target) is not None
+                known = self.metric_beside(target) is not None
                 return (pair.drop, *pair.drop_ci95) if known else None
         return None
 

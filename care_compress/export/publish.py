@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from care_compress.console import listed, one_line
+from care_compress.data.letterbox import GREY
 from care_compress.errors import RunError
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
 from care_compress.evaluate.slim_accuracy import GIVEN, TRAINED
@@ -29,7 +30,8 @@ from care_compress.quantize.artifact import quantized_header
 from care_compress.recipe.target import Target, load_target
 from care_compress.run.finished import FinishedRun, as_written, find_run
 from care_compress.shipped import COMPARE, QUANTIZE, VERSION, shipped
-from care_compress.tasks.intervals import wilson
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Task
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -274,6 +276,7 @@ class Card:
         export = read_json(run.path / "exports" / files[0].target.name / "export.json")
         self.preprocessing = dict(export["preprocessing"])
         self.classes = list(export["classes"])
+        self.task = task_called(run.recipe.task)
         self.arch = _arch(run)
         self.title = f"{self.arch}-{run.path.name}"
         self.base_model = options.base_model or self._repository()
@@ -309,15 +312,17 @@ class Card:
     def config(self) -> dict[str, Any]:
         """What a program has to know to use the files."""
         side = self.preprocessing["resolution"]
+        filtered = "bilinear" if self.preprocessing.get("letterbox") else "bicubic"
         files: dict[str, dict[str, Any]] = {}
         for file in self.files:
             files.setdefault(file.target.name, {})[file.precision] = file.as_json
         return {
             "architecture": self.arch,
+            "task": self.task.name,
             "num_classes": len(self.classes),
             "input_size": [3, side, side],
             "classes": self.classes,
-            "preprocessing": {**self.preprocessing, "interpolation": "bicubic"},
+            "preprocessing": {**self.preprocessing, "interpolation": filtered},
             "quantization": self._quantization,
             **({"slim": self.results["slim"]["budget"]} if "slim" in self.results else {}),
             "base_model": self.base_model,
@@ -355,11 +360,11 @@ class Card:
         return ModelCardData(
             license=self.options.license if known else "other",
             base_model=self.base_model,
-            pipeline_tag="image-classification",
+            pipeline_tag=self.task.card.tag,
             library_name=LIBRARY,
             tags=[*tags, "care", LIBRARY],
             datasets=[self._dataset] if self._dataset else None,
-            metrics=["accuracy"],
+            metrics=[self.task.card.metric],
             model_name=self.title,
             eval_results=self._eval_results(),
             **more,
@@ -368,21 +373,22 @@ class Card:
     def _eval_results(self) -> "list[EvalResult]":
         from huggingface_hub import EvalResult
 
-        found = [("simulated" if self._quantization else "float", self.results["accuracy"]["top1"])]
-        found += [(row["file"], row["top1"]) for row in self.measured.accuracy]
+        card, own = self.task.card, self.results["accuracy"][self.task.metric.key]
+        found = [("simulated" if self._quantization else "float", own)]
+        found += [(row["file"], row["value"]) for row in self.measured.accuracy]
         return [
             EvalResult(
-                task_type="image-classification",
-                task_name="Image Classification",
+                task_type=card.tag,
+                task_name=card.tag.replace("-", " ").title(),
                 dataset_type=self._dataset or "imagefolder",
                 dataset_name=self._images,
                 dataset_split="validation",
-                metric_type="accuracy",
-                metric_name=f"Top-1 accuracy in percent, {of}",
-                metric_value=round(top1, 3),
+                metric_type=card.metric,
+                metric_name=f"{card.said} in percent, {of}",
+                metric_value=round(value, 3),
                 verified=False,
             )
-            for of, top1 in found
+            for of, value in found
         ]
 
     def text(self) -> str:
@@ -402,6 +408,8 @@ class Card:
         devices = list(self._devices())
         body = environment.get_template("card.md.j2").render(
             title=self.title,
+            task=self.task,
+            letterbox=GREY if self.preprocessing.get("letterbox") else None,
             arch=self.arch,
             num_classes=len(self.classes),
             side=self.preprocessing["resolution"],
@@ -460,23 +468,25 @@ class Card:
         return " ".join(told)
 
     def _accuracy(self) -> Iterator[dict[str, str]]:
-        images, top1 = self.results["accuracy"]["images"], self.results["accuracy"]["top1"]
+        images = self.results["accuracy"]["images"]
+
+        def share(found: Mapping[str, Any]) -> str:
+            return _share(self.task, found, images)
+
         slim, as_float = self.results.get("slim"), "float model"
         if slim is not None:  # drops below are of the slimmed one, which was cut from these
             as_float = "float model, slimmed"
             for name in (GIVEN, TRAINED):
                 if name in slim["models"]:
-                    yield _row(
-                        f"whole network, {name}", _share(slim["models"][name]["top1"], images)
-                    )
+                    yield _row(f"whole network, {name}", share(slim["models"][name]))
         if self._quantization is None:
-            yield _row(as_float, _share(top1, images))
+            yield _row(as_float, share(self.results["accuracy"]))
         else:
-            yield _row(as_float, _share(self.results["float"]["top1"], images))
+            yield _row(as_float, share(self.results["float"]))
             kept = self.results["candidates"][self.results["kept"]]
             drop = _points(kept["drop"], kept["drop_ci95"])
             same = f"{kept['agreement']:.2f}"
-            yield _row("quantized model, simulated", _share(top1, images), drop, same)
+            yield _row("quantized model, simulated", share(self.results["accuracy"]), drop, same)
         for one in self.measured.accuracy:
             yield _row(_code(one["file"]), one["shown"], one["drop"], one["agreement"])
 
@@ -491,6 +501,7 @@ class Card:
 
     def _devices(self) -> Iterator[dict[str, Any]]:
         """What other machines measured of these exports, by the script of a bundle."""
+        key = self.task.metric.key
         published = {(file.target.name, file.precision): file for file in self.files}
         for found in device_measurements(self.run.path):
             rows = device_rows(self.run.path.name, self.recipe.precision, found)
@@ -507,7 +518,7 @@ class Card:
                     "device": about["board"] + (f", {threads} threads" if threads else ""),
                     "library": about["library"],
                     "p50": "" if latency is None else _milliseconds(latency),
-                    "top1": "" if row["top1"] is None else f"{row['top1']:.2f}{failed}",
+                    "top1": "" if row.get(key) is None else f"{row[key]:.2f}{failed}",
                 }
 
     def _snippets(self) -> Iterator[dict[str, Any]]:
@@ -593,20 +604,21 @@ def _measured(run: FinishedRun, files: Sequence[PublishedFile]) -> Measured:
                 file = by_digest.get((target, row.get("sha256", "")))
                 if file is not None and row["floats_in"] == "f32":
                     known[target, name] = file
+        task = task_called(run.recipe.task)
         if not known:  # it speaks of other files
             return Measured()
         pairs = {(one["target"], one["candidate"]): one for one in found["pairs"]}
         accuracy = []
         for place, file in known.items():
             row, pair = found["targets"][place[0]][place[1]], pairs.get(place)
-            if row["top1"] is None:
+            if row[task.metric.key] is None:
                 continue
             accuracy.append(
                 {
                     "target": file.target.name,
                     "file": file.path,
-                    "top1": row["top1"],
-                    "shown": _share(row["top1"], found["images"]),
+                    "value": row[task.metric.key],
+                    "shown": _share(task, row, found["images"]),
                     "drop": "" if pair is None else _points(pair["drop"], pair["drop_ci95"]),
                     "agreement": "" if pair is None else f"{pair['agreement']:.2f}",
                 }
@@ -667,12 +679,15 @@ def _attributes(folder: Path) -> str:
     return "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in patterns)
 
 
-def _row(of: str, top1: str, drop: str = "", agreement: str = "") -> dict[str, str]:
-    return {"of": of, "top1": top1, "drop": drop, "agreement": agreement}
+def _row(of: str, value: str, drop: str = "", agreement: str = "") -> dict[str, str]:
+    return {"of": of, "value": value, "drop": drop, "agreement": agreement}
 
 
-def _share(percent: float, images: int) -> str:
-    return f"{percent:.2f} {_ends(wilson(percent, images))}"
+def _share(task: Task, found: Mapping[str, Any], images: int) -> str:
+    """The metric of a model, with its interval where there is one."""
+    value = found[task.metric.key]
+    ends = found.get(f"{task.metric.key}_ci95") or task.interval(value, images)
+    return f"{value:.2f} {_ends(ends)}" if ends else f"{value:.2f}"
 
 
 def _points(value: float, ends: Sequence[float]) -> str:

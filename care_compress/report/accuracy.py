@@ -1,4 +1,6 @@
-"""How right the models are: top-1 with its interval, and each version's distance from float."""
+"""How right the models are: the metric with its interval, and each version's way from float."""
+
+import math
 
 from care_compress.evaluate.fidelity import ABSENT, decibels, hardest_sites, parting_text
 from care_compress.quantize.plots import short_name
@@ -8,15 +10,16 @@ from care_compress.report.blocks import (
     Figure,
     Picture,
     Row,
+    Table,
     Text,
     interval,
     missing,
     number,
     table,
+    titled,
 )
-from care_compress.report.drawing import Labelled, spans
+from care_compress.report.drawing import Labelled, bars, spans
 from care_compress.report.sources import Json, Sources
-from care_compress.tasks.intervals import wilson
 
 Models = dict[str, Json]  # scores by name
 
@@ -24,8 +27,8 @@ ALL = "all targets"
 
 
 def accuracy(sources: Sources) -> list[Block]:
-    """Show top-1 and top-5 with intervals: in simulation, and of the exported files."""
-    results, compare = sources.results, sources.compare or {}
+    """Show every metric, with intervals: in simulation, and of the exported files."""
+    results, compare, key = sources.results, sources.compare or {}, sources.task.metric.key
     images = results["accuracy"]["images"]
     first = "float, slimmed" if "slim" in results else "float"
     found: Models = {first: results["accuracy" if sources.is_float else "float"]}
@@ -36,21 +39,42 @@ def accuracy(sources: Sources) -> list[Block]:
     )
     # The files themselves, as compare measured them: by target where it says so.
     measured = sources.compared.items()
-    scored = {target: _scored(compare, target, models) for target, models in measured}
+    scored = {target: _scored(compare, target, models, key) for target, models in measured}
     by_target = {target: models for target, models in scored.items() if models}
     if not by_target:  # nothing ran here; compare may have measured the models elsewhere
-        by_target = {ALL: _scored(compare, ALL, compare.get("models") or {})}
+        by_target = {ALL: _scored(compare, ALL, compare.get("models") or {}, key)}
     if any(by_target.values()):
         caption = f"Exported files on {compare['images']:,} images"
         blocks += _scores(sources, "Exported files", caption, by_target, compare["images"])
-    text = (
-        "The interval of a top-1 is Wilson's; that of a drop is of paired images, and so far "
-        "narrower: only images whose answer changed sides count."
-    )
-    return [*blocks, Text(text)]
+    return [*blocks, *_by_class(sources), Text(sources.task.how_sure)]
 
 
-def _scored(compare: Json, target: str, models: Models) -> Models:
+def _by_class(sources: Sources) -> list[Table]:
+    """List what each class lost, the worst first; nothing where the task tells no class apart."""
+    pair, metric = sources.pair, sources.task.metric
+    if pair is None or "per_class" not in pair:
+        return []
+    models = [pair["per_class"][pair[role]] for role in ("baseline", "candidate")]
+    lost = {
+        name: None if None in (before, now) else before - now
+        for name, before, now in ((name, *(of[name] for of in models)) for name in models[0])
+    }
+    rows: list[Row] = [
+        {
+            "class": name,
+            f"{pair['baseline']} %": number(models[0][name]),
+            f"{pair['candidate']} %": number(models[1][name]),
+            "drop": number(drop),
+        }
+        for name, drop in sorted(
+            lost.items(), key=lambda one: -math.inf if one[1] is None else one[1], reverse=True
+        )
+    ]
+    where = f" on {pair['target']}" if "target" in pair else ""
+    return table(f"{metric.of_class} of each class{where}", rows, tall=True)
+
+
+def _scored(compare: Json, target: str, models: Models, key: str) -> Models:
     """Pick the scored models and add how each differs from its baseline, on this target or all."""
     found = {}
     for name, one in models.items():
@@ -59,7 +83,7 @@ def _scored(compare: Json, target: str, models: Models) -> Models:
             for pair in compare.get("pairs") or []
             if pair.get("candidate") == name and pair.get("target", target) == target
         )
-        if one.get("top1") is not None:
+        if one.get(key) is not None:
             found[name] = {**next(pairs, {}), **one}
     return found
 
@@ -68,29 +92,46 @@ def _scores(
     sources: Sources, title: str, caption: str, by_target: dict[str, Models], images: int
 ) -> list[Block]:
     """Draw and list models by target; the target is empty for those that are no files."""
+    task = sources.task
+    key, first = task.metric.key, task.metric.name
+    others = {one: name for one, name in task.shown.items() if one != key}
     pictures: list[Picture] = []
     rows: list[Row] = []
+    every = [one for models in by_target.values() for one in models.values()]
+    surely = all(_ends(sources, one, images) for one in every)
     for target, models in by_target.items():
         shown = []
         for name, one in models.items():
-            text, ends = f"{one['top1']:.2f} %", wilson(one["top1"], images)
-            shown.append(Labelled(name, one["top1"], text, sources.series(name), ends))
+            text, ends = f"{one[key]:.2f} %", _ends(sources, one, images)
+            shown.append(Labelled(name, one[key], text, sources.series(name), ends or ()))
             row: Row = {
                 "model": name,
-                "top-1 %": number(one["top1"]),
-                "95 %": interval(ends),
-                "top-5 %": number(one.get("top5")),
+                f"{first} %": number(one[key]),
+                **({"95 %": interval(ends)} if surely else {}),
+                **{f"{title} %": number(one.get(other)) for other, title in others.items()},
                 "drop": number(one.get("drop")),
                 "drop 95 %": interval(one.get("drop_ci95")),
-                "same answer %": number(one.get("agreement")),
+                f"{task.same.name} %": number(one.get("agreement")),
             }
             if target:
-                row = {"target": target, **row, "McNemar p": number(one.get("mcnemar_p"), 3)}
+                more = {title: number(one.get(what), 3) for what, title in task.paired.items()}
+                row = {"target": target, **row, **more}
             rows.append(row)
         told = "; ".join(f"{one.label} {one.text}" for one in shown)
-        drawing = spans(shown, f"Top-1 with 95 % intervals: {told}")
+        if surely:
+            drawing = spans(shown, f"{titled(first)} with 95 % intervals: {told}")
+        else:
+            drawing = bars(shown, f"{titled(first)}: {told}", 100)
         pictures.append(Picture(drawing, told, target))
-    return [Figure(pictures, f"{title}: top-1 with its 95 % interval"), *table(caption, rows)]
+    what = f"{title}: {first}" + (" with its 95 % interval" if surely else "")
+    return [Figure(pictures, what), *table(caption, rows)]
+
+
+def _ends(sources: Sources, one: Json, images: int) -> tuple[float, float] | None:
+    """Return the interval of a model by itself, where it is known."""
+    key = sources.task.metric.key
+    stored = one.get(f"{key}_ci95")
+    return sources.task.interval(one[key], images) if stored is None else tuple(stored)
 
 
 def fidelity(sources: Sources) -> list[Block]:

@@ -97,7 +97,35 @@ class Gallery:
     photos: Sequence[Photo]
 
 
-Block = Text | Tiles | Table | Figure | Gallery
+@dataclass(frozen=True)
+class Panel:
+    """One of the pictures of an image."""
+
+    label: str
+    picture: str  # data URI
+    told: str
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Pictures of one image, to be compared."""
+
+    name: str
+    note: str
+    panels: Sequence[Panel]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Images, each with its answers drawn on it."""
+
+    caption: str
+    images: Sequence[Panels]
+    legend: Mapping[str, Markup]
+    note: str = ""
+
+
+Block = Text | Tiles | Table | Figure | Gallery | SideBySide
 
 
 @dataclass(frozen=True)
@@ -144,6 +172,11 @@ def percent(share: float | None, digits: int = 1) -> Cell:
 def megabytes(size: float) -> Cell:
     """Make a cell of a size in bytes."""
     return Cell(f"{size / 1e6:.2f} MB", float(size), numeric=True)
+
+
+def titled(name: str) -> str:
+    """Begin a label with a capital letter, where a name has none of its own."""
+    return name[:1].upper() + name[1:] if name.islower() else name
 
 
 def interval(ends: Sequence[float] | None) -> str:

@@ -30,12 +30,13 @@ MADE_HERE = "made by the runtime"
 
 def latency(sources: Sources) -> list[Block]:
     """Draw bars from zero to p50 with ticks at p90 and p99, each target on a scale of its own."""
+    key = sources.task.metric.key
     places = [(target, HERE, models) for target, models in sources.compared.items()]
     for board in sources.measured:
         engines = {}
         for name, engine in board["models"].items():
-            top1 = (engine.get("accuracy") or {}).get("top1")
-            engines[name] = {**(engine.get("speed") or {}), "top1": top1}
+            right = (engine.get("accuracy") or {}).get(key)
+            engines[name] = {**(engine.get("speed") or {}), key: right}
         places.append((board["target"], _device(board), engines))
     pictures: list[Picture] = []
     rows: list[Row] = []
@@ -44,7 +45,7 @@ def latency(sources: Sources) -> list[Block]:
         if timed:
             title = target if where == HERE else f"{target}, measured on {where}"
             pictures.append(_picture(sources, title, timed))
-            rows += [_row(target, where, name, one) for name, one in timed.items()]
+            rows += [_row(sources, target, where, name, one) for name, one in timed.items()]
     blocks: list[Block] = []
     if pictures:
         blocks = [
@@ -78,8 +79,8 @@ def _picture(sources: Sources, title: str, found: dict[str, Json]) -> Picture:
     return Picture(bars(rows, told), told, title)
 
 
-def _row(target: str, where: str, name: str, one: Json) -> Row:
-    ms = one["latency_ms"]
+def _row(sources: Sources, target: str, where: str, name: str, one: Json) -> Row:
+    ms, metric = one["latency_ms"], sources.task.metric
     return {
         "target": target,
         "measured on": where,
@@ -89,7 +90,7 @@ def _row(target: str, where: str, name: str, one: Json) -> Row:
         "p99 ms": number(ms.get("p99"), 3),
         "images/s": number(one.get("throughput"), 0),
         "in integers %": percent(one.get("int8_mac_share")),
-        "top-1 %": number(one.get("top1")),
+        f"{metric.name} %": number(one.get(metric.key)),
     }
 
 

@@ -15,6 +15,7 @@ from care_compress.report.blocks import (
     number,
     table,
 )
+from care_compress.report.differences import differences
 from care_compress.report.drawing import (
     SERIES,
     Labelled,
@@ -26,6 +27,7 @@ from care_compress.report.drawing import (
 )
 from care_compress.report.sources import Json, Sources
 from care_compress.shipped import quantize_command
+from care_compress.tasks.task import Metric
 
 KINDS = ("kept in float", "1x1 and dense", "attention", "depthwise")  # in the order of SERIES
 SHOWN = 12  # of the most sensitive sites in the plot
@@ -165,6 +167,8 @@ def _histogram(one: Json) -> Picture:
 
 def changes(sources: Sources) -> list[Block]:
     """Show which class lost images to which, and the images."""
+    if sources.pictures:
+        return differences(sources.task, sources.compare or {}, sources.pictures)
     found = sources.evidence.get("answers")
     if found is None:
         return [missing(sources.evidence["missing"]["answers"])]
@@ -213,36 +217,37 @@ def changes(sources: Sources) -> list[Block]:
 def training(sources: Sources) -> list[Block]:
     """Show validations on the way: of the float model where it was trained, and of QAT."""
     blocks: list[Block] = []
+    metric = sources.task.metric
     if sources.trained:
-        blocks += _curve("Float training", sources.trained["validations"], None)
+        blocks += _curve("Float training", metric, sources.trained["validations"], None)
     if sources.qat:
         validations = sources.qat["validations"]
         if sources.results.get("backend") == "torchao":
             # QAT started from the PTQ model of our own backend; NNCF calibrates another one.
-            start = sources.results["candidates"]["ptq"]["top1"]
-            validations = [{"epoch": 0.0, "top1": start}, *validations]
-        baseline = (sources.results.get("float") or {}).get("top1")
-        blocks += _curve("Quantization-aware training", validations, baseline)
+            start = sources.results["candidates"]["ptq"][metric.key]
+            validations = [{"epoch": 0.0, metric.key: start}, *validations]
+        baseline = (sources.results.get("float") or {}).get(metric.key)
+        blocks += _curve("Quantization-aware training", metric, validations, baseline)
     elif not sources.is_float:
+        command = quantize_command(f"{sources.task.recipes}int8_qat")
         blocks.append(
-            missing(
-                f"This recipe has no quantization-aware training: {quantize_command('int8_qat')} "
-                "is one that has."
-            )
+            missing(f"This recipe has no quantization-aware training: {command} is one that has.")
         )
     nothing = "Nothing was trained in this run: it loaded a checkpoint."
     return blocks or [missing(nothing)]
 
 
-def _curve(title: str, validations: list[Json], baseline: float | None) -> list[Block]:
+def _curve(
+    title: str, metric: Metric, validations: list[Json], baseline: float | None
+) -> list[Block]:
     if not validations:
         return [missing(f"{title} ended before its first validation.")]
-    points = [(one["epoch"], one["top1"]) for one in validations]
-    told = f"{title}: top-1 from {points[0][1]:.2f} % to {points[-1][1]:.2f} %"
+    points = [(one["epoch"], one[metric.key]) for one in validations]
+    told = f"{title}: {metric.name} from {points[0][1]:.2f} % to {points[-1][1]:.2f} %"
     rows: list[Row] = [
         {
             "epoch": number(one["epoch"], 2),
-            "top-1 %": number(one["top1"]),
+            f"{metric.name} %": number(one[metric.key]),
             "loss": number(one.get("loss"), 4),
         }
         for one in validations
@@ -250,7 +255,7 @@ def _curve(title: str, validations: list[Json], baseline: float | None) -> list[
     return [
         Figure(
             [Picture(curve(points, baseline, told), told)],
-            f"{title}: validation top-1 by epoch",
+            f"{title}: validation {metric.name} by epoch",
             note="" if baseline is None else f"Dashed: the float model's {baseline:.2f} %.",
         ),
         *table(f"{title}, every validation", rows, tall=True),

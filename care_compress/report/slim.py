@@ -12,6 +12,7 @@ from care_compress.report.blocks import (
     missing,
     number,
     table,
+    titled,
 )
 from care_compress.report.drawing import Labelled, Point, bars, scatter
 from care_compress.report.sources import Json, Sources
@@ -40,8 +41,7 @@ def slim(sources: Sources) -> list[Block]:
         rows.append(
             {
                 "model": name,
-                "top-1 %": number(one["top1"]),
-                "top-5 %": number(one["top5"]),
+                **{f"{title} %": number(one[key]) for key, title in sources.task.shown.items()},
                 "drop": Cell("", numeric=True) if first else number(one["drop"]),
                 "95 %": "" if first else interval(one["drop_ci95"]),
                 "against": "" if first else one["against"],
@@ -94,18 +94,19 @@ def _widths(plan: Json | None) -> list[Block]:
 
 
 def _pareto(sources: Sources) -> list[Block]:
-    """Draw top-1 over latency, of all that compare measured beside each other."""
-    pictures = []
+    """Draw accuracy over latency, of all that compare measured beside each other."""
+    pictures, metric = [], sources.task.metric
+    units = "ms", f"{metric.name} %"
     for target, models in sources.compared.items():
         points = [
-            Point(name, one["latency_ms"]["p50"], one["top1"], sources.series(name))
+            Point(name, one["latency_ms"]["p50"], one[metric.key], sources.series(name))
             for name, one in models.items()
-            if one.get("latency_ms") and one.get("top1") is not None
+            if one.get("latency_ms") and one.get(metric.key) is not None
         ]
         if len(points) > 1:
             told = "; ".join(f"{p.label}: {p.x:.3g} ms, {p.y:.2f} %" for p in points)
-            pictures.append(Picture(scatter(points, ("ms", "top-1 %"), told), told, target))
+            pictures.append(Picture(scatter(points, units, told), told, target))
     if not pictures:
-        said = f"Top-1 over latency: {COMPARE} fp32 {sources.name} measures both."
+        said = f"{titled(metric.name)} over latency: {COMPARE} fp32 {sources.name} measures both."
         return [missing(said)]
-    return [Figure(pictures, "Top-1 over the latency of one image, one thread")]
+    return [Figure(pictures, f"{titled(metric.name)} over the latency of one image, one thread")]

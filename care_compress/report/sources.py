@@ -8,7 +8,10 @@ from typing import Any
 from care_compress.errors import RunError
 from care_compress.files import read_json, sha256_file
 from care_compress.recipe.reading import read_yaml
+from care_compress.report.differences import ChangedImage, read_pictures
 from care_compress.shipped import QUANTIZE
+from care_compress.tasks.known import TASKS
+from care_compress.tasks.task import Task
 
 Json = dict[str, Any]
 
@@ -33,6 +36,12 @@ class Sources:
     sensitivity: Json | None = None
     exports: dict[str, Json] = field(default_factory=dict)  # by target
     measured: Sequence[Json] = ()  # by devices
+    pictures: Sequence[ChangedImage] = ()  # that compare drew
+
+    @property
+    def task(self) -> Task:
+        """What the models answer; older files are of the one task there was."""
+        return TASKS[self.results.get("task", "classification")]
 
     @property
     def is_float(self) -> bool:
@@ -105,6 +114,7 @@ def read_sources(run_dir: Path, results: Json, evidence: Json) -> Sources:
         sensitivity=_json(beside / "sensitivity.json"),
         exports={path.parent.name: found for path, found in _all(run_dir, "exports/*/export.json")},
         measured=[found for _, found in _all(run_dir, "measured/*.json")],
+        pictures=read_pictures(run_dir, compare or {}),
     )
 
 

@@ -2,6 +2,7 @@
 
 from care_compress.console import listed
 from care_compress.evaluate.slim_accuracy import SLIM, TRAINED
+from care_compress.recipe.sections import DROPS
 from care_compress.report.blocks import (
     Block,
     Cell,
@@ -13,6 +14,7 @@ from care_compress.report.blocks import (
     interval,
     missing,
     table,
+    titled,
 )
 from care_compress.report.size import float_bytes, float_energy, smallest
 from care_compress.report.slim import cut_by
@@ -28,14 +30,14 @@ def verdict(sources: Sources) -> list[Block]:
     """Say whether the compressed model is worth having, in a few lines."""
     results = sources.results
     budget = results.get("budget")
-    limit = None if budget is None else budget["max_top1_drop"]
+    limit = None if budget is None else budget[DROPS[sources.results.get("task", "classification")]]
     if sources.is_float and "slim" in results:
         said = f"Slimmed, in float, {cut_by(results['slim'])}"
         pair = results["slim"]["models"][SLIM]
-        return [_judged(said, pair, limit, _from_whole(pair)), *_speed(sources)]
+        return [_judged(sources, said, pair, limit, _from_whole(pair)), *_speed(sources)]
     if sources.is_float:
         found = results["accuracy"]
-        said = f"{found['top1']:.2f} % of {found['images']:,} images right"
+        said = sources.task.told(found[sources.task.metric.key], found["images"])
         text = f"A float model, the baseline of others: {said}. Nothing was quantized in this run."
         return [Text(text), *_speed(sources)]
     pair = sources.pair or results["candidates"][results["kept"]]
@@ -49,9 +51,11 @@ def _headline(sources: Sources, pair: Json, limit: float | None) -> Text:
     results = sources.results
     said = results["precision"].upper()
     if "slim" in results:
-        return _judged(f"{said}, {cut_by(results['slim'])}", pair, limit, _from_whole(pair))
+        said = f"{said}, {cut_by(results['slim'])}"
+        return _judged(sources, said, pair, limit, _from_whole(pair))
     made = "of NNCF's file" if results["backend"] == "nncf" else "in simulation"
-    return _judged(said, pair, limit, "on the exported files" if sources.pair else made)
+    where = "on the exported files" if sources.pair else made
+    return _judged(sources, said, pair, limit, where)
 
 
 def _from_whole(pair: Json) -> str:
@@ -59,9 +63,11 @@ def _from_whole(pair: Json) -> str:
     return f"from the whole network{as_long}"
 
 
-def _judged(what: str, pair: Json, limit: float | None, where: str) -> Text:
+def _judged(sources: Sources, what: str, pair: Json, limit: float | None, where: str) -> Text:
     drop = f"{pair['drop']:.2f} points {interval(pair['drop_ci95'])}"
-    said = f"{what}: a top-1 drop of {drop} {where}"
+    name = sources.task.metric.name
+    article = "a" if name.islower() else "an"  # an m, as it is spoken
+    said = f"{what}: {article} {name} drop of {drop} {where}"
     if limit is None:
         return Text(f"{said}. The recipe sets no budget.")
     if pair["drop"] > limit:
@@ -73,11 +79,12 @@ def _judged(what: str, pair: Json, limit: float | None, where: str) -> Text:
 
 
 def _tiles(sources: Sources, pair: Json, limit: float | None) -> Tiles:
+    task = sources.task
     tone: Tone = "plain" if limit is None else "good" if pair["drop"] <= limit else "bad"
     note = f"95 % {interval(pair['drop_ci95'])}" + ("" if limit is None else f", allowed {limit:g}")
     tiles = [
-        Tile("Top-1 drop", f"{pair['drop']:.2f} pt", note, tone),
-        Tile("Same answer as float", f"{pair['agreement']:.2f} %"),
+        Tile(f"{titled(task.metric.name)} drop", f"{pair['drop']:.2f} pt", note, tone),
+        Tile(f"{titled(task.same.name)} as float", f"{pair['agreement']:.2f} %"),
     ]
     small = smallest(sources)
     if small:

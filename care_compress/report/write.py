@@ -20,7 +20,15 @@ from rich.markup import escape
 from care_compress.evaluate.evidence import gather
 from care_compress.files import write_text
 from care_compress.report import accuracy, latency, layers, plan, size, slim, summary
-from care_compress.report.blocks import Block, Figure, PageSection, Table, Text, Tiles
+from care_compress.report.blocks import (
+    Block,
+    Figure,
+    PageSection,
+    SideBySide,
+    Table,
+    Text,
+    Tiles,
+)
 from care_compress.report.sources import Sources, read_results, read_sources
 from care_compress.run.finished import as_written
 
@@ -138,6 +146,12 @@ def _lines(block: Block) -> list[str]:
         ]
         return [f"{plain(block.caption)}:", "", *told]
     columns: Sequence[str]
+    if isinstance(block, SideBySide):
+        return [
+            f"{plain(block.caption)}:",
+            "",
+            *(f"- {plain(one.name)}: {plain(one.note)}" for one in block.images),
+        ]
     if isinstance(block, Table):
         columns, rows = block.columns, [[cell.text for cell in row] for row in block.rows]
     else:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,8 +29,9 @@ from care_compress.recipe.sections import (
     TrainSection,
 )
 from care_compress.tasks.distance import Distance
-from care_compress.tasks.intervals import drop_interval, mcnemar_p
+from care_compress.tasks.intervals import drop_interval, mcnemar_p, wilson
 from care_compress.tasks.task import (
+    CardWords,
     Collected,
     Drop,
     Lesson,
@@ -37,6 +39,7 @@ from care_compress.tasks.task import (
     Objective,
     Outcome,
     Predict,
+    Same,
     Targets,
     Task,
 )
@@ -352,6 +355,10 @@ class Answers:
         """Both, in percent."""
         return {"top1": self.top1, "top5": self.top5}
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Top-1 and the number of images tell it."""
+        return {}
+
     def drop_to(self, after: "Answers") -> Drop:
         """Return what of top-1 another model lost on these images."""
         return drop_between(self.right, after.right)
@@ -463,14 +470,47 @@ class Classification(Task):
     """One class for an image."""
 
     name = "classification"
-    metric = Metric("top1", "top-1")
+    metric = Metric("top1", "top-1", "top-1")
     shown = {"top1": "top-1", "top5": "top-5"}
+    paired = {"mcnemar_p": "McNemar p"}
+    same = Same("same answer", "answers")
+    recipes = ""
+    card = CardWords(
+        tag="image-classification",
+        metric="accuracy",
+        said="Top-1 accuracy",
+        noun="an image classifier",
+        program="classify.py",
+        answer="""\
+odds = np.exp(logits[0] - logits[0].max())
+best = int(odds.argmax())
+print(f"{about['classes'][best]} ({odds[best] / odds.sum():.1%})")
+""",
+    )
+    how_sure = (
+        "The interval of a top-1 is Wilson's; that of a drop is of paired images, and so far "
+        "narrower: only images whose answer changed sides count."
+    )
     kind = Care
+    unused: frozenset[str] = frozenset()
     keeps_counts = True
 
     def samples(self, data: DataSection, split: Split) -> Samples:
         """Open images in folders, or another labelled set."""
         return open_samples(data, split)
+
+    def told(self, value: float, images: int) -> str:
+        """Say how many are right."""
+        return f"{value:.2f} % of {images:,} images right"
+
+    def interval(self, value: float, images: int) -> tuple[float, float]:
+        """Wilson's: top-1 is a share of the images."""
+        return wilson(value, images)
+
+    def draw(
+        self, image: Image.Image, answer: Tensor, resolution: int, classes: Sequence[str]
+    ) -> None:
+        """A class is a word."""
 
     def check_training(self, section: TrainSection) -> None:
         """Everything that a recipe can ask for was made for this task."""

@@ -90,7 +90,14 @@ class Compared:
 class DenseTask(Task):
     """A task whose answers have a place; its own file says what a record is."""
 
+    unused = frozenset({"crop_pct"})  # images are letterboxed
     keeps_counts = False
+    paired: Mapping[str, str] = {}
+    how_sure = (
+        "Intervals come from drawing the images anew many times. That of a drop is far narrower "
+        "than that of one model: both are on the same draws. What none of these images could show "
+        "is added to it."
+    )
 
     @abstractmethod
     def record(self, answer: Tensor, annotation: Annotation, resolution: int) -> Record:
@@ -109,10 +116,21 @@ class DenseTask(Task):
         """Return what another model lost on the same images."""
 
     @abstractmethod
+    def spread(self, records: Sequence[Record]) -> tuple[float, float]:
+        """Return the 95 % interval of a model's own metric, by a bootstrap over images."""
+
+    @abstractmethod
     def agreed(
         self, before: Tensor, after: Tensor, records: Sequence[tuple[Record, Record]]
     ) -> list[tuple[int, int]]:
         """Return for each image of a batch how many things both say, and of how many."""
+
+    def told(self, value: float, images: int) -> str:
+        """Say how a model did; no image is right or wrong as a whole."""
+        return f"{self.metric.name} {value:.2f} % on {images:,} images"
+
+    def interval(self, value: float, images: int) -> None:
+        """What is no share of images has no interval that a number tells."""
 
     def check_training(self, section: TrainSection) -> None:
         """Raise for what mixes images, or labels that are no classes of images."""
@@ -310,6 +328,11 @@ class DenseAnswers:
         """Every metric in percent."""
         return self.score.metrics()
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Of the metric that counts."""
+        task = self.score.task
+        return {f"{task.metric.key}_ci95": task.spread(self.score.of_images)}
+
     def drop_to(self, after: "DenseAnswers") -> Drop:
         """Return what another model lost on these images."""
         return self.score.task.drop(self.score.of_images, after.score.of_images)
@@ -327,8 +350,8 @@ class DenseAnswers:
     ) -> dict[str, Any]:
         """What each class lost, and the images that changed most, the worst first."""
         lost = {}
-        pairs = zip(self.score.figures.per_class, after.score.figures.per_class, strict=True)
-        for name, (before, now) in zip(classes, pairs, strict=True):
+        every = self.score.figures.per_class, after.score.figures.per_class
+        for name, before, now in zip(classes, *every, strict=True):
             if before is not None and now is not None:
                 lost[name] = before - now
         shares = np.array([same / of if of else 1.0 for same, of in after.agreed])
@@ -336,6 +359,10 @@ class DenseAnswers:
         changed = changed[shares[changed] < 1]
         return {
             "drop_per_class": lost,
+            "per_class": {
+                name: dict(zip(classes, values, strict=True))
+                for name, values in zip(names, every, strict=True)
+            },
             "changed": [
                 {"index": int(images.indices[i]), "agreement": 100 * float(shares[i])}
                 for i in changed[:LISTED]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ from care_compress.data.listing import Split
 from care_compress.data.loader import Batch
 from care_compress.data.samples import Samples
 from care_compress.data.sources import open_annotated
-from care_compress.device.boxes import SHOWN, Detections, find_boxes, overlaps
+from care_compress.device.boxes import SAME, SHOWN, Detections, draw_boxes, find_boxes, overlaps
 from care_compress.model.boxes import CORNERS, STRIDES, BoxCare, places
 from care_compress.recipe.sections import DataSection
 from care_compress.tasks.average_precision import (
@@ -33,9 +34,10 @@ from care_compress.tasks.average_precision import (
     match_boxes,
     precision_drop,
     precision_of,
+    precision_spread,
 )
 from care_compress.tasks.dense import DenseTask, Figures
-from care_compress.tasks.task import Drop, Lesson, Metric, Targets
+from care_compress.tasks.task import CardWords, Drawn, Drop, Lesson, Metric, Same, Targets
 
 TOP = 10  # places that may find one object
 SCORE_POWER, OVERLAP_POWER = 1.0, 6.0  # alpha and beta of the alignment
@@ -57,13 +59,46 @@ class Detection(DenseTask):
     """Boxes with a class each."""
 
     name = "detection"
-    metric = Metric("map50", "mAP50")
+    metric = Metric("map50", "mAP50", "AP50")
     shown = {"map50": "mAP50", "map": "mAP"}
+    same = Same("same boxes", "boxes")
+    recipes = "det_"
     kind = BoxCare
+    card = CardWords(
+        tag="object-detection",
+        metric="map",
+        said="Mean average precision at an overlap of 0.50",
+        noun="an object detector",
+        program="detect.py",
+        answer=f"""\
+corners, scores = logits[0][:4].T * side, 1 / (1 + np.exp(-logits[0][4:].T))
+corners = (corners - [left, top] * 2) / ([width, height] * 2) * (picture.size * 2)
+corners = corners.clip(0, picture.size * 2)
+areas, kept = (corners[:, 2:] - corners[:, :2]).prod(axis=1), []
+for place in np.argsort(-scores, axis=None):  # the surest first
+    box, kind = divmod(int(place), scores.shape[1])
+    if scores[box, kind] < {SHOWN}:
+        break
+    near = [np.maximum(corners[box, :2], corners[other, :2]) for other, of in kept if of == kind]
+    far = [np.minimum(corners[box, 2:], corners[other, 2:]) for other, of in kept if of == kind]
+    same = [areas[other] for other, of in kept if of == kind]
+    shared = (np.subtract(far, near).clip(0).prod(axis=1)) if same else np.zeros(0)
+    if (shared <= {SAME} * (areas[box] + same - shared)).all():
+        kept.append((box, kind))
+        print(about["classes"][kind], f"{{scores[box, kind]:.2f}}", corners[box].round())
+""",
+    )
 
     def samples(self, data: DataSection, split: Split) -> Samples:
         """Open images with boxes."""
         return open_annotated(data, split, "boxes")
+
+    def draw(
+        self, image: Image.Image, answer: Tensor, resolution: int, classes: Sequence[str]
+    ) -> Drawn:
+        """Draw the boxes with their names, so that nothing has to be told beside them."""
+        found = find_boxes(answer.numpy(), Letterbox.of(image.size[::-1], resolution))
+        return Drawn(draw_boxes(image, found, classes), {})
 
     def targets(self, batch: Batch, images_BCHW: Tensor, lesson: Lesson) -> tuple[Tensor, Targets]:
         """Return the images and their boxes, which moved with them."""
@@ -100,6 +135,10 @@ class Detection(DenseTask):
         """Points of mAP50 lost."""
         ious = IOUS[:1]
         return Drop(*precision_drop(_matches(before, ious), _matches(after, ious)).map50)
+
+    def spread(self, records: Sequence[BoxRecord]) -> tuple[float, float]:
+        """Percentiles of mAP50."""
+        return precision_spread(_matches(records, IOUS[:1]))
 
     def agreed(
         self, before: Tensor, after: Tensor, records: Sequence[tuple[BoxRecord, BoxRecord]]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +26,8 @@ from care_compress.model.masks import MaskCare
 from care_compress.recipe.sections import DataSection
 from care_compress.tasks.classification import softened_distance
 from care_compress.tasks.dense import DenseTask, Figures
-from care_compress.tasks.task import Drop, Lesson, Metric, Targets
+from care_compress.tasks.overlay import draw_mask, legend_of
+from care_compress.tasks.task import CardWords, Drawn, Drop, Lesson, Metric, Same, Targets
 
 RESAMPLES = 1000
 # The most events, at 97.5 %, behind none seen (Garwood 1936), and how many pixels one of them
@@ -54,13 +56,40 @@ class Segmentation(DenseTask):
     """A class for every pixel."""
 
     name = "segmentation"
-    metric = Metric("miou", "mIoU")
+    metric = Metric("miou", "mIoU", "IoU")
     shown = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+    same = Same("same places", "places")
+    recipes = "seg_"
     kind = MaskCare
+    card = CardWords(
+        tag="image-segmentation",
+        metric="mean_iou",
+        said="Mean intersection over union",
+        noun="a network for semantic segmentation",
+        program="segment.py",
+        answer="""\
+planes = []
+for plane in logits[0]:  # of each class, to the square, cut to the picture, to its size
+    plane = Image.fromarray(plane).resize((side, side), Image.Resampling.BILINEAR)
+    plane = plane.crop((left, top, left + width, top + height))
+    planes.append(np.asarray(plane.resize(picture.size, Image.Resampling.BILINEAR)))
+mask = np.argmax(planes, axis=0).astype(np.uint8)
+for place in np.unique(mask):
+    print(f"{(mask == place).mean():6.1%} {about['classes'][place]}")
+Image.fromarray(mask).save("mask.png")  # each pixel is a place in the list of classes
+""",
+    )
 
     def samples(self, data: DataSection, split: Split) -> Samples:
         """Open images with masks."""
         return open_annotated(data, split, "masks")
+
+    def draw(
+        self, image: Image.Image, answer: Tensor, resolution: int, classes: Sequence[str]
+    ) -> Drawn:
+        """Colour every pixel."""
+        mask = mask_of(answer, image.size[::-1], resolution)
+        return Drawn(draw_mask(image, mask, classes), legend_of(mask, classes))
 
     def targets(self, batch: Batch, images_BCHW: Tensor, lesson: Lesson) -> tuple[Tensor, Targets]:
         """Return the images and their masks, which moved with them."""
@@ -126,18 +155,8 @@ class Segmentation(DenseTask):
         Both models are on the same resamples. To each end is joined, as independent deviations
         are, what may have escaped notice: `UNSEEN` more places of each class that turn.
         """
-        rng, images = np.random.default_rng(0), len(before)
-        counts_SI = np.ones((1 + RESAMPLES, images))
-        counts_SI[1:] = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
-        shares = []
-        for records in (before, after):
-            counts_I3K = _counts(records)
-            drawn = counts_SI @ counts_I3K.reshape(images, -1)
-            shares_SK = overlap_of(drawn.reshape(-1, *counts_I3K.shape[1:]))
-            # Few images may be drawn without any pixel that counts, by both models alike.
-            some = ~np.isnan(shares_SK).all(axis=1)
-            shares.append(np.nanmean(shares_SK[some], axis=1))
-        drops_S = 100 * (shares[0] - shares[1])
+        first, second = _resampled(before), _resampled(after)
+        drops_S = 100 * (first - second)
         value = float(drops_S[0])
         low, high = np.percentile(drops_S[1:], (2.5, 97.5))
         labelled_K = _counts(before)[:, 2].sum(axis=0)
@@ -148,6 +167,11 @@ class Segmentation(DenseTask):
             value - float(np.hypot(max(0.0, value - low), unseen)),
             value + float(np.hypot(max(0.0, high - value), unseen)),
         )
+
+    def spread(self, records: Sequence[MaskRecord]) -> tuple[float, float]:
+        """Percentiles of mIoU."""
+        low, high = np.percentile(100 * _resampled(records)[1:], (2.5, 97.5))
+        return float(low), float(high)
 
     def agreed(
         self,
@@ -190,6 +214,20 @@ def overlap_of(counts_S3K: NDArray[np.generic]) -> NDArray[np.float64]:
         right, union, out=np.full_like(right, np.nan), where=union > 0
     )
     return shares
+
+
+def _resampled(records: Sequence[MaskRecord]) -> NDArray[np.float64]:
+    """Mean IoU of the images as they are, then of resamples; the same ones for every model."""
+    rng, images = np.random.default_rng(0), len(records)
+    counts_SI = np.ones((1 + RESAMPLES, images))
+    counts_SI[1:] = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
+    counts_I3K = _counts(records)
+    drawn = counts_SI @ counts_I3K.reshape(images, -1)
+    shares_SK = overlap_of(drawn.reshape(-1, *counts_I3K.shape[1:]))
+    # Few images may be drawn without any pixel that counts, for both models alike.
+    some = ~np.isnan(shares_SK).all(axis=1)
+    means: NDArray[np.float64] = np.nanmean(shares_SK[some], axis=1)
+    return means
 
 
 def _counts(records: Sequence[MaskRecord]) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from care_compress.data.listing import Split
@@ -28,6 +29,32 @@ class Metric(NamedTuple):
 
     key: str  # in JSON
     name: str  # in tables
+    of_class: str  # what it is of one class
+
+
+class Same(NamedTuple):
+    """What of two models' answers can be the same."""
+
+    name: str  # of a column: same answer
+    things: str  # in a sentence: 99 % of answers the same
+
+
+class CardWords(NamedTuple):
+    """How a model card tells of the task, in the Hub's words."""
+
+    tag: str  # of the Hub: image-classification
+    metric: str  # of the Hub: accuracy
+    said: str  # that metric in words
+    noun: str  # what a model is
+    program: str  # what the programs of the card are called
+    answer: str  # Python that tells `outputs` of `picture`
+
+
+class Drawn(NamedTuple):
+    """An answer drawn on its image."""
+
+    picture: Image.Image
+    legend: dict[str, tuple[int, int, int]]  # what a colour means, where the drawing does not say
 
 
 class Lesson(NamedTuple):
@@ -167,6 +194,13 @@ class Answers(Protocol):
         """Every metric in percent, by its key, the one that counts first."""
         ...
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % interval of this model's own metric, as ``compare.json`` holds it.
+
+        None where the metric and the number of images tell it (`Task.interval`).
+        """
+        ...
+
     def drop_to(self, after: Any) -> Drop:
         """Return what another model lost on these images."""
         ...
@@ -211,11 +245,34 @@ class Task(Protocol):
     name: str
     metric: Metric
     shown: Mapping[str, str]  # metrics in tables, by key
+    paired: Mapping[str, str]  # what tables say of two models beside the drop, by key
+    same: Same
+    card: CardWords
+    recipes: str  # what names of its shipped recipes begin with
+    how_sure: str  # where the intervals come from
     kind: type[Care]  # of network
+    unused: frozenset[str]  # keys of a recipe's data section that change nothing
     keeps_counts: bool  # whether a score is so small that it is written down on the way
 
     def samples(self, data: DataSection, split: Split) -> Samples:
         """Open the images of one split with the labels of this task."""
+        ...
+
+    def told(self, value: float, images: int) -> str:
+        """Say how a model did by the metric that counts."""
+        ...
+
+    def interval(self, value: float, images: int) -> tuple[float, float] | None:
+        """95 % interval of the metric of one model; None where these two do not tell it."""
+        ...
+
+    def draw(
+        self, image: Image.Image, answer: Tensor, resolution: int, classes: Sequence[str]
+    ) -> Drawn | None:
+        """Draw the answer to an image, given at a square of this size; None where a word says it.
+
+        `image` is as it was stored, upright where the network saw it so.
+        """
         ...
 
     def check_training(self, section: TrainSection) -> None:
