@@ -1,4 +1,4 @@
-"""``care_deploy.py infer``: a user's own pictures, answered in words and drawn where that says more.
+"""``care_deploy.py infer``: pictures of a user's own, answered in words and drawn where that helps.
 
 What is wrong with a picture, or with where its drawing goes, is said before a model is opened.
 """

@@ -22,7 +22,7 @@ ClassMap: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 _NUMBERS_AT_ONCE = 1 << 24  # of logits at the image's size, which can be gigabytes together
 _LISTED = 0.001  # the least share of an image that its drawing names
 _OPAQUE = 140  # of 255: a class' colour over the image
-_UNTINTED = "background"
+_UNTINTED, _BARE = "background", (235, 235, 235)
 
 
 def find_mask(logits_Khw: FloatArray, square: ImageSquare) -> ClassMap:
@@ -60,16 +60,16 @@ def draw_mask(image: Any, mask_HW: ClassMap, names: Sequence[str]) -> Any:
     picture, _ = enlarged_copy(image)
     # JetPack 6 has Pillow 9.0, which knows the filter by its older name only.
     nearest = getattr(Image, "Resampling", Image).NEAREST
-    colours_K3 = np.array([_colour(k) for k in range(len(names))], np.uint8)
+    colours = [_BARE if name == _UNTINTED else _colour(k) for k, name in enumerate(names)]
     opaque_K = np.array([0 if name == _UNTINTED else _OPAQUE for name in names], np.uint8)
     tint, opaque = (
         Image.fromarray(of_class[mask_HW]).resize(picture.size, nearest)
-        for of_class in (colours_K3, opaque_K)
+        for of_class in (np.array(colours, np.uint8), opaque_K)
     )
     picture.paste(tint, (0, 0), opaque)
     font, gap = letters_for(picture), max(4, max(picture.size) // 120)
     listed = [one for one in shares_of(mask_HW, len(names)) if one[1] >= _LISTED]
-    labels = [(f"{names[k]} {share:.1%}", _colour(k)) for k, share in listed]
+    labels = [(f"{names[k]} {share:.1%}", colours[k]) for k, share in listed]
     measuring = ImageDraw.Draw(picture)
     boxes = [measuring.textbbox((0, 0), text, font=font) for text, _ in labels]
     high = max(bottom for _, _, _, bottom in boxes) + 2 * gap

@@ -10,6 +10,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from care_compress.data.annotations import Annotation
 from care_compress.data.loader import BadImages, Batch, pixel_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.transforms import normalize
@@ -41,6 +42,7 @@ class HeldImages:
     pixels_BCHW: Tensor  # uint8
     labels: Tensor
     data: DataSection
+    annotations: tuple[Annotation, ...] = ()  # where labels have a place
 
     def __len__(self) -> int:
         """How many images."""
@@ -48,12 +50,13 @@ class HeldImages:
 
     def as_batch(self) -> Batch:
         """All of them with their labels, for what counts answers."""
-        return Batch(self.pixels_BCHW, self.labels, torch.arange(len(self)))
+        return Batch(self.pixels_BCHW, self.labels, torch.arange(len(self)), self.annotations)
 
     def only(self, places: Sequence[int]) -> "HeldImages":
         """Return some of them."""
         chosen = list(places)
-        return HeldImages(self.pixels_BCHW[chosen], self.labels[chosen], self.data)
+        annotations = tuple(self.annotations[place] for place in chosen if self.annotations)
+        return HeldImages(self.pixels_BCHW[chosen], self.labels[chosen], self.data, annotations)
 
     def batches(self, size: int) -> Generator[Tensor]:
         """Yield the network's inputs."""
@@ -79,7 +82,8 @@ def hold_images(
     if not batches:
         raise DataError("there is no image to compare on.", "check the val split")
     pixels = torch.cat([batch.images for batch in batches])
-    return HeldImages(pixels, torch.cat([batch.labels for batch in batches]), data)
+    annotations = tuple(one for batch in batches for one in batch.annotations)
+    return HeldImages(pixels, torch.cat([batch.labels for batch in batches]), data, annotations)
 
 
 class Rounded(Interpreter):
