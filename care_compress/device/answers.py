@@ -98,7 +98,7 @@ class MaskAnswers:
     is_dense = True
 
     def least_agreement(self, reached: float, louder: float) -> float:
-        """Places near a border are those that turn; there are more of them, the larger the noise."""
+        """Places near a border are those that turn: the more noise, the more of them."""
         grown = round(100 - (100 - reached) * louder, 1)
         return max(_LEAST_MASK, min(LEAST_AGREEMENT, grown))
 

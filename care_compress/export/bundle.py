@@ -306,8 +306,8 @@ class BundleContent:
         """
         if not self.answers.is_dense:
             return self
-        arrays = [self.pixels, *(logits.astype(np.float16) for logits in self.logits.values())]
-        count, each = len(self.pixels), sum(array[0].nbytes for array in arrays)
+        count = len(self.pixels)
+        each = self.pixels[0].nbytes + sum(2 * rows[0].size for rows in self.logits.values())
         chosen = spread_indices(count, max(LEAST_SAMPLES, SAMPLES_BYTES // each))
         logits = {name: rows[chosen] for name, rows in self.logits.items()}
         return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen], logits=logits)
