@@ -1,4 +1,4 @@
-"""Everything that runs on a device: build, verify, measure, classify.
+"""Everything that runs on a device: build, verify, measure, answer.
 
 A Jetson has Python 3.10, numpy and TensorRT, and neither torch nor pip; any other box has numpy and
 ONNX Runtime or OpenVINO. So these modules use nothing else and nothing from the rest of

@@ -20,12 +20,13 @@ from care_compress.device.deploy import (
     bundle_library,
     open_sessions,
 )
+from care_compress.device.infer import Asked
 from care_compress.device.layer_times import explain
 from care_compress.device.manifest import FLOAT, Bundle, precision_of
 from care_compress.device.power import find_rails
 from care_compress.device.problems import EngineMismatchError
 from care_compress.device.results import ENGINE_RESULTS, engine_record, merge_results
-from care_compress.device.samples import likeliest, load_files, verify_samples
+from care_compress.device.samples import verify_samples
 from care_compress.device.timing import verdict
 from care_compress.device.tune import tune
 from care_compress.device.verbs import (
@@ -35,7 +36,6 @@ from care_compress.device.verbs import (
     run_command,
     say,
     show_bundle,
-    show_classes,
     show_facts,
     show_verified,
     wanted_models,
@@ -160,10 +160,9 @@ def _tune(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
 def _infer(host: Host, bundle: Bundle, options: argparse.Namespace) -> int:
     model, why = choose_engine(bundle, _built_models(bundle, options))
     say(f"using {bundle.engine(model).name}: {why}")
-    pixels_NCHW = load_files(bundle, options.images)
+    asked = Asked.of(bundle, options.images, options.out)
     with open_sessions(host, bundle, [model]) as (_, _, sessions, _):
-        found = likeliest(sessions[model], bundle, pixels_NCHW, options.top)
-    show_classes(options.images, model, found)
+        asked.answer(sessions[model], model, options.top)
     return 0
 
 

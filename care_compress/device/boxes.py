@@ -12,25 +12,17 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from care_compress.device.drawing import COLOURS, enlarged_copy, ink_on, letters_for
+
 FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 SCORED = 0.001  # the least score that counts for precision, whose curves end in guesses
 SHOWN = 0.25  # the least score of a box that is drawn, or that two models are to agree on
 SAME = 0.6  # IoU above which two boxes of a class are one object, of which the surer one stays
+AGREED = 0.5  # IoU of two boxes of two answers that are the same object
 CANDIDATES = 1000  # the surest that are looked at
 MOST = 100  # boxes of one image, as in the COCO evaluation
-# Okabe and Ito's colours, which those who cannot tell red from green can tell apart.
-COLOURS = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-)
-READABLE = 480  # pixels of the longer side below which a drawing is enlarged by a whole number
 
 
 class Square(Protocol):
@@ -116,20 +108,30 @@ def overlaps(a: FloatArray, b: FloatArray) -> FloatArray:
     return ious
 
 
+def found_again(wanted: Detections, found: Detections) -> int:
+    """How many sure boxes of one answer another one has, too, at least half as sure of them.
+
+    It is of the same class and overlaps by half. What lies at the bar falls on either side of it
+    where a value differs in its last bits: that is no other answer.
+    """
+    sure, other = wanted.surer(), found.surer(SHOWN / 2)
+    if not len(sure) or not len(other):
+        return 0
+    same = sure.classes[:, None] == other.classes
+    return int((same & (overlaps(sure.corners, other.corners) >= AGREED)).any(axis=1).sum())
+
+
 def draw_boxes(image: Any, found: Detections, names: Sequence[str]) -> Any:
     """A copy of a PIL image with the boxes of at least `SHOWN`, their classes and scores.
 
     A small image is enlarged first: letters do not fit into it.
     """
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
-    factor = max(1, -(-READABLE // max(image.size)))
-    size = image.width * factor, image.height * factor
-    # JetPack 6 has Pillow 9.0, which knows the filter by its older name only.
-    picture = image.convert("RGB").resize(size, getattr(Image, "Resampling", Image).NEAREST)
-    draw, found = ImageDraw.Draw(picture), found.surer()
+    picture, factor = enlarged_copy(image)
+    size, found = picture.size, found.surer()
+    draw, font = ImageDraw.Draw(picture), letters_for(picture)
     line = max(2, max(size) // 320)
-    font = _font(max(12, max(size) // 50))
     # The surest last: it lies on top.
     for corners, score, place in zip(
         found.corners[::-1], found.scores[::-1], found.classes[::-1], strict=True
@@ -145,19 +147,8 @@ def draw_boxes(image: Any, found: Detections, names: Sequence[str]) -> Any:
         x = min(max(0.0, x1), max(0.0, size[0] - width))
         y = y1 - height if y1 >= height else min(y1, size[1] - height)
         draw.rectangle((x, y, x + width, y + height), fill=colour)
-        bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 128
-        ink = (0, 0, 0) if bright else (255, 255, 255)
-        draw.text((x + line - left, y + line - top), text, fill=ink, font=font)
+        draw.text((x + line - left, y + line - top), text, fill=ink_on(colour), font=font)
     return picture
-
-
-def _font(size: int) -> Any:
-    from PIL import ImageFont
-
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # before Pillow 10.1 there is one size
-        return ImageFont.load_default()
 
 
 def _detections(corners: Any, scores: Any, classes: Any, broken: bool = False) -> Detections:

@@ -20,6 +20,7 @@ from care_compress.device.cpu_session import (
     load_cpu_runtime,
     open_file,
 )
+from care_compress.device.infer import Asked
 from care_compress.device.manifest import (
     Bundle,
     required_module,
@@ -34,7 +35,7 @@ from care_compress.device.processor import (
     read_processor,
 )
 from care_compress.device.results import CPU_RESULTS, merge_results
-from care_compress.device.samples import likeliest, load_files, run_pixels, verify_samples
+from care_compress.device.samples import run_pixels, verify_samples
 from care_compress.device.sensors import (
     CPUS,
     is_busy,
@@ -50,7 +51,6 @@ from care_compress.device.verbs import (
     run_command,
     say,
     show_bundle,
-    show_classes,
     show_facts,
     show_timings,
     show_verified,
@@ -110,9 +110,8 @@ def _bench(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
 
 def _infer(root: Path, bundle: Bundle, options: argparse.Namespace) -> int:
     model = _first(wanted_models(bundle, options, bundle.models))
-    pixels_NCHW = load_files(bundle, options.images)
-    session = _open(root, bundle, (model,), 1).sessions[model]
-    show_classes(options.images, model, likeliest(session, bundle, pixels_NCHW, options.top))
+    asked = Asked.of(bundle, options.images, options.out)
+    asked.answer(_open(root, bundle, (model,), 1).sessions[model], model, options.top)
     return 0
 
 

@@ -67,7 +67,7 @@ def load_cpu_runtime(requirement: str) -> CpuRuntime:
 
 
 class CpuSession:
-    """One opened file; `compute` takes what lies in `images` and gives logits."""
+    """One opened file; `compute` takes what lies in `images` and gives the output."""
 
     def __init__(
         self, path: Path, images: "np.ndarray[Any, Any]", compute: Callable[[], FloatArray]
@@ -86,7 +86,7 @@ class CpuSession:
         return len(self._images)
 
     def run(self, images_NCHW: FloatArray) -> FloatArray:
-        """Logits (N, classes) of any number of images.
+        """Outputs (N, ...) of any number of images.
 
         The rest of the last batch is whatever was there before; images do not see each other.
         """
@@ -101,10 +101,10 @@ class CpuSession:
             part = images_NCHW[first : first + self.batch]
             self._images[: len(part)] = part
             try:
-                logits = self._compute()
+                output = self._compute()
             except Exception as error:  # ONNX Runtime has one for each status, OpenVINO only one
                 raise _failed(self._path, "run", error) from error
-            results.append(np.array(logits[: len(part)], dtype=np.float32))
+            results.append(np.array(output[: len(part)], dtype=np.float32))
         return np.concatenate(results)
 
     def timed_run(self) -> float:
@@ -152,8 +152,8 @@ def open_file(
             feed = {given.name: images}
 
             def compute() -> FloatArray:
-                (logits,) = session.run(None, feed)
-                return logits  # type: ignore[no-any-return]
+                (output,) = session.run(None, feed)
+                return output  # type: ignore[no-any-return]
     except Exception as error:  # as above
         raise _failed(path, "load", error) from error
     return CpuSession(path, images, compute)

@@ -22,10 +22,8 @@ from care_compress.device.problems import ImageError
 FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 
-def load_pixels(
-    path: Path, resolution: int, crop_pct: float, exif_rotate: bool
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """uint8 pixels (3, resolution, resolution): shorter side resized, centre cropped."""
+def open_image(path: Path, exif_rotate: bool) -> Any:
+    """An image file as an RGB image of Pillow, turned as its EXIF says where that is wanted."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -36,15 +34,13 @@ def load_pixels(
     try:
         with Image.open(path) as image:
             image.load()
-            return image_pixels(image, resolution, crop_pct, exif_rotate)
+            return rgb_image(image, exif_rotate)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path} cannot be read ({error}).", "give a JPEG or PNG file") from error
 
 
-def image_pixels(
-    image: Any, resolution: int, crop_pct: float, exif_rotate: bool
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """`load_pixels` of an opened image."""
+def rgb_image(image: Any, exif_rotate: bool) -> Any:
+    """An opened image in RGB, turned as its EXIF says where that is wanted."""
     from PIL import Image, ImageOps
 
     if exif_rotate:
@@ -59,8 +55,22 @@ def image_pixels(
         image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    if image.mode != "RGB":
-        image = image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_pixels(
+    path: Path, resolution: int, crop_pct: float, exif_rotate: bool
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """uint8 pixels (3, resolution, resolution): shorter side resized, centre cropped."""
+    return cropped_pixels(open_image(path, exif_rotate), resolution, crop_pct)
+
+
+def cropped_pixels(
+    image: Any, resolution: int, crop_pct: float
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """uint8 pixels (3, resolution, resolution) of an RGB image: the middle of the resized one."""
+    from PIL import Image
+
     shorter = math.floor(resolution / crop_pct)
     width, height = image.size
     if width <= height:

@@ -19,6 +19,8 @@ from care_compress.device.storage import digest_file, read_json_object
 
 BUNDLE_KIND = "care-deploy-bundle"
 BUNDLE_FORMAT = 2  # 1 had one limit for all models; its own script reads it
+# Of tasks other than classification: a script of format 2 would take any output for classes.
+TASK_FORMAT = 3
 FLOAT = "fp16"  # the model that INT8 has to beat in an engine
 _FRESH = "unpack the archive again, or copy it again if that does not help"
 # Key of manifest.json -> what it has to be.
@@ -81,6 +83,16 @@ class Bundle:
         return str(self.manifest["models"][model].get("needs") or "")
 
     @property
+    def task(self) -> str:
+        """What the outputs are; a bundle of a classifier does not say it."""
+        return str(self.manifest.get("task", "classification"))
+
+    @property
+    def is_letterboxed(self) -> bool:
+        """Whether whole images lie between bars in the input, and are not cropped to it."""
+        return bool(self.manifest.get("letterbox", False))
+
+    @property
     def input_shape(self) -> tuple[int | str, ...]:
         """Of the models' images; a name stands for a free batch."""
         shape = self.manifest["input"].get("shape")
@@ -103,7 +115,7 @@ class Bundle:
         return self.folder / "timing.cache"
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """One of the sample arrays: pixels, labels, logits_int8, ..."""
+        """One of the sample arrays: pixels, logits_int8 and, of a classifier, labels."""
         path = self.folder / "samples" / f"{name}.npy"
         try:
             # A pickle in an array could run code; ours have none.
@@ -121,11 +133,13 @@ def open_bundle(folder: Path, libraries: Sequence[str]) -> Bundle:
             f"{path} is missing or is no JSON.",
             "run this inside the unpacked bundle, or name its folder with --bundle",
         )
-    if manifest.get("kind") != BUNDLE_KIND or manifest.get("format") != BUNDLE_FORMAT:
+    known = manifest.get("format") in (BUNDLE_FORMAT, TASK_FORMAT)
+    if manifest.get("kind") != BUNDLE_KIND or not known:
         raise BundleDamagedError(
             f"{path} is not a bundle this program knows.", "use the care_deploy.py beside it"
         )
-    for key, wanted in _KEYS.items():
+    of_task = {"task": str, "letterbox": bool} if manifest["format"] == TASK_FORMAT else {}
+    for key, wanted in (_KEYS | of_task).items():
         if not isinstance(manifest.get(key), wanted):
             raise BundleDamagedError(f"{path} has no usable {key!r}.", _FRESH)
     library = required_module(manifest["requirement"])

@@ -80,7 +80,7 @@ class Session:
         if len(inputs) != 1 or len(outputs) != 1:
             raise EngineMismatchError(
                 f"the engine has {len(inputs)} inputs and {len(outputs)} outputs, not one of each.",
-                "export a classifier",
+                "build it from an exported graph",
             )
         self._input, self._output = inputs[0], outputs[0]
         shape: tuple[int, ...] = tuple(engine.get_tensor_shape(self._input))
@@ -100,8 +100,8 @@ class Session:
 
     @property
     def classes(self) -> int:
-        """Logits of one image."""
-        return int(self._out.shape[-1])
+        """Numbers for one image, or for each of its places."""
+        return int(self._out.shape[1])
 
     @property
     def takes_bytes(self) -> bool:
@@ -114,7 +114,7 @@ class Session:
         return self.shape[0]
 
     def run(self, images_NCHW: FloatArray) -> FloatArray:
-        """Logits (N, classes) of any number of images.
+        """Outputs (N, ...) of any number of images.
 
         The rest of the last batch is whatever was in the buffer; images do not see each other.
         """
@@ -158,7 +158,7 @@ class Session:
     def timed_run(self) -> float:
         """Milliseconds from the copy of a batch to the device to its answers in host memory.
 
-        Nothing else is queued: it is what a program waits that classifies one batch after another.
+        Nothing else is queued: it is what a program waits that answers one batch after another.
         """
         began = time.perf_counter()
         self._run_batch()

@@ -7,18 +7,18 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from care_compress.device.answers import Answers, answers_of
 from care_compress.device.manifest import Bundle, open_bundle
 from care_compress.device.problems import DeployError
 from care_compress.device.samples import DeviceAgreement
 from care_compress.device.timing import Timing
 
-VERIFY_HEADER = "model|images|top-1 %|expected %|agreement %|SQNR dB|least|max dev.|".split("|")
 _HELP = {
     "build": "build the engines here",
     "verify": "compare with the export",
     "tune": "build every variant, keep the fastest",
     "bench": "measure the latency",
-    "infer": "classify image files",
+    "infer": "answer pictures of your own",
     "info": "say what is here",
 }
 # What a shell reports of a program that a broken pipe ended: 128 + SIGPIPE.
@@ -57,7 +57,10 @@ def make_parser(
         "--seconds", type=float, default=10.0, help=f"for each {timed} (default 10)"
     )
     verbs["infer"].add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    verbs["infer"].add_argument("--top", type=int, default=5)
+    verbs["infer"].add_argument("--top", type=int, metavar="N", help="lines for each picture")
+    verbs["infer"].add_argument(
+        "--out", type=Path, metavar="PATH", help="where masks or boxes are drawn: a folder or a PNG"
+    )
     return parser, verbs
 
 
@@ -124,18 +127,21 @@ def wanted_models(
     return tuple(dict.fromkeys(options.only or default))
 
 
+def verify_header(answers: Answers) -> list[str]:
+    """The columns of verify's table."""
+    return ["model", "images", *answers.compared.values(), "SQNR dB", "least", "max dev.", ""]
+
+
 def show_verified(verified: Mapping[str, DeviceAgreement], bundle: Bundle) -> int:
     """Print how the models compare; the exit code."""
-    rows = [VERIFY_HEADER]
+    rows = [verify_header(answers_of(bundle))]
     passed = {model: found.meets(bundle.limits(model)) for model, found in verified.items()}
     for model, found in verified.items():
         rows.append(
             [
                 model,
                 str(found.images),
-                f"{found.top1:.1f}",
-                f"{found.expected_top1:.1f}",
-                f"{found.agreement:.1f}",
+                *(f"{percent:.1f}" for percent in found.compared.values()),
                 f"{found.sqnr_db:.1f}",
                 f"{bundle.limits(model)['sqnr_db']:.1f}",
                 f"{found.max_deviation:.4f}",
@@ -162,20 +168,11 @@ def show_timings(timings: Mapping[str, Timing]) -> None:
     print(format_table(rows))
 
 
-def show_classes(
-    files: Sequence[Path], model: str, found: Sequence[Sequence[tuple[str, float]]]
-) -> None:
-    """Print the likeliest classes of each picture."""
-    for file, classes in zip(files, found, strict=True):
-        print(f"{file} ({model})")
-        print(format_table([[f"{100 * odds:5.1f} %", name] for name, odds in classes]))
-
-
 def show_bundle(bundle: Bundle, facts: Mapping[str, str]) -> None:
     """Print what the bundle is, and more that is known of it."""
     about = bundle.manifest
     first = f"run {about['run']}, recipe {about['recipe']}, target {about['target']}"
-    show_facts({"bundle": first, "models": ", ".join(bundle.models), **facts})
+    show_facts({"bundle": first, "task": bundle.task, "models": ", ".join(bundle.models), **facts})
 
 
 def show_facts(facts: Mapping[str, object]) -> None:

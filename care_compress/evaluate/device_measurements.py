@@ -103,8 +103,9 @@ class AccuracyFigures(_Strict):
     """How near a model's answers are to those that were exported."""
 
     images: Annotated[int, Field(gt=0)]
-    top1: Percent
-    expected_top1: Percent
+    # Of classifiers. Labels with a place do not travel, so other tasks tell agreement alone.
+    top1: Percent | None = None
+    expected_top1: Percent | None = None
     agreement: Percent
     sqnr_db: Finite
     max_deviation: Finite

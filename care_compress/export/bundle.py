@@ -12,25 +12,32 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from care_compress.data.samples import spread_indices
+from care_compress.device.answers import ANSWERS, LEAST_AGREEMENT, Answers
 from care_compress.device.cpu_session import LIBRARIES as CPU_LIBRARIES
 from care_compress.device.manifest import (
     BUNDLE_FORMAT,
     BUNDLE_KIND,
+    TASK_FORMAT,
     required_module,
     usual_models,
 )
-from care_compress.device.verbs import VERIFY_HEADER, format_table
+from care_compress.device.verbs import format_table, verify_header
 from care_compress.export.bundle_ways import Deployed, page, ways
 from care_compress.files import atomic_file
 from care_compress.run.stages import reached_modules
 
 _PACKAGE = "care_compress.device"
+
+# Of answers as large as images.
+LEAST_SAMPLES = 4
+SAMPLES_BYTES = 32_000_000
 
 Runtime = Literal["tensorrt", "cpu"]
 # The module that ends each script, and what the script says of itself.
@@ -132,9 +139,7 @@ tell. Killed, `tune` goes on where it was. Without that choice:
 
     {table}
 
-with figures for the dots, then `PASSED` or `FAILED`. It passes if at least {agreement} % of the
-images get the class the exported model gives them, at an SQNR in dB of at least {sqnr_db}.
-
+with figures for the dots, then `PASSED` or `FAILED`. {passes}{samples}
 `bench` prints p50, p90 and p99 of the latency of every engine and says which is faster. For figures
 that can be compared, fix the clocks before `build`, which chooses kernels by their time, and tell
 the power mode with the figures:
@@ -144,7 +149,7 @@ the power mode with the figures:
 
 All of them write `results.json`. Take that file back to the machine that exported this bundle.
 
-`python3 care_deploy.py infer IMAGE...` classifies image files by the engine that passed and is
+`python3 care_deploy.py infer IMAGE...` {infers} by the engine that passed and is
 fastest (needs Pillow: `sudo apt install python3-pil`), and `info` says what this board is.
 
 {ways}## What can go wrong
@@ -188,9 +193,7 @@ It needs Python 3.10 or later, numpy and the runtime:
 
     {table}
 
-with figures for the dots, then `PASSED` or `FAILED`. It passes if at least {agreement} % of the
-images get the class the exported model gives them, at an SQNR in dB of at least {sqnr_db}.
-
+with figures for the dots, then `PASSED` or `FAILED`. {passes}{samples}
 `bench` lets the models take turns, {batch}, on one thread or on `--threads N`. It prints p50, p90
 and p99 of the latency of each and says which is faster. For figures that can be compared, stop what
 else runs and let the clocks stand still, where that is allowed:
@@ -199,7 +202,7 @@ else runs and let the clocks stand still, where that is allowed:
 
 Both write `results.json`. Take that file back to the machine that exported this bundle.
 
-`python3 care_deploy.py infer IMAGE...` classifies image files (needs Pillow: `python3 -m pip
+`python3 care_deploy.py infer IMAGE...` {infers} (needs Pillow: `python3 -m pip
 install pillow`), and `info` says what this processor is.
 {notes}
 ## What can go wrong
@@ -213,6 +216,13 @@ install pillow`), and `info` says what this processor is.
 
 Exit codes: 0 done, 1 wrong answers, 2 could not be done. `--debug` after the verb
 shows a traceback.
+"""
+_PASSES = """\
+It passes if at least {agreement} % {of}, at an SQNR in dB of at least {sqnr_db}.
+"""
+_DENSE_NOTE = """\
+Answers in `samples/` are float16, whose rounding lies 66 dB below them. Labels are not in it: what
+the model loses against them was measured on far more images where it was exported.
 """
 _OPENVINO_NOTE = """
 In a program of your own give OpenVINO the setting that was verified: `INFERENCE_PRECISION_HINT` is
@@ -229,13 +239,15 @@ class Model:
     sha256: str  # by which the run knows it
     least_sqnr_db: float  # that its answers on a device must reach
     needs: str = ""  # what a processor must have to run it rightly
+    least_agreement: float = LEAST_AGREEMENT  # percent, as its task counts it
 
 
 @dataclass(frozen=True)
 class BundleContent:
     """Everything that goes into a bundle.
 
-    Shapes: pixels (N, 3, H, W) uint8 as the evaluation crops them, labels (N,), logits (N, K).
+    Shapes: pixels (N, 3, H, W) uint8 as the evaluation prepares them, labels (N,), and logits,
+    which are (N, K) of a classifier and (N, ...) of other tasks.
     """
 
     run: str
@@ -257,10 +269,16 @@ class BundleContent:
     pixels: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
     logits: Mapping[str, np.ndarray[Any, Any]]
-    least_agreement: float  # percent
     exif_rotate: bool = False
     # uint8: pixels as they are, (B, H, W, 3), which the models normalize themselves.
     input_type: Literal["float32", "uint8"] = "float32"
+    task: str = "classification"
+    letterbox: bool = False
+
+    @property
+    def answers(self) -> Answers:
+        """How its answers are compared and told."""
+        return ANSWERS[self.task]
 
     @property
     def is_for_cpu(self) -> bool:
@@ -275,9 +293,24 @@ class BundleContent:
         """
         if required_module(self.requirement) != "tensorrt":
             return None
-        names = {field.name for field in fields(Deployed)} - {"models"}
+        names = {field.name for field in fields(Deployed)} - {"models", "has_programs"}
         known = {name: getattr(self, name) for name in names}
-        return Deployed(**known, models=tuple(sorted(self.models)))
+        programs = not self.answers.is_dense
+        return Deployed(**known, models=tuple(sorted(self.models)), has_programs=programs)
+
+    @property
+    def fitting(self) -> "BundleContent":
+        """The content with as few samples as keep it small, if answers are as large as images.
+
+        64 images of 512 pixels with 150 classes would be 629 MB in float32, for each model.
+        """
+        if not self.answers.is_dense:
+            return self
+        count = len(self.pixels)
+        each = self.pixels[0].nbytes + sum(2 * rows[0].size for rows in self.logits.values())
+        chosen = spread_indices(count, max(LEAST_SAMPLES, SAMPLES_BYTES // each))
+        logits = {name: rows[chosen] for name, rows in self.logits.items()}
+        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen], logits=logits)
 
 
 def write_bundle(content: BundleContent, path: Path) -> Path:
@@ -288,7 +321,7 @@ def write_bundle(content: BundleContent, path: Path) -> Path:
     assert content.labels.shape == (count,)
     assert content.logits.keys() == content.models.keys()
     for logits in content.logits.values():
-        assert logits.shape == (count, len(content.classes)), logits.shape
+        assert logits.shape == (count, *content.output_shape[1:]), logits.shape
         assert np.isfinite(logits).all()
     files = _files(content)
     folder = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{content.run}-{content.target}").strip("-.")
@@ -319,14 +352,21 @@ def _files(content: BundleContent) -> dict[str, bytes]:
     files["care_deploy.py"] = device_script("cpu" if content.is_for_cpu else "tensorrt")
     files["README.md"] = _readme(content).encode()
     files["samples/pixels.npy"] = _npy(content.pixels)
-    files["samples/labels.npy"] = _npy(content.labels.astype(np.int64))
+    # Labels with a place are not carried, and answers with one are halved: see `_DENSE_NOTE`.
+    if not content.answers.is_dense:
+        files["samples/labels.npy"] = _npy(content.labels.astype(np.int64))
+    stored = np.float16 if content.answers.is_dense else np.float32
     for model, logits in content.logits.items():
-        files[f"samples/logits_{model}.npy"] = _npy(logits.astype(np.float32))
+        files[f"samples/logits_{model}.npy"] = _npy(logits.astype(stored))
     if content.deployed is not None:
         files |= ways(content.deployed, files)
+    # A classifier's says nothing of its task, as ever.
+    of_task = {"task": content.task, "letterbox": content.letterbox}
+    is_usual = content.task == "classification"
     manifest = {
-        "format": BUNDLE_FORMAT,
+        "format": BUNDLE_FORMAT if is_usual else TASK_FORMAT,
         "kind": BUNDLE_KIND,
+        **({} if is_usual else of_task),
         "run": content.run,
         "recipe": content.recipe,
         "target": content.target,
@@ -349,7 +389,7 @@ def _files(content: BundleContent) -> dict[str, bytes]:
                 "file": model.files[0].name,
                 "sha256": model.sha256,
                 "needs": model.needs,
-                "limits": {"agreement": content.least_agreement, "sqnr_db": model.least_sqnr_db},
+                "limits": {"agreement": model.least_agreement, "sqnr_db": model.least_sqnr_db},
             }
             for name, model in sorted(content.models.items())
         },
@@ -360,11 +400,14 @@ def _files(content: BundleContent) -> dict[str, bytes]:
 
 
 def _readme(content: BundleContent) -> str:
-    rows = [VERIFY_HEADER]
-    usual = usual_models(content.models)
+    answers, usual = content.answers, usual_models(content.models)
+    rows = [verify_header(answers)]
     for model in usual:
-        dots = ["..."] * (len(VERIFY_HEADER) - 3)
+        dots = ["..."] * (len(rows[0]) - 3)
         rows.append([model, str(len(content.pixels)), *dots, "passed"])
+    models = {model: content.models[model] for model in usual}
+    agreements = " and ".join(dict.fromkeys(str(one.least_agreement) for one in models.values()))
+    ratios = " and ".join(f"{one.least_sqnr_db:.1f} ({name})" for name, one in models.items())
     batch = content.input_shape[0] if isinstance(content.input_shape[0], int) else 1
     notes = {"openvino": _OPENVINO_NOTE, "tensorrt_rtx": _RTX_NOTE}
     return (_CPU_README if content.is_for_cpu else _ENGINE_README).format(
@@ -378,10 +421,9 @@ def _readme(content: BundleContent) -> str:
         requirement=content.requirement,
         images=len(content.pixels),
         table=format_table(rows).replace("\n", "\n    "),
-        agreement=content.least_agreement,
-        sqnr_db=" and ".join(
-            f"{content.models[model].least_sqnr_db:.1f} ({model})" for model in usual
-        ),
+        passes=_PASSES.format(agreement=agreements, of=answers.passes, sqnr_db=ratios),
+        infers=answers.infers,
+        samples=_DENSE_NOTE if answers.is_dense else "",
         batch="one image at a time" if batch == 1 else f"{batch} images at a time",
         notes=notes.get(required_module(content.requirement), ""),
         ways="" if content.deployed is None else page(content.deployed),

@@ -75,6 +75,7 @@ class Deployed:
     output_shape: tuple[int | str, ...]
     models: tuple[str, ...]
     input_type: Literal["float32", "uint8"] = "float32"
+    has_programs: bool = True  # whether the C++ program and DeepStream know what its answers are
 
     @property
     def takes_bytes(self) -> bool:
@@ -101,16 +102,13 @@ class Deployed:
 def ways(about: Deployed, others: Mapping[str, bytes]) -> dict[str, bytes]:
     """The files by their path in the bundle; `others` are its other files but the manifest."""
     labels = [one_line(name) for name in about.classes]
-    texts = {
-        "cpp/model.h": _rendered(
-            "model.h.j2",
-            about,
-            labels=labels,
-            resize=math.floor(about.resolution / about.crop_pct),
-        ),
-        "docker/Dockerfile": _dockerfile(about, others),
-    }
-    if not about.takes_bytes:  # nvinfer prepares planes of floats and nothing else
+    texts = {"docker/Dockerfile": _dockerfile(about, others)}
+    program = {}
+    if about.has_programs:
+        resize = math.floor(about.resolution / about.crop_pct)
+        texts["cpp/model.h"] = _rendered("model.h.j2", about, labels=labels, resize=resize)
+        program = {f"cpp/{name}": (CPP_PROGRAM / name).read_bytes() for name in CPP_FILES}
+    if about.has_programs and not about.takes_bytes:  # nvinfer prepares planes of floats only
         # One line is one classifier, and DeepStream knows no escape.
         texts["deepstream/labels.txt"] = ";".join(name.replace(";", ",") for name in labels) + "\n"
         for model in about.models:
@@ -118,8 +116,8 @@ def ways(about: Deployed, others: Mapping[str, bytes]) -> dict[str, bytes]:
     for model in about.models:
         name = f"care_{model}"
         texts[f"triton/{name}/config.pbtxt"] = _triton(about, model, name)
-        texts[f"triton/{name}/labels.txt"] = "".join(f"{label}\n" for label in labels)
-    program = {f"cpp/{name}": (CPP_PROGRAM / name).read_bytes() for name in CPP_FILES}
+        if about.has_programs:
+            texts[f"triton/{name}/labels.txt"] = "".join(f"{label}\n" for label in labels)
     written = {path: text.encode() for path, text in texts.items()}
     return {f"{FOLDER}/{path}": data for path, data in (program | written).items()}
 

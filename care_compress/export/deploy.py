@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from care_compress.console import step_line
 from care_compress.data.samples import spread_indices
+from care_compress.device.answers import ANSWERS
 from care_compress.device.cpu_app import FLOAT
 from care_compress.errors import ExportError, RunError, TargetError
 from care_compress.evaluate.agreement import (
@@ -33,6 +34,7 @@ from care_compress.export.to_onnx import FIX, FREE, INPUT, OUTPUT
 from care_compress.export.variants import CPU, Variants
 from care_compress.files import digest_of, model_files, read_json, sha256_file, temporary_folder
 from care_compress.model.checkpoint import load_checkpoint
+from care_compress.model.predictor import answers
 from care_compress.model.rewrite import rewrite
 from care_compress.recipe.sections import RewriteSection
 from care_compress.recipe.target import Target, load_target
@@ -40,9 +42,6 @@ from care_compress.run.finished import FinishedRun, as_written, find_run
 from care_compress.runtime.artifact import open_predictor
 from care_compress.shipped import QUANTIZE
 
-# Kernels on a device round in other places than the simulation, and 64 images are few: at least 61
-# of them answer alike in all but one of 250 cases where 99 % of all images do.
-LEAST_AGREEMENT = 95.0
 # The least of any file on a CPU, where floats may run in bfloat16.
 LEAST_SQNR_DB = 20.0
 # An engine may have twice the noise of what its file promised.
@@ -66,14 +65,14 @@ def make_bundle(runs: Path, run: str, target_name: str, console: Console) -> Pat
         with temporary_folder(path) as folder:
             with step_line(console) as notify:
                 found = placed(content, finished, target, folder, notify)
-                write_bundle(with_placements(content, found), path)
+                write_bundle(with_placements(content, found).fitting, path)
         show_placements(found, console)
     elif target.is_engine or FLOAT in content.models:
-        write_bundle(content, path)
+        write_bundle(content.fitting, path)
     else:
         with temporary_folder(path) as folder, step_line(console) as notify:
             notify("exporting the float model, which the other has to beat")
-            write_bundle(with_float(content, finished, target, folder), path)
+            write_bundle(with_float(content, finished, target, folder).fitting, path)
     console.print(f"{escape(str(path))}  {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
     console.print(f"sha256 {sha256_file(path)}", highlight=False)
     verbs = "tune (or build, verify, bench)" if target.is_engine else "verify, bench"
@@ -148,18 +147,14 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
         size = preprocessing["resolution"]
         takes_bytes = export.get("input") == "uint8"
         needs = str(export.get("needs") or "")
+        task = answers(export.get("task"))
         models = {
-            name: Model(
-                checked_files(folder, entry),
-                str(entry["sha256"]),
-                promised_db(entry, target.is_engine),
-                needs,
-            )
+            name: promised(checked_files(folder, entry), entry, task, target.is_engine, needs)
             for name, entry in export["models"].items()
         }
         pixels = _array(folder.parent / "samples" / "pixels.npy")
         # A CPU's file has answers to every check image, of which the samples are some.
-        answers = {name: _array(answers_beside(folder / name, name)) for name in models}
+        expected = {name: _array(answers_beside(folder / name, name)) for name in models}
         return BundleContent(
             run=run,
             recipe=export["recipe"],
@@ -175,16 +170,18 @@ def bundle_content(run_dir: Path, run: str, target: Target) -> BundleContent:
             input_shape=(batch, size, size, 3) if takes_bytes else (batch, 3, size, size),
             input_type="uint8" if takes_bytes else "float32",
             output_name=OUTPUT,
-            output_shape=(batch, len(classes)),
+            output_shape=(batch, *next(iter(expected.values())).shape[1:]),
             requirement=target.needs.packages[0],
             models=models,
             pixels=pixels,
             labels=_array(folder.parent / "samples" / "labels.npy"),
             logits={
-                name: rows[spread_indices(len(rows), len(pixels))] for name, rows in answers.items()
+                name: rows[spread_indices(len(rows), len(pixels))]
+                for name, rows in expected.items()
             },
-            least_agreement=LEAST_AGREEMENT,
             exif_rotate=preprocessing["exif_rotate"],
+            task=task,
+            letterbox=preprocessing.get("letterbox", False),
         )
 
 
@@ -196,18 +193,23 @@ def placed(
     notify: Callable[[str], None],
 ) -> dict[str, PlacedModel]:
     """The run's model in every placement of an engine target."""
-    prepared = Preprocessing.of(run.recipe.data)
-    about = About(content.recipe, content.fingerprint, content.classes, prepared)
-    return place_models(run, target, content.pixels, about, folder, notify)
+    return place_models(run, target, content.pixels, said_of(content, run), folder, notify)
+
+
+def said_of(content: BundleContent, run: FinishedRun) -> About:
+    """What a further file of the bundle says of itself."""
+    prepared = Preprocessing.of(run.recipe.data, content.letterbox)
+    name, classes = content.fingerprint, content.classes
+    return About(content.recipe, name, classes, prepared, task=content.task)
 
 
 def with_placements(content: BundleContent, found: Mapping[str, PlacedModel]) -> BundleContent:
     """The content and every placement that is not in it yet."""
     further = {name: one for name, one in found.items() if name not in content.models}
-    models = {
-        name: Model((one.path,), digest_of(one.path), promised_db(one.agreement.as_json(), True))
-        for name, one in further.items()
-    }
+    models = {}
+    for name, one in further.items():
+        entry = {**one.agreement.as_json(), "sha256": digest_of(one.path)}
+        models[name] = promised((one.path,), entry, content.task, True)
     logits = {name: one.logits.float().numpy() for name, one in further.items()}
     return replace(
         content, models={**content.models, **models}, logits={**content.logits, **logits}
@@ -229,14 +231,7 @@ def with_float(
     network = rewrite(model, RewriteSection())
     variants = Variants(model, network, None, lambda: images, recipe.data, recipe.export)
     variant = variants.of(target)
-    prepared = Preprocessing.of(recipe.data)
-    about = About(
-        content.recipe,
-        content.fingerprint,
-        content.classes,
-        prepared,
-        input=recipe.export.input,
-    )
+    about = replace(said_of(content, run), input=recipe.export.input)
     path = folder / f"{FLOAT}{'.xml' if target.runtime == 'openvino' else '.onnx'}"
     variant.write(path, about)
     near = compare_answers(
@@ -244,9 +239,11 @@ def with_float(
     )
     if not near.holds:
         raise ExportError(f"{path.name} does not compute what the float model does ({near}).", FIX)
+    entry = {**near.as_json(), "sha256": digest_of(path)}
+    added = promised(model_files(path), entry, content.task, False)
     return replace(
         content,
-        models={**content.models, FLOAT: Model(model_files(path), digest_of(path), LEAST_SQNR_DB)},
+        models={**content.models, FLOAT: added},
         logits={**content.logits, FLOAT: variant.logits.numpy()},
     )
 
@@ -269,6 +266,20 @@ def _parsed(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RunError(f"{path} holds no results.", "give results.json of a device")
     return value
+
+
+def promised(
+    files: tuple[Path, ...], entry: dict[str, Any], task: str, is_engine: bool, needs: str = ""
+) -> Model:
+    """A model with how near its answers on a device must come, by what its file was found to do.
+
+    Answers that turn grow with the noise, from what the file has to what a device may have.
+    """
+    least = promised_db(entry, is_engine)
+    reached = least if entry["sqnr_db"] is None else float(entry["sqnr_db"])
+    louder = 10 ** (max(0.0, reached - least) / 20)
+    agreement = ANSWERS[task].least_agreement(float(entry["agreement"]), louder)
+    return Model(files, str(entry["sha256"]), least, needs, agreement)
 
 
 def promised_db(entry: dict[str, Any], is_engine: bool) -> float:

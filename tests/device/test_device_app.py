@@ -25,6 +25,7 @@ from care_compress.device.build import BuildOptions, build_engine
 from care_compress.device.cuda import Cuda, load_cuda, runtime_candidates
 from care_compress.device.deploy import Host
 from care_compress.device.library import load_library, required_library, wrap_library
+from care_compress.device.manifest import Bundle
 from care_compress.device.problems import (
     BuildFailedError,
     DeployError,
@@ -32,7 +33,7 @@ from care_compress.device.problems import (
     NoGpuError,
     VerificationError,
 )
-from care_compress.device.samples import compare_logits
+from care_compress.device.samples import compare_outputs
 from care_compress.device.session import Session
 from care_compress.device.timing import BenchPlan, Timed, Timing, measure, verdict
 from care_compress.device.verbs import format_table
@@ -449,19 +450,22 @@ def test_a_runtime_without_a_driver_says_so() -> None:
         assert cuda.gpu().compute_capability.count(".") == 1
 
 
-def test_the_comparison_counts_what_it_says() -> None:
+def test_the_comparison_counts_what_it_says(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    np.save(tmp_path / "samples" / "labels.npy", np.array([0, 1, 2, 0]))
+    bundle = Bundle(tmp_path, {})
     expected = np.eye(4, dtype=np.float32) * 10
     got = expected.copy()
     got[0] = (0, 10, 0, 0)
-    found = compare_logits(got, expected, np.array([0, 1, 2, 0]))
-    assert (found.agreement, found.top1, found.expected_top1) == (75, 50, 75)
+    found = compare_outputs(got, expected, bundle)
+    assert found.compared == {"top1": 50, "expected_top1": 75, "agreement": 75}
     assert found.max_deviation == 1
     assert found.sqnr_db == pytest.approx(10 * np.log10(400 / 200))
     assert not found.meets({"agreement": 75.1, "sqnr_db": 0})
     assert not found.meets({"agreement": 75.0, "sqnr_db": 3.1})
     assert found.meets({"agreement": 75.0, "sqnr_db": 3.0})
     with pytest.raises(VerificationError, match="4, 3"):
-        compare_logits(got[:, :3], expected, np.zeros(4))
+        compare_outputs(got[:, :3], expected, bundle)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from PIL import Image
 from care_compress.data.letterbox import Letterbox
 from care_compress.device.boxes import (
     MOST,
-    READABLE,
     Detections,
     draw_boxes,
     find_boxes,
     overlaps,
     suppress,
 )
+from care_compress.device.drawing import READABLE
 
 SQUARE = Letterbox.of((100, 100), 100)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fakeboard import FakeGpu, fake_library
 
+from care_compress.device.answers import answers_of
 from care_compress.device.build import BuildMonitor
 from care_compress.device.cuda import CudaGpu
 from care_compress.device.enginefile import EngineOrigin, read_engine, write_engine
@@ -17,7 +18,7 @@ from care_compress.device.layers import network_layers
 from care_compress.device.manifest import Bundle, satisfies
 from care_compress.device.problems import EngineMismatchError
 from care_compress.device.results import merge_results
-from care_compress.device.samples import likeliest, run_pixels
+from care_compress.device.samples import run_pixels
 from care_compress.device.sensors import is_busy
 from care_compress.device.timing import Measured, Timing
 
@@ -44,12 +45,12 @@ def bundle(folder: Path, **more: object) -> Bundle:
 
 
 def test_the_likeliest_class_comes_first_with_its_probability(tmp_path: Path) -> None:
-    pixels = np.zeros((2, 3, 2, 2), np.uint8)
-    pixels[0, 1], pixels[1, 2] = 255, 255
-    first, second = likeliest(Doubles(), bundle(tmp_path), pixels, 2)
+    told = answers_of(bundle(tmp_path)).tell(
+        np.array([0, 2, 0], np.float32), None, bundle(tmp_path), 2
+    )
     sure = np.exp(2) / (np.exp(2) + 2)
-    assert first[0] == ("b", pytest.approx(sure, abs=1e-6)) and second[0][0] == "c"
-    assert len(first) == 2 and first[1][1] == pytest.approx((1 - sure) / 2, abs=1e-6)
+    assert told.rows == [[f"{100 * sure:5.1f} %", "b"], [f"{50 * (1 - sure):5.1f} %", "a"]]
+    assert told.drawing is None
 
 
 def test_every_image_is_run_once_and_in_order(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from alone import alone
 from PIL import Image
 from qdq import SIDE, make_content, write_classifier
 
@@ -24,18 +25,6 @@ from care_compress.evaluate.device_measurements import import_results
 from care_compress.export.bundle import BundleContent, Model, unpack_bundle, write_bundle
 from care_compress.files import sha256_file
 
-# Runs a script where nothing of ours can be imported, nor what this environment has besides.
-ALONE = """
-import runpy, sys
-for name in ("torch", "onnx", "pydantic"):
-    sys.modules[name] = None
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    ours = [one.__file__ for name, one in sys.modules.items() if name.startswith("care_compress")]
-    assert ours and all(path.startswith("care_deploy.py") for path in ours), ours
-"""
 CPUINFO = (
     "processor : 0\nmodel name : Some Processor\ncpu MHz : 2445.4\nflags : {}\n\nprocessor : 1\n"
 )
@@ -83,12 +72,6 @@ def box(bundle: Path, tmp_path: Path) -> Verb:
         return main([verb, "--bundle", str(of), *options], tmp_path / "root")
 
     return run
-
-
-def alone(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script in a process of its own, started in the bundle's folder."""
-    command = [sys.executable, "-I", "-c", ALONE, "care_deploy.py", *arguments]
-    return subprocess.run(command, cwd=bundle, capture_output=True, text=True)
 
 
 def results(bundle: Path) -> Any:

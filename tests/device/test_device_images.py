@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from care_compress.data.transforms import EvalTransform, normalize
-from care_compress.device.images import image_pixels, load_pixels, normalize_pixels
+from care_compress.device.images import cropped_pixels, load_pixels, normalize_pixels, rgb_image
 from care_compress.device.problems import ImageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,7 +25,7 @@ def test_the_pixels_are_those_of_the_evaluation(resolution: int, crop_pct: float
     evaluation = EvalTransform(resolution, crop_pct)
     for seed in range(25):
         image = random_image(seed)
-        ours = image_pixels(image, resolution, crop_pct, exif_rotate=False)
+        ours = cropped_pixels(rgb_image(image, exif_rotate=False), resolution, crop_pct)
         assert np.array_equal(ours, evaluation(image).numpy()), image.size
 
 
@@ -37,7 +37,7 @@ def test_other_modes_too(mode: str) -> None:
     else:
         image = random_image(3).convert(mode)
     expected = EvalTransform(16, 0.9)(image).numpy()
-    assert np.array_equal(image_pixels(image, 16, 0.9, exif_rotate=False), expected)
+    assert np.array_equal(cropped_pixels(rgb_image(image, exif_rotate=False), 16, 0.9), expected)
 
 
 def test_a_turned_photo_too(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def run_with(folder: Path, least_db: float = 25.0, holds: bool = True) -> Path:
     (target / "int8.onnx").write_bytes(b"graph")
     entry = {
         "file": "int8.onnx", "sha256": digest_of(target / "int8.onnx"), "holds": holds,
-        "least_sqnr_db": least_db, "sqnr_db": 40.0,
+        "least_sqnr_db": least_db, "sqnr_db": 40.0, "agreement": 100.0,
     }  # fmt: skip
     about = {
         "resolution": 8, "resize": 9, "crop_pct": 0.9, "mean": [0.5, 0.4, 0.3],

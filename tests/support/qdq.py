@@ -107,9 +107,11 @@ def make_content(folder: Path, half: bool = True) -> BundleContent:
         output_name="logits",
         output_shape=(1, CLASSES),
         requirement="tensorrt>=10.3,<12" if half else "onnxruntime>=1.20",
-        models={name: Model((path,), sha256_file(path), 20.0) for name, path in models.items()},
+        models={
+            name: Model((path,), sha256_file(path), 20.0, least_agreement=98.0)
+            for name, path in models.items()
+        },
         pixels=pixels,
         labels=logits["int8"].argmax(axis=1),
         logits=logits,
-        least_agreement=98.0,
     )
