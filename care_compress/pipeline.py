@@ -36,7 +36,7 @@ from care_compress.quantize.sensitivity import MeasureSites, Sensitivity, one_by
 from care_compress.quantize.stages import measure_sites, quantized, trained_quantized
 from care_compress.recipe.recipe import Recipe
 from care_compress.recipe.slim import SlimSection
-from care_compress.run.context import RunContext, open_run
+from care_compress.run.context import RunContext, Watch, open_run
 from care_compress.run.directory import Run
 from care_compress.run.processes import World, join_world
 from care_compress.runtime.artifact import teacher_opener
@@ -46,15 +46,21 @@ from care_compress.train.stage import loaded, trained
 
 
 def run_recipe(
-    recipe: Recipe, runs: Path, name: str, console: Console, repair: bool = False
+    recipe: Recipe,
+    runs: Path,
+    name: str,
+    console: Console,
+    repair: bool = False,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run every stage of a recipe; the results, as they stand in ``results.json``.
 
     Stages that an earlier run of this name left are taken over where nothing they came from has
     changed (`care_compress.run.stages`); `repair` makes those again whose files were damaged.
+    `watch` is told of every validation of a training, and may end the run by raising.
     """
     recipe = with_pinned_checkpoint(recipe)
-    with _begun(recipe, runs, name, console, repair) as (context, ready):
+    with _begun(recipe, runs, name, console, repair, watch) as (context, ready):
         validation = labelled(recipe, "val")  # everything is measured on these images
         if context.world.is_main:
             context.run.record_input("validation_images", validation.fingerprint())
@@ -118,14 +124,19 @@ def run_sensitivity(
 
 @contextmanager
 def _begun(
-    recipe: Recipe, runs: Path, name: str, console: Console, repair: bool
+    recipe: Recipe,
+    runs: Path,
+    name: str,
+    console: Console,
+    repair: bool,
+    watch: Watch | None,
 ) -> Iterator[tuple[RunContext, Ready]]:
     """Open the run, but only after all checks: a typo should leave old results alone."""
     with join_world() as world:
         console = console if world.is_main else Console(quiet=True)
         ready = preflight(recipe, world, console)
         check_space(ready.space, runs / name)
-        with open_run(Run(runs, name), recipe, world, console, repair) as context:
+        with open_run(Run(runs, name), recipe, world, console, repair, watch) as context:
             console.print(f"[bold]{escape(recipe.name)}[/]: {escape(recipe.claim)}")
             yield context, ready
 

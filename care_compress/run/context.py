@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -13,6 +13,10 @@ from care_compress.data.loader import BadImages
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.directory import Run
 from care_compress.run.processes import World
+
+# Told of each validation: the training's folder, how many there were, the last one's metric. It ends
+# the run by raising.
+Watch = Callable[[str, int, float], None]
 
 
 @dataclass
@@ -26,6 +30,7 @@ class RunContext:
     seen: Contents = field(default_factory=Contents)  # of the validation images
     seconds: dict[str, float] = field(default_factory=dict)
     repair: bool = False  # make again what was damaged on the disk
+    watch: Watch | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -51,11 +56,16 @@ class RunContext:
 
 @contextlib.contextmanager
 def open_run(
-    run: Run, recipe: Recipe, world: World, console: Console, repair: bool = False
+    run: Run,
+    recipe: Recipe,
+    world: World,
+    console: Console,
+    repair: bool = False,
+    watch: Watch | None = None,
 ) -> Iterator[RunContext]:
     """Hold the run directory while the block works in it; only the main process writes there."""
     held = (
         run.open(recipe, machine.describe(), repair) if world.is_main else contextlib.nullcontext()
     )
     with held:
-        yield RunContext(run, world, console, repair=repair)
+        yield RunContext(run, world, console, repair=repair, watch=watch)

@@ -42,6 +42,7 @@ from care_compress.sweep.cluster import TIMING, Cluster, Node, open_cluster
 from care_compress.sweep.page import write_page
 from care_compress.sweep.results import best_of, judged, milliseconds, sweep_as_json
 from care_compress.sweep.sections import Sweep
+from care_compress.sweep.stopping import Rungs
 from care_compress.sweep.tasks import (
     LOGS,
     MARK,
@@ -284,6 +285,12 @@ class Driver:
             num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=LOST
         )
         self._do_timing = self.ray.remote(do_timing)
+        self._rungs = None
+        if sweep.stopping is not None:  # on the driver's node, with which it would go anyway
+            here = self.ray.get_runtime_context().get_node_id()
+            beside = cluster.on(next(node for node in cluster.nodes if node.id == here))
+            actor = self.ray.remote(Rungs).options(num_cpus=0, scheduling_strategy=beside)
+            self._rungs = actor.remote(sweep.stopping.first, sweep.stopping.factor)
 
     def run(self) -> None:
         """Run trials until the search has no more of them, and time what they leave."""
@@ -339,7 +346,9 @@ class Driver:
         resources = self.sweep.resources
         threads, processes = max(1, int(resources.cpus)), max(1, int(resources.gpus))
         job = Job(name, recipe, self.place, about, threads, processes, self.repair)
-        return self._do_trial.remote(job, self._work, before)
+        # A float model that several trials start from is nobody's to stop.
+        rungs = None if point is None else self._rungs
+        return self._do_trial.remote(job, self._work, before, rungs)
 
     def _float_of(self, recipe: Recipe) -> Any:
         """The row, or a reference to it, of the run that trains the float model of several trials.
@@ -365,7 +374,11 @@ class Driver:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             record = read_json(record_file(self.place.runs, name))
             row: Row = record["row"]
-            if row["status"] != "finished" or record["key"] != self._key(recipe):
+            if record["key"] != self._key(recipe):
+                return None
+            if row["status"] == "stopped" and self.sweep.stopping is not None:
+                return row
+            if row["status"] != "finished":
                 return None
             run = self.place.runs / name
             outputs = read_json(run / "manifest.json")["outputs"]
@@ -449,7 +462,7 @@ class Driver:
         """One line for each trial that came to its end."""
         place = f"{len(self.rows):,}/{self.search.total:,} {row['name']}"
         if row["status"] != "finished":
-            say(f"{place} failed: {row['reason']}", self.console)
+            say(f"{place} {row['status']}: {row['reason']}", self.console)
             return
         took = "taken over" if row["taken_over"] else f"{row['seconds']:.0f} s"
         drop = f"drop {row['drop']:.2f}" if row["precision"] != "fp32" else "float"
@@ -558,7 +571,7 @@ class Driver:
     def tell(self) -> int:
         """Say what is best within the budgets, how to make it again, and where the page is."""
         rows = self.judged_rows()
-        failed = sum(row["status"] != "finished" for row in rows)
+        failed = sum(row["status"] == "failed" for row in rows)
         if failed:
             say(
                 f"{failed:,} of {len(rows):,} trials failed; the page has the reasons", self.console

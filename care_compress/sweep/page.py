@@ -49,7 +49,7 @@ def write_page(sweep: Json, path: Path) -> None:
         PageSection("best", "Best within the budgets", best(sweep)),
         PageSection("fronts", "Accuracy against cost", fronts(sweep)),
         PageSection("trials", "Trials", trials(sweep)),
-        PageSection("failed", "Failed trials", failures(rows)),
+        PageSection("failed", "Trials without a result", failures(rows)),
         PageSection("commands", "Commands", commands(rows)),
     ]
     done = sum(row["status"] == "finished" for row in rows)
@@ -214,13 +214,13 @@ def _cell(value: Any) -> Cell | str:
 
 
 def failures(rows: Sequence[Row]) -> list[Block]:
-    """List the trials that came to nothing, with their reasons."""
+    """List the trials that failed or were stopped, with their reasons."""
     shown: list[TableRow] = [
-        {"run": row["name"], "why": row["reason"], "node": row["node"] or ""}
+        {"run": row["name"], "": row["status"], "why": row["reason"], "node": row["node"] or ""}
         for row in rows
         if row["status"] != "finished"
     ]
-    return [*table("Trials without a result", shown, tall=len(shown) > TALL)]
+    return [*table("Why they have none", shown, tall=len(shown) > TALL)]
 
 
 def commands(rows: Sequence[Row]) -> list[Block]:

@@ -160,6 +160,15 @@ class TimingSection(Section):
     )
 
 
+class StoppingSection(Section):
+    """When a training is held against the others (`care_compress.sweep.stopping`)."""
+
+    first: Count = Field(1, description="validations before the first comparison")
+    factor: Annotated[int, Field(ge=2, le=16)] = Field(
+        3, description="the best 1 / factor go on, for factor times as many validations"
+    )
+
+
 class Sweep(Section):
     """Many trials of recipes."""
 
@@ -181,6 +190,9 @@ class Sweep(Section):
     objective: ObjectiveSection = ObjectiveSection()
     budget: SweepBudgetSection = SweepBudgetSection()
     timing: TimingSection | None = None
+    stopping: StoppingSection | None = Field(
+        None, description="ends trainings that cannot win; left out: all go to their end"
+    )
     resources: ResourcesSection = ResourcesSection()
 
     @model_validator(mode="after")
@@ -210,6 +222,12 @@ class Sweep(Section):
             for other in said[place + 1 :]:
                 if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
                     raise ValueError(f"{key} and {other} set the same value")
+        return self
+
+    @model_validator(mode="after")
+    def _watches_one_process(self) -> "Sweep":
+        if self.stopping is not None and self.resources.gpus >= 2:
+            raise ValueError("stopping watches trials of one process: resources.gpus at most 1")
         return self
 
     @model_validator(mode="after")

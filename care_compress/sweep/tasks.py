@@ -32,11 +32,14 @@ from care_compress.evaluate.readback import what_failed
 from care_compress.evaluate.resolve import NamedModel, named_models
 from care_compress.evaluate.slim_accuracy import SLIM
 from care_compress.files import digest_of, fingerprint, json_text, read_json, write_text
+from care_compress.libraries import load_ray
 from care_compress.recipe.recipe import Recipe
+from care_compress.run.context import Watch
 from care_compress.run.stages import EVERYTHING, code_digest
 from care_compress.runtime.artifact import input_size
 from care_compress.runtime.runners import open_runner
 from care_compress.sweep.sections import TimingSection
+from care_compress.sweep.stopping import StoppedEarly
 from care_compress.sweep.trials import Row
 
 RECORDS = ".trials"  # in the sweep's folder: what is known of each trial, and where
@@ -45,8 +48,9 @@ LOGS = "logs"
 MARK = ".mark"  # tells a node whether it sees the folder that the driver sees
 PATIENCE = 60.0  # seconds that a process of a lost node may take to let go of its run
 WIDTH = 112  # letters of a line in a log
-# A recipe, its folder of runs, its name, a console, whether to repair; ``results.json`` comes back.
-Work = Callable[[Recipe, Path, str, Console, bool], Mapping[str, Any]]
+# A recipe, its folder of runs, its name, a console, whether to repair, who is told of validations;
+# ``results.json`` comes back.
+Work = Callable[[Recipe, Path, str, Console, bool, Watch | None], Mapping[str, Any]]
 
 
 @cache
@@ -97,8 +101,11 @@ class Job:
     repair: bool = False
 
 
-def do_trial(job: Job, work: Work, before: Row | None = None) -> Row:
-    """Make one run and return its row; `before` is the row of the run it takes a part from."""
+def do_trial(job: Job, work: Work, before: Row | None = None, rungs: Any = None) -> Row:
+    """Make one run and return its row; `before` is the row of the run it takes a part from.
+
+    `rungs` is the actor of `care_compress.sweep.stopping` where trainings may be stopped.
+    """
     began = time.monotonic()
     row: Row = {"status": "failed", "reason": "", "node": platform.node()}
     log = job.place.runs / LOGS / f"{job.name}.txt"
@@ -111,11 +118,13 @@ def do_trial(job: Job, work: Work, before: Row | None = None) -> Row:
         with log.open("a", encoding="utf-8") as file:
             console = Terminal(file=file, width=WIDTH)
             try:
-                row |= figures(_patiently(lambda: _worked(job, work, console)))
+                row |= figures(_patiently(lambda: _worked(job, work, console, rungs)))
             except Exception:
                 traceback.print_exc(file=file)
                 raise
         row["status"] = "finished"
+    except StoppedEarly as stopped:
+        row |= {"status": "stopped", "reason": stopped.message}
     except CareError as error:
         row["reason"] = shortened(one_line(str(error)), 500)
     except Exception as error:  # whatever a library raised, the other trials go on
@@ -131,10 +140,27 @@ def record_file(runs: Path, name: str) -> Path:
     return runs / RECORDS / f"{name}.json"
 
 
-def _worked(job: Job, work: Work, console: Console) -> Mapping[str, Any]:
-    if job.processes == 1:
-        return work(job.recipe, job.place.runs, job.name, console, job.repair)
-    return by_torchrun(job, console)
+def _worked(job: Job, work: Work, console: Console, rungs: Any) -> Mapping[str, Any]:
+    if job.processes > 1:
+        return by_torchrun(job, console)
+    watch = None if rungs is None else watching(job, rungs)
+    return work(job.recipe, job.place.runs, job.name, console, job.repair, watch)
+
+
+def watching(job: Job, rungs: Any) -> Watch:
+    """Return what is told of each validation of a trial, and ends it where it cannot win."""
+    ray = load_ray()
+    images = job.recipe.data.model_dump_json()  # accuracies on others say nothing
+
+    def watch(training: str, validations: int, top1: float) -> None:
+        group = f"{training} {images}"
+        if not ray.get(rungs.goes_on.remote(group, job.name, validations, top1)):
+            raise StoppedEarly(
+                f"{training} was stopped after {validations} validations: {top1:.2f} % was not "
+                "among the best so far"
+            )
+
+    return watch
 
 
 def by_torchrun(job: Job, console: Console) -> Mapping[str, Any]:

@@ -72,6 +72,8 @@ class Course:
     validate: Validate
     groups: Groups = decayed_and_free
     bad: BadImages = field(default_factory=BadImages)  # that were left out so far
+    # Told of each validation: how many there were, and its metric; it may raise to end the training.
+    watch: Callable[[int, float], None] | None = None
 
     @property
     def total_steps(self) -> int:
@@ -302,3 +304,5 @@ def _validate(trainee: Trainee, course: Course, world: World, display: Silent) -
     }
     trainee.progress.history.append(entry)
     display.validated(trainee.progress.step, entry)
+    if course.watch is not None:
+        course.watch(len(trainee.progress.history), entry[key])

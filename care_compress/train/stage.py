@@ -139,6 +139,7 @@ class Training:
     world: World
     console: Console
     bad: BadImages
+    watch: Callable[[int, float], None] | None = None
 
     def course(
         self, plan: TrainSection, fingerprint: str, groups: Groups = decayed_and_free
@@ -172,6 +173,7 @@ class Training:
             validate=self.validate,
             groups=groups,
             bad=self.bad,
+            watch=self.watch,
         )
 
     def fit(self, model: nn.Module, objective: Objective, course: Course) -> Trainee:
@@ -188,7 +190,8 @@ def training_in(
         drop_damaged(place / STATE_FILE)
     context.world.wait()
     world, console, bad = context.world, context.console, context.bad
-    return Training(recipe, samples, validate, place, world, console, bad)
+    watch = None if context.watch is None else partial(context.watch, folder)
+    return Training(recipe, samples, validate, place, world, console, bad, watch)
 
 
 def starting_point(recipe: Recipe, num_classes: int) -> Care:

@@ -15,6 +15,7 @@ from rich.console import Console
 from care_compress.errors import RecipeError
 from care_compress.recipe.recipe import Recipe
 from care_compress.report.write import page_html
+from care_compress.run.context import Watch
 from care_compress.sweep.cluster import Cluster
 from care_compress.sweep.driver import begun_before, drive, space_of
 from care_compress.sweep.sections import Sweep, read_sweep
@@ -31,7 +32,7 @@ def sweep_of(folder: Path, **asked: Any) -> Sweep:
 
 
 def trivial(
-    recipe: Recipe, runs: Path, name: str, console: Console, repair: bool
+    recipe: Recipe, runs: Path, name: str, console: Console, repair: bool, watch: Watch | None
 ) -> Mapping[str, Any]:
     """A run that says of itself what its recipe said: more images, a smaller drop."""
     assert recipe.quantize is not None
@@ -46,6 +47,8 @@ def trivial(
 
     with (folder / "made").open("a") as file:
         file.write(f"{ray.get_runtime_context().get_node_id()}\n")
+    for validations in range(1, 10) if watch is not None else ():
+        watch("qat", validations, 90.0 - 1 / images)
     time.sleep(recipe.quantize.calibrate.batch_size / 1000)
     drop = 1 / images
     results = {

@@ -29,8 +29,9 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_failures_are_rows_and_the_best_is_within_the_budgets(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(driving, "LOST", 0)  # what crashes here would crash again
     overrides = {IMAGES: [4, 8, 13, 14, 100]}
     budget = {"max_top1_drop": 0.2, "max_size": 0.05}
     sweep = sweep_of(tmp_path, overrides=overrides, budget=budget)
@@ -63,6 +64,22 @@ def test_a_second_time_nothing_is_made_and_more_is_added(cluster: Cluster, tmp_p
     damaged.write_text('{"outputs": {"gone.bin": "00"}}')
     run(cluster, wider, runs)
     assert times_made(runs)[rows[4]["name"]] == 2, "it is not whole"
+
+
+def test_trainings_that_cannot_win_are_stopped(cluster: Cluster, tmp_path: Path) -> None:
+    overrides = {IMAGES: [100, 90, 80, 70, 2]}
+    asked = {"overrides": overrides, "stopping": {"first": 3, "factor": 3}}
+    runs = tmp_path / "runs"
+    code, value = run(cluster, sweep_of(tmp_path, **asked), runs)
+    rows = {row["point"][IMAGES]: row for row in value["trials"]}
+    assert code == 0 and rows[100]["status"] == "finished"
+    assert rows[2]["status"] == "stopped" and "after 3 validations" in rows[2]["reason"]
+    again = {
+        row["name"]: row for row in run(cluster, sweep_of(tmp_path, **asked), runs)[1]["trials"]
+    }
+    assert again[rows[2]["name"]]["taken_over"], "what was stopped is not begun again"
+    _, whole = run(cluster, sweep_of(tmp_path, overrides=overrides), runs)
+    assert {row["status"] for row in whole["trials"]} == {"finished"}
 
 
 def test_optuna_goes_on_from_what_it_asked_for(cluster: Cluster, tmp_path: Path) -> None:

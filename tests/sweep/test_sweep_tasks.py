@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from faulty import small_recipe
-from rich.console import Console
 
 from care_compress.errors import BusyRunError
 from care_compress.pipeline import run_recipe
@@ -54,7 +53,7 @@ def test_a_run_that_another_process_still_holds_is_waited_for(
 ) -> None:
     held = [BusyRunError("held"), BusyRunError("held")]
 
-    def work(recipe: Recipe, runs: Path, name: str, console: Console, repair: bool) -> Any:
+    def work(*given: Any) -> Any:
         if held:
             raise held.pop()
         accuracy = {"images": 8, "top1": 50.0, "top5": 90.0}
