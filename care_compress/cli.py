@@ -56,7 +56,7 @@ RunToDeploy = Annotated[str, typer.Option(help="the run whose exports are taken"
 GivenRun = Annotated[str, typer.Argument(help="a run's name")]
 Targets = Annotated[str | None, typer.Option(help="names, separated by commas")]
 ImagesOnly = Annotated[int | None, typer.Option(min=1, help="N evenly spaced images only")]
-MaxDrop = Annotated[float | None, typer.Option(min=0, help="points of top-1")]
+MaxDrop = Annotated[float | None, typer.Option(min=0, help="points of top-1, mIoU or mAP50")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 OnRay = Annotated[
     str | None, typer.Option(help="on Ray's workers: local, or the address of a cluster")
@@ -395,7 +395,7 @@ def accuracy(
         Path | None, typer.Option(help="also write the numbers here; resumes if interrupted")
     ] = None,
 ) -> None:
-    """Measure top-1 and top-5 of one artifact on the validation images of a source."""
+    """Measure the accuracy of one artifact on the validation images of a source."""
     values = {
         "source": data,
         "resolution": res,
@@ -488,7 +488,7 @@ def gate(
     run: GivenRun,
     baseline: Annotated[Path, typer.Option(help="the compare.json it is held against")],
     max_drop: Annotated[
-        float | None, typer.Option(min=0, help="points of top-1; 0.3 if left out")
+        float | None, typer.Option(min=0, help="points of top-1, mIoU or mAP50; 0.3 if left out")
     ] = None,
     max_slowdown: Annotated[
         float | None,

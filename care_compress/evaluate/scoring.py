@@ -155,6 +155,7 @@ def measure_artifact(
         if json_file is not None and world.is_main:
             result = {
                 "artifact": artifact,
+                "task": task.name,
                 "images": accuracy.images,
                 **accuracy.metrics(),
                 "not_finite": accuracy.broken,
