@@ -22,6 +22,7 @@ QUIET = Console(quiet=True)
 RECIPES = {"segmentation": ("seg_int8_ptq", 7), "detection": ("det_int8_ptq", 6)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", RECIPES)
 def test_a_run_reaches_a_device(task: str, tmp_path: Path) -> None:
     """INT8 beside the float model, which is made for the bundle alone."""
