@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from care_compress.data.annotations import Mask
-from care_compress.device.boxes import COLOURS, READABLE
+from care_compress.device.drawing import COLOURS, READABLE
 
 Colour = tuple[int, int, int]
 

@@ -305,4 +305,4 @@ def _validate(trainee: Trainee, course: Course, world: World, display: Silent) -
     trainee.progress.history.append(entry)
     display.validated(trainee.progress.step, entry)
     if course.watch is not None:
-        course.watch(len(trainee.progress.history), entry[key])
+        course.watch(len(trainee.progress.history), entry[metric.key])
