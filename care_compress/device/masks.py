@@ -60,7 +60,7 @@ def draw_mask(image: Any, mask_HW: ClassMap, names: Sequence[str]) -> Any:
     picture, _ = enlarged_copy(image)
     # JetPack 6 has Pillow 9.0, which knows the filter by its older name only.
     nearest = getattr(Image, "Resampling", Image).NEAREST
-    colours = [_BARE if name == _UNTINTED else _colour(k) for k, name in enumerate(names)]
+    colours = [_BARE if name == _UNTINTED else colour_of(k) for k, name in enumerate(names)]
     opaque_K = np.array([0 if name == _UNTINTED else _OPAQUE for name in names], np.uint8)
     tint, opaque = (
         Image.fromarray(of_class[mask_HW]).resize(picture.size, nearest)
@@ -100,7 +100,7 @@ def _stretching(size: int, of: int) -> FloatArray:
     return matrix
 
 
-def _colour(k: int) -> tuple[int, int, int]:
+def colour_of(k: int) -> tuple[int, int, int]:
     """A colour of a class' own: those of all drawings, then hues a golden section apart."""
     if k < len(COLOURS):
         return COLOURS[k]

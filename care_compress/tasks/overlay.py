@@ -1,6 +1,5 @@
 """A mask of classes drawn over its image, in colours that hold for any number of classes."""
 
-import colorsys
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,23 +7,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from care_compress.data.annotations import Mask
-from care_compress.device.drawing import COLOURS, READABLE
+from care_compress.device.drawing import READABLE
+from care_compress.device.masks import colour_of
 
 Colour = tuple[int, int, int]
 
 NOTHING = "background"  # a class of this name is left grey
 COVER = 0.6  # of a coloured pixel is its class, the rest is the image without its colours
 DARK = 0.35  # of a line between classes
-TURN = 0.618034  # of the circle of hues, from one class to the next: never twice the same
-
-
-def colour_of(place: int) -> Colour:
-    """The colour of a class by its place in the list: Okabe and Ito's first, then hues."""
-    if place < len(COLOURS):
-        return COLOURS[place]
-    saturation, brightness = 0.55 + 0.3 * (place % 2), 0.9 - 0.2 * (place % 3)
-    red, green, blue = colorsys.hsv_to_rgb(place * TURN % 1, saturation, brightness)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_mask(image: Image.Image, mask_HW: Mask, names: Sequence[str]) -> Image.Image:

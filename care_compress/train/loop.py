@@ -72,7 +72,8 @@ class Course:
     validate: Validate
     groups: Groups = decayed_and_free
     bad: BadImages = field(default_factory=BadImages)  # that were left out so far
-    # Told of each validation: how many there were, and its metric; it may raise to end the training.
+    # Told of each validation: how many there were, and its metric. It ends the
+    # training by raising.
     watch: Callable[[int, float], None] | None = None
 
     @property
