@@ -70,4 +70,4 @@ def test_commands_that_are_named_exist(page: Path) -> None:
 def test_the_front_page_stays_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert len(re.findall(r"^[a-z-]+:.* ## ", makefile, flags=re.M)) <= 14
+    assert len(re.findall(r"^[a-z-]+:.* ## ", makefile, flags=re.M)) <= 15

@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import psutil
 
 from care_compress import machine
 from care_compress.console import one_line, shortened
-from care_compress.errors import CareError, TargetError
+from care_compress.errors import CareError, Stopped, TargetError
 from care_compress.libraries import load_ray
 from care_compress.signals import SIGNALS
 
@@ -76,6 +76,18 @@ class Cluster:
             int(min(node.cpus / cpus, node.gpus / gpus if gpus else node.cpus / cpus) + 1e-9)
             for node in fitting
         )
+
+    def wait(self, references: Sequence[Any]) -> Sequence[Any]:
+        """Return those that are done; none where a second went by without one."""
+        try:
+            done, _ = self.ray.wait(list(references), num_returns=1, timeout=1.0)
+        except SystemError as error:
+            # Ray runs our signal handler inside its own code, and goes on although it raised.
+            if isinstance(error.__cause__, Stopped):
+                raise error.__cause__ from None
+            raise
+        found: Sequence[Any] = done
+        return found
 
     def on(self, node: Node) -> Any:
         """The scheduling strategy that runs a task on this node and no other."""

@@ -303,8 +303,7 @@ class Driver:
         while True:
             self._hand_out()
             if self.waiting:
-                done, _ = self.ray.wait(list(self.waiting), num_returns=1, timeout=1.0)
-                for reference in done:
+                for reference in self.cluster.wait(list(self.waiting)):
                     self._take_in(reference)
             elif self.untimed:
                 self._time()
@@ -490,8 +489,7 @@ class Driver:
                     self.place, baseline_of[trial.name], trial.name, self.sweep.timing
                 )
                 under_way[reference] = trial, node
-            done, _ = self.ray.wait(list(under_way), num_returns=1, timeout=1.0)
-            for reference in done:
+            for reference in self.cluster.wait(list(under_way)):
                 trial, node = under_way.pop(reference)
                 try:
                     found = self.ray.get(reference)

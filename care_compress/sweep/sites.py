@@ -31,8 +31,7 @@ def sites_on(cluster: Cluster, run: Path) -> MeasureSites:
                 while ahead and len(waiting) < cluster.slots(1, 0) + SPARE:
                     site = ahead.pop(0)
                     waiting[task.remote(folder, digest, site)] = site
-                done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
-                for reference in done:
+                for reference in cluster.wait(list(waiting)):
                     site = waiting.pop(reference)
                     try:
                         effects: Effects = ray.get(reference)

@@ -1,5 +1,10 @@
 """Sweeps on Ray: every trial is a run, what fails is a row, and what is there is taken over."""
 
+import io
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +12,8 @@ from typing import Any
 import pytest
 from sweeping import run, sweep_of, times_made
 
+from care_compress.console import Terminal
+from care_compress.signals import stops_in_order
 from care_compress.sweep import driver as driving
 from care_compress.sweep.cluster import Cluster, open_cluster
 from care_compress.sweep.driver import SPARE
@@ -121,3 +128,23 @@ def test_a_thousand_trials_are_never_in_flight_at_once(
     assert all(row["status"] == "finished" for row in value["trials"])
     assert most <= 2 + SPARE
     assert (runs / "sweep.html").stat().st_size < 3e6
+
+
+def test_a_signal_while_it_waits_ends_it_as_every_verb(cluster: Cluster, tmp_path: Path) -> None:
+    slow = {"quantize.calibrate.batch_size": 3000}  # a trivial trial sleeps so many ms
+    runs = tmp_path / "runs"
+    told = io.StringIO()
+
+    def stop() -> None:
+        while not times_made(runs):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(SystemExit) as ended, stops_in_order(Terminal(file=told)):
+        run(cluster, sweep_of(tmp_path, overrides={IMAGES: [21, 22, 23]}, set=slow), runs)
+    stopping.join()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "the same command goes on" in told.getvalue()
+    assert (runs / "sweep.html").exists(), "what was known by then"
