@@ -14,8 +14,8 @@ from care_compress.recipe.recipe import Recipe
 from care_compress.run.directory import Run
 from care_compress.run.processes import World
 
-# Told of each validation: the training's folder, how many there were, the last one's metric. It ends
-# the run by raising.
+# Told of each validation: the training's folder, how many there were, the last one's metric. It
+# ends the run by raising.
 Watch = Callable[[str, int, float], None]
 
 
