@@ -27,7 +27,7 @@ from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
-from care_compress.tasks.classification import count_correct
+from care_compress.tasks.classification import Classification, count_correct
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -270,6 +270,7 @@ def test_a_trained_care_s0_on_cifar10_scores_as_published_with_it() -> None:
     predict = open_predictor(str(SHARED / "care_s0_cifar10.pth"), torch.device("cpu"))
     assert len(samples) == 10_000 and predict.num_classes == len(samples.classes) == 10
     accuracy = measure_accuracy(
+        Classification(),
         predict,
         samples,
         data,

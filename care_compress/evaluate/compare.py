@@ -55,7 +55,7 @@ from care_compress.recipe.sections import BudgetSection, DataSection
 from care_compress.runtime.probe import probe
 from care_compress.shipped import QUANTIZE, quantize_command
 from care_compress.tasks.intervals import Interval
-from care_compress.tasks.known import task_called
+from care_compress.tasks.known import task_called, task_of
 from care_compress.tasks.task import Drop, Task
 
 WIDTH = 170  # of the tables: wider than the widest row, since rich cuts figures silently
@@ -349,7 +349,7 @@ def _report(found: Comparison, console: Console) -> None:
 
 def accuracy_table(value: dict[str, Any]) -> Table:
     """Show every file's accuracy beside the baseline's on the same target."""
-    task = task_called(value["task"])
+    task = task_of(value)
     table = Table(title=f"Accuracy of the files on {value['images']:,} images")
     table.title_justify = "left"
     table.add_column("target", no_wrap=True)
@@ -411,7 +411,7 @@ def latency_table(setting: dict[str, Any]) -> Table:
 
 def device_table(value: dict[str, Any]) -> Table:
     """Show what other devices measured by the script of a bundle, each on its own."""
-    metric = task_called(value["task"]).metric
+    metric = task_of(value).metric
     table = Table(title="Measured on devices, by the script of a bundle", title_justify="left")
     for column in ("target", "model", "device", "with"):
         table.add_column(column, overflow="fold")

@@ -59,8 +59,13 @@ def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
     """
     said = recipe.model_dump(mode="json")
     data, quantize = _without(said["data"], {"workers"}), said["quantize"] or {}
-    learned = {"seed": said["seed"], "data": _without(data, NOT_LEARNED_FROM)}
-    seen = {"seed": said["seed"], "data": data, "rewrite": said["rewrite"]}
+    learned = {"task": said["task"], "seed": said["seed"], "data": _without(data, NOT_LEARNED_FROM)}
+    seen = {
+        "task": said["task"],
+        "seed": said["seed"],
+        "data": data,
+        "rewrite": said["rewrite"],
+    }
     searched = recipe.quantize is not None and recipe.quantize.searches
     judged = {"budget": said["budget"], "evaluate": said["evaluate"]} if searched else {}
     return {
@@ -86,8 +91,14 @@ def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
             "quantize.qat": _without(quantize.get("qat") or {}, WATCHING),
             "quantize.nncf": quantize.get("nncf"),
         },
-        "evaluate": {"data": data, "rewrite": said["rewrite"], "evaluate": said["evaluate"]},
+        "evaluate": {
+            "task": said["task"],
+            "data": data,
+            "rewrite": said["rewrite"],
+            "evaluate": said["evaluate"],
+        },
         "export": {
+            "task": said["task"],
             "data": data,
             "rewrite": said["rewrite"],
             "name": said["name"],

@@ -1,5 +1,8 @@
 """Every task by its name."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from care_compress.data.listing import Split
 from care_compress.data.samples import Samples
 from care_compress.errors import RecipeError
@@ -18,6 +21,11 @@ TASKS: dict[str, Task] = {
 def task_called(name: str) -> Task:
     """Return the task of this name."""
     return TASKS[name]
+
+
+def task_of(value: Mapping[str, Any]) -> Task:
+    """Return the task of results or a comparison as JSON; older ones are of classifiers."""
+    return TASKS[value.get("task", Classification.name)]
 
 
 def labelled(recipe: Recipe, split: Split) -> Samples:

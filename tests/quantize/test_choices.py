@@ -253,7 +253,7 @@ def test_qat_is_made_again_for_other_images_or_another_start(
     def made_from(
         content: str = "a", start: bytes = b"s", weight: float = 1.0, teacher: float = 1.0
     ) -> dict[str, Any]:
-        monkeypatch.setattr(stages, "open_samples", lambda data, split: samples(content))
+        monkeypatch.setattr(stages, "labelled", lambda recipe, split: samples(content))
         path = tmp_path / "model.safetensors"
         path.write_bytes(start)
         trained_quantized(
@@ -277,7 +277,7 @@ def test_calibration_images_are_chosen_again_where_there_are_others(
     monkeypatch.setattr(stages, "read_list", lambda path, samples: None)
 
     def made_from(content: str = "a", text: str | None = None) -> dict[str, Any]:
-        monkeypatch.setattr(stages, "open_samples", lambda data, split: samples(content))
+        monkeypatch.setattr(stages, "labelled", lambda recipe, split: samples(content))
         section = recipe.quantize
         assert section is not None
         if text is not None:
