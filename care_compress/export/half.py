@@ -33,7 +33,7 @@ from care_compress.export.to_onnx import (
 from care_compress.runtime.on_onnxruntime import feed_of, open_session
 
 _FLOAT32 = re.compile(
-    r"(images|stages\.\d+\.blocks\.\d+\.token_mixer\.(core|tokens_first)|pool|heads(?!(\.\w+)*\.(fc|conv|predict|distances|classes|laterals|adds)\b))\b"
+    r"(images|stages\.\d+\.blocks\.\d+\.token_mixer\.(core|tokens_first)|pool|heads(?!\.(pyramid|towers|adds|predict|levels)\b|(\.\w+)*\.fc\b))\b"
 )
 _KINDS = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
 # What these give is no larger than what they are given, which is looked at, or than 1.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from care_compress.errors import CheckpointError
 from care_compress.evaluate.agreement import REQUANTIZED_BITS, Rounded, compare_answers
+from care_compress.export.half import write_half
 from care_compress.export.result import About, Preprocessing
 from care_compress.export.to_onnx import float_graph, put_integers, write_onnx
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint
@@ -131,3 +132,12 @@ def test_a_saved_quantized_model_keeps_its_task(name: str, tmp_path: Path) -> No
     assert (loaded.task, loaded.num_classes) == (name, CLASSES)
     with torch.no_grad():
         assert torch.equal(loaded(photos(2)), model(photos(2)))
+
+
+@pytest.mark.parametrize(("task", "most"), [("segmentation", 1), ("detection", 6)])
+def test_half_precision_stays_half_between_the_convolutions_of_a_head(task: str, most: int) -> None:
+    graph = float_graph(rewrite(network_for(task)), SIDE)
+    write_half(graph)
+    # What the answer is widened by, and the three pairs that corners are decoded from.
+    casts = [node for node in graph.graph if node.op_type == "Cast" and "heads" in str(node.name)]
+    assert 0 < len(casts) <= most
