@@ -13,6 +13,7 @@ import performance_page as page
 import pytest
 import speed
 import torch
+import yaml
 from rich.console import Console
 
 from care_compress.errors import CareError, RunError, TargetError
@@ -401,3 +402,18 @@ def test_a_changed_file_is_not_benched(tmp_path: Path) -> None:
     results = {"exports": {"onnxruntime-cpu": {"models": {"int8": model}}}}
     with pytest.raises(RunError, match="not the file that was evaluated"):
         material.Finished(tmp_path, recipe, results).file("onnxruntime-cpu")
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_planted_bug_stands_once_and_has_its_tests() -> None:
+    # Code that moves takes its bugs along, or `make mutants` ends at the first one that is lost.
+    listed = yaml.safe_load((ROOT / "bench" / "mutants.yaml").read_text(encoding="utf-8"))
+    names = [one["name"] for one in listed]
+    assert len(set(names)) == len(names) >= 120
+    for one in listed:
+        text = (ROOT / "care_compress" / one["file"]).read_text(encoding="utf-8")
+        assert text.count(one["old"]) == 1, one["name"]
+        files = [word for word in one["tests"].split() if word.startswith("tests/")]
+        assert files and all((ROOT / file.split("::")[0]).exists() for file in files), one["name"]
