@@ -39,7 +39,6 @@ def trainer_step(
     course = Course(
         plan=plan,
         task=Classification(),
-        resolution=SIZE,
         steps_per_epoch=1000,
         num_classes=CLASSES,
         seed=0,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from care_compress.data.annotations import IGNORED, Annotation, Boxes, flipped, is_annotated
-from care_compress.data.letterbox import GREY, Letterbox
+from care_compress.data.letterbox import Letterbox
 from care_compress.data.samples import Samples
 from care_compress.data.transforms import (
     EvalTransform,
@@ -28,6 +28,7 @@ from care_compress.data.transforms import (
     to_rgb,
     upright,
 )
+from care_compress.device.letterbox import GREY
 from care_compress.recipe.sections import AugmentSection, DataSection
 
 # Of a box that the cut leaves less of nothing can be learned but to guess.

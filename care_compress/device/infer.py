@@ -84,7 +84,7 @@ def _pixels(bundle: Bundle, file: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     about = bundle.manifest
     image, size = open_image(file, about["exif_rotate"]), about["resolution"]
     if bundle.is_letterboxed:
-        return ImageSquare.of(image.size[::-1], size).pixels(image)
+        return ImageSquare.of(image.size[::-1], size).array(image)
     return cropped_pixels(image, size, about["crop_pct"])
 
 

@@ -191,7 +191,7 @@ def compare_answers(
     return compare_logits(*rows, exact_db, len(reference))
 
 
-def drop_between(task: Task, before: Tensor, after: Tensor, held: HeldImages) -> Drop:
+def drop_on_held(task: Task, before: Tensor, after: Tensor, held: HeldImages) -> Drop:
     """What of the metric one set of answers loses against another, on held images."""
     batch = held.as_batch()
     pair = task.count_pairs(lambda images: before, lambda images: after, [batch]).settled()

@@ -21,7 +21,7 @@ from care_compress.console import widened
 from care_compress.data.loader import BadImages
 from care_compress.data.samples import spread_indices
 from care_compress.errors import ExportError, RunError
-from care_compress.evaluate.agreement import Agreement, compare_answers, drop_between, hold_images
+from care_compress.evaluate.agreement import Agreement, compare_answers, drop_on_held, hold_images
 from care_compress.export.edges import Edges, count_edges
 from care_compress.export.result import About
 from care_compress.export.to_onnx import FIX
@@ -95,7 +95,7 @@ def place_models(
         )
         if not near.holds:
             raise ExportError(f"{path.name} does not compute what its model does ({near}).", FIX)
-        drop = drop_between(task, variants.float_logits, variant.logits, held)
+        drop = drop_on_held(task, variants.float_logits, variant.logits, held)
         edges = count_edges(onnx.load(path))
         found[name] = PlacedModel(path, near, drop, edges, variant.logits[bundled])
     return found

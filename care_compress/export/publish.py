@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from care_compress.console import listed, one_line
-from care_compress.data.letterbox import GREY
+from care_compress.device.letterbox import GREY
 from care_compress.errors import RunError
 from care_compress.evaluate.device_measurements import device_measurements, device_rows
 from care_compress.evaluate.slim_accuracy import GIVEN, TRAINED

@@ -383,8 +383,8 @@ def exporter_for(
     # The fingerprint is of contents, wherever they lie.
     content = {"model": weights, "preprocessing": prepared.as_json(), "classes": validation.classes}
     classes, takes = tuple(validation.classes), recipe.export.input
-    name = fingerprint(content)
-    about = About(recipe.name, name, classes, prepared, input=takes, task=recipe.task)
+    digest = fingerprint(content)
+    about = About(recipe.name, digest, classes, prepared, input=takes, task=recipe.task)
     part = recipe_parts(recipe)["export"]
     checked_on = validation.content_digest(), images
     listed = context.run.path / CALIBRATION_FILE

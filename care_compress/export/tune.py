@@ -19,7 +19,7 @@ from care_compress import machine
 from care_compress.console import step_line, widened
 from care_compress.data.samples import Samples
 from care_compress.errors import ExportError, RunError, TargetError
-from care_compress.evaluate.agreement import HeldImages, drop_between, hold_images
+from care_compress.evaluate.agreement import HeldImages, drop_on_held, hold_images
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.export.result import WIDTH, Exported
 from care_compress.export.stage import check_exports, exporter_for
@@ -258,7 +258,7 @@ def _tried(bench: _Bench, options: TuneOptions) -> list[TriedPlacement]:
             # Scored in the setting in which it is timed.
             predict = open_predictor(str(path), CPU, precision=precision)
             after = bench.judges.logits(predict)
-            drops[name] = drop_between(bench.variants.task, before, after, bench.judges)
+            drops[name] = drop_on_held(bench.variants.task, before, after, bench.judges)
             runners[name] = open_runner(path, example, 1, precision, "CPU").run
         notify("timing")
         timed = measure_latency(runners, 1, options.latency)

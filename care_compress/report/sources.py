@@ -10,7 +10,7 @@ from care_compress.files import read_json, sha256_file
 from care_compress.recipe.reading import read_yaml
 from care_compress.report.differences import ChangedImage, read_pictures
 from care_compress.shipped import QUANTIZE
-from care_compress.tasks.known import TASKS
+from care_compress.tasks.known import task_of
 from care_compress.tasks.task import Task
 
 Json = dict[str, Any]
@@ -41,7 +41,7 @@ class Sources:
     @property
     def task(self) -> Task:
         """What the models answer; older files are of the one task there was."""
-        return TASKS[self.results.get("task", "classification")]
+        return task_of(self.results)
 
     @property
     def is_float(self) -> bool:

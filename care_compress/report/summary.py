@@ -30,7 +30,7 @@ def verdict(sources: Sources) -> list[Block]:
     """Say whether the compressed model is worth having, in a few lines."""
     results = sources.results
     budget = results.get("budget")
-    limit = None if budget is None else budget[DROPS[sources.results.get("task", "classification")]]
+    limit = None if budget is None else budget[DROPS[sources.task.name]]
     if sources.is_float and "slim" in results:
         said = f"Slimmed, in float, {cut_by(results['slim'])}"
         pair = results["slim"]["models"][SLIM]

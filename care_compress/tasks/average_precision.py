@@ -20,14 +20,13 @@ from care_compress.data.annotations import Boxes
 from care_compress.device.boxes import MOST, Detections
 from care_compress.errors import DataError, EvaluationError
 from care_compress.libraries import silent
+from care_compress.tasks.intervals import UNSEEN, Interval
 
 IOUS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 RECALLS = np.linspace(0, 1, 101)  # where COCO reads a curve
 RESAMPLES = 1000
 FEWER = 200  # of one model by itself, whose interval is wide and decides little
 AT_ONCE = 50  # resamples: their cumulative sums stay in the processor's cache
-UNSEEN = 3.688879  # the most events, at 97.5 %, behind none seen (Garwood 1936): -ln 0.025
-Interval = tuple[float, float, float]  # value, low, high
 
 
 @dataclass(frozen=True)

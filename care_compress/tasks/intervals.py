@@ -61,6 +61,10 @@ def _poisson_limits(count: int) -> tuple[float, float]:
     return low, float(chdtri(2 * count + 2, TAIL)) / 2
 
 
+# The most events, at 97.5 %, behind none seen.
+UNSEEN = _poisson_limits(0)[1]
+
+
 def mcnemar_p(lost: int, gained: int) -> float:
     """Two-sided exact McNemar test: how likely so uneven a split of the changed answers is.
 

@@ -26,13 +26,13 @@ from care_compress.model.masks import MaskCare
 from care_compress.recipe.sections import DataSection
 from care_compress.tasks.classification import softened_distance
 from care_compress.tasks.dense import DenseTask, Figures
+from care_compress.tasks.intervals import UNSEEN
 from care_compress.tasks.overlay import draw_mask, legend_of
 from care_compress.tasks.task import CardWords, Drawn, Drop, Lesson, Metric, Same, Targets
 
 RESAMPLES = 1000
-# The most events, at 97.5 %, behind none seen (Garwood 1936), and how many pixels one of them
-# moves: masks change by whole places of the network, four pixels wide and high.
-UNSEEN, MOVED = 3.688879, 16
+# Pixels that turn together: masks change by whole places of the network, four wide and high.
+MOVED = 16
 
 
 class MaskTargets(NamedTuple):

@@ -19,6 +19,7 @@ from care_compress.data.samples import Samples
 from care_compress.model.care import Care
 from care_compress.model.predictor import Predictor
 from care_compress.recipe.sections import DataSection, DistillSection, TrainSection
+from care_compress.recipe.sections import Task as TaskName
 from care_compress.tasks.distance import Distance
 
 Targets = Any  # of a batch, as the task's own losses take them
@@ -62,7 +63,6 @@ class Lesson(NamedTuple):
 
     plan: TrainSection
     num_classes: int
-    resolution: int
     seed: int
     step: int
 
@@ -242,7 +242,7 @@ Predict = Callable[[Tensor], Tensor]
 class Task(Protocol):
     """One task."""
 
-    name: str
+    name: TaskName
     metric: Metric
     shown: Mapping[str, str]  # metrics in tables, by key
     paired: Mapping[str, str]  # what tables say of two models beside the drop, by key

@@ -64,7 +64,6 @@ class Course:
     task: Task
     steps_per_epoch: int
     num_classes: int
-    resolution: int
     seed: int
     fingerprint: str  # of everything that decides the weights
     batches: Callable[[int], Generator[Batch]]  # from a step to the end
@@ -208,7 +207,7 @@ def train_step(
     seeds = np.random.SeedSequence((course.seed, STEP_STREAM, step, world.rank))
     torch.manual_seed(int(seeds.generate_state(1)[0]))
     images = course.prepare(batch.images.to(world.device))
-    lesson = Lesson(plan, course.num_classes, course.resolution, course.seed, step)
+    lesson = Lesson(plan, course.num_classes, course.seed, step)
     images, targets = course.task.targets(batch, images, lesson)
 
     progress = step / course.total_steps

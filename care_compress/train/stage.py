@@ -146,7 +146,6 @@ class Training:
     ) -> Course:
         """What the loop works on: `plan` over the recipe's training images."""
         check_batch_size(plan, len(self.samples), self.world)
-        task_called(self.recipe.task).check_training(plan)
         per_epoch = steps_per_epoch(self.samples, plan.batch_size)
         data = self.recipe.data
         return Course(
@@ -154,7 +153,6 @@ class Training:
             task=task_called(self.recipe.task),
             steps_per_epoch=per_epoch,
             num_classes=len(self.samples.classes),
-            resolution=data.resolution,
             seed=self.recipe.seed,
             fingerprint=fingerprint,
             batches=lambda start: training_batches(

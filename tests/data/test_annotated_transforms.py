@@ -5,7 +5,7 @@ from PIL import Image
 
 from care_compress.data.annotated_transforms import LetterboxTransform, MovingTransform
 from care_compress.data.annotations import IGNORED, Boxes, check_size, flipped
-from care_compress.data.letterbox import GREY
+from care_compress.device.letterbox import GREY
 from care_compress.errors import DataError
 from care_compress.recipe.sections import AugmentSection
 

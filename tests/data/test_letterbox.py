@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from care_compress.data.annotations import IGNORED, Boxes
-from care_compress.data.letterbox import GREY, Letterbox
+from care_compress.data.letterbox import Letterbox
+from care_compress.device.letterbox import GREY
 
 SIDES = st.integers(1, 700)
 

@@ -21,7 +21,7 @@ def test_a_square_shows_what_the_evaluation_shows(size: tuple[int, int]) -> None
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
     square = ImageSquare.of(size, 64)
-    assert np.array_equal(square.pixels(image), LetterboxTransform(64)(image).numpy())
+    assert np.array_equal(square.array(image), LetterboxTransform(64)(image).numpy())
     corners = rng.uniform(-8, 72, (20, 4)).astype(np.float32)
     assert np.array_equal(square.outside(corners), Letterbox.of(size, 64).outside(corners))
 

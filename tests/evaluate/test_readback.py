@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from care_compress.evaluate.agreement import HeldImages, drop_between
+from care_compress.evaluate.agreement import HeldImages, drop_on_held
 from care_compress.evaluate.compare import judge
 from care_compress.evaluate.readback import (
     ReadBack,
@@ -62,7 +62,7 @@ def test_a_drop_on_held_images_counts_what_is_no_number_as_wrong() -> None:
     logits, labels = answers()
     held = HeldImages(torch.zeros(400, 3, 1, 1), labels, DataSection(source="none"))
     for spoiled, lost in ((logits, 0.0), (torch.full_like(logits, torch.nan), 90.0)):
-        drop = drop_between(Classification(), logits, spoiled, held)
+        drop = drop_on_held(Classification(), logits, spoiled, held)
         assert drop.value == pytest.approx(lost) and drop.low <= lost <= drop.high
 
 

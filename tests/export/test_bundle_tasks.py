@@ -108,7 +108,7 @@ def test_words_are_those_of_the_answer(
     lines = capsys.readouterr().out.splitlines()[1:-1]
     with Image.open(picture) as image:
         square = ImageSquare.of(image.size[::-1], SIDE)
-        pixels = square.pixels(image)[None]
+        pixels = square.array(image)[None]
     (output,) = answers_to(content.models["int8"].files[0], pixels)
     if task == "segmentation":
         shares = shares_of(find_mask(output, square), len(content.classes))

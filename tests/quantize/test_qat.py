@@ -266,7 +266,7 @@ def test_scales_stop_where_the_recipe_says_and_weights_go_on() -> None:
     plan = plan.model_copy(update={"epochs": 1, "freeze_scales": 0.5})
     batch = Batch(images(16), torch.zeros(16, dtype=torch.int64), torch.arange(16))
     course = Course(
-        plan, Classification(), 4, 5, 64, 0, "", lambda s: (), lambda x: x, lambda m: None,
+        plan, Classification(), 4, 5, 0, "", lambda s: (), lambda x: x, lambda m: None,
         parameter_groups,
     )  # fmt: skip
     trainee = set_up(model, plan, World(), parameter_groups)

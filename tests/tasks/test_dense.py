@@ -10,7 +10,7 @@ from torch import Tensor
 from care_compress.data.annotations import Mask
 from care_compress.data.loader import Batch
 from care_compress.errors import DataError, EvaluationError, TrainingError
-from care_compress.evaluate.agreement import HeldImages, drop_between
+from care_compress.evaluate.agreement import HeldImages, drop_on_held
 from care_compress.evaluate.readback import read_back
 from care_compress.recipe.sections import DataSection, TrainSection
 from care_compress.tasks.dense import Compared, Figures
@@ -179,7 +179,7 @@ def test_images_that_are_held_keep_their_labels() -> None:
     assert (found.model_value, found.images) == (100.0, 3)
     assert found.value == TASK.count(wrong, held.as_batch()).metrics()["miou"] < 100
     assert found.as_json()["model_miou"] == 100.0
-    assert drop_between(TASK, right, wrong, held).value == pytest.approx(100 - found.value)
+    assert drop_on_held(TASK, right, wrong, held).value == pytest.approx(100 - found.value)
 
 
 @pytest.mark.parametrize("task", [Segmentation(), Detection()], ids=lambda task: task.name)

@@ -194,7 +194,7 @@ def test_a_nan_stops_with_the_step_and_keeps_the_last_checkpoint(
 
 def course(section: TrainSection, classes: int) -> Course:
     return Course(
-        section, Classification(), 10, classes, 32, 0, "", lambda s: (), lambda x: x,
+        section, Classification(), 10, classes, 0, "", lambda s: (), lambda x: x,
         lambda m: None,
     )  # fmt: skip
 

@@ -87,7 +87,7 @@ def test_an_average_warms_up_and_then_holds_its_decay() -> None:
 def course(section: TrainSection, **more: Any) -> Course:
     given = {"validate": lambda m: None, **more}
     return Course(
-        section, Classification(), 10, 4, 2, 0, "", lambda s: cast(Any, ()), lambda x: x.float(),
+        section, Classification(), 10, 4, 0, "", lambda s: cast(Any, ()), lambda x: x.float(),
         given["validate"], given.get("groups", decayed_and_free),
     )  # fmt: skip
 
