@@ -55,6 +55,8 @@ def write_half(model: ir.Model) -> None:
         for place, value in enumerate(node.inputs):
             if value is None or value.dtype not in _KINDS or value.dtype == kind:
                 continue
+            if node.op_type == "Resize" and place > 0:  # by how much: float32 whatever is resized
+                continue
             key = (str(value.name), kind)
             if key not in made and value.const_value is not None:
                 made[key] = add_constant(graph, f"{value.name}_half", _half(value))

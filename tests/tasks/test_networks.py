@@ -135,9 +135,18 @@ def test_a_saved_quantized_model_keeps_its_task(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("task", "most"), [("segmentation", 1), ("detection", 6)])
-def test_half_precision_stays_half_between_the_convolutions_of_a_head(task: str, most: int) -> None:
-    graph = float_graph(rewrite(network_for(task)), SIDE)
+def test_half_precision_stays_half_between_the_convolutions_of_a_head(
+    task: str, most: int, tmp_path: Path
+) -> None:
+    network = rewrite(network_for(task))
+    graph = float_graph(network, SIDE)
     write_half(graph)
     # What the answer is widened by, and the three pairs that corners are decoded from.
     casts = [node for node in graph.graph if node.op_type == "Cast" and "heads" in str(node.name)]
     assert 0 < len(casts) <= most
+    prepared = Preprocessing.of(DataSection(resolution=SIDE), letterbox=True)
+    classes = tuple(str(one) for one in range(CLASSES))
+    write_onnx(graph, About("r", "f", classes, prepared, task=task), tmp_path / "m.onnx", None)
+    images = photos(2)
+    found = OnnxPredictor(tmp_path / "m.onnx")(images)
+    assert compare_answers(TASKS[task], network(images), found).holds
