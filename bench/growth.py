@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from material import TARGETS, Finished, Scale, finished, recipe_for, run_of
+from material import FEW_CALIBRATED, TARGETS, Finished, Scale, finished, recipe_for, run_of
 from numpy.typing import NDArray
 from peers import publish
 from rich.console import Console
@@ -34,8 +34,6 @@ RESOLUTIONS = (128, 224, 320, 512)
 BATCHES = (1, 2, 4, 8, 16)
 CALIBRATION = (64, 128, 256, 512)  # images, for the included care_nano
 SMALL = 96  # pixels, at which the sizes are quantized to see how PTQ grows with them
-# Enough where only speed is asked: it depends on the form of the graph, not on its scales.
-FEW = ("quantize.calibrate.images=8", "evaluate.images=8", "export.images=8")
 UNEXPORTED = ("export.targets=[]", "evaluate.images=64")
 PLAN = LatencyPlan(seconds=0.7, least_runs=15, warmup=2)
 
@@ -47,6 +45,11 @@ class Subject:
     what: str
     precision: str
     files: dict[int, Path]  # by resolution
+
+    @property
+    def runtime(self) -> str:
+        """Which runs it: what its name ends with."""
+        return self.what.rpartition(", ")[2]
 
 
 def measure_growth(scale: Scale, root: Path, console: Console) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def subjects_of(
         place = root / scale.arch / "growth" / str(resolution)
         run = ours
         if resolution != scale.resolution:
-            recipe = recipe_for("int8_ptq", Scale(scale.arch, resolution), root, FEW)
+            recipe = recipe_for("int8_ptq", Scale(scale.arch, resolution), root, FEW_CALIBRATED)
             run = finished(recipe, place, "int8_ptq", console)
         published[resolution] = publish(run.network(), resolution, place).with_suffix(".xml")
         openvino[resolution], onnxruntime[resolution] = (run.file(name) for name in TARGETS)
@@ -101,19 +104,22 @@ def curves_of(subjects: list[Subject], resolution: int) -> dict[str, Any]:
     threads = range(1, len(machine.usable_cores()) + 1)
     return {
         "resolution": curves(
-            {one.what: [_run(one, size, 1, 1) for size in sizes] for one in subjects},
+            {one.what: [open_run(one, size, 1, 1) for size in sizes] for one in subjects},
             [size * size for size in sizes],
         ),
         "batch": curves(
-            {one.what: [_run(one, resolution, n, 1) for n in BATCHES] for one in subjects}, BATCHES
+            {one.what: [open_run(one, resolution, n, 1) for n in BATCHES] for one in subjects},
+            BATCHES,
         ),
         "threads": curves(
-            {one.what: [_run(one, resolution, 1, n) for n in threads] for one in subjects}, threads
+            {one.what: [open_run(one, resolution, 1, n) for n in threads] for one in subjects},
+            threads,
         ),
     }
 
 
-def _run(one: Subject, resolution: int, batch: int, threads: int) -> Callable[[], object]:
+def open_run(one: Subject, resolution: int, batch: int, threads: int) -> Callable[[], object]:
+    """One file, ready to be timed on random images."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, resolution, resolution, generator=generator)
     return open_runner(one.files[resolution], images, threads, one.precision).run

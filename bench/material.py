@@ -4,7 +4,8 @@ Trained weights of the published sizes do not come with the product, and speed d
 them. It does ask for 1,000 classes and for channels as uneven as trained ones: even weights would
 give ranges that no trained network has. So the weights are random between BatchNorms that have
 seen the images, and the images are those of builtin:shapes, as files of a 1,000-class folder.
-Where a trained checkpoint is given, all is its own, and its answers count, too.
+Where a trained checkpoint is given, all is its own, and its answers count, too. Networks for masks
+are made the same way, for the scenes that the product draws.
 """
 
 import json
@@ -29,13 +30,18 @@ from care_compress.pipeline import run_recipe
 from care_compress.quantize.selection import CalibrationSet, read_list
 from care_compress.recipe.reading import read_yaml
 from care_compress.recipe.recipe import Recipe, load_recipe, parse
-from care_compress.recipe.sections import DataSection
+from care_compress.recipe.sections import DataSection, Task
+from care_compress.tasks.classification import Classification
+from care_compress.tasks.known import task_called
 
 CLASSES = 1000  # as the published heads have
 IMAGES = {"train": 128, "val": 64}
 CALIBRATION = 64  # images; ours and the peers' are the same ones
 TRAINED_CALIBRATION = 256  # where the answers count
 TARGETS = ("openvino-cpu", "onnxruntime-cpu")
+# Enough where only speed is asked: it depends on the form of the graph, not on its scales.
+FEW = ("evaluate.images=8", "export.images=8")
+FEW_CALIBRATED = ("quantize.calibrate.images=8", *FEW)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Scale:
     arch: str  # or the name of the trained checkpoint
     resolution: int
     trained: Trained | None = None
+    task: Task = "classification"
 
     @property
     def name(self) -> str:
@@ -64,7 +71,7 @@ class Scale:
     def folder(self) -> str:
         """Where its files lie; those of another checkpoint or of other images lie elsewhere."""
         if self.trained is None:
-            return self.arch
+            return self.arch if self.task == Classification.name else f"{self.arch}_{self.task}"
         about = [digest_of(self.trained.checkpoint), self.trained.data.model_dump(mode="json")]
         return f"{self.name}_{fingerprint(about)[:8]}"
 
@@ -117,10 +124,16 @@ def image_folder(root: Path) -> DataSection:
     return DataSection(source=str(root), crop_pct=1.0, classes=str(listed), workers=0)
 
 
-def lifelike(arch: str, images_BCHW: Tensor, seed: int = 0) -> Care:
+def lifelike(
+    arch: str,
+    images_BCHW: Tensor,
+    seed: int = 0,
+    kind: type[Care] = Care,
+    classes: int = CLASSES,
+) -> Care:
     """A random network whose channels differ as those of trained ones do."""
     torch.manual_seed(seed)
-    model = build_model(arch, CLASSES)
+    model = build_model(arch, classes, kind=kind)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.weight.data.normal_(0, module.weight[0].numel() ** -0.5)
@@ -135,9 +148,9 @@ def lifelike(arch: str, images_BCHW: Tensor, seed: int = 0) -> Care:
     return model.eval()
 
 
-def first_images(data: DataSection, count: int) -> Tensor:
+def first_images(data: DataSection, count: int, task: Task = "classification") -> Tensor:
     """Validation images, as the network takes them."""
-    samples = open_samples(data, "val")
+    samples = task_called(task).samples(data, "val")
     indices = [number % len(samples) for number in range(count)]
     batches = prepared_batches(samples, data, count, bad=BadImages(), indices=indices)
     (batch,) = islice(batches, 1)
@@ -153,17 +166,24 @@ def run_of(name: str, scale: Scale, root: Path, console: Console) -> Finished:
 def recipe_for(name: str, scale: Scale, root: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A shipped recipe for the CPU targets; weights and images are made where none are given."""
     if scale.trained is None:
-        calibration = CALIBRATION
-        made = image_folder(root / "images")
+        calibration, classes = CALIBRATION, CLASSES
+        made = DataSection(source="builtin:scenes", workers=0)
+        if scale.task == Classification.name:
+            made = image_folder(root / "images")
         data = made.model_copy(update={"resolution": scale.resolution})
         weights = root / scale.folder / "model.safetensors"
         if not weights.is_file():
-            model = lifelike(scale.arch, first_images(data, 16))
+            task = task_called(scale.task)
+            if scale.task != Classification.name:
+                classes = len(task.samples(data, "val").classes)
+            images = first_images(data, 16, scale.task)
+            model = lifelike(scale.arch, images, kind=task.kind, classes=classes)
             save_checkpoint(model, weights, {"made_by": "make bench", "seed": "0"})
     else:
         calibration = TRAINED_CALIBRATION
         data, weights = scale.trained.data, scale.trained.checkpoint
     values: dict[str, object] = {
+        "task": scale.task,
         "model": {"checkpoint": str(weights)},
         "data": data.model_dump(mode="json"),
         "evaluate.images": IMAGES["val"],  # of the simulation; files are scored by speed.py

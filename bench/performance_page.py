@@ -31,15 +31,21 @@ def write_page(docs: Path) -> None:
     if BEGIN not in text or END not in text:
         raise CareError(f"{page} has lost its markers.", f"put back {BEGIN} and {END}")
     parts = []
-    for path in sorted(set(store.glob("*.json")) - set(store.glob("growth*.json"))):
-        found = json.loads(path.read_text())
+    found_in = {path: json.loads(path.read_text()) for path in sorted(store.glob("*.json"))}
+    for path, found in found_in.items():
+        if "settings" not in found:  # of another bench
+            continue
         plot_table(found, path.with_suffix(".svg"))
         parts.append(f"{table_of(found)}\n\n![{path.stem}](performance/{path.stem}.svg)\n")
-    for path in sorted(store.glob("growth*.json")):
-        found = json.loads(path.read_text())
+    for path, found in found_in.items():
+        if not path.stem.startswith("growth"):
+            continue
         plot_growth(found, path.with_suffix(".svg"))
         class_ = said_of_class(not path.stem.endswith(WITHOUT))
         parts.append(f"{growth_text(found, class_)}\n![{path.stem}](performance/{path.stem}.svg)\n")
+    parts += [
+        dense_text(found) for path, found in found_in.items() if path.stem.startswith("dense")
+    ]
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     write_text(page, f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}")
@@ -159,9 +165,8 @@ def growth_text(found: Found, class_: str) -> str:
     titles = {"resolution": "pixels", "batch": "images at once", "threads": "threads"}
     for name, title in titles.items():
         part = found[name]
-        heads = [f"{point:,}" for point in part["points"]]
-        lines += ["", f"| ms over {title} | {' | '.join(heads)} | exponent [95 %] |"]
-        lines.append("|---" * (len(heads) + 2) + "|")
+        lines += ["", _head(f"ms over {title}", part["points"])]
+        lines.append("|---" * (len(part["points"]) + 2) + "|")
         for row in part["rows"]:
             lines.append(_curve(row, row["ms"]))
         if name == "resolution":
@@ -179,6 +184,34 @@ def growth_text(found: Found, class_: str) -> str:
     lines += ["", *_row("64 images at 96x96", sizes, head=True), *_row("seconds", macs["seconds"])]
     lines += [""]
     return "\n".join(lines)
+
+
+def dense_text(found: Found) -> str:
+    """Both heads at one size, and how the one for masks grows."""
+    side, (low, high) = found["side"], found["load_average"]
+    lines = [
+        f"### Masks at {side}x{side}: {found['arch']}, {said_of_class(has_dot_products(found))}",
+        "",
+        f"{found['date']}, {found['machine']['cpu']['name']}, {_libraries(found)}, one image, one "
+        f"thread, load average {low:.1f} before, {high:.1f} after. The backbone is the same, the "
+        "head is a class for the image or for every place.",
+        "",
+        "| head | file | ms (p50) | faster than published FP32 [95 %] | than ours in FP32 [95 %] |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        noise = " (noisy)" if row["noisy"] else ""
+        over = " | ".join(_interval(ratio) for ratio in row["over"].values())
+        lines.append(f"| {row['task']} | {row['what']} | {row['ms']:.1f}{noise} | {over} |")
+    growth = found["growth"]
+    lines += ["", _head("ms over pixels, masks", growth["points"])]
+    lines.append("|---" * (len(growth["points"]) + 2) + "|")
+    lines += [_curve(row, row["ms"]) for row in growth["rows"]]
+    return "\n".join((*lines, ""))
+
+
+def _head(name: str, points: Sequence[int]) -> str:
+    return f"| {name} | {' | '.join(f'{point:,}' for point in points)} | exponent [95 %] |"
 
 
 def _row(name: str, values: Sequence[object], head: bool = False) -> list[str]:

@@ -322,6 +322,35 @@ def test_the_page_holds_tables_and_plots_and_keeps_what_people_wrote(tmp_path: P
     assert (docs / "PERFORMANCE.md").read_text() == text
 
 
+def test_the_page_takes_what_other_benches_leave_beside_its_own(tmp_path: Path) -> None:
+    store = tmp_path / "performance"
+    store.mkdir()
+    (tmp_path / "PERFORMANCE.md").write_text(f"{page.BEGIN}\n{page.END}\n")
+    (store / "slim_care_s0.json").write_text(json.dumps({"name": "care_s0", "files": {}}))
+    (store / "engines_care_s0.json").write_text(json.dumps({"name": "care_s0", "rows": []}))
+    page.write_page(tmp_path)
+    assert "care_s0" not in (tmp_path / "PERFORMANCE.md").read_text()
+    about = made_up()
+    both = {"published FP32": [2.0, 1.9, 2.1], "ours FP32": [1.5, 1.4, 1.6]}
+    row = {"task": "segmentation", "what": "ours INT8, OpenVINO", "ms": 80.04, "over": both}
+    growth = {"points": [65536, 262144], "rows": [{**grown()["resolution"]["rows"][0]}]}
+    told = {
+        **{key: about[key] for key in ("arch", "date", "machine")},
+        "side": 512,
+        "load_average": [0.1, 0.2],
+        "rows": [{**row, "noisy": False}],
+        "growth": growth,
+    }
+    (store / "dense_care_s0.json").write_text(json.dumps(told))
+    page.write_page(tmp_path)
+    text = (tmp_path / "PERFORMANCE.md").read_text()
+    assert "### Masks at 512x512: care_s0, with integer dot products" in text
+    ratios = "2.00x [1.90, 2.10] | 1.50x [1.40, 1.60]"
+    assert f"| segmentation | ours INT8, OpenVINO | 80.0 | {ratios} |" in text
+    assert "| ms over pixels, masks | 65,536 | 262,144 | exponent [95 %] |" in text
+    assert "| ours | 1.0 | 4.0 | 1.00 [0.90, 1.10] |" in text
+
+
 def test_answers_stand_beside_the_speed_of_a_trained_checkpoint() -> None:
     trained = made_up()
     rows = trained["settings"][0]["rows"]
