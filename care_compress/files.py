@@ -146,6 +146,14 @@ def not_writable(path: Path, error: OSError) -> RunError:
     )
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept; as XDG asks, a relative $XDG_CACHE_HOME is ignored."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):
+        return Path(base) / "care-compress"
+    return Path(os.path.expanduser("~")) / ".cache" / "care-compress"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_file(path) as temporary:

@@ -21,7 +21,7 @@ from PIL import Image
 from care_compress.data.annotations import Annotation, Boxes, Kind, Mask
 from care_compress.data.checks import digest_of
 from care_compress.data.listing import Split
-from care_compress.data.shapes import Pixels, cache_folder, cached
+from care_compress.data.shapes import Pixels, cached
 from care_compress.data.shapes_render import (
     FORMS,
     TEXTURES,
@@ -35,6 +35,7 @@ from care_compress.data.shapes_render import (
     patterned,
     photograph,
 )
+from care_compress.files import cache_folder
 
 # Part of every file name and image name: raise it with any change of the drawn bits.
 VERSION = "v1"

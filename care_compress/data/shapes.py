@@ -34,7 +34,7 @@ from care_compress.data.checks import digest_of
 from care_compress.data.listing import Split
 from care_compress.data.shapes_render import CLASSES, SIZE, render
 from care_compress.errors import DataError
-from care_compress.files import replacing
+from care_compress.files import cache_folder, replacing
 
 Pixels = NDArray[np.uint8]
 Draw = Callable[[range], Pixels]
@@ -103,14 +103,6 @@ class Shapes:
     def content_digest(self) -> str:
         """The fingerprint: the version in the names stands for the bits."""
         return self.fingerprint()
-
-
-def cache_folder() -> Path:
-    """Where drawn images are kept; as XDG asks, a relative $XDG_CACHE_HOME is ignored."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):
-        return Path(base) / "care-compress"
-    return Path(os.path.expanduser("~")) / ".cache" / "care-compress"
 
 
 def cached(path: Path, shape: tuple[int, ...], draw: Draw) -> Pixels:

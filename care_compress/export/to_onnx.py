@@ -41,9 +41,10 @@ from torch import nn
 
 from care_compress.errors import ExportError
 from care_compress.export.result import About
+from care_compress.export.traces import traced
 from care_compress.files import atomic_file
 from care_compress.libraries import silent
-from care_compress.model.structure import Latest, structure_of
+from care_compress.model.structure import structure_of
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.placement import ROOT, QuantizedCare
 
@@ -80,8 +81,6 @@ _SIMPLIFY = Sequential(
 
 Batch = int | Literal["dynamic"]
 
-_traces: Latest[onnx.ModelProto] = Latest(16)  # a recipe and its targets take up to five
-
 
 def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -> ir.Model:
     """Export a float network for images of one size, and a fixed or free number of them.
@@ -91,8 +90,8 @@ def float_graph(network: nn.Module, resolution: int, batch: Batch = "dynamic") -
     network = network.cpu().eval()
     structure = (resolution, *structure_of(network))
     # Not `clone`, which shares the types of values, and those are edited in place.
-    model = ir.from_proto(_traces.of(structure, lambda: _trace(network, resolution)))
-    # A late graph of the same structure holds the weights of the network that it was traced from.
+    model = ir.from_proto(traced(structure, lambda: _trace(network, resolution)))
+    # A trace has no numbers; these are whose graph it becomes.
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if name in model.graph.initializers:
             value = ir.tensor(tensor.detach().numpy(), name=name)

@@ -23,6 +23,7 @@ from care_compress.data.shapes_render import (
     render,
 )
 from care_compress.errors import DataError
+from care_compress.files import cache_folder
 
 COUNTS = {"train": 50, "val": 40}
 
@@ -245,11 +246,11 @@ def test_a_readable_cache_needs_no_writing(small_cache: Path) -> None:
 
 
 def test_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert shapes.cache_folder() == tmp_path / "care-compress"
+    assert cache_folder() == tmp_path / "care-compress"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for ignored in ("", "relative/folder"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
-        assert shapes.cache_folder() == tmp_path / "home" / ".cache" / "care-compress"
+        assert cache_folder() == tmp_path / "home" / ".cache" / "care-compress"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
