@@ -553,6 +553,14 @@ print(f"{about['classes'][best]} ({odds[best] / odds.sum():.1%})")
         """Logits along a random direction."""
         return logits_along(answer, generator)
 
+    def weighed(self, answer: Tensor, reference: Tensor) -> Tensor:
+        """Every logit counts alike."""
+        return answer
+
+    def lost(self, before: Accuracy, after: Accuracy) -> float:
+        """Points of top-1."""
+        return 100 * (before.correct / before.images - after.correct / after.images)
+
     def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Divergence of the softened answers."""
         return softened_distance(answer, taught, temperature)

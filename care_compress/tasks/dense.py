@@ -31,8 +31,10 @@ from care_compress.tasks.task import (
     Objective,
     Outcome,
     Predict,
+    Score,
     Targets,
     Task,
+    value_of,
 )
 
 Record = Any  # of one image: what the task wants to know of it later
@@ -166,6 +168,10 @@ class DenseTask(Task):
             shown = Letterbox.of(annotated_size(annotation), side).annotation(annotation)
             losses.append(self.loss(one[None], self.targets_of([shown], answer.device, 0.0)))
         return torch.stack(losses).sum()
+
+    def lost(self, before: Score, after: Score) -> float:
+        """Points of the metric; an answer that is no number anywhere has lost all of it."""
+        return value_of(before, self.metric) - value_of(after, self.metric)
 
     def objective(self, distill: DistillSection | None, teacher: Predictor | None) -> Objective:
         """Train by the labels alone."""

@@ -113,8 +113,12 @@ for place in np.argsort(-scores, axis=None):  # the surest first
 
     def along(self, answer: Tensor, generator: torch.Generator) -> Tensor:
         """Corners and logits along a random direction, each in units of what it does to a box."""
-        weighed = weighed_by(answer.detach(), answer)
+        weighed = self.weighed(answer, answer.detach())
         return (weighed * torch.randn(weighed.shape, generator=generator).to(weighed)).sum()
+
+    def weighed(self, answer: Tensor, reference: Tensor) -> Tensor:
+        """Corners by the size of their box, logits by how sure they are."""
+        return weighed_by(reference, answer)
 
     def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """How far a student's output is from its teacher's; independent classes have no softmax."""

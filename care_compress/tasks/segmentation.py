@@ -111,6 +111,10 @@ Image.fromarray(mask).save("mask.png")  # each pixel is a place in the list of c
         """Logits of every place along a random direction."""
         return logits_along(answer, generator)
 
+    def weighed(self, answer: Tensor, reference: Tensor) -> Tensor:
+        """Every logit of every place counts alike."""
+        return answer
+
     def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Divergence of the softened answers, over all places."""
         return softened_distance(self.rows(answer), self.rows(taught), temperature)

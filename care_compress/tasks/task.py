@@ -307,6 +307,14 @@ class Task(Protocol):
         """
         ...
 
+    def weighed(self, answer: Tensor, reference: Tensor) -> Tensor:
+        """Return an answer in units in which equal errors near the reference cost alike."""
+        ...
+
+    def lost(self, before: Any, after: Any) -> float:
+        """Return by how many points of the metric a score is below another on the same images."""
+        ...
+
     def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Return the distance of a compressed model's answer from its teacher's."""
         ...
