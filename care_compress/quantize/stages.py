@@ -342,9 +342,9 @@ def _ptq_by_nncf(
         indices = chosen.held_back(wanted)
         size = images_at_once(recipe.evaluate.batch_size, context.world.device)
         batches = pixel_batches(chosen.samples, recipe.data, indices, size, context.bad)
-        items = [(batch.images, batch.labels) for batch in batches]
         assert recipe.budget.max_drop is not None  # the recipe's own check
-        control = AccuracyControl(recipe.budget.max_drop, items, recipe.data)
+        task = task_called(recipe.task)
+        control = AccuracyControl(task, recipe.budget.max_drop, list(batches), recipe.data)
     with step_line(context.console) as notify:
         notify("NNCF is quantizing")
         quantize_openvino(
