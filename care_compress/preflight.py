@@ -50,7 +50,7 @@ from care_compress.slim.plan import (
     make_plan as make_slim_plan,
 )
 from care_compress.slim.stage import cost_by, watched
-from care_compress.tasks.known import check_task, check_whole_images, labelled, task_called
+from care_compress.tasks.known import check_task, labelled, task_called
 from care_compress.train.stage import LoadedModel, check_batch_size
 
 # Measured (LOG.md): what a file holds beside its weights grows with the number of sites. Unasked, a
@@ -208,8 +208,6 @@ def preflight(recipe: Recipe, world: World, console: Console) -> Ready:
 
     if section is not None and section.backend == "nncf":  # it has no rules that could be checked
         load_nncf()
-        if section.nncf is not None and section.nncf.accuracy_control:
-            check_whole_images(recipe, "NNCF's accuracy control")
         if section.qat is not None and world.size > 1:
             raise TrainingError("NNCF's model cannot be shared out.", "train it in one process")
         if section.target is not None and load_target(section.target).runtime != "openvino":

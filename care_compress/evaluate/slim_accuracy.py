@@ -7,11 +7,8 @@ better of the two is what the cut one is held to.
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -31,17 +28,10 @@ from care_compress.run.stages import Json, once, recipe_parts
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.slim.stage import Slimmed
-from care_compress.tasks.classification import collect_answers, drop_between
+from care_compress.tasks.known import task_called, task_of
+from care_compress.tasks.task import Answers, Collected, Task
 
 GIVEN, TRAINED, SLIM = "float", "float, trained as long", "slim"
-
-
-@dataclass(frozen=True)
-class _Right:
-    """Which images a model got right."""
-
-    first: NDArray[np.bool_]
-    in_top5: NDArray[np.bool_]
 
 
 def score_slim(
@@ -55,6 +45,7 @@ def score_slim(
     """Measure the whole network, as given and equally trained, and what was made of it."""
     trained = {} if slim.whole is given else {TRAINED: slim.whole}
     networks = {GIVEN: given, **trained, SLIM: slim.model}
+    task = task_called(recipe.task)
 
     def measure() -> Json:
         device, world = context.world.device, context.world
@@ -78,30 +69,28 @@ def score_slim(
                 device=device,
                 contents=None,
             )
-            with contextlib.closing(batches):
-                try:
-                    answers = collect_answers(
-                        models, all_to_given, batches, lambda done: None
-                    ).answers
-                except DataError:  # this process has no share of few images; others have
-                    answers = {}
-        mine = {name: _Right(one.right, one.in_top5) for name, one in answers.items()}
-        parts = [part for part in world.gathered(mine) if part]
+            mine: Collected[Answers] | None = None
+            # This process may have no share of few images; others have.
+            with contextlib.closing(batches), contextlib.suppress(DataError):
+                mine = task.collect(models, all_to_given, batches, lambda done: None)
+        parts = [part for part in world.gathered(mine) if part is not None]
         if not parts:
             raise DataError("there was no image to evaluate.", "check the val split")
-        right = {name: np.concatenate([part[name].first for part in parts]) for name in models}
-        top5 = {name: np.concatenate([part[name].in_top5 for part in parts]) for name in models}
+        answers: dict[str, Answers] = {}
+        for name in models:
+            first, *others = (part.answers[name] for part in parts)
+            answers[name] = sum(others, first)
+        metrics, key = {name: one.metrics() for name, one in answers.items()}, task.metric.key
         # Following itself, a whole network may also end below where it began: the better counts.
-        gained = bool(trained) and right[TRAINED].sum() >= right[GIVEN].sum()
+        gained = bool(trained) and metrics[TRAINED][key] >= metrics[GIVEN][key]
         held_to = TRAINED if gained else GIVEN
         found = {}
         for name in models:
             against = GIVEN if name in (GIVEN, TRAINED) else held_to
-            drop = drop_between(right[against], right[name])
+            drop = answers[against].drop_to(answers[name])
             found[name] = {
-                "images": len(right[name]),
-                "top1": 100 * float(right[name].mean()),
-                "top5": 100 * float(top5[name].mean()),
+                "images": sum(map(len, parts)),
+                **metrics[name],
                 "against": against,
                 "drop": drop.value,
                 "drop_ci95": [drop.low, drop.high],
@@ -124,17 +113,17 @@ def score_slim(
         "parameters": [before.parameters, after.parameters],
         "models": models,
     }
-    print_slim(told, context.console)
+    print_slim(told, task, context.console)
     return told
 
 
-def print_slim(told: dict[str, Any], console: Console) -> None:
+def print_slim(told: dict[str, Any], task: Task, console: Console) -> None:
     """Show what the cut cost and what it saves."""
     models = told["models"]
     images = next(iter(models.values()))["images"]
     table = Table(title=f"Slimmed, on {images:,} validation images", title_justify="left")
     table.add_column("model")
-    for column in ("top-1", "top-5", "drop [95 %]"):
+    for column in (*task.shown.values(), "drop [95 %]"):
         table.add_column(column, justify="right")
     table.add_column("against")
     for name, one in models.items():
@@ -143,8 +132,7 @@ def print_slim(told: dict[str, Any], console: Console) -> None:
         first = name == GIVEN
         table.add_row(
             name,
-            f"{one['top1']:.2f} %",
-            f"{one['top5']:.2f} %",
+            *(f"{one[key]:.2f} %" for key in task.shown),
             "" if first else drop,
             "" if first else one["against"],
         )
@@ -159,11 +147,11 @@ def print_slim(told: dict[str, Any], console: Console) -> None:
 
 def slim_line(results: Mapping[str, Any]) -> str:
     """What a reader of a comparison should know of a network that was cut."""
-    slim = results["slim"]
+    slim, key = results["slim"], task_of(results).metric.key
     (macs, fewer), models = slim["macs"], slim["models"]
-    one, whole = models[results.get("kept", SLIM)], f"{models[GIVEN]['top1']:.2f} % as given"
+    one, whole = models[results.get("kept", SLIM)], f"{models[GIVEN][key]:.2f} % as given"
     if TRAINED in models:
-        whole += f", {models[TRAINED]['top1']:.2f} % after the same training"
+        whole += f", {models[TRAINED][key]:.2f} % after the same training"
     low, high = one["drop_ci95"]
     return (
         f"cut to {fewer / macs:.3f} of the multiply-accumulates; the whole network has {whole}, "

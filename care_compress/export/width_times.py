@@ -208,6 +208,7 @@ def _key(recipe: Recipe, section: SlimSection, model: Care) -> str:
     quantize = recipe.quantize and recipe.quantize.model_dump(mode="json", exclude={"qat"})
     return fingerprint(
         {
+            "task": model.task,
             "arch": model.arch,
             "classes": model.num_classes,
             "resolution": recipe.data.resolution,

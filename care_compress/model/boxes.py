@@ -114,6 +114,7 @@ class BoxCare(DenseCare):
 
     task = "detection"
     classes_in = "dense.levels.0.classes.weight"
+    first_read = 1  # the output of the first stage, at stride 4, is left alone
 
     def make_head(self, channels: Sequence[int]) -> nn.Module:
         """Make the head, which reads the last three stage outputs."""

@@ -308,6 +308,7 @@ class Care(nn.Module):
 
     task = "classification"
     classes_in = "head.fc.weight"  # the weight with a row for each class
+    pools = True  # its head reads the mean over all places of the last stage
 
     def __init__(
         self,
@@ -356,6 +357,10 @@ class Care(nn.Module):
     def start_heads(self) -> None:
         """Give fresh heads what they should begin with; nothing for most of them."""
 
+    def readers_of(self, stage: int) -> tuple[str, ...]:
+        """Name the layers of the head that read the output of a stage."""
+        return ("head.fc", "dist_head.fc") if stage == len(self.stages) - 1 else ()
+
     @property
     def is_slimmed(self) -> bool:
         """Whether it is narrower than the published size."""
@@ -388,7 +393,14 @@ class Care(nn.Module):
 class DenseCare(Care):
     """A CARE whose head looks at all four stage outputs, for an answer at every place."""
 
+    pools = False
+    first_read = 0  # the first stage whose output its head reads
     dense: nn.Module
+
+    def readers_of(self, stage: int) -> tuple[str, ...]:
+        """Name the 1x1 that takes the output of a stage into the pyramid."""
+        level = stage - self.first_read
+        return (f"dense.pyramid.laterals.{level}",) if level >= 0 else ()
 
     def add_heads(self, channels: Sequence[int]) -> None:
         """Add the one head of this task."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from care_compress.data.loader import Batch
 from care_compress.data.transforms import normalize
 from care_compress.errors import RunError
 from care_compress.files import atomic_file, temporary_folder
@@ -25,19 +26,20 @@ from care_compress.libraries import (
     signal_stack_kept,
     silent,
 )
+from care_compress.model.care import Care
 from care_compress.model.compact import CompactCare
+from care_compress.model.predictor import TASK
 from care_compress.quantize.calibrate import Batches
 from care_compress.quantize.equalize import norms_to_affine
 from care_compress.recipe.quantize import NncfSection
 from care_compress.recipe.sections import DataSection
 from care_compress.recipe.target import DOT_PRODUCTS, NEEDS
+from care_compress.tasks.task import Score, Task, value_of
 
 # Bounds of the search for layers to keep in float; beyond them a model is not worth quantizing.
 CONTROL_IMAGES = 1000
 MOST_LAYERS = 20
 RANKING_BATCHES = 2  # that tell which layer hurts most
-
-Item = tuple[Tensor, Tensor]  # uint8 pixels (B, 3, H, W), labels (B,)
 
 
 @dataclass(frozen=True)
@@ -61,26 +63,31 @@ class Calibration:
 class AccuracyControl:
     """What the search for layers to keep in float is judged on."""
 
-    max_drop: float  # points of top-1
-    items: list[Item]
+    task: Task
+    max_drop: float  # points of its metric
+    items: list[Batch]  # of pixels
     data: DataSection
 
     def validate(
-        self, compiled: Any, items: Iterable[Item]
+        self, compiled: Any, items: Iterable[Batch]
     ) -> tuple[float, list[list[NDArray[np.float32]]]]:
-        """Top-1 in percent and, for NNCF to rank layers by, the logits of every batch."""
-        right, images, outputs = 0, 0, []
-        for pixels, labels in items:
-            (logits,) = compiled(self.prepare((pixels, labels))).values()
-            outputs.append([logits.copy()])
-            numbers = np.isfinite(logits).all(axis=1)  # NaN would rank first, and may be right
-            right += int(((logits.argmax(axis=1) == labels.numpy()) & numbers).sum())
-            images += len(labels)
-        return 100 * right / images, outputs
+        """The task's metric in percent and, for NNCF to rank layers by, the answers to every batch.
 
-    def prepare(self, item: Item) -> NDArray[np.float32]:
+        The task counts an answer that is no number as wrong.
+        """
+        scores, outputs = list[Score](), []
+        for batch in items:
+            (answer,) = compiled(self.prepare(batch)).values()
+            outputs.append([answer.copy()])
+            scores.append(self.task.count(torch.from_numpy(outputs[-1][0]), batch))
+        first, *others = scores
+        return value_of(sum(others, first), self.task.metric), outputs
+
+    def prepare(self, batch: Batch) -> NDArray[np.float32]:
         """Pixels as the network takes them."""
-        prepared: NDArray[np.float32] = normalize(item[0], self.data.mean, self.data.std).numpy()
+        prepared: NDArray[np.float32] = normalize(
+            batch.images, self.data.mean, self.data.std
+        ).numpy()
         return np.ascontiguousarray(prepared)
 
 
@@ -121,12 +128,17 @@ def quantize_openvino(
                 ),
                 **settings,
             )
-    mark_range(quantized, full_range)
+    mark(quantized, network.task, full_range)
     save_openvino(quantized, path)
 
 
-def mark_range(model: Any, full_range: bool) -> None:
-    """Note in an OpenVINO model that its weights are right only where there are dot products."""
+def mark(model: Any, task: str, full_range: bool) -> None:
+    """Note in an OpenVINO model what it answers, unless it is a classifier, which says nothing.
+
+    And that its weights are right only where there are dot products.
+    """
+    if task != Care.task:
+        model.set_rt_info(task, TASK.split("."))
     if full_range:
         model.set_rt_info(DOT_PRODUCTS, NEEDS.split("."))
 

@@ -15,7 +15,7 @@ from care_compress.libraries import load_nncf, quiet, silent
 from care_compress.model.compact import CompactCare
 from care_compress.quantize.nncf_ptq import (
     Calibration,
-    mark_range,
+    mark,
     nncf_settings,
     prepared,
     save_openvino,
@@ -73,7 +73,7 @@ def train_openvino(
     trained = trainee.result.cpu().eval()
     resolution = training.recipe.data.resolution
     made = to_openvino(_exportable(trained, resolution), resolution)
-    mark_range(made, full_range)
+    mark(made, network.task, full_range)
     save_openvino(made, path)
     return trainee.progress
 

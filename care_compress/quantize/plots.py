@@ -37,7 +37,9 @@ def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_trials(trials: Sequence[Trial], max_drop: float, unit: str, path: Path) -> None:
+def plot_trials(
+    trials: Sequence[Trial], max_drop: float, metric: str, unit: str, path: Path
+) -> None:
     """Draw the drop over the cost of every trial; the staircase is the Pareto front."""
     figure, axes = _drawing(7, 4.5, f"{len(trials)} trials")
     for within, colour, label in ((False, "#c0392b", "over"), (True, "#2a7f4f", "within")):
@@ -48,7 +50,7 @@ def plot_trials(trials: Sequence[Trial], max_drop: float, unit: str, path: Path)
     axes.axhline(max_drop, color="#999", ls="--", lw=1)
     axes.text(axes.get_xlim()[0], max_drop, " budget", va="bottom", color="#666")
     axes.set_xlabel(unit)
-    axes.set_ylabel("top-1 drop (points)")
+    axes.set_ylabel(f"{metric} drop (points)")
     axes.legend(frameon=False)
     save_figure(figure, path)
 

@@ -24,7 +24,9 @@ from care_compress.quantize.ptq import PtqJob, Quantized, first_images, planned,
 from care_compress.quantize.sensitivity import logits_of, only
 from care_compress.quantize.spec import Plan
 from care_compress.recipe.quantize import QuantizeSection, RuleSection, SearchSection, TensorSection
+from care_compress.recipe.sections import DROPS
 from care_compress.recipe.target import load_target
+from care_compress.tasks.known import task_called
 
 NOISE_IMAGES = 96  # that a site's noise is measured on
 BATCH = 32
@@ -165,7 +167,8 @@ class _Hunt:
         if self.best is None:
             raise RecipeError(
                 f"what the search may not change already loses {self.trials[-1].drop:.2f} points, "
-                f"more than budget.max_top1_drop {self.max_drop}.",
+                f"more than budget.{DROPS[task_called(self.job.network.task).name]} "
+                f"{self.max_drop}.",
                 "leave attention, residual_add and fp16 sites in float, or raise the budget",
             )
         return self.best
@@ -232,7 +235,8 @@ def _ordered_steps(job: PtqJob, section: QuantizeSection, search: SearchSection)
 def _noises(
     job: PtqJob, section: QuantizeSection, sites: Sequence[str], precision: str
 ) -> dict[str, float]:
-    """Squared logit error of each site alone at this precision."""
+    """Squared error of the answers of each site alone at this precision."""
+    task = task_called(job.network.task)
     quick = {"reconstruct": None, "bias_correction": False, "norm_reestimation": False}
     alike = _with_precisions(section, dict.fromkeys(sites, precision))
     plain = alike.model_copy(update=quick)
@@ -243,5 +247,6 @@ def _noises(
     found = {}
     for site in sites:
         only(model, {site})
-        found[site] = float((logits_of(model, images) - wanted).double().square().mean())
+        error = task.weighed(logits_of(model, images), wanted) - task.weighed(wanted, wanted)
+        found[site] = float(error.double().square().mean())
     return found

@@ -7,16 +7,18 @@ measurement goes on where it stopped, and nothing is measured twice for the same
 
 import contextlib
 import platform
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from care_compress.data.annotations import Annotation, Boxes
+from care_compress.data.loader import Batch
 from care_compress.errors import RunError
 from care_compress.files import (
     atomic_file,
@@ -31,15 +33,17 @@ from care_compress.quantize.placement import QuantizedCare
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.sections import RewriteSection
 from care_compress.tasks.distance import Distance
+from care_compress.tasks.known import task_called
+from care_compress.tasks.task import Score, Task
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Distance of quantized logits from the float ones over some images."""
+    """Distance of quantized answers from the float ones over some images."""
 
     sqnr_db: float
     kl: float
-    top1: float  # points lost
+    drop: float  # points of the task's metric, by whose key JSON has it
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,33 @@ class Sensitivity:
 
 @torch.inference_mode()
 def logits_of(model: QuantizedCare, images: Sequence[Tensor]) -> Tensor:
-    """Logits of all batches."""
+    """Logits of all batches, or what a network of another task answers."""
     return torch.cat([model(batch) for batch in images])
 
 
-def effect(quantized_BK: Tensor, float_BK: Tensor, labels_B: Tensor) -> Effect:
-    """SQNR of the logits, mean KL(float || quantized), and top-1 lost in points."""
+class Answered(NamedTuple):
+    """Answers to all batches, and how good they are."""
+
+    answers: Tensor
+    score: Score
+
+    @classmethod
+    def of(cls, task: Task, answers: Tensor, batches: Sequence[Batch]) -> "Answered":
+        """Count answers to these batches."""
+        parts = torch.split(answers, [len(batch.images) for batch in batches])
+        first, *others = map(task.count, parts, batches)
+        return cls(answers, sum(others, first))
+
+
+def effect(task: Task, found: Answered, wanted: Answered) -> Effect:
+    """SQNR of the answers, mean KL(float || quantized) over their rows, and points lost."""
     distance = Distance()
-    distance.add(float_BK, quantized_BK)
-    before, after = (F.log_softmax(x.double(), dim=1) for x in (float_BK, quantized_BK))
+    distance.add(wanted.answers, found.answers)
+    before, after = (
+        F.log_softmax(task.rows(one.answers).double(), dim=1) for one in (wanted, found)
+    )
     kl = F.kl_div(after, before, reduction="batchmean", log_target=True)
-    right = [(x.argmax(dim=1) == labels_B).double().mean() for x in (float_BK, quantized_BK)]
-    return Effect(distance.shown_db, float(kl), 100 * float(right[0] - right[1]))
+    return Effect(distance.shown_db, float(kl), task.lost(wanted.score, found.score))
 
 
 def quantized_sites(model: QuantizedCare) -> list[str]:
@@ -85,26 +104,41 @@ Effects = dict[str, dict[str, float]]  # both of a site, by name, as plain data
 class SiteJob:
     """What sites are measured on: a network with their quantizers, and images held in memory."""
 
+    task: Task
     model: QuantizedCare
     section: QuantizeSection  # and the rewrites: what builds the network again elsewhere
     rewrites: RewriteSection
-    images: tuple[Tensor, ...]
-    labels_B: Tensor
+    batches: tuple[Batch, ...]
+
+    @property
+    def images(self) -> int:
+        """How many images."""
+        return sum(len(batch.images) for batch in self.batches)
 
     @cached_property
-    def float_logits_BK(self) -> Tensor:
-        """Logits of the network without any quantizer."""
+    def in_float(self) -> Answered:
+        """Answers of the network without any quantizer."""
         self.model.enable(False)
-        return logits_of(self.model, self.images)
+        return self._answered()
+
+    def _answered(self) -> Answered:
+        answers = logits_of(self.model, [batch.images for batch in self.batches])
+        return Answered.of(self.task, answers, self.batches)
 
     def effects(self, site: str) -> Effects:
         """Measure one site, alone and left out."""
-        wanted, sites = self.float_logits_BK, set(quantized_sites(self.model))
+        wanted, sites = self.in_float, set(quantized_sites(self.model))
         found = {}
         for name, chosen in (("alone", {site}), ("left_out", sites - {site})):
             only(self.model, chosen)
-            found[name] = asdict(effect(logits_of(self.model, self.images), wanted, self.labels_B))
+            one = effect(self.task, self._answered(), wanted)
+            lost = {self.task.metric.key: one.drop}
+            found[name] = {"sqnr_db": one.sqnr_db, "kl": one.kl, **lost}
         return found
+
+    def effect_of(self, told: Mapping[str, float]) -> Effect:
+        """Read an effect from plain data."""
+        return Effect(told["sqnr_db"], told["kl"], told[self.task.metric.key])
 
 
 MODEL_FILE, IMAGES_FILE = "model.safetensors", "images.pt"
@@ -114,7 +148,7 @@ def save_job(job: SiteJob, folder: Path) -> str:
     """Write a job for other processes; return the digest that they check."""
     save_quantized(job.model, job.section, job.rewrites, folder / MODEL_FILE)
     with atomic_file(folder / IMAGES_FILE) as path:
-        torch.save({"images": list(job.images), "labels": job.labels_B}, path)
+        torch.save([_packed(batch) for batch in job.batches], path)
     return fingerprint([sha256_file(folder / name) for name in (MODEL_FILE, IMAGES_FILE)])
 
 
@@ -131,9 +165,31 @@ def load_job(folder: Path, digest: str) -> SiteJob:
     header, saved = quantized_header(files[0]), load_saved(files[0])
     assert header is not None
     held = torch.load(files[1], weights_only=True)
-    return SiteJob(
-        saved.model, saved.section, header.rewrite, tuple(held["images"]), held["labels"]
-    )
+    task = task_called(header.task)
+    return SiteJob(task, saved.model, saved.section, header.rewrite, tuple(map(_unpacked, held)))
+
+
+def _packed(batch: Batch) -> dict[str, Any]:
+    """A batch as tensors and numbers alone, which are read without running code."""
+    labels: list[Any] = []
+    for one in batch.annotations:
+        if isinstance(one, Boxes):
+            parts = (one.corners, one.classes, one.crowd)
+            labels.append((*map(torch.from_numpy, parts), *one.size))
+        else:
+            labels.append(torch.from_numpy(one))
+    return {**batch._asdict(), "annotations": labels}
+
+
+def _unpacked(held: Mapping[str, Any]) -> Batch:
+    labels: list[Annotation] = []
+    for one in held["annotations"]:
+        if isinstance(one, Tensor):
+            labels.append(one.numpy())
+        else:
+            corners, classes, crowd, height, width = one
+            labels.append(Boxes(corners.numpy(), classes.numpy(), crowd.numpy(), (height, width)))
+    return Batch(held["images"], held["labels"], held["indices"], tuple(labels))
 
 
 # A job and sites; each site with its effects comes back, in any order.
@@ -169,12 +225,12 @@ def measure_sensitivity(
         for site, effects in measured:
             done[site] = effects
             in_order = {name: done[name] for name in sites if name in done}
-            content = {"key": key, "images": len(job.labels_B), "sites": in_order}
+            content = {"key": key, "images": job.images, "sites": in_order}
             write_text(cache, json_text(content, indent=1))
             progress(1)
     job.model.enable(True)
     found = [
-        Sensitivity(site, Effect(**done[site]["alone"]), Effect(**done[site]["left_out"]))
+        Sensitivity(site, job.effect_of(done[site]["alone"]), job.effect_of(done[site]["left_out"]))
         for site in sites
     ]
     return sorted(found, key=lambda one: one.alone.sqnr_db)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -48,7 +47,7 @@ from care_compress.recipe.quantize import NncfSection, QatSection, QuantizeSecti
 from care_compress.recipe.recipe import Recipe
 from care_compress.run.context import RunContext
 from care_compress.run.stages import EVERYTHING, once, recipe_parts
-from care_compress.tasks.known import check_whole_images, labelled
+from care_compress.tasks.known import labelled, task_called
 from care_compress.train.loop import Validate
 from care_compress.train.stage import training_in
 
@@ -58,7 +57,7 @@ CALIBRATION_FILE = "calibration.json"
 SITE_BATCH = 64  # of the images that every site is measured on
 SHOWN_SITES = 15  # the hardest; the JSON has all
 UNITS = {"bit_operations": "bit operations of one image", "energy": "energy of one image (mJ)"}
-# A simulation, and images of a data set; its top-1 drop there in points.
+# A simulation, and images of a data set; its drop there in points of the task.
 Judge = Callable[[QuantizedCare, Samples, Sequence[int]], float]
 
 
@@ -200,7 +199,6 @@ def measure_sites(
 ) -> list[Sensitivity]:
     """Measure every site of the PTQ result on `count` evenly spaced validation images."""
     run, console = context.run, context.console
-    check_whole_images(recipe, "sensitivity")
     chosen = calibration_images(context, recipe, section, compact)
     # Corrections and learned rounding mend the error of all sites at once: with them in, switching
     # a site off would not lead back to the float model.
@@ -218,15 +216,15 @@ def measure_sites(
     loaded = prepared_batches(validation, recipe.data, SITE_BATCH, bad=context.bad, indices=indices)
     with contextlib.closing(loaded):
         batches = list(loaded)
-    images, labels = tuple(one.images for one in batches), torch.cat([b.labels for b in batches])
-    site_job = SiteJob(model, plain, recipe.rewrite, images, labels)
+    task = task_called(recipe.task)
+    site_job = SiteJob(task, model, plain, recipe.rewrite, tuple(batches))
     key = fingerprint(
         {
             "model": state_digest(model.state_dict()),
             "plan": [str(decision) for decision in model.plan.decisions],
             "images": validation.content_digest(),
             "data": recipe.data.model_dump(mode="json", exclude={"workers"}),
-            "count": len(labels),
+            "count": site_job.images,
         }
     )
     measured, plot = run.path / "sensitivity.json", run.path / "sensitivity.svg"
@@ -235,7 +233,7 @@ def measure_sites(
     run.record_output(measured)
     plot_sensitivity(found, plot)
     run.record_output(plot)
-    console.print(sensitivity_table(found, len(labels)))
+    console.print(sensitivity_table(found, task.metric.name, site_job.images))
     console.print(
         f"all {len(found)} sites: {escape(str(measured))}, plot: {escape(str(plot))}",
         soft_wrap=True,
@@ -243,20 +241,20 @@ def measure_sites(
     return found
 
 
-def sensitivity_table(found: list[Sensitivity], images: int) -> Table:
+def sensitivity_table(found: list[Sensitivity], metric: str, images: int) -> Table:
     """The hardest sites."""
     table = Table(title=f"Hardest sites, {images:,} validation images", title_justify="left")
     table.add_column("site", no_wrap=True)
-    for column in ("alone", "KL", "top-1", "left out", "top-1"):
+    for column in ("alone", "KL", metric, "left out", metric):
         table.add_column(column, justify="right")
     for one in found[:SHOWN_SITES]:
         table.add_row(
             short_name(one.site),
             f"{one.alone.sqnr_db:.1f} dB",
             f"{one.alone.kl:.1e}",
-            f"{-one.alone.top1:+.2f}",
+            f"{-one.alone.drop:+.2f}",
             f"{one.left_out.sqnr_db:.1f} dB",
-            f"{-one.left_out.top1:+.2f}",
+            f"{-one.left_out.drop:+.2f}",
         )
     return table
 
@@ -316,7 +314,8 @@ def _searched(
     trials = [asdict(trial) for trial in found.trials]
     context.run.write_json("ptq/trials.json", {"cost": search.cost, "trials": trials})
     picture = context.run.path / "ptq" / "trials.svg"
-    plot_trials(found.trials, max_drop, UNITS[search.cost], picture)
+    metric = task_called(recipe.task).metric.name
+    plot_trials(found.trials, max_drop, metric, UNITS[search.cost], picture)
     context.run.record_output(picture)
     console.print(f"trials: {escape(str(picture))}", soft_wrap=True)
     if search.max_cost is not None and found.cost > search.max_cost:
@@ -343,9 +342,9 @@ def _ptq_by_nncf(
         indices = chosen.held_back(wanted)
         size = images_at_once(recipe.evaluate.batch_size, context.world.device)
         batches = pixel_batches(chosen.samples, recipe.data, indices, size, context.bad)
-        items = [(batch.images, batch.labels) for batch in batches]
         assert recipe.budget.max_drop is not None  # the recipe's own check
-        control = AccuracyControl(recipe.budget.max_drop, items, recipe.data)
+        task = task_called(recipe.task)
+        control = AccuracyControl(task, recipe.budget.max_drop, list(batches), recipe.data)
     with step_line(context.console) as notify:
         notify("NNCF is quantizing")
         quantize_openvino(

@@ -96,7 +96,7 @@ class QatSection(FollowSection):
 
 
 class SearchSection(Section):
-    """Automatic mixed precision: bits per site under ``budget.max_top1_drop``."""
+    """Automatic mixed precision: bits per site under the budget's drop."""
 
     cost: Literal["bit_operations", "energy"] = "bit_operations"
     max_cost: Positive | None = Field(
@@ -122,7 +122,7 @@ class NncfSection(Section):
         (), description="operations of OpenVINO that stay in float; MatMul is attention and head"
     )
     accuracy_control: bool = Field(
-        False, description="keep layers in float until budget.max_top1_drop holds"
+        False, description="keep layers in float until the budget's drop holds"
     )
 
     @property

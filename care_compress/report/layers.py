@@ -56,7 +56,7 @@ def layers(sources: Sources) -> list[Block]:
     return [
         _profile(found, decisions),
         *(shown or [missing(unknown)]),
-        *_layer_table(found, decisions, alone),
+        *_layer_table(found, decisions, alone, sources.task.metric),
     ]
 
 
@@ -106,7 +106,9 @@ def _sensitivity(alone: Json, images: int) -> Figure:
     )
 
 
-def _layer_table(found: Json, decisions: dict[str, Json], alone: Json) -> list[Table]:
+def _layer_table(
+    found: Json, decisions: dict[str, Json], alone: Json, metric: Metric
+) -> list[Table]:
     rows: list[Row] = []
     for one in found["sites"]:
         decision = decisions[one["site"]]
@@ -118,12 +120,12 @@ def _layer_table(found: Json, decisions: dict[str, Json], alone: Json) -> list[T
             "own input dB": number(one["input_db"], 1),
         }
         if alone:
-            nothing = {"sqnr_db": None, "top1": None}
+            nothing = {"sqnr_db": None, metric.key: None}
             effects = alone.get(one["site"], {"alone": nothing, "left_out": nothing})
             row = {
                 **row,
                 "alone dB": number(effects["alone"]["sqnr_db"], 1),
-                "alone top-1 drop": number(effects["alone"]["top1"], 2),
+                f"alone {metric.name} drop": number(effects["alone"][metric.key], 2),
                 "left out dB": number(effects["left_out"]["sqnr_db"], 1),
             }
         rows.append(row)

@@ -76,6 +76,7 @@ def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
             "train": _without(said["train"] or {}, WATCHING),
         },
         "slim": {
+            "task": said["task"],
             "seed": said["seed"],
             "data": data,
             "name": said["name"],

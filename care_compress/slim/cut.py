@@ -15,7 +15,7 @@ Kept = Mapping[Place, Sequence[int]]  # channels that stay; a place that is not 
 def cut(model: Care, kept: Kept, means: Mapping[Place, Tensor] | None = None) -> Care:
     """A copy of a network with nothing but the `kept` channels; without any, a place is gone.
 
-    What is cut was, on average, the `means` of its hidden channels: the second 1x1 takes that
+    What is cut was, on average, the `means` of its hidden channels: the 1x1 behind them takes that
     part over as a constant, b2 += W2[:, c] E[h_c]. It is exact for channels that never vary.
     """
     widths = {"inter1": list(model.widths.hidden1), "inter2": list(model.widths.hidden2)}
@@ -29,23 +29,24 @@ def cut(model: Care, kept: Kept, means: Mapping[Place, Tensor] | None = None) ->
             state = {name: value for name, value in state.items() if not name.startswith(prefix)}
             continue
         chosen = torch.as_tensor(channels)
-        if means is not None and not place.last:
+        readers = model.readers_of(place.stage) if place.last else (f"{prefix}fc2",)
+        pooled = place.last and model.pools
+        if means is not None and not pooled:
             gone = torch.ones(place.channels, dtype=torch.bool)
             gone[chosen] = False
-            weight = state[f"{prefix}fc2.weight"].flatten(1).double()
-            _add(state, f"{prefix}fc2.bias", weight[:, gone] @ means[place].double()[gone])
+            for name in readers:
+                weight = state[f"{name}.weight"].flatten(1).double()
+                _add(state, f"{name}.bias", weight[:, gone] @ means[place].double()[gone])
         for name in ("fc1.weight", "fc1.bias", "conv.weight", "conv.bias"):
             state[prefix + name] = state[prefix + name][chosen]
-        readers = [f"{prefix}fc2.weight"]
-        if place.last:
-            readers = ["head.fc.weight", "dist_head.fc.weight"]
+        if pooled:
             for name in ("weight", "bias"):
                 for head in ("head", "dist_head"):
                     state[f"{head}.norm.{name}"] = state[f"{head}.norm.{name}"][chosen]
         for name in readers:
-            state[name] = state[name][:, chosen]
+            state[f"{name}.weight"] = state[f"{name}.weight"][:, chosen]
     narrow = Widths(tuple(widths["inter1"]), tuple(widths["inter2"]))
-    slim = Care(model.arch, model.num_classes, widths=narrow).to(next(model.parameters()))
+    slim = type(model)(model.arch, model.num_classes, widths=narrow).to(next(model.parameters()))
     slim.load_state_dict(state)
     return slim.train(model.training)
 

@@ -1,4 +1,4 @@
-"""Healing: a cut network is trained to answer as the whole one does, logits and stage outputs."""
+"""Healing: a cut network is trained to answer as the whole one does, at its stages too."""
 
 import copy
 
@@ -17,20 +17,21 @@ class Follower(nn.Module):
     def __init__(self, care: Care) -> None:
         super().__init__()
         self.care = care
+        self.task = care.task
 
     def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """(logits, stage outputs) in training mode, logits in eval mode; the mean of both heads.
-
-        The mean is what is deployed, so the mean is what learns.
-        """
-        logits, features = self.answers(x_BCHW)
-        return (logits, features) if self.training else logits
+        """(answer, stage outputs) in training mode, the answer in eval mode."""
+        answer, features = self.answers(x_BCHW)
+        return (answer, features) if self.training else answer
 
     def answers(self, x_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and stage outputs in any mode."""
+        """Answer and stage outputs in any mode.
+
+        Of a classifier's two heads the mean is deployed, so the mean is what learns.
+        """
         features = self.care.forward_features(x_BCHW)
-        pooled = features[-1].mean(dim=(2, 3))
-        return (self.care.head(pooled) + self.care.dist_head(pooled)) / 2, features
+        said = self.care.answer(features)
+        return (said[0] + said[1]) / 2 if isinstance(said, tuple) else said, features
 
 
 class FollowWhole:
@@ -47,13 +48,13 @@ class FollowWhole:
         self.section = section
 
     def __call__(
-        self, model: nn.Module, images_BCHW: Tensor, targets_BK: Targets, progress: float
+        self, model: nn.Module, images_BCHW: Tensor, targets: Targets, progress: float
     ) -> Outcome:
         """Run student and teacher on the same images."""
         with torch.no_grad():
-            taught_BK, taught = self.teacher.answers(images_BCHW)
-        logits_BK, features = model(images_BCHW)
+            taught_answer, taught = self.teacher.answers(images_BCHW)
+        answer, features = model(images_BCHW)
         loss = follow_float(
-            self.task, logits_BK, features, taught_BK, taught, targets_BK, self.section
+            self.task, answer, features, taught_answer, taught, targets, self.section
         )
-        return Outcome(loss, logits_BK.detach())
+        return Outcome(loss, answer.detach())

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from care_compress.console import widened
 from care_compress.errors import RecipeError
-from care_compress.model.care import Care, DenseCare
+from care_compress.model.care import Care
 from care_compress.model.cost import measure_cost
 from care_compress.recipe.slim import SlimSection
 from care_compress.slim.allocate import choose_widths
-from care_compress.slim.places import Place, bottleneck_at, find_places
+from care_compress.slim.places import Place, bottleneck_at, find_places, layer_behind
 from care_compress.slim.rank import (
     Ranking,
     by_reconstruction,
@@ -103,11 +103,6 @@ class SlimPlan:
 
 def check_slim(model: Care, section: SlimSection) -> None:
     """Refuse what cannot be slimmed as asked, before anything is measured."""
-    if isinstance(model, DenseCare):
-        raise RecipeError(
-            f"slim cuts classifiers, and this is a network for {model.task}.",
-            "slim the classifier first, and train the head on what is left of it",
-        )
     if model.is_slimmed:
         raise RecipeError(
             f"the checkpoint is a {model.arch} that was slimmed already.",
@@ -127,18 +122,17 @@ def check_slim(model: Care, section: SlimSection) -> None:
 def cost_of(model: Care, kind: str, resolution: int) -> Cost:
     """Costs that are counted: multiply-accumulates of one image, or parameters."""
     places, whole = tuple(find_places(model)), measure_cost(model, resolution)
-    classes = model.num_classes
     if kind == "macs":
         return Cost(
             "MACs",
             whole.macs,
-            lambda place, width: width * place.macs_of_channel(resolution, classes),
+            lambda place, width: width * place.macs_of_channel(resolution, model),
             places,
         )
     return Cost(
         "parameters",
         whole.parameters,
-        lambda place, width: width * place.parameters_of_channel(classes),
+        lambda place, width: width * place.parameters_of_channel(model),
         places,
     )
 
@@ -209,8 +203,8 @@ def rank(
 ) -> Ranking:
     """The channels of one place by one measure of importance."""
     half = bottleneck_at(model, place)
-    # What is deployed of the heads is their mean.
-    readers = head_weight(model) if half.fc2 is None else half.fc2.weight.detach().flatten(1)
+    behind = layer_behind(model, place)
+    readers = head_weight(model) if behind is None else behind.weight.detach().flatten(1)
     if importance == "magnitude":
         return by_scores(magnitude(half, readers))
     if importance == "module_aware":

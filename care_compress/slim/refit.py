@@ -7,7 +7,7 @@ Front to back, so that each layer also makes up for what the layers before it co
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from care_compress.model.care import Block, Bottleneck, Care, Stage
@@ -50,9 +50,9 @@ class Normal:
 def refit(
     slim: Care, whole: Care, images: Sequence[Tensor], advance: Callable[[int], None]
 ) -> None:
-    """Refit every second 1x1 and both heads of `slim` to what `whole` computes on these images."""
+    """Refit every second 1x1 and what of the head reads a stage to what `whole` computes."""
     ours, theirs = ([model.eval().stem(batch) for batch in images] for model in (slim, whole))
-    for stage, twin in zip(_stages(slim), _stages(whole), strict=True):
+    for number, (stage, twin) in enumerate(zip(_stages(slim), _stages(whole), strict=True)):
         if stage.downsample is not None and twin.downsample is not None:
             ours = [stage.downsample(x) for x in ours]
             theirs = [twin.downsample(x) for x in theirs]
@@ -60,6 +60,23 @@ def refit(
             assert isinstance(block, Block) and isinstance(other, Block)
             ours, theirs = _refit_block(block, other, ours, theirs)
             advance(1)
+        if not slim.pools:
+            for name in slim.readers_of(number):
+                own, teacher = (model.get_submodule(name) for model in (slim, whole))
+                assert isinstance(own, nn.Conv2d)
+                fit = Normal(own.in_channels, own.out_channels)
+                for x, y in zip(ours, theirs, strict=True):
+                    fit.add(_rows(x), _rows(teacher(y)))
+                _assign_1x1(own, fit)
+    if slim.pools:
+        _refit_classifier(slim, whole, ours, theirs)
+    slim.requires_grad_(True)
+
+
+def _refit_classifier(
+    slim: Care, whole: Care, ours: Sequence[Tensor], theirs: Sequence[Tensor]
+) -> None:
+    """Refit both heads to the logits of the whole network."""
     pooled, wanted = ([x.mean(dim=(2, 3)) for x in one] for one in (ours, theirs))
     for head, teacher in ((slim.head, whole.head), (slim.dist_head, whole.dist_head)):
         normal = Normal(head.fc.in_features, head.fc.out_features)
@@ -67,7 +84,6 @@ def refit(
             normal.add(head.norm(F.gelu(x)), teacher(y))
         if normal.samples >= head.fc.in_features:  # an image is one sample; fewer fit anything
             assign(head.fc, *normal.solve(head.fc.weight, RIDGE))
-    slim.requires_grad_(True)
 
 
 def _refit_block(
@@ -98,9 +114,14 @@ def _refit_half(
         normal = Normal(half.fc2.in_channels, half.fc2.out_channels)
         for x, y in zip(ours, theirs, strict=True):
             normal.add(_rows(_hidden(half, x)), _rows(y - x))
-        weight, bias = normal.solve(half.fc2.weight.flatten(1), RIDGE)
-        assign(half.fc2, weight.reshape(half.fc2.weight.shape), bias)
+        _assign_1x1(half.fc2, normal)
     return [_through(half, x) for x in ours], theirs
+
+
+def _assign_1x1(layer: nn.Conv2d, normal: Normal) -> None:
+    """Give a 1x1 the solution."""
+    weight, bias = normal.solve(layer.weight.flatten(1), RIDGE)
+    assign(layer, weight.reshape(layer.weight.shape), bias)
 
 
 def _hidden(half: Bottleneck, x: Tensor) -> Tensor:

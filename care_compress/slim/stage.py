@@ -144,7 +144,8 @@ def watched(
         contextlib.closing(batches),
         progress_bar(console, "watching channels", len(indices)) as advance,
     ):
-        found = measure_hidden(model.to(device), batches, recipe.seed, advance)
+        task = task_called(recipe.task)
+        found = measure_hidden(task, model.to(device), batches, recipe.seed, advance)
     model.cpu()
     return found
 

@@ -11,17 +11,19 @@ from torch.nn import functional as F
 from care_compress.data.loader import Batch
 from care_compress.errors import DataError
 from care_compress.model.care import HEAD_EPS, Care
-from care_compress.slim.places import Place, bottleneck_at, find_places
+from care_compress.slim.places import Place, bottleneck_at, find_places, layer_behind
+from care_compress.tasks.task import Task
 
 
 @dataclass
 class HiddenStatistics:
     """Of one place: moments of what the layer behind it reads, and what errors there cost."""
 
-    mean_H: Tensor  # of the hidden channels; of the last place, of what the head's product reads
+    # Of the hidden channels; where a classifier pools them, of what its head's product reads.
+    mean_H: Tensor
     covariance_HH: Tensor
     taylor_H: Tensor  # E[(sum over positions of gradient x activation)^2], of the training loss
-    importance_O: Tensor  # E[sum over positions of (d logits / d output)^2]
+    importance_O: Tensor  # E[sum over positions of (d answer / d output)^2]
 
 
 class _Sums:
@@ -49,7 +51,11 @@ class _Sums:
 
 
 def measure_hidden(
-    model: Care, batches: Iterable[Batch], seed: int, advance: Callable[[int], None]
+    task: Task,
+    model: Care,
+    batches: Iterable[Batch],
+    seed: int,
+    advance: Callable[[int], None],
 ) -> dict[Place, HiddenStatistics]:
     """Watch every place while the network sees the images; one pass forward, two back."""
     places = find_places(model)
@@ -59,28 +65,27 @@ def measure_hidden(
     generator = torch.Generator().manual_seed(seed)
     with watching(model.eval(), places, hidden, outputs), torch.enable_grad():
         for batch in batches:
-            logits = model(batch.images.detach().requires_grad_())
-            labels = batch.labels.to(logits.device)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            answer = model(batch.images.detach().requires_grad_())
+            loss = task.loss_of_images(answer, batch)
             inner = [hidden[place] for place in places]
             by_loss = torch.autograd.grad(loss, inner, retain_graph=True)
-            # A random direction among the logits, free of the constant that changes no answer: the
-            # mean square of its gradient is that of the whole Jacobian (Hutchinson).
-            probe = torch.randn(logits.shape, generator=generator).to(logits)
-            along = (logits * (probe - probe.mean(dim=1, keepdim=True))).sum()
-            # The last place has no layer behind it but the heads: its outputs are the logits.
-            outer = [logits if place.last else outputs[place] for place in places]
-            by_logits = torch.autograd.grad(along, outer)
-            for place, x, dx, dy in zip(places, inner, by_loss, by_logits, strict=True):
+            # The mean square of a random direction's gradient is that of the whole Jacobian
+            # (Hutchinson).
+            along = task.along(answer, generator)
+            # Where a classifier pools the last place, its outputs are the logits.
+            outer = [outputs.get(place, answer) for place in places]
+            by_answer = torch.autograd.grad(along, outer)
+            for place, x, dx, dy in zip(places, inner, by_loss, by_answer, strict=True):
                 x, dx, dy = (flat(one.detach()) for one in (x, dx, dy))
                 if place not in sums:
                     sums[place] = _Sums(x.shape[1], dy.shape[1])
                 held = sums[place]
                 held.images += len(x)
-                held.add_hidden(head_input(x.mean(dim=2))[:, :, None] if place.last else x)
+                pooled = place not in outputs
+                held.add_hidden(head_input(x.mean(dim=2))[:, :, None] if pooled else x)
                 held.taylor += (x * dx).sum(dim=2).square().sum(dim=0).double().cpu()
                 held.output += dy.square().sum(dim=(0, 2)).double().cpu()
-            advance(len(labels))
+            advance(len(batch.labels))
     if not sums:
         raise DataError("there was no image to watch.", "check the train split of data.source")
     return {place: held.result() for place, held in sums.items()}
@@ -93,8 +98,8 @@ def watching(
     """Keep the hidden channels of each place, and what the layer behind them makes of them."""
     handles = []
     for place in places:
-        half = bottleneck_at(model, place)
-        for layer, seen in ((half.conv, hidden), (half.fc2, outputs)):
+        conv = bottleneck_at(model, place).conv
+        for layer, seen in ((conv, hidden), (layer_behind(model, place), outputs)):
             if layer is None:
                 continue
 
@@ -121,7 +126,10 @@ def head_input(pooled_BH: Tensor) -> Tensor:
 
 
 def head_weight(model: Care) -> Tensor:
-    """What the mean of both heads multiplies it by (K, H), each with the scales of its own norm."""
+    """What the mean of both heads multiplies it by (K, H), each with the scales of its own norm.
+
+    Only a classifier has them, which is deployed with their mean.
+    """
     heads = [head.fc.weight * head.norm.weight for head in (model.head, model.dist_head)]
     return torch.stack(heads).mean(dim=0).detach()
 

@@ -35,13 +35,13 @@ from care_compress.files import (
 )
 from care_compress.model.checkpoint import resolve_checkpoint
 from care_compress.recipe.recipe import Recipe
-from care_compress.recipe.sections import BudgetSection
+from care_compress.recipe.sections import DROPS, BudgetSection
 from care_compress.recipe.target import load_target
 from care_compress.run.stages import EVERYTHING, SHARED, recipe_parts
 from care_compress.sweep.cluster import TIMING, Cluster, Node, open_cluster
 from care_compress.sweep.page import write_page
 from care_compress.sweep.results import best_of, judged, milliseconds, sweep_as_json
-from care_compress.sweep.sections import Sweep
+from care_compress.sweep.sections import METRICS, Sweep
 from care_compress.sweep.stopping import Rungs
 from care_compress.sweep.tasks import (
     LOGS,
@@ -57,8 +57,17 @@ from care_compress.sweep.tasks import (
     processor,
     record_file,
 )
-from care_compress.sweep.trials import DIGITS, Row, Search, Trial, axes_of, make_search
-from care_compress.tasks.known import check_whole_images, labelled
+from care_compress.sweep.trials import (
+    DIGITS,
+    RECIPE,
+    Row,
+    Search,
+    Trial,
+    axes_of,
+    make_search,
+    trial_of,
+)
+from care_compress.tasks.known import labelled, task_called
 
 SPARE = 2  # trials in flight beyond those that run: a worker that is done finds its next one
 LOST = 3  # times that a node or a process may be lost under a trial before it counts as failed
@@ -80,6 +89,7 @@ def run_sweep(sweep: Sweep, runs: Path, options: SweepOptions, work: Work, conso
     """Run every trial and write the page; return 0 if one of them is within every budget."""
     folder = (runs / sweep.name).absolute()
     search = make_search(sweep, runs, begun_before(folder, space_of(sweep)))
+    sweep = judged_as_task(sweep, search, runs)
     check_trials(sweep, search)
     if options.plan_only:
         show_plan(sweep, search, console)
@@ -141,13 +151,44 @@ def begun_before(folder: Path, space: str) -> list[Row]:
     return found
 
 
+def judged_as_task(sweep: Sweep, search: Search, runs: Path) -> Sweep:
+    """The sweep with the metric of its recipes' task; raise where it asks for that of another."""
+    point = search.shown[0].point
+    names = {
+        trial_of(sweep, {**point, RECIPE: name}, runs).recipe.task: name for name in sweep.recipes
+    }
+    if len(names) > 1:
+        raise RecipeError(
+            f"{sweep.name} has recipes for {' and '.join(sorted(names))}, which have no metric in "
+            "common.",
+            "write a sweep for each task",
+        )
+    task, (name,) = task_called(search.shown[0].recipe.task), names.values()
+    for other, key in DROPS.items():
+        if other != task.name and getattr(sweep.budget, key) is not None:
+            raise RecipeError(
+                f"budget.{key} is for {other}, and {name} is for {task.name}.",
+                f"set budget.{DROPS[task.name]} instead",
+            )
+    objective = sweep.objective
+    if not METRICS[objective.metric][1] or objective.metric == task.metric.key:
+        return sweep
+    if "metric" in objective.model_fields_set:
+        raise RecipeError(
+            f"objective.metric {objective.metric} is of another task, and {name} is for "
+            f"{task.name}.",
+            f"use {task.metric.key}, or leave it out",
+        )
+    own = objective.model_copy(update={"metric": task.metric.key})
+    return sweep.model_copy(update={"objective": own})
+
+
 def check_trials(sweep: Sweep, search: Search) -> None:
     """Refuse what no trial can do, before anything is written."""
     checked: set[str] = set()
     timed = () if sweep.timing is None else sweep.timing.targets
     for trial in search.shown:
         recipe = trial.recipe
-        check_whole_images(recipe, "a sweep")
         checkpoint, data = recipe.model.checkpoint, recipe.data.model_dump_json()
         if checkpoint is not None and checkpoint not in checked:
             checked.add(checkpoint)
@@ -270,6 +311,7 @@ class Driver:
     ) -> None:
         self.sweep, self.cluster, self.place, self.search = sweep, cluster, place, search
         self.console, self.repair, self.ray = console, repair, cluster.ray
+        self.task = task_called(search.shown[0].recipe.task)  # that of all
         self.rows: dict[str, Row] = {}  # of trials, by name
         self.baselines: dict[str, Row] = {}
         self.waiting: dict[Any, Trial] = {}  # Ray's references to rows that are under way
@@ -465,7 +507,8 @@ class Driver:
             return
         took = "taken over" if row["taken_over"] else f"{row['seconds']:.0f} s"
         drop = f"drop {row['drop']:.2f}" if row["precision"] != "fp32" else "float"
-        say(f"{place} top-1 {row['top1']:.2f} %, {drop} ({took})", self.console)
+        metric = self.task.metric
+        say(f"{place} {metric.name} {row[metric.key]:.2f} %, {drop} ({took})", self.console)
 
     def _time(self) -> None:
         """Time what is not timed yet, while no trial of this sweep runs anywhere."""
@@ -562,7 +605,8 @@ class Driver:
             "total": self.search.total,
             "runs": os.path.relpath(self.place.runs),
         }
-        value = sweep_as_json(self.sweep, self.judged_rows(), list(self.baselines.values()), about)
+        baselines = list(self.baselines.values())
+        value = sweep_as_json(self.sweep, self.task, self.judged_rows(), baselines, about)
         write_text(self.place.runs / "sweep.json", json_text(value))
         write_page(value, self.place.runs / "sweep.html")
 

@@ -36,6 +36,8 @@ from care_compress.sweep.results import (
 )
 from care_compress.sweep.sections import METRICS
 from care_compress.sweep.trials import Row
+from care_compress.tasks.known import task_of
+from care_compress.tasks.task import Metric
 
 Json = Mapping[str, Any]
 TALL = 14  # rows, from which the table scrolls in a box of its own
@@ -69,10 +71,10 @@ def best(sweep: Json) -> list[Block]:
     said = f"Asked for: the {wanted}; budgets: {'; '.join(limits) or 'none'}."
     if sweep["best"] is None:
         return [Text("No trial is within every budget.", "bad"), Text(said)]
-    row = rows[sweep["best"]]
+    row, own = rows[sweep["best"]], task_of(sweep).metric
     tiles = [
         Tile("trial", row["name"]),
-        Tile("top-1", f"{row['top1']:.2f} %", f"on {row['images']:,} images"),
+        Tile(own.name, f"{row[own.key]:.2f} %", f"on {row['images']:,} images"),
         Tile("drop", f"{row['drop']:.2f}", f"points, 95 % {interval(row['drop_ci95'])}"),
     ]
     size = size_of_row(row)
@@ -103,7 +105,7 @@ def _flat(budget: Json) -> list[tuple[str, float]]:
 def fronts(sweep: Json) -> list[Block]:
     """Draw accuracy against latency for every target and processor, and against size."""
     rows = [row for row in sweep["trials"] if row["status"] == "finished"]
-    timing = sweep["asked"]["timing"] or {"targets": []}
+    timing, own = sweep["asked"]["timing"] or {"targets": []}, task_of(sweep).metric
     figures: list[Block] = []
     for target in timing["targets"]:
 
@@ -113,7 +115,7 @@ def fronts(sweep: Json) -> list[Block]:
         for alike in same_processor(rows, target).values():
             timed = alike[0]["latency"][target]
             title = f"Accuracy against latency on {target}, {timed['processor']}"
-            figures += _figure(alike, latency, "ms", title)
+            figures += _figure(alike, own, latency, "ms", title)
         if not same_processor(rows, target):
             figures.append(missing(f"No trial was timed on {target}."))
     sized = [row for row in rows if size_of_row(row) is not None]
@@ -123,30 +125,31 @@ def fronts(sweep: Json) -> list[Block]:
             found = size_of_row(row)
             return None if found is None else found / 1e6
 
-        figures += _figure(sized, size, "MB", "Accuracy against the largest file")
+        figures += _figure(sized, own, size, "MB", "Accuracy against the largest file")
     return figures
 
 
-def _figure(rows: Sequence[Row], cost: Any, unit: str, title: str) -> list[Block]:
+def _figure(rows: Sequence[Row], own: Metric, cost: Any, unit: str, title: str) -> list[Block]:
     """Draw trials over a cost, and list those on the front."""
 
     def point(row: Row) -> Point:
         series = WITHIN if row["within"] else OVER
-        return Point(row["name"], cost(row), row["top1"], series)
+        return Point(row["name"], cost(row), row[own.key], series)
 
-    chosen = front(rows, cost)
+    chosen = front(rows, cost, own.key)
     told = f"{len(chosen):,} of {len(rows):,} trials are on the front"
     legend = {
         "within every budget": legend_mark(*SERIES[WITHIN]),
         "not within": legend_mark(*SERIES[OVER]),
     }
-    picture = front_drawing([*map(point, rows)], [*map(point, chosen)], (unit, "% top-1"), told)
+    units = unit, f"% {own.name}"
+    picture = front_drawing([*map(point, rows)], [*map(point, chosen)], units, told)
     note = "The line joins the trials that no other beats in both."
     listed: list[TableRow] = [
         {
             "run": row["name"],
             unit: number(cost(row)),
-            "top-1 %": number(row["top1"]),
+            f"{own.name} %": number(row[own.key]),
             "drop": number(row["drop"]),
             "within": "yes" if row["within"] else "no",
         }
@@ -161,7 +164,7 @@ def _figure(rows: Sequence[Row], cost: Any, unit: str, title: str) -> list[Block
 def trials(sweep: Json) -> list[Block]:
     """List every finished trial with what was chosen for it and what came out."""
     rows = [row for row in sweep["trials"] if row["status"] == "finished"]
-    varied = _varied(sweep["trials"])
+    varied, own = _varied(sweep["trials"]), task_of(sweep).metric
     timing = sweep["asked"]["timing"] or {"targets": []}
     shown: list[TableRow] = []
     for row in rows:
@@ -170,7 +173,7 @@ def trials(sweep: Json) -> list[Block]:
             cells[key] = _cell(row["point"].get(key))
         cells |= {
             "within": "yes" if row["within"] else "no",
-            "top-1 %": number(row["top1"]),
+            f"{own.name} %": number(row[own.key]),
             "drop": number(row["drop"]),
             "drop 95 %": interval(row["drop_ci95"]),
         }

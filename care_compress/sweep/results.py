@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from care_compress.recipe.sections import DROPS
 from care_compress.sweep.sections import METRICS, ObjectiveSection, Sweep
 from care_compress.sweep.trials import Row
+from care_compress.tasks.task import Task
 
 Value = Callable[[Row], float | None]
 
@@ -34,14 +36,14 @@ def metric(objective: ObjectiveSection, row: Row) -> float | None:
     if row["status"] != "finished":
         return None
     match objective.metric:
-        case "top1":
-            value: float | None = row["top1"]
         case "size":
-            value = size_of_row(row, objective.target)
+            value: float | None = size_of_row(row, objective.target)
         case "energy":
             value = row["energy_mj"]
         case "latency":
             value = milliseconds(row, str(objective.target))
+        case accuracy:
+            value = row[accuracy]
     return value
 
 
@@ -53,8 +55,10 @@ def judged(sweep: Sweep, row: Row) -> Row:
         def hold(name: str, value: float | None, limit: float, sign: float = 1.0) -> None:
             over[name] = None if value is None else sign * (value - limit)
 
-        if budget.max_top1_drop is not None:
-            hold("max_top1_drop", row["drop"], budget.max_top1_drop)
+        for name in DROPS.values():  # of the sweep's own task; the others are not set
+            limit = getattr(budget, name)
+            if limit is not None:
+                hold(name, row["drop"], limit)
         if budget.max_size is not None:
             size = size_of_row(row)
             hold("max_size", None if size is None else size / 1e6, budget.max_size)
@@ -89,13 +93,16 @@ def best_of(sweep: Sweep, rows: Sequence[Row]) -> Row | None:
     )
 
 
-def front(rows: Sequence[Row], cost: Value) -> list[Row]:
-    """Trials that no other beats: none costs as little and answers as well (Pareto), by cost."""
+def front(rows: Sequence[Row], cost: Value, accuracy: str) -> list[Row]:
+    """Trials that no other beats: none costs as little and answers as well (Pareto), by cost.
+
+    `accuracy` is the key of the task's metric.
+    """
     priced = [(cost(row), row) for row in rows if row["status"] == "finished"]
     known = [(price, row) for price, row in priced if price is not None]
     found: list[Row] = []
-    for _, row in sorted(known, key=lambda pair: (pair[0], -pair[1]["top1"], pair[1]["name"])):
-        if not found or row["top1"] > found[-1]["top1"]:
+    for _, row in sorted(known, key=lambda pair: (pair[0], -pair[1][accuracy], pair[1]["name"])):
+        if not found or row[accuracy] > found[-1][accuracy]:
             found.append(row)
     return found
 
@@ -110,16 +117,20 @@ def same_processor(rows: Sequence[Row], target: str) -> dict[str, list[Row]]:
 
 
 def sweep_as_json(
-    sweep: Sweep, rows: Sequence[Row], baselines: Sequence[Row], about: Mapping[str, Any]
+    sweep: Sweep,
+    task: Task,
+    rows: Sequence[Row],
+    baselines: Sequence[Row],
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """As ``sweep.json`` holds it."""
-    best = best_of(sweep, rows)
+    best, accuracy = best_of(sweep, rows), task.metric.key
     fronts: list[dict[str, Any]] = [
-        {"cost": "size", "trials": [row["name"] for row in front(rows, size_of_row)]}
+        {"cost": "size", "trials": [row["name"] for row in front(rows, size_of_row, accuracy)]}
     ]
     for target in () if sweep.timing is None else sweep.timing.targets:
         for alike in same_processor(rows, target).values():
-            chosen = front(alike, partial(milliseconds, target=target))
+            chosen = front(alike, partial(milliseconds, target=target), accuracy)
             fronts.append(
                 {
                     "cost": "latency",
@@ -130,6 +141,7 @@ def sweep_as_json(
             )
     return {
         "sweep": sweep.name,
+        "task": task.name,
         "asked": sweep.model_dump(mode="json"),
         "trials": list(rows),
         "baselines": list(baselines),

@@ -29,10 +29,13 @@ SWEEPS_DIR = shipped("sweeps")
 MOST_UNASKED = 1000  # trials of a grid that names no limit
 MOST_TRIALS = 100_000  # rows that one page and one JSON file still hold
 
-Metric = Literal["top1", "size", "energy", "latency"]
-# What a metric is called on the console and the page, and whether more of it is better.
+Metric = Literal["top1", "miou", "map50", "size", "energy", "latency"]
+# What a metric is called on the console and the page, and whether more of it is better: those are
+# of the tasks.
 METRICS: dict[Metric, tuple[str, bool]] = {
     "top1": ("top-1", True),
+    "miou": ("mIoU", True),
+    "map50": ("mAP50", True),
     "size": ("size", False),
     "energy": ("energy", False),
     "latency": ("latency", False),
@@ -103,14 +106,14 @@ Axis = Annotated[
 class ObjectiveSection(Section):
     """What makes one trial better than another, among those within the budgets."""
 
-    metric: Metric = "top1"
+    metric: Metric = Field("top1", description="that of the recipes' task, if left out")
     target: str | None = Field(None, description="of latency; of size, the largest if left out")
 
     @model_validator(mode="after")
     def _latency_has_a_target(self) -> "ObjectiveSection":
         if self.metric == "latency" and self.target is None:
             raise ValueError("latency is that of a target: name it")
-        if self.metric in ("top1", "energy") and self.target is not None:
+        if self.metric not in ("latency", "size") and self.target is not None:
             raise ValueError(f"{self.metric} is the same for every target: leave target out")
         return self
 
@@ -118,7 +121,9 @@ class ObjectiveSection(Section):
 class SweepBudgetSection(Section):
     """What the best trial may cost at most."""
 
-    max_top1_drop: NonNegative | None = Field(None, description="in points")
+    max_top1_drop: NonNegative | None = Field(None, description="in points; classification")
+    max_miou_drop: NonNegative | None = Field(None, description="in points; segmentation")
+    max_map50_drop: NonNegative | None = Field(None, description="in points; detection")
     max_latency: dict[str, Positive] = Field({}, description="ms of an image by target")
     min_speedup: dict[str, Positive] = Field({}, description="over the float model, by target")
     max_size: Positive | None = Field(None, description="of the largest exported model, in MB")

@@ -21,13 +21,13 @@ class Rungs:
         self.first, self.factor = first, factor
         self._reached: dict[tuple[str, int], dict[str, float]] = {}
 
-    def goes_on(self, group: str, trial: str, validations: int, top1: float) -> bool:
+    def goes_on(self, group: str, trial: str, validations: int, accuracy: float) -> bool:
         """Note what a trial reached; whether it goes on. Groups are compared each by itself."""
         if not self._is_rung(validations):
             return True
         rung = self._reached.setdefault((group, validations), {})
-        rung[trial] = top1  # the same one again, if the trial resumed below this rung
-        better = sum(other > top1 for other in rung.values())
+        rung[trial] = accuracy  # the same one again, if the trial resumed below this rung
+        better = sum(other > accuracy for other in rung.values())
         return better < math.ceil(len(rung) / self.factor)
 
     def _is_rung(self, validations: int) -> bool:

@@ -41,6 +41,7 @@ from care_compress.runtime.runners import open_runner
 from care_compress.sweep.sections import TimingSection
 from care_compress.sweep.stopping import StoppedEarly
 from care_compress.sweep.trials import Row
+from care_compress.tasks.known import task_of
 
 RECORDS = ".trials"  # in the sweep's folder: what is known of each trial, and where
 TIMINGS = ".timings"
@@ -152,11 +153,11 @@ def watching(job: Job, rungs: Any) -> Watch:
     ray = load_ray()
     images = job.recipe.data.model_dump_json()  # accuracies on others say nothing
 
-    def watch(training: str, validations: int, top1: float) -> None:
+    def watch(training: str, validations: int, reached: float) -> None:
         group = f"{training} {images}"
-        if not ray.get(rungs.goes_on.remote(group, job.name, validations, top1)):
+        if not ray.get(rungs.goes_on.remote(group, job.name, validations, reached)):
             raise StoppedEarly(
-                f"{training} was stopped after {validations} validations: {top1:.2f} % was not "
+                f"{training} was stopped after {validations} validations: {reached:.2f} % was not "
                 "among the best so far"
             )
 
@@ -206,8 +207,7 @@ def figures(results: Mapping[str, Any]) -> Row:
     return {
         "precision": precision,
         "images": results["accuracy"]["images"],
-        "top1": results["accuracy"]["top1"],
-        "top5": results["accuracy"]["top5"],
+        **{key: results["accuracy"][key] for key in task_of(results).shown},
         "drop": drop["drop"],
         "drop_ci95": drop["drop_ci95"],
         "kept": results.get("kept"),

@@ -93,6 +93,12 @@ def softened_distance(student_BK: Tensor, teacher_BK: Tensor, temperature: float
     return divergence * temperature**2
 
 
+def logits_along(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Logits (B, K, ...) along a random direction, free of the constant that changes no answer."""
+    probe = torch.randn(logits.shape, generator=generator).to(logits)
+    return (logits * (probe - probe.mean(dim=1, keepdim=True))).sum()
+
+
 def soft_targets(labels_B: Tensor, num_classes: int, smoothing: float) -> Tensor:
     """One-hot targets (B, K), softened by label smoothing."""
     off = smoothing / num_classes
@@ -331,6 +337,16 @@ class Answers:
     confidence: NDArray[np.float32]  # of the class answered
     distance: Distance  # of the logits to the baseline's
 
+    def __add__(self, other: "Answers") -> "Answers":
+        """Answers to both lists of images."""
+        return Answers(
+            np.concatenate([self.first, other.first]),
+            np.concatenate([self.right, other.right]),
+            np.concatenate([self.in_top5, other.in_top5]),
+            np.concatenate([self.confidence, other.confidence]),
+            self.distance + other.distance,
+        )
+
     @property
     def broken(self) -> int:
         """Answers that are NaN or infinite somewhere; they count as wrong."""
@@ -528,6 +544,22 @@ print(f"{about['classes'][best]} ({odds[best] / odds.sum():.1%})")
     def loss(self, answer: Tensor, targets: Targets) -> Tensor:
         """Cross-entropy with soft targets."""
         return F.cross_entropy(answer, targets)
+
+    def loss_of_images(self, answer: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of each image."""
+        return F.cross_entropy(answer, batch.labels.to(answer.device), reduction="sum")
+
+    def along(self, answer: Tensor, generator: torch.Generator) -> Tensor:
+        """Logits along a random direction."""
+        return logits_along(answer, generator)
+
+    def weighed(self, answer: Tensor, reference: Tensor) -> Tensor:
+        """Every logit counts alike."""
+        return answer
+
+    def lost(self, before: Accuracy, after: Accuracy) -> float:
+        """Points of top-1."""
+        return 100 * (before.correct / before.images - after.correct / after.images)
 
     def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Divergence of the softened answers."""

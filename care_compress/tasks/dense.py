@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from care_compress.data.annotations import Annotation
+from care_compress.data.annotations import Annotation, annotated_size
+from care_compress.data.letterbox import Letterbox
 from care_compress.data.loader import Batch
 from care_compress.errors import DataError, EvaluationError, TrainingError
 from care_compress.model.predictor import Predictor
@@ -26,11 +27,14 @@ from care_compress.tasks.intervals import Interval, negated, sum_interval
 from care_compress.tasks.task import (
     Collected,
     Drop,
+    Lesson,
     Objective,
     Outcome,
     Predict,
+    Score,
     Targets,
     Task,
+    value_of,
 )
 
 Record = Any  # of one image: what the task wants to know of it later
@@ -104,6 +108,12 @@ class DenseTask(Task):
         """Return what is to be known of one image, given the answer at a square of this size."""
 
     @abstractmethod
+    def targets_of(
+        self, annotations: Sequence[Annotation], device: torch.device, smoothing: float
+    ) -> Targets:
+        """Return what the loss takes, of annotations in pixels of the network's square."""
+
+    @abstractmethod
     def is_broken(self, record: Record) -> bool:
         """Whether the answer was no number somewhere."""
 
@@ -144,6 +154,24 @@ class DenseTask(Task):
                 f"{section.place}.distill is for the classifier's second head.",
                 f"leave it out for {self.name}",
             )
+
+    def targets(self, batch: Batch, images_BCHW: Tensor, lesson: Lesson) -> tuple[Tensor, Targets]:
+        """Return the images and their labels, which moved with them."""
+        smoothing = lesson.plan.label_smoothing
+        return images_BCHW, self.targets_of(batch.annotations, images_BCHW.device, smoothing)
+
+    def loss_of_images(self, answer: Tensor, batch: Batch) -> Tensor:
+        """Bring the labels into the square, and take each image by itself."""
+        side = batch.images.shape[-1]
+        losses = []
+        for one, annotation in zip(answer, batch.annotations, strict=True):
+            shown = Letterbox.of(annotated_size(annotation), side).annotation(annotation)
+            losses.append(self.loss(one[None], self.targets_of([shown], answer.device, 0.0)))
+        return torch.stack(losses).sum()
+
+    def lost(self, before: Score, after: Score) -> float:
+        """Points of the metric; an answer that is no number anywhere has lost all of it."""
+        return value_of(before, self.metric) - value_of(after, self.metric)
 
     def objective(self, distill: DistillSection | None, teacher: Predictor | None) -> Objective:
         """Train by the labels alone."""
@@ -209,12 +237,7 @@ class DenseTask(Task):
             found = {name: predict(batch.images).float().cpu() for name, predict in models.items()}
             for name, answer in found.items():
                 both = self._both(found[baseline_of[name]], answer, batch)
-                known = answers[name]
-                answers[name] = DenseAnswers(
-                    known.score + both.after,
-                    known.agreed + both.agreed,
-                    known.distance + both.distance,
-                )
+                answers[name] += DenseAnswers(both.after, both.agreed, both.distance)
             labels.append(batch.labels)
             indices.append(batch.indices)
             progress(len(batch.labels))
@@ -313,6 +336,12 @@ class DenseAnswers:
     score: Records
     agreed: list[tuple[int, int]] = field(repr=False)  # with its baseline
     distance: Distance
+
+    def __add__(self, other: "DenseAnswers") -> "DenseAnswers":
+        """Answers to both lists of images."""
+        return DenseAnswers(
+            self.score + other.score, self.agreed + other.agreed, self.distance + other.distance
+        )
 
     @property
     def broken(self) -> int:

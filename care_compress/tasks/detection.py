@@ -37,12 +37,13 @@ from care_compress.tasks.average_precision import (
     precision_spread,
 )
 from care_compress.tasks.dense import DenseTask, Figures
-from care_compress.tasks.task import CardWords, Drawn, Drop, Lesson, Metric, Same, Targets
+from care_compress.tasks.task import CardWords, Drawn, Drop, Metric, Same
 
 TOP = 10  # places that may find one object
 SCORE_POWER, OVERLAP_POWER = 1.0, 6.0  # alpha and beta of the alignment
 RESCUED = 0.1  # overlap that a place is given for an object too small to hold any centre
 BOX_WEIGHT = 2.0  # of the boxes' loss, the classes' having 1
+SMALLEST = 1e-3  # side of a box, in those of the input, that an error is divided by
 AGREED = 0.5  # IoU of two boxes of two models that are the same
 
 
@@ -100,13 +101,24 @@ for place in np.argsort(-scores, axis=None):  # the surest first
         found = find_boxes(answer.numpy(), Letterbox.of(image.size[::-1], resolution))
         return Drawn(draw_boxes(image, found, classes), {})
 
-    def targets(self, batch: Batch, images_BCHW: Tensor, lesson: Lesson) -> tuple[Tensor, Targets]:
-        """Return the images and their boxes, which moved with them."""
-        return images_BCHW, [_boxes(one) for one in batch.annotations]
+    def targets_of(
+        self, annotations: Sequence[Annotation], device: torch.device, smoothing: float
+    ) -> list[Boxes]:
+        """Return the boxes as they are; no label of theirs is softened."""
+        return [_boxes(one) for one in annotations]
 
     def loss(self, answer: Tensor, targets: Sequence[Boxes]) -> Tensor:
         """What training minimises; the labels are in pixels of the square input."""
         return detection_loss(answer, targets)
+
+    def along(self, answer: Tensor, generator: torch.Generator) -> Tensor:
+        """Corners and logits along a random direction, each in units of what it does to a box."""
+        weighed = self.weighed(answer, answer.detach())
+        return (weighed * torch.randn(weighed.shape, generator=generator).to(weighed)).sum()
+
+    def weighed(self, answer: Tensor, reference: Tensor) -> Tensor:
+        """Corners by the size of their box, logits by how sure they are."""
+        return weighed_by(reference, answer)
 
     def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """How far a student's output is from its teacher's; independent classes have no softmax."""
@@ -278,6 +290,22 @@ def output_distance(output_BCN: Tensor, taught_BCN: Tensor) -> Tensor:
     student, teacher = (one[:, :CORNERS].transpose(1, 2) for one in (output_BCN, taught_BCN))
     boxes = ((1 - generalized_overlap(student, teacher)) * weights_BN).sum()
     return (crossed - entropy + BOX_WEIGHT * boxes) / weights_BN.sum().clamp(min=1)
+
+
+def weighed_by(reference_BCN: Tensor, output_BCN: Tensor) -> Tensor:
+    """An output in units in which equal errors cost about equally, near a reference.
+
+    A logit counts by the deviation of its class, sqrt(p (1 - p)): half its square is what the
+    divergence grows by. A corner counts in sides of its box, by how sure the place is of any class:
+    sqrt(w s) d / side. So places where nothing is seen count for next to nothing.
+    """
+    scores_BKN = reference_BCN[:, CORNERS:].sigmoid()
+    surest_B1N = scores_BKN.amax(dim=1, keepdim=True)
+    near, far = reference_BCN[:, :2], reference_BCN[:, 2:CORNERS]
+    sides_B2N = (far - near).clamp(min=SMALLEST)
+    corners = output_BCN[:, :CORNERS] / torch.cat([sides_B2N, sides_B2N], dim=1)
+    logits = output_BCN[:, CORNERS:] * (scores_BKN * (1 - scores_BKN)).sqrt()
+    return torch.cat([corners * (BOX_WEIGHT * surest_B1N).sqrt(), logits], dim=1)
 
 
 def overlaps_of(wanted_BM4: Tensor, found_B4N: Tensor) -> Tensor:

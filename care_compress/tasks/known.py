@@ -6,7 +6,7 @@ from typing import Any
 from care_compress.data.listing import Split
 from care_compress.data.samples import Samples
 from care_compress.errors import RecipeError
-from care_compress.model.care import Care, DenseCare
+from care_compress.model.care import Care
 from care_compress.recipe.recipe import Recipe
 from care_compress.tasks.classification import Classification
 from care_compress.tasks.detection import Detection
@@ -31,15 +31,6 @@ def task_of(value: Mapping[str, Any]) -> Task:
 def labelled(recipe: Recipe, split: Split) -> Samples:
     """Open the images of one split of a recipe, with the labels of its task."""
     return task_called(recipe.task).samples(recipe.data, split)
-
-
-def check_whole_images(recipe: Recipe, what: str) -> None:
-    """Refuse what knows labels of whole images only."""
-    if issubclass(task_called(recipe.task).kind, DenseCare):
-        raise RecipeError(
-            f"{what} judges by classes of whole images, and {recipe.name} is for {recipe.task}.",
-            "leave it out, or use a recipe for classification",
-        )
 
 
 def check_task(model: Care, recipe: Recipe) -> None:

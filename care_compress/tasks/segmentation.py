@@ -24,11 +24,11 @@ from care_compress.data.sources import open_annotated
 from care_compress.errors import DataError
 from care_compress.model.masks import MaskCare
 from care_compress.recipe.sections import DataSection
-from care_compress.tasks.classification import softened_distance
+from care_compress.tasks.classification import logits_along, softened_distance
 from care_compress.tasks.dense import DenseTask, Figures
 from care_compress.tasks.intervals import UNSEEN
 from care_compress.tasks.overlay import draw_mask, legend_of
-from care_compress.tasks.task import CardWords, Drawn, Drop, Lesson, Metric, Same, Targets
+from care_compress.tasks.task import CardWords, Drawn, Drop, Metric, Same
 
 RESAMPLES = 1000
 # Pixels that turn together: masks change by whole places of the network, four wide and high.
@@ -91,11 +91,12 @@ Image.fromarray(mask).save("mask.png")  # each pixel is a place in the list of c
         mask = mask_of(answer, image.size[::-1], resolution)
         return Drawn(draw_mask(image, mask, classes), legend_of(mask, classes))
 
-    def targets(self, batch: Batch, images_BCHW: Tensor, lesson: Lesson) -> tuple[Tensor, Targets]:
-        """Return the images and their masks, which moved with them."""
-        masks = [torch.from_numpy(_mask(one)).long() for one in batch.annotations]
-        masks_BHW = torch.stack(masks).to(images_BCHW.device)
-        return images_BCHW, MaskTargets(masks_BHW, lesson.plan.label_smoothing)
+    def targets_of(
+        self, annotations: Sequence[Annotation], device: torch.device, smoothing: float
+    ) -> MaskTargets:
+        """Return the masks as they are."""
+        masks = [torch.from_numpy(_mask(one)).long() for one in annotations]
+        return MaskTargets(torch.stack(masks).to(device), smoothing)
 
     def loss(self, answer: Tensor, targets: MaskTargets) -> Tensor:
         """Cross-entropy of every pixel that is not ignored."""
@@ -105,6 +106,14 @@ Image.fromarray(mask).save("mask.png")  # each pixel is a place in the list of c
         )
         # A batch of nothing but ignored pixels has no mean.
         return torch.nan_to_num(loss) if bool((targets.masks_BHW == IGNORED).all()) else loss
+
+    def along(self, answer: Tensor, generator: torch.Generator) -> Tensor:
+        """Logits of every place along a random direction."""
+        return logits_along(answer, generator)
+
+    def weighed(self, answer: Tensor, reference: Tensor) -> Tensor:
+        """Every logit of every place counts alike."""
+        return answer
 
     def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Divergence of the softened answers, over all places."""

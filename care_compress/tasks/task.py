@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -180,6 +181,10 @@ class Counted(Protocol):
 class Answers(Protocol):
     """One model's answers to a list of images."""
 
+    def __add__(self, other: Any) -> Self:
+        """Answers to both lists of images."""
+        ...
+
     @property
     def broken(self) -> int:
         """How many of them hold NaN or infinity."""
@@ -289,6 +294,25 @@ class Task(Protocol):
 
     def loss(self, answer: Tensor, targets: Targets) -> Tensor:
         """Return the loss of what is deployed, by the labels."""
+        ...
+
+    def loss_of_images(self, answer: Tensor, batch: Batch) -> Tensor:
+        """Return the sum over images of each one's own loss, as they are shown for evaluation."""
+        ...
+
+    def along(self, answer: Tensor, generator: torch.Generator) -> Tensor:
+        """Return what is answered along a random direction, in units that count alike.
+
+        The mean square of its gradient tells how much an error inside the network costs.
+        """
+        ...
+
+    def weighed(self, answer: Tensor, reference: Tensor) -> Tensor:
+        """Return an answer in units in which equal errors near the reference cost alike."""
+        ...
+
+    def lost(self, before: Any, after: Any) -> float:
+        """Return by how many points of the metric a score is below another on the same images."""
         ...
 
     def following(self, answer: Tensor, taught: Tensor, temperature: float) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from care_compress.data.loader import Batch
 from care_compress.quantize import search, stages
 from care_compress.quantize.ptq import PtqJob
 from care_compress.quantize.search import Step, Trial, _noises, _ordered_steps, search_bits
@@ -20,6 +21,7 @@ from care_compress.quantize.stages import _calibration, quantized, trained_quant
 from care_compress.recipe.quantize import QuantizeSection, RuleSection, SearchSection
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import RewriteSection
+from care_compress.tasks.known import task_called
 
 NOISE = {"a": 1.0, "b": 3.0, "c": 0.5}
 
@@ -44,7 +46,7 @@ class Noisy:
 
 
 def job(batches: Any = None) -> PtqJob:
-    return PtqJob(cast(Any, None), 32, 0, batches)
+    return PtqJob(cast(Any, SimpleNamespace(task="classification")), 32, 0, batches)
 
 
 SECTION = QuantizeSection(target=None, rules=(RuleSection.model_validate({"weight": 8}),))
@@ -65,7 +67,9 @@ def test_a_sites_noise_is_its_own_alone(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_site_is_measured_alone_and_left_out_of_all_others(tmp_path: Path) -> None:
     model, images = Noisy(), [torch.zeros(8, 2) + torch.tensor([0.0, 10.0])]
     labels = torch.ones(8, dtype=torch.int64)
-    sites = SiteJob(cast(Any, model), SECTION, RewriteSection(), tuple(images), labels)
+    batches = tuple(Batch(one, labels, labels) for one in images)
+    task = task_called("classification")
+    sites = SiteJob(task, cast(Any, model), SECTION, RewriteSection(), batches)
     found = measure_sensitivity(sites, tmp_path / "s.json", "k", lambda sites: None)
     assert [one.site for one in found] == ["b", "a", "c"], "hardest first"
     power = {one.site: 100 / 10 ** (one.alone.sqnr_db / 10) for one in found}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from care_compress.data.loader import Batch
 from care_compress.quantize import reconstruct as learned
 from care_compress.quantize.fakequant import IntQuantizer
 from care_compress.quantize.nncf_ptq import AccuracyControl
@@ -25,6 +26,7 @@ from care_compress.quantize.retarget import (
 from care_compress.quantize.spec import TensorSpec
 from care_compress.recipe.quantize import ReconstructSection
 from care_compress.recipe.sections import DataSection
+from care_compress.tasks.known import task_called
 
 CONV = torch.ops.aten.conv2d.default
 
@@ -243,10 +245,10 @@ def test_biases_become_whole_steps_of_the_integer_sums() -> None:
 
 def test_nncf_is_told_top1_in_percent_and_no_number_is_right() -> None:
     logits = np.array([[1.0, 0.0], [0.0, 1.0], [np.nan, 0.0], [0.0, 3.0]], np.float32)
-    control = AccuracyControl(1.0, [], DataSection())
+    control = AccuracyControl(task_called("classification"), 1.0, [], DataSection())
     pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     compiled = lambda images: {"logits": copy.copy(logits)}  # noqa: E731
-    items = [(pixels, torch.tensor([0, 1, 0, 0]))]
+    items = [Batch(pixels, torch.tensor([0, 1, 0, 0]), torch.arange(4))]
     top1, outputs = control.validate(compiled, items * 2)
     assert top1 == 50.0 and len(outputs) == 2
 

@@ -13,7 +13,7 @@ from stored import stored_weights
 from tiny import image_folder
 
 import care_compress
-from care_compress.data.loader import BadImages, evaluation_batches
+from care_compress.data.loader import BadImages, Batch, evaluation_batches
 from care_compress.data.samples import spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.data.transforms import EvalTransform
@@ -29,6 +29,7 @@ from care_compress.quantize.nncf_ptq import AccuracyControl, Calibration, quanti
 from care_compress.recipe.quantize import NncfSection
 from care_compress.recipe.recipe import load_recipe
 from care_compress.runtime.artifact import open_predictor
+from care_compress.tasks.known import task_called
 from care_compress.train import loop
 
 pytest.importorskip("nncf")
@@ -45,18 +46,18 @@ def network() -> CompactCare:
 
 
 @pytest.fixture(scope="module")
-def items() -> list[nncf_backend.Item]:
+def items() -> list[Batch]:
     """Four batches of validation images, as pixels and labels."""
     samples = open_samples(DATA, "val")
     transform = EvalTransform(DATA.resolution, DATA.crop_pct, DATA.exif_rotate)
     indices = spread_indices(len(samples), 128)
     loaded = evaluation_batches(samples, transform, 32, DATA, bad=BadImages(), indices=indices)
-    return [(batch.images, batch.labels) for batch in loaded]
+    return list(loaded)
 
 
 @pytest.fixture(scope="module")
-def calibration(items: list[nncf_backend.Item]) -> Calibration:
-    prepare = AccuracyControl(0, items, DATA).prepare
+def calibration(items: list[Batch]) -> Calibration:
+    prepare = AccuracyControl(task_called("classification"), 0, items, DATA).prepare
     return Calibration(lambda: (torch.from_numpy(prepare(item)) for item in items), len(items))
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from test_nncf import CPU, DATA, calibration, items, network, quantizers  # noqa: F401 (fixtures)
 
+from care_compress.data.loader import Batch
 from care_compress.model.compact import CompactCare
 from care_compress.quantize import nncf_ptq as nncf_backend
 from care_compress.quantize.nncf_ptq import AccuracyControl, Calibration, quantize_openvino
 from care_compress.recipe.quantize import NncfSection
 from care_compress.runtime.artifact import open_predictor
+from care_compress.tasks.known import task_called
 
 pytest.importorskip("nncf")
 
@@ -19,7 +21,7 @@ pytest.importorskip("nncf")
 def test_accuracy_control_returns_layers_to_float_and_always_ends_with_a_model(
     network: CompactCare,  # noqa: F811
     calibration: Calibration,  # noqa: F811
-    items: list[nncf_backend.Item],  # noqa: F811
+    items: list[Batch],  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -27,7 +29,7 @@ def test_accuracy_control_returns_layers_to_float_and_always_ends_with_a_model(
     found = {}
     for name, max_drop in (("easy", 100.0), ("impossible", -200.0)):
         path = tmp_path / name / "model.xml"
-        control = AccuracyControl(max_drop, items, DATA)
+        control = AccuracyControl(task_called("classification"), max_drop, items, DATA)
         quantize_openvino(network, NncfSection(), False, 64, calibration, control, path)
         found[name] = quantizers(path)
         assert open_predictor(str(path), CPU)(torch.zeros(1, 3, 64, 64)).shape == (1, 40)

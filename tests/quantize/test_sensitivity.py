@@ -9,6 +9,7 @@ from quantized import KEPT, SIZE, W4A4, batches, images, network, quantized, sec
 from rich.console import Console
 from torch import Tensor
 
+from care_compress.data.loader import Batch
 from care_compress.errors import RecipeError, RunError
 from care_compress.pipeline import run_sensitivity
 from care_compress.quantize import search as mixed
@@ -18,6 +19,7 @@ from care_compress.quantize.plots import pareto, short_name
 from care_compress.quantize.ptq import PtqJob, planned
 from care_compress.quantize.search import LADDER, Trial, search_bits
 from care_compress.quantize.sensitivity import (
+    Answered,
     SiteJob,
     effect,
     load_job,
@@ -30,11 +32,20 @@ from care_compress.quantize.sensitivity import (
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.recipe import load_recipe
 from care_compress.tasks.distance import EXACT_DB
+from care_compress.tasks.known import task_called
+
+TASK = task_called("classification")
 
 
 def job(model: QuantizedCare, x: Sequence[Tensor], labels: Tensor) -> SiteJob:
     """What sites are measured on, by this process."""
-    return SiteJob(model, section(), KEPT, tuple(x), labels)
+    return SiteJob(TASK, model, section(), KEPT, tuple(batched(x, labels)))
+
+
+def batched(x: Sequence[Tensor], labels: Tensor) -> list[Batch]:
+    """Images in memory as batches."""
+    parts = labels.split([len(one) for one in x])
+    return [Batch(one, part, part) for one, part in zip(x, parts, strict=True)]
 
 
 def silent(sites: int) -> None:
@@ -86,7 +97,8 @@ def test_it_goes_on_where_it_stopped_and_only_for_the_same_content(
 
 def test_a_job_that_travels_measures_the_same_bits(tmp_path: Path) -> None:
     plain = section(bias_correction=False)
-    here = SiteJob(quantized(plain).model, plain, KEPT, (images(8),), torch.zeros(8).long())
+    held = tuple(batched([images(8)], torch.zeros(8).long()))
+    here = SiteJob(TASK, quantized(plain).model, plain, KEPT, held)
     digest = save_job(here, tmp_path)
     there = load_job(tmp_path, digest)
     for site in quantized_sites(here.model)[::7]:
@@ -98,8 +110,9 @@ def test_a_job_that_travels_measures_the_same_bits(tmp_path: Path) -> None:
 
 def test_no_difference_is_no_effect() -> None:
     logits = torch.randn(8, 5)
-    same = effect(logits, logits, torch.zeros(8, dtype=torch.int64))
-    assert (same.sqnr_db, same.top1) == (EXACT_DB, 0.0) and abs(same.kl) < 1e-12
+    batches = batched([torch.zeros(8, 3, 1, 1)], torch.zeros(8, dtype=torch.int64))
+    same = effect(TASK, *[Answered.of(TASK, logits, batches)] * 2)
+    assert (same.sqnr_db, same.drop) == (EXACT_DB, 0.0) and abs(same.kl) < 1e-12
 
 
 def test_the_command_leaves_a_table_a_plot_and_a_file(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from care_compress.data.loader import Batch
 from care_compress.quantize.health import Health, channel_health
 from care_compress.quantize.plan_table import plan_as_json
 from care_compress.quantize.ptq import Tuning, first_images
-from care_compress.quantize.sensitivity import effect
+from care_compress.quantize.sensitivity import Answered, effect
 from care_compress.quantize.spec import FLOAT, Decision, Kept, Plan, Site, TensorSpec
 from care_compress.quantize.statistics import ChannelRange
 from care_compress.tasks.distance import EXACT_DB, Distance, sqnr_db
+from care_compress.tasks.known import task_called
 
 
 @pytest.mark.parametrize(
@@ -101,8 +103,10 @@ def test_signal_and_noise_add_up_over_batches() -> None:
 def test_an_effect_is_points_lost_and_the_float_answers_told_by_the_others() -> None:
     float_ = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 2.0]])
     quantized = torch.tensor([[1.0, 0.0], [0.5, 0.0], [3.0, 0.0], [0.0, 2.0]])
-    found = effect(quantized, float_, torch.tensor([0, 1, 0, 0]))
-    assert found.top1 == 25.0, "three right before, two after"
+    task = task_called("classification")
+    batch = Batch(torch.zeros(4, 3, 1, 1), torch.tensor([0, 1, 0, 0]), torch.arange(4))
+    found = effect(task, *(Answered.of(task, one, [batch]) for one in (quantized, float_)))
+    assert found.drop == 25.0, "three right before, two after"
     divergence = 0.0
     for p, q in zip(float_.double().softmax(1), quantized.double().softmax(1), strict=True):
         divergence += float((p * (p / q).log()).sum()) / 4

@@ -33,7 +33,9 @@ from care_compress.slim.statistics import (
     head_weight,
     measure_hidden,
 )
+from care_compress.tasks.known import task_called
 
+TASK = task_called("classification")
 NARROW = Widths((12, 24, 16, 96, 48, 200, 8), (16, 32, 64, 128, 40, 256, 72))
 
 
@@ -49,7 +51,7 @@ def batches(count: int = 24) -> list[Batch]:
 
 
 def statistics(model: Care) -> dict[Place, HiddenStatistics]:
-    return measure_hidden(model, batches(), 0, lambda done: None)
+    return measure_hidden(TASK, model, batches(), 0, lambda done: None)
 
 
 def slim(**settings: object) -> SlimSection:
@@ -142,8 +144,8 @@ def test_channels_cost_what_the_whole_network_counts() -> None:
         for place in find_places(whole):
             widths = NARROW.hidden1 if place.branch == "inter1" else NARROW.hidden2
             fewer = place.channels - widths[place.index]
-            saved["macs"] += fewer * place.macs_of_channel(resolution, 5)
-            saved["parameters"] += fewer * place.parameters_of_channel(5)
+            saved["macs"] += fewer * place.macs_of_channel(resolution, whole)
+            saved["parameters"] += fewer * place.parameters_of_channel(whole)
         assert before.macs - after.macs == saved["macs"]
         assert before.parameters - after.parameters == saved["parameters"]
 
@@ -362,7 +364,7 @@ def test_the_taylor_score_is_the_slope_of_the_loss() -> None:
     place, channel, step = find_places(model)[6], 9, 1e-5
     batch = batches(8)[0]
     exact = Batch(batch.images.double(), batch.labels, batch.indices)
-    seen = measure_hidden(model, [exact], 0, lambda done: None)
+    seen = measure_hidden(TASK, model, [exact], 0, lambda done: None)
     half = bottleneck_at(model, place)
     assert half.fc2 is not None
 
@@ -387,7 +389,9 @@ def test_the_importance_of_an_output_is_what_an_error_there_does_to_the_logits()
     place = find_places(model)[6]
     half = bottleneck_at(model, place)
     assert half.fc2 is not None
-    wanted = float(measure_hidden(model, batches(48), 0, lambda n: None)[place].importance_O.sum())
+    wanted = float(
+        measure_hidden(TASK, model, batches(48), 0, lambda n: None)[place].importance_O.sum()
+    )
     generator, found = torch.Generator().manual_seed(0), []
     size = 1e-3
     handle = half.fc2.register_forward_hook(
