@@ -37,10 +37,11 @@ help:
 
 setup: $(VENV)/.user ## create .venv and install care-compress
 
-quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES= CROP= RUN= SET="a.b=1" REPAIR=1]
+quantize: $(VENV)/.user $(if $(RAY),$(VENV)/.ray) ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES= CROP= RUN= SET="a.b=1" REPAIR=1 RAY=local]
 	@$(BIN)/care-compress quantize '$(RECIPE)' $(if $(CKPT),--ckpt '$(CKPT)') $(if $(ARCH),--arch '$(ARCH)') \
 		$(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)') $(if $(CROP),--crop '$(CROP)') \
-		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)') $(if $(REPAIR),--repair)
+		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)') $(if $(REPAIR),--repair) \
+		$(if $(RAY),--ray '$(RAY)')
 
 sweep: $(VENV)/.ray ## many recipes on Ray, one page: SWEEP=int8_grid [ADDRESS=auto RUN= REPAIR=1 PLAN=1]
 	@$(BIN)/care-compress sweep '$(SWEEP)' $(if $(ADDRESS),--address '$(ADDRESS)') $(if $(RUN),--name '$(RUN)') \
