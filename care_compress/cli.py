@@ -573,13 +573,21 @@ def reference(
         Path | None, typer.Option(help="accepted values; eval/reference.yaml if left out")
     ] = None,
     runs: Runs = Path("runs"),
+    ray: OnRay = None,
 ) -> None:
     """Check that recipes still give the accepted top-1 and size; exit code 1 if one drifted."""
-    from care_compress.evaluate.reference import REFERENCE_FILE, run_reference
+    from care_compress.evaluate.reference import REFERENCE_FILE, one_by_one, run_reference
     from care_compress.pipeline import run_recipe
+    from care_compress.sweep.cluster import workers_at
 
-    file = accepted or REFERENCE_FILE
-    sys.exit(run_reference(recipes or [], file, runs, run_recipe, Terminal()))
+    with workers_at(ray) as cluster:
+        make_runs = one_by_one(run_recipe)
+        if cluster is not None:
+            from care_compress.sweep.runs import runs_on
+
+            make_runs = runs_on(cluster, run_recipe)
+        code = run_reference(recipes or [], accepted or REFERENCE_FILE, runs, make_runs, Terminal())
+    sys.exit(code)
 
 
 @app.command()
