@@ -37,10 +37,11 @@ help:
 
 setup: $(VENV)/.user ## create .venv and install care-compress
 
-quantize: $(VENV)/.user ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES= CROP= RUN= SET="a.b=1" REPAIR=1]
+quantize: $(VENV)/.user $(if $(RAY),$(VENV)/.ray) ## run a recipe: RECIPE=int8_qat [ARCH= CKPT= DATA= RES= CROP= RUN= SET="a.b=1" REPAIR=1 RAY=local]
 	@$(BIN)/care-compress quantize '$(RECIPE)' $(if $(CKPT),--ckpt '$(CKPT)') $(if $(ARCH),--arch '$(ARCH)') \
 		$(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)') $(if $(CROP),--crop '$(CROP)') \
-		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)') $(if $(REPAIR),--repair)
+		$(if $(RUN),--name '$(RUN)') $(foreach pair,$(SET),--set '$(pair)') $(if $(REPAIR),--repair) \
+		$(if $(RAY),--ray '$(RAY)')
 
 sweep: $(VENV)/.ray ## many recipes on Ray, one page: SWEEP=int8_grid [ADDRESS=auto RUN= REPAIR=1 PLAN=1]
 	@$(BIN)/care-compress sweep '$(SWEEP)' $(if $(ADDRESS),--address '$(ADDRESS)') $(if $(RUN),--name '$(RUN)') \
@@ -82,12 +83,12 @@ check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipes and t
 
 # INT8 beside every alternative (speed: 25 to 50 minutes, into docs/PERFORMANCE.md), what each method is worth (ablate: into
 # docs/RESULTS.md), what pruning costs (slim: there, too), and what loading, training, quantizing and evaluating cost. speed and ablate go on where they stopped.
-bench: known-bench $(VENV)/.dev $(if $(filter all,$(PEERS)),.peers/.done) ## measure: WHAT=speed|dense|data|train|quantize|evaluate|ablate|slim|engines [ARCH= CKPT= DATA= RES= CROP= PEERS=all]
+bench: known-bench $(VENV)/.dev $(if $(filter all,$(PEERS)),.peers/.done) ## measure: WHAT=speed|dense|data|train|quantize|evaluate|ablate|slim|engines [ARCH= CKPT= DATA= RES= CROP= PEERS=all RAY=local]
 	@$(BIN)/python bench/$(WHAT).py $(BENCH_$(WHAT))
 
 BENCH_speed = $(if $(ARCH),--arch '$(ARCH)') $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') \
 	$(if $(RES),--resolution '$(RES)') $(if $(CROP),--crop '$(CROP)')
-BENCH_ablate = --report $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
+BENCH_ablate = --report $(if $(RAY),--ray '$(RAY)') $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
 
 BENCH_slim = $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
 BENCH_dense = $(if $(ARCH),--arch '$(ARCH)')
@@ -104,8 +105,8 @@ BENCH_engines = $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(
 known-bench:
 	@: $(if $(and $(filter 1,$(words $(WHAT))),$(filter $(BENCHES),$(WHAT))),,$(error there is no bench '$(WHAT)'; WHAT is one of: $(BENCHES)))
 
-reference: $(VENV)/.user ## check that recipes still give their accepted values: [MODELS="fp32 int8_ptq"]
-	@$(BIN)/care-compress reference $(if $(filter command% environment%,$(origin MODELS)),$(MODELS))
+reference: $(VENV)/.user $(if $(RAY),$(VENV)/.ray) ## check that recipes still give their accepted values: [MODELS="fp32 int8_ptq" RAY=local]
+	@$(BIN)/care-compress reference $(if $(filter command% environment%,$(origin MODELS)),$(MODELS)) $(if $(RAY),--ray '$(RAY)')
 
 # Plausible bugs, planted one at a time: every test that should notice does (bench/mutants.yaml).
 mutants: $(VENV)/.dev

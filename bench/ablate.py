@@ -3,11 +3,15 @@
 Each row is a recipe with overrides, run through the ordinary pipeline. Finished rows are kept in
 ``runs/ablate/<model>.json`` with their revision and not run again, so the table can be
 interrupted; ``--report`` writes it into docs/RESULTS.md. On the included model, or with ``--ckpt
---data --res`` on any other; ``--set evaluate.images=4000`` makes it shorter.
+--data --res`` on any other; ``--set evaluate.images=4000`` makes it shorter, ``--ray [ADDRESS]``
+makes rows side by side on Ray's workers.
 """
 
 import argparse
+import contextlib
 import json
+import shutil
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +19,14 @@ from typing import Any
 
 from rich.console import Console
 
+from care_compress.evaluate.reference import MakeRuns
 from care_compress.files import fingerprint, sha256_file, write_text
 from care_compress.machine import git_revision
 from care_compress.model.checkpoint import resolve_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe.recipe import Recipe, load_recipe
+from care_compress.sweep.cluster import workers_at
+from care_compress.sweep.runs import runs_on
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "RESULTS.md"
 FOLDED = "rewrite.fold_norms=true"
@@ -102,6 +109,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--report", action="store_true", help="write docs/RESULTS.md")
     parser.add_argument("--finished", action="store_true", help="run nothing more")
+    parser.add_argument(
+        "--ray", nargs="?", const="local", help="rows on Ray's workers: local, or an address"
+    )
     options = parser.parse_args()
     given = {
         "model.checkpoint": options.ckpt,
@@ -112,24 +122,58 @@ def main() -> None:
     console = Console()
     name = Path(options.ckpt).stem if options.ckpt else "care_nano_shapes"
     store = options.runs / "ablate" / f"{name}.json"
-    done: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
-    found: list[tuple[Row, dict[str, Any]]] = []
-    for row in ROWS:
-        if options.group and row.group not in options.group:
-            continue
-        recipe = load_recipe(row.recipe, (*row.overrides, *options.overrides), values)
-        key = _key(recipe)
-        if key not in done and options.finished:
-            continue
-        if key not in done:
-            console.print(f"{row.group}: {row.what}", markup=False)
-            results = run_recipe(recipe, options.runs / "ablate", "row", Console(quiet=True))
-            done[key] = _kept(results)
-            write_text(store, json.dumps(done, indent=1) + "\n")
-        found.append((row, done[key]))
+    asked = [
+        (row, load_recipe(row.recipe, (*row.overrides, *options.overrides), values))
+        for row in ROWS
+        if not options.group or row.group in options.group
+    ]
+    if options.finished:
+        known = _done(store)
+        asked = [(row, recipe) for row, recipe in asked if _key(recipe) in known]
+    with workers_at(options.ray) as cluster:
+        make_runs = in_one_folder if cluster is None else in_their_own(runs_on(cluster, run_recipe))
+        found = measured(asked, store, make_runs, console)
     console.print(_table(found), markup=False, soft_wrap=True)
     if options.report:
-        _write(name, found, recipe)
+        _write(name, found, asked[-1][1])
+
+
+def measured(
+    asked: Sequence[tuple[Row, Recipe]], store: Path, make_runs: MakeRuns, console: Console
+) -> list[tuple[Row, dict[str, Any]]]:
+    """Make the rows that are missing and keep each as it comes; return all that were asked for."""
+    done, keyed = _done(store), [(row, recipe, _key(recipe)) for row, recipe in asked]
+    missing = {f"row-{key}": recipe for _, recipe, key in keyed if key not in done}
+    with contextlib.closing(make_runs(missing, store.parent)) as made:
+        for row, _, key in keyed:
+            if key not in done:
+                console.print(f"{row.group}: {row.what}", markup=False)
+                done[key] = _kept(next(made)[1])
+                write_text(store, json.dumps(done, indent=1) + "\n")
+    return [(row, done[key]) for row, _, key in keyed]
+
+
+def in_one_folder(wanted: Mapping[str, Recipe], runs: Path) -> Generator[tuple[str, Any]]:
+    """Make every row over the one before it: what does not differ is taken over."""
+    for name, recipe in wanted.items():
+        yield name, run_recipe(recipe, runs, "row", Console(quiet=True))
+
+
+def in_their_own(make_runs: MakeRuns) -> MakeRuns:
+    """Rows that are made at once have a folder each, until they are handed over."""
+
+    def make(wanted: Mapping[str, Recipe], runs: Path) -> Generator[tuple[str, Any]]:
+        with contextlib.closing(make_runs(wanted, runs)) as made:
+            for name, results in made:
+                shutil.rmtree(runs / name)
+                yield name, results
+
+    return make
+
+
+def _done(store: Path) -> dict[str, Any]:
+    known: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    return known
 
 
 def _key(recipe: Recipe) -> str:

@@ -132,13 +132,29 @@ def quantize(
     repair: Annotated[
         bool, typer.Option("--repair", help="make again what was damaged since it was written")
     ] = False,
+    ray: OnRay = None,
 ) -> None:
     """Run a recipe from its float model to results; what is there and still holds is kept."""
     run = plain_name(name or recipe.name)
 
-    from care_compress.pipeline import run_recipe
+    if ray is not None and (recipe.quantize is None or recipe.quantize.search is None):
+        raise CareError(
+            f"{recipe.name} searches no bits, and --ray shares out nothing else of a run.",
+            "leave --ray out; care-compress sweep shares runs out",
+        )
 
-    run_recipe(recipe, runs, run, Terminal(), repair)
+    from care_compress.pipeline import run_recipe
+    from care_compress.sweep.cluster import workers_at
+
+    with workers_at(ray) as cluster:
+        if cluster is None:
+            run_recipe(recipe, runs, run, Terminal(), repair)
+            return
+
+        from care_compress.sweep.sites import noises_on
+
+        measure = noises_on(cluster, runs / run, recipe.rewrite)
+        run_recipe(recipe, runs, run, Terminal(), repair, measure=measure)
 
 
 @app.command()
@@ -169,15 +185,15 @@ def sensitivity(
     run = plain_name(name or f"{recipe.name}_sensitivity")
 
     from care_compress.pipeline import run_sensitivity
+    from care_compress.sweep.cluster import workers_at
 
-    if ray is None:
-        run_sensitivity(recipe, runs, run, images, Terminal())
-        return
+    with workers_at(ray) as cluster:
+        if cluster is None:
+            run_sensitivity(recipe, runs, run, images, Terminal())
+            return
 
-    from care_compress.sweep.cluster import open_cluster
-    from care_compress.sweep.sites import sites_on
+        from care_compress.sweep.sites import sites_on
 
-    with open_cluster(ray) as cluster:
         run_sensitivity(recipe, runs, run, images, Terminal(), sites_on(cluster, runs / run))
 
 
@@ -394,6 +410,7 @@ def accuracy(
     json: Annotated[
         Path | None, typer.Option(help="also write the numbers here; resumes if interrupted")
     ] = None,
+    ray: OnRay = None,
 ) -> None:
     """Measure the accuracy of one artifact on the validation images of a source."""
     values = {
@@ -405,8 +422,15 @@ def accuracy(
     section = parse_section(DataSection, values, set_ or [], "the command line")
 
     from care_compress.evaluate.scoring import measure_artifact
+    from care_compress.sweep.cluster import workers_at
 
-    measure_artifact(artifact, section, images, batch, json, Terminal())
+    with workers_at(ray) as cluster:
+        shared = None
+        if cluster is not None:
+            from care_compress.sweep.scores import scores_on
+
+            shared = scores_on(cluster)
+        measure_artifact(artifact, section, images, batch, json, Terminal(), shared)
 
 
 @app.command()
@@ -549,13 +573,21 @@ def reference(
         Path | None, typer.Option(help="accepted values; eval/reference.yaml if left out")
     ] = None,
     runs: Runs = Path("runs"),
+    ray: OnRay = None,
 ) -> None:
     """Check that recipes still give the accepted top-1 and size; exit code 1 if one drifted."""
-    from care_compress.evaluate.reference import REFERENCE_FILE, run_reference
+    from care_compress.evaluate.reference import REFERENCE_FILE, one_by_one, run_reference
     from care_compress.pipeline import run_recipe
+    from care_compress.sweep.cluster import workers_at
 
-    file = accepted or REFERENCE_FILE
-    sys.exit(run_reference(recipes or [], file, runs, run_recipe, Terminal()))
+    with workers_at(ray) as cluster:
+        make_runs = one_by_one(run_recipe)
+        if cluster is not None:
+            from care_compress.sweep.runs import runs_on
+
+            make_runs = runs_on(cluster, run_recipe)
+        code = run_reference(recipes or [], accepted or REFERENCE_FILE, runs, make_runs, Terminal())
+    sys.exit(code)
 
 
 @app.command()

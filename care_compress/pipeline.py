@@ -32,6 +32,7 @@ from care_compress.preflight import (
     preflight,
     with_pinned_checkpoint,
 )
+from care_compress.quantize.search import MeasureNoises, noises_here
 from care_compress.quantize.sensitivity import MeasureSites, Sensitivity, one_by_one
 from care_compress.quantize.stages import measure_sites, quantized, trained_quantized
 from care_compress.recipe.recipe import Recipe
@@ -52,12 +53,14 @@ def run_recipe(
     console: Console,
     repair: bool = False,
     watch: Watch | None = None,
+    measure: MeasureNoises = noises_here,
 ) -> dict[str, Any]:
     """Run every stage of a recipe; the results, as they stand in ``results.json``.
 
     Stages that an earlier run of this name left are taken over where nothing they came from has
     changed (`care_compress.run.stages`); `repair` makes those again whose files were damaged.
-    `watch` is told of every validation of a training, and may end the run by raising.
+    `watch` is told of every validation of a training, and may end the run by raising. `measure`
+    may spread what a search for bits measures over processes (`care_compress.sweep.sites`).
     """
     recipe = with_pinned_checkpoint(recipe)
     with _begun(recipe, runs, name, console, repair, watch) as (context, ready):
@@ -75,7 +78,7 @@ def run_recipe(
         section = recipe.quantize
         if section is not None:
             judge = judging(context, recipe, compact)
-            ptq = quantized(context, recipe, section, compact, judge)
+            ptq = quantized(context, recipe, section, compact, judge, measure)
             tried.append(evaluated(context, recipe, "ptq", ptq, compact, validation))
             if section.qat is not None:
                 validate = validating(context, recipe, validation)

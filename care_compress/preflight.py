@@ -28,6 +28,7 @@ from care_compress.model.hub import pinned
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.plan import make_plan
 from care_compress.quantize.plan_table import plan_as_json, print_plan, rule_text
+from care_compress.quantize.process_memory import RUN, memory_of
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import export_rules
 from care_compress.quantize.selection import read_list
@@ -289,7 +290,8 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
                 console.print_json(data={"slim": widths.as_json()})
             return
     section = own_section(recipe)
-    network, plan = planned(rewrite(model, recipe.rewrite), section, recipe.data.resolution)
+    whole = rewrite(model, recipe.rewrite)
+    network, plan = planned(whole, section, recipe.data.resolution)
     rules, target = section.rules, None
     if exported_to is None:
         targets = able_targets(recipe, network, plan, Console(quiet=True))
@@ -298,6 +300,7 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
         rules, targets = export_rules(recipe.export, section, target), (target,)
         plan = plan_for(recipe, network, plan, target)
     space = needed_space(recipe, Size.of_plan(plan), plan, targets)
+    memory = memory_of(recipe, whole)
     chain = recipe.origins.chain(recipe.name)
     # A target's own rules come behind those of the recipe.
     said_by = [recipe.origins.said("quantize", "rules") or recipe.name] * len(section.rules)
@@ -310,6 +313,9 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
                 for rule, file in zip(rules, said_by, strict=True)
             ],
             "disk_bytes": {**space.folders, "total": space.total, "temporary": space.temporary},
+            "memory_bytes": {
+                name: {**one.parts, "total": one.total} for name, one in memory.items()
+            },
             **({"slim": widths.as_json()} if widths else {}),
         }
         console.print_json(data={**plan_as_json(plan), **about})
@@ -319,6 +325,14 @@ def show_plan(recipe: Recipe, exported_to: str | None, as_json: bool, console: C
     if target is not None and target.placements:
         console.print(f"[bold]placement[/]: {target.placement}", highlight=False)
     console.print(f"[bold]disk[/] of a run: {space}", highlight=False, soft_wrap=True)
+    workers = ", ".join(
+        f"{name} {_megabytes(one.total)}" for name, one in memory.items() if name != RUN
+    )
+    console.print(
+        f"[bold]memory[/]: a run at most about {memory[RUN]}; a worker of --ray: {workers}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _planned_widths(

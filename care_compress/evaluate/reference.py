@@ -5,10 +5,11 @@ every target that can be measured without a device. Runs are made for it, or tak
 commit made them.
 """
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from rich.console import Console
@@ -32,6 +33,8 @@ from care_compress.tasks.task import Metric
 REFERENCE_FILE = shipped("eval/reference.yaml")
 Tolerance = Annotated[float, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+# Runs to make in a folder, by name: each with its results, in this order, when it is made.
+MakeRuns = Callable[[Mapping[str, Recipe], Path], Generator[tuple[str, Any]]]
 
 
 class AcceptedFile(Section):
@@ -113,8 +116,18 @@ class Check:
         )
 
 
+def one_by_one(make_run: MakeRun) -> MakeRuns:
+    """Return what makes runs in this process, each when it is asked for."""
+
+    def make(wanted: Mapping[str, Recipe], runs: Path) -> Generator[tuple[str, Any]]:
+        for name, recipe in wanted.items():
+            yield name, make_run(recipe, runs, name, Console(quiet=True))
+
+    return make
+
+
 def run_reference(
-    names: list[str], file: Path, runs: Path, make_run: MakeRun, console: Console
+    names: list[str], file: Path, runs: Path, make_runs: MakeRuns, console: Console
 ) -> int:
     """Measure and check; return 0 only if every value holds."""
     chosen = read_reference(file, names)
@@ -132,14 +145,24 @@ def run_reference(
                 f"give it {wanted.key} and {wanted.key}_tolerance",
             )
     checks: list[Check] = []
-    for name, accepted in chosen.items():
-        run = _run_of(recipes[name], name, runs, make_run, console)
-        found, missing = _measured(run, tuple(accepted.targets), console)
-        for target, why in missing.items():
-            say(f"skipped {name} on {target}: {why}", console)
-        for check in checked(name, accepted, found):
-            checks.append(check)
-            say(str(check), console)
+    run_of = {name: f"reference_{name}" for name in chosen}
+    to_make = {
+        run: recipes[name]
+        for name, run in run_of.items()
+        if not _is_current(runs / run, recipes[name])
+    }
+    with contextlib.closing(make_runs(to_make, runs)) as made:
+        for name, accepted in chosen.items():
+            run = run_of[name]
+            if run in to_make:
+                console.print(f"making {escape(str(runs / run))}", soft_wrap=True)
+                next(made)
+            found, missing = _measured(runs, run, tuple(accepted.targets), console)
+            for target, why in missing.items():
+                say(f"skipped {name} on {target}: {why}", console)
+            for check in checked(name, accepted, found):
+                checks.append(check)
+                say(str(check), console)
     if not checks:
         raise TargetError(
             "no target of these recipes can be measured here.", "care-compress doctor"
@@ -172,19 +195,6 @@ def checked(
         yield Check(name, target, "bytes", one.size_bytes, known.size_bytes, allowed)
 
 
-def _run_of(
-    recipe: Recipe, name: str, runs: Path, make_run: MakeRun, console: Console
-) -> NamedModel:
-    """Return the run that this commit made of a recipe, or a new one."""
-    run = f"reference_{name}"
-    if not _is_current(runs / run, recipe):
-        console.print(f"making {escape(str(runs / run))}", soft_wrap=True)
-        make_run(recipe, runs, run, Console(quiet=True))
-    (made,) = named_models([run], runs)
-    assert isinstance(made, NamedModel)
-    return made
-
-
 def _is_current(run: Path, recipe: Recipe) -> bool:
     """Tell whether this commit made the run from this recipe, to the end."""
     revision = git_revision()
@@ -202,10 +212,11 @@ def _is_current(run: Path, recipe: Recipe) -> bool:
 
 
 def _measured(
-    one: NamedModel, targets: tuple[str, ...], console: Console
+    runs: Path, run: str, targets: tuple[str, ...], console: Console
 ) -> tuple[dict[str, MeasuredFile], dict[str, str]]:
     """Measure each file on its target, or say why not; floats are never rounded on their own."""
-    assert one.recipe is not None
+    (one,) = named_models([run], runs)
+    assert isinstance(one, NamedModel) and one.recipe is not None
     options = CompareOptions(targets=targets)
     entries, missing = find_entries([one], options)
     entries = [entry for entry in entries if not entry.name.endswith(BF16)]

@@ -1,17 +1,22 @@
 """``care-compress accuracy FILE``: one artifact on a whole image set, however long that takes.
 
-Images stream, so memory does not grow with them. Under torchrun each process takes its share. With
-``--json`` an interrupted evaluation goes on where it was, and ends with the same numbers.
+Images stream, so memory does not grow with them. Under torchrun each process takes its share, and
+``--ray`` hands them out in pieces. With ``--json`` an interrupted evaluation goes on where it was,
+and ends with the same numbers.
 """
 
 import contextlib
 import json
+import platform
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from rich.console import Console
 
 from care_compress import machine
@@ -19,7 +24,7 @@ from care_compress.console import progress_bar, show_checks
 from care_compress.data.loader import BadImages, images_at_once, prepared_batches
 from care_compress.data.samples import Samples, spread_indices
 from care_compress.data.sources import check_classes
-from care_compress.errors import Stopped
+from care_compress.errors import RunError, Stopped
 from care_compress.evaluate.accuracy import (
     answers_check,
     count,
@@ -114,6 +119,30 @@ class ProgressFile:
         return "the same command goes on from here"
 
 
+@dataclass(frozen=True)
+class ScoringJob:
+    """What is scored on what, as plain data: another process can open it."""
+
+    artifact: str
+    digest: str  # of the file
+    data: DataSection
+    listing: str  # fingerprint of the samples
+    batch_size: int
+    device: str
+
+
+class Scored(NamedTuple):
+    """What came of some images, in whole batches."""
+
+    images: int
+    score: Score | None
+    skipped: dict[str, str]
+
+
+# A job and positions of images; what comes back is of the first of them, then of the next.
+ScoreImages = Callable[[ScoringJob, Sequence[int]], Generator[Scored]]
+
+
 def measure_artifact(
     artifact: str,
     data: DataSection,
@@ -121,8 +150,12 @@ def measure_artifact(
     batch_size: int | None,
     json_file: Path | None,
     console: Console,
+    score_images: ScoreImages | None = None,
 ) -> Score:
-    """Score one file on the validation images of a source, and say so."""
+    """Score one file on the validation images of a source, and say so.
+
+    `score_images` may spread the images over processes; without it they are scored here.
+    """
     path = artifact_path(artifact)
     with join_world() as world:
         console = console if world.is_main else Console(quiet=True)
@@ -138,13 +171,18 @@ def measure_artifact(
         # 224 that costs more than everything else beside the network (LOG.md).
         batch_size = images_at_once(batch_size, world.device)
         chosen = own_share(spread_indices(len(samples), images), batch_size, world)
-        job = _Job(samples, data, chosen, batch_size)
+        digest, listing = digest_of(path), samples.fingerprint()
+        job = ScoringJob(artifact, digest, data, listing, batch_size, world.device.type)
+
+        def here(job: ScoringJob, indices: Sequence[int]) -> Generator[Scored]:
+            return batch_by_batch(predict, samples, job, indices, world.device)
+
         # What decides the numbers; how many processes decode does not.
         about = data.model_dump(mode="json", exclude={"workers"})
-        asked = [digest_of(path), images, world.rank, world.size]
+        asked = [digest, images, world.rank, world.size]
         given = [about, samples.content_digest(), batch_size, world.device.type]
         state = ProgressFile.beside(task, json_file, world, fingerprint([*asked, *given]))
-        mine = _score(predict, job, state, world, console)
+        mine = _score(score_images or here, job, chosen, state, world, console)
         every = world.gathered(mine)
         accuracy = whole(one.accuracy for one in every)
         skipped = {name: why for one in every for name, why in one.skipped.items()}
@@ -161,7 +199,7 @@ def measure_artifact(
                 "not_finite": accuracy.broken,
                 "skipped_images": skipped,
                 "data": data.model_dump(mode="json"),
-                "samples": samples.fingerprint(),
+                "samples": listing,
             }
             write_text(json_file, json_text(result))
         world.wait()  # the states are of use until the result is written
@@ -169,18 +207,61 @@ def measure_artifact(
     return accuracy
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One process's images."""
+def batch_by_batch(
+    predict: Predictor,
+    samples: Samples,
+    job: ScoringJob,
+    indices: Sequence[int],
+    device: torch.device,
+) -> Generator[Scored]:
+    """Score these images, which rise, in this process; close it."""
+    task, bad, through = task_called(predict.task), BadImages(), 0
+    batches = prepared_batches(
+        samples, job.data, job.batch_size, bad=bad, indices=indices, device=device
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            score = count(task, predict, [batch])
+            # Bad images are no part of a batch, but its last image tells which batch it is.
+            number = bisect_left(indices, int(batch.indices[-1])) // job.batch_size
+            done = min((number + 1) * job.batch_size, len(indices))
+            yield Scored(done - through, score, dict(bad.reasons))
+            through = done
+    # The last batches may have been nothing but bad images.
+    yield Scored(len(indices) - through, None, dict(bad.reasons))
 
-    samples: Samples
-    data: DataSection
-    indices: Sequence[int]  # rising
-    batch_size: int
+
+def score_elsewhere(job: ScoringJob, indices: Sequence[int], threads: int) -> Scored:
+    """Score these images in a process that has opened nothing, or the same job before."""
+    predict, samples, device = opened(job, threads)
+    with contextlib.closing(batch_by_batch(predict, samples, job, indices, device)) as parts:
+        found = list(parts)
+    return Scored(len(indices), total(one.score for one in found), found[-1].skipped)
+
+
+@lru_cache(maxsize=1)
+def opened(job: ScoringJob, threads: int) -> tuple[Predictor, Samples, torch.device]:
+    """Open a job's file and images; `RunError` where they are not those that were asked about."""
+    device = torch.device(job.device)
+    predict = open_predictor(job.artifact, device, threads)
+    samples = task_called(predict.task).samples(job.data, "val")
+    same = digest_of(artifact_path(job.artifact)) == job.digest
+    if not same or samples.fingerprint() != job.listing:
+        what = job.data.source if same else job.artifact
+        raise RunError(
+            f"{platform.node()} has another {what} than the machine that hands out work.",
+            "put it where every node sees it under the same path",
+        )
+    return predict, samples, device
 
 
 def _score(
-    predict: Predictor, job: _Job, state: ProgressFile, world: World, console: Console
+    score_images: ScoreImages,
+    job: ScoringJob,
+    indices: Sequence[int],
+    state: ProgressFile,
+    world: World,
+    console: Console,
 ) -> ScoringProgress:
     """Score the share of one process, from where it was interrupted."""
     so_far = state.read()
@@ -190,33 +271,20 @@ def _score(
     elif state.is_of_another:
         console.print("another evaluation was interrupted here: starting anew")
     state.write(so_far)  # a place that cannot be written to is found now, not after hours
-    bad, indices = BadImages(dict(so_far.skipped)), job.indices
-    batches = prepared_batches(
-        job.samples,
-        job.data,
-        job.batch_size,
-        bad=bad,
-        indices=indices[so_far.done :],
-        device=world.device,
-    )
     try:
         with (
             progress_bar(console, "evaluating", len(indices)) as advance,
-            contextlib.closing(batches),
+            contextlib.closing(score_images(job, indices[so_far.done :])) as parts,
         ):
             advance(so_far.done)
-            for batch in batches:
-                accuracy = total((so_far.accuracy, count(state.task, predict, [batch])))
-                # Bad images are no part of a batch, but its last image tells which batch it is.
-                number = bisect_left(indices, int(batch.indices[-1])) // job.batch_size
-                done = min((number + 1) * job.batch_size, len(indices))
-                advance(done - so_far.done)
-                so_far = ScoringProgress(done, accuracy, bad.reasons)
+            for part in parts:
+                advance(part.images)
+                so_far = ScoringProgress(
+                    so_far.done + part.images,
+                    total((so_far.accuracy, part.score)),
+                    {**so_far.skipped, **part.skipped},
+                )
                 state.keep(so_far)
-            # The last batches may have been nothing but bad images.
-            advance(len(indices) - so_far.done)
-            so_far = ScoringProgress(len(indices), so_far.accuracy, bad.reasons)
-            state.keep(so_far)
     except BaseException as error:
         if so_far.done:
             state.write(so_far)

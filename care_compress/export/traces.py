@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from care_compress.files import cache_folder, fingerprint, replacing
 from care_compress.machine import installed_versions
@@ -44,7 +43,7 @@ def _from_disk(structure: Structure, trace: Callable[[], onnx.ModelProto]) -> on
     code = code_digest("care_compress.export.to_onnx", *sorted(ours))
     made_by = [installed_versions(MADE_BY), code]
     path = cache_folder() / "traces" / f"{fingerprint([said, made_by])}.onnx"
-    with contextlib.suppress(OSError, DecodeError, zlib.error):
+    with contextlib.suppress(OSError):
         content = path.read_bytes()
         digest, packed = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
         if hashlib.sha256(packed).digest() == digest:

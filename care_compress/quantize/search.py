@@ -41,6 +41,10 @@ DEPTHWISE = ("dwconv1", "dwconv2", "dwconvatt_1", "dwconvatt_2", "inter1_conv", 
 
 # A quantized network in, its drop in points out.
 Judge = Callable[[QuantizedCare], float]
+# A quantized network, the section it was made by, images and sites; the noise of each comes back.
+MeasureNoises = Callable[
+    [QuantizedCare, QuantizeSection, Sequence[Tensor], Sequence[str]], Mapping[str, float]
+]
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,42 @@ class Step:
     precision: str
 
 
+def noises_here(
+    model: QuantizedCare,
+    section: QuantizeSection,
+    images: Sequence[Tensor],
+    sites: Sequence[str],
+) -> dict[str, float]:
+    """Measure every site in this process."""
+    model.enable(False)
+    wanted = logits_of(model, images)
+    return {site: noise_of(model, images, wanted, site) for site in sites}
+
+
+@torch.inference_mode()
+def noise_of(model: QuantizedCare, images: Sequence[Tensor], wanted: Tensor, site: str) -> float:
+    """Squared error of the answers with this site quantized and no other."""
+    task = task_called(model.task)
+    only(model, {site})
+    error = task.weighed(logits_of(model, images), wanted) - task.weighed(wanted, wanted)
+    return float(error.double().square().mean())
+
+
 def search_bits(
     job: PtqJob,
     section: QuantizeSection,
     max_drop: float,
     judge: Judge,
     report: Callable[[Trial], None],
+    measure: MeasureNoises = noises_here,
 ) -> Found:
-    """Search as ``quantize.search`` says."""
+    """Search as ``quantize.search`` says.
+
+    `measure` may spread the sites over processes: each is measured by itself.
+    """
     search = section.search
     assert search is not None
-    steps = _ordered_steps(job, section, search)
+    steps = _ordered_steps(job, section, search, measure)
     deadline = time.monotonic() + 60 * search.minutes
     hunt = _Hunt(job, section, search, steps, max_drop, judge, report)
 
@@ -191,7 +220,9 @@ def _cost(plan: Plan, search: SearchSection) -> float:
     return float(sum(decision.bit_operations for decision in plan.decisions))
 
 
-def _ordered_steps(job: PtqJob, section: QuantizeSection, search: SearchSection) -> list[Step]:
+def _ordered_steps(
+    job: PtqJob, section: QuantizeSection, search: SearchSection, measure: MeasureNoises
+) -> list[Step]:
     """Every site's way down the precisions, most saving for the least noise first."""
     # The precisions that the target executes.
     precisions = list(LADDER)
@@ -204,7 +235,9 @@ def _ordered_steps(job: PtqJob, section: QuantizeSection, search: SearchSection)
         ]
     decisions = planned(job.network, section, job.resolution)[1].decisions
     sites = [d.site.name for d in decisions if d.site.weighted and d.input.is_integer]
-    noise = {precision: _noises(job, section, sites, precision) for precision in precisions[1:]}
+    noise = {
+        precision: _noises(job, section, sites, precision, measure) for precision in precisions[1:]
+    }
     costs: dict[str, dict[str, float]] = {}
     for precision in precisions:
         alike = _with_precisions(section, dict.fromkeys(sites, precision))
@@ -233,20 +266,16 @@ def _ordered_steps(job: PtqJob, section: QuantizeSection, search: SearchSection)
 
 @torch.inference_mode()
 def _noises(
-    job: PtqJob, section: QuantizeSection, sites: Sequence[str], precision: str
-) -> dict[str, float]:
+    job: PtqJob,
+    section: QuantizeSection,
+    sites: Sequence[str],
+    precision: str,
+    measure: MeasureNoises,
+) -> Mapping[str, float]:
     """Squared error of the answers of each site alone at this precision."""
-    task = task_called(job.network.task)
     quick = {"reconstruct": None, "bias_correction": False, "norm_reestimation": False}
     alike = _with_precisions(section, dict.fromkeys(sites, precision))
     plain = alike.model_copy(update=quick)
     model = quantize_network(job, plain).model
-    images: Sequence[Tensor] = torch.split(first_images(job.batches, NOISE_IMAGES), BATCH)
-    model.enable(False)
-    wanted = logits_of(model, images)
-    found = {}
-    for site in sites:
-        only(model, {site})
-        error = task.weighed(logits_of(model, images), wanted) - task.weighed(wanted, wanted)
-        found[site] = float(error.double().square().mean())
-    return found
+    images = torch.split(first_images(job.batches, NOISE_IMAGES), BATCH)
+    return measure(model, plain, images, sites)

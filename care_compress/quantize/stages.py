@@ -34,7 +34,13 @@ from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.plots import plot_sensitivity, plot_trials, short_name
 from care_compress.quantize.ptq import PtqJob, first_images, quantize_network
 from care_compress.quantize.qat import train_quantized
-from care_compress.quantize.search import Found, Trial, search_bits
+from care_compress.quantize.search import (
+    Found,
+    MeasureNoises,
+    Trial,
+    noises_here,
+    search_bits,
+)
 from care_compress.quantize.selection import CalibrationSet, deep_features, read_list, select_images
 from care_compress.quantize.sensitivity import (
     MeasureSites,
@@ -67,8 +73,13 @@ def quantized(
     section: QuantizeSection,
     compact: CompactCare,
     judge: Judge,
+    measure: MeasureNoises = noises_here,
 ) -> Path:
-    """PTQ on calibration images of the training split; kept in ``ptq/``."""
+    """PTQ on calibration images of the training split; kept in ``ptq/``.
+
+    `measure` takes a search's measurements. Wherever they are taken they are the same, so it is
+    nothing that the stage is made from.
+    """
     world, path = context.world, context.run.path / "ptq" / MODEL_FILES[section.backend]
 
     def make() -> None:
@@ -78,7 +89,7 @@ def quantized(
                 _ptq_by_nncf(context, recipe, section, compact, images, chosen, path)
             else:
                 _ptq_by_torchao(
-                    context, recipe, section, compact, images.batches, chosen, judge, path
+                    context, recipe, section, compact, images.batches, chosen, judge, measure, path
                 )
         _record_model(context, path)
 
@@ -267,11 +278,12 @@ def _ptq_by_torchao(
     batches: Batches,
     chosen: CalibrationSet,
     judge: Judge,
+    measure: MeasureNoises,
     path: Path,
 ) -> None:
     job = PtqJob(compact, recipe.data.resolution, recipe.seed, batches)
     if section.search is not None:
-        found = _searched(context, recipe, section, job, chosen, judge)
+        found = _searched(context, recipe, section, job, chosen, judge, measure)
         made, section = found.quantized, found.section
     else:
         with step_line(context.console) as notify:
@@ -291,6 +303,7 @@ def _searched(
     job: PtqJob,
     chosen: CalibrationSet,
     judge: Judge,
+    measure: MeasureNoises,
 ) -> Found:
     """Bits per site by trial; the trail and its picture are kept in ``ptq/``."""
     console, search, max_drop = context.console, section.search, recipe.budget.max_drop
@@ -310,7 +323,7 @@ def _searched(
     def drop_of(model: QuantizedCare) -> float:
         return judge(model, chosen.samples, held_back)
 
-    found = search_bits(job, section, max_drop, drop_of, show)
+    found = search_bits(job, section, max_drop, drop_of, show, measure)
     trials = [asdict(trial) for trial in found.trials]
     context.run.write_json("ptq/trials.json", {"cost": search.cost, "trials": trials})
     picture = context.run.path / "ptq" / "trials.svg"

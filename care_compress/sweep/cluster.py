@@ -115,11 +115,23 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
             except Exception as error:  # Ray raises plain ones, too
                 raise TargetError(
                     f"Ray at {address} cannot be used: {shortened(one_line(str(error)))}",
-                    "ray start --head on a machine of the cluster, or leave --address out",
+                    "ray start --head on a machine of the cluster, or leave the address out",
                 ) from error
         left.callback(ray.shutdown)
         _restore(handlers)
         yield Cluster(ray)
+
+
+@contextlib.contextmanager
+def workers_at(address: str | None) -> Iterator[Cluster | None]:
+    """Open Ray for a verb that ``--ray`` shares out; nothing is opened where it was not given."""
+    if address is None:
+        yield None
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CareError("--ray and torchrun both hand the work out.", "give one of them")
+    with open_cluster(address) as cluster:
+        yield cluster
 
 
 def _start(ray: Any, left: contextlib.ExitStack) -> None:
@@ -168,17 +180,17 @@ def _check_answers(address: str) -> None:
         return  # Ray looks for a cluster of this machine, and says so at once where there is none
     if "://" in address:
         raise CareError(
-            f"{address} asks for Ray's client, which cannot hold a sweep.",
-            "run the sweep on a machine of the cluster, with --address auto",
+            f"{address} asks for Ray's client, which cannot hand out work.",
+            "start it on a machine of the cluster, with the address auto",
         )
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise CareError(f"{address!r} is no address.", "write --address HOST:6379, or auto")
+        raise CareError(f"{address!r} is no address.", "write HOST:6379, or auto")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS):
             pass
     except OSError as error:
         raise TargetError(
             f"nobody answers at {address}: {error.strerror or error}.",
-            "start the cluster (ray start --head), or leave --address out to run here",
+            "start the cluster (ray start --head), or leave the address out to run here",
         ) from error

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from care_compress import machine
 from care_compress.console import say, shortened
@@ -39,6 +38,7 @@ from care_compress.recipe.sections import DROPS, BudgetSection
 from care_compress.recipe.target import load_target
 from care_compress.run.stages import EVERYTHING, SHARED, recipe_parts
 from care_compress.sweep.cluster import TIMING, Cluster, Node, open_cluster
+from care_compress.sweep.dry_run import show_plan
 from care_compress.sweep.page import write_page
 from care_compress.sweep.results import best_of, judged, milliseconds, sweep_as_json
 from care_compress.sweep.sections import METRICS, Sweep
@@ -57,23 +57,13 @@ from care_compress.sweep.tasks import (
     processor,
     record_file,
 )
-from care_compress.sweep.trials import (
-    DIGITS,
-    RECIPE,
-    Row,
-    Search,
-    Trial,
-    axes_of,
-    make_search,
-    trial_of,
-)
+from care_compress.sweep.trials import DIGITS, RECIPE, Row, Search, Trial, make_search, trial_of
 from care_compress.tasks.known import labelled, task_called
 
 SPARE = 2  # trials in flight beyond those that run: a worker that is done finds its next one
 LOST = 3  # times that a node or a process may be lost under a trial before it counts as failed
 WRITE_SECONDS = 30.0  # between two writings of the page while trials run
 LONGEST_REASON = 500  # letters
-LISTED = 200  # trials that a plan names
 
 
 @dataclass(frozen=True)
@@ -243,27 +233,6 @@ def prepared(folder: Path) -> Iterator[Place]:
             ) from None
         write_text(folder / MARK, mark)
         yield Place(folder, Path.cwd(), mark, pipeline_digest())
-
-
-def show_plan(sweep: Sweep, search: Search, console: Console) -> None:
-    """Name the trials; nothing is written and no worker starts."""
-    varied = [key for key, axis in axes_of(sweep).items() if key == "recipe" or len_of(axis) != 1]
-    if search.waits:
-        say(f"{sweep.name}: {search.total:,} trials, each chosen by those before it", console)
-        return
-    table = Table("run", *varied, title=f"{sweep.name}: {search.total:,} trials")
-    for trial in search.shown[:LISTED]:
-        table.add_row(trial.name, *(shortened(str(trial.point[key]), 40) for key in varied))
-    console.print(table, markup=False)
-    if search.total > LISTED:
-        say(f"and {search.total - LISTED:,} more", console)
-    if search.shown:
-        say(f"the first alone: {search.shown[0].command}", console)
-
-
-def len_of(axis: Any) -> int:
-    """How many values an axis has; a range has any number of them."""
-    return len(axis) if isinstance(axis, Sequence) else 0
 
 
 def timing_nodes(sweep: Sweep, cluster: Cluster) -> list[Node]:

@@ -60,6 +60,15 @@ def pipeline_digest() -> str:
     return code_digest("care_compress.pipeline")
 
 
+def check_code(code: str) -> None:
+    """Raise unless this node has the driver's code."""
+    if pipeline_digest() != code:
+        raise RunError(
+            f"{platform.node()} has another care-compress than the machine that hands out work.",
+            "install the same version on every node",
+        )
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a sweep works; every node must see it under the same path."""
@@ -82,11 +91,7 @@ class Place:
                 f"{node} does not see {self.runs}.",
                 "put --runs on storage that every node mounts under the same path",
             )
-        if pipeline_digest() != self.code:
-            raise RunError(
-                f"{node} has another care-compress than the machine that drives the sweep.",
-                "install the same version on every node",
-            )
+        check_code(self.code)
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def do_trial(job: Job, work: Work, before: Row | None = None, rungs: Any = None)
         with log.open("a", encoding="utf-8") as file:
             console = Terminal(file=file, width=WIDTH)
             try:
-                row |= figures(_patiently(lambda: _worked(job, work, console, rungs)))
+                row |= figures(patiently(lambda: _worked(job, work, console, rungs)))
             except Exception:
                 traceback.print_exc(file=file)
                 raise
@@ -179,7 +184,7 @@ def by_torchrun(job: Job, console: Console) -> Mapping[str, Any]:
     return found
 
 
-def _patiently(make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+def patiently(make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """Wait for a run whose process is still ending: its node was lost a moment ago."""
     until = time.monotonic() + PATIENCE
     while True:

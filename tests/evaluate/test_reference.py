@@ -17,6 +17,7 @@ from care_compress.evaluate.reference import (
     AcceptedRecipe,
     MeasuredFile,
     checked,
+    one_by_one,
     read_reference,
     run_reference,
 )
@@ -96,7 +97,7 @@ def test_recipes_are_made_and_every_drift_fails(
     monkeypatch.setattr(reference, "git_revision", lambda: "abc")
     values = {"top1": 1.0, "size_bytes": 1}
     file = reference_file(shipped, tiny=accepted(0.0, 1, **{NPU: values}))
-    assert run_reference([], file, runs, run_recipe, Console(width=200)) == 1
+    assert run_reference([], file, runs, one_by_one(run_recipe), Console(width=200)) == 1
     shown = capsys.readouterr().out
     assert f"making {runs / 'reference_tiny'}" in shown
     results = json.loads((runs / "reference_tiny" / "results.json").read_text())
@@ -110,7 +111,7 @@ def test_recipes_are_made_and_every_drift_fails(
         json.dumps({**json.loads(manifest.read_text()), "git_revision": "abc"}), encoding="utf-8"
     )
     file = reference_file(shipped, tiny=accepted(top1, size, **{NPU: values}))
-    assert run_reference(["tiny"], file, runs, run_recipe, Console(width=200)) == 0
+    assert run_reference(["tiny"], file, runs, one_by_one(run_recipe), Console(width=200)) == 0
     shown = capsys.readouterr().out
     assert "making" not in shown, "the run of this very commit is taken"
     assert "2 values, 0 of them drifted" in shown
@@ -135,10 +136,9 @@ def test_nothing_measured_is_no_success(
 ) -> None:
     monkeypatch.setattr(recipes, "RECIPES_DIR", shipped)
     monkeypatch.setattr(reference, "_measured", lambda *_: ({}, {CPU: "not installed"}))
-    monkeypatch.setattr(reference, "_run_of", lambda *_: None)
     file = reference_file(shipped, tiny=accepted())
     with pytest.raises(TargetError, match="no target of these recipes can be measured here"):
-        run_reference([], file, runs, run_recipe, Console(quiet=True))
+        run_reference([], file, runs, one_by_one(lambda *_: None), Console(quiet=True))
 
 
 def test_every_shipped_value_is_of_a_recipe_and_a_target() -> None:
@@ -166,7 +166,7 @@ def test_mistakes_are_named_before_anything_is_made(
 ) -> None:
     file = reference_file(tmp_path, **content)
     with pytest.raises(RecipeError, match=message):
-        run_reference(names, file, tmp_path / "runs", run_recipe, Console(quiet=True))
+        run_reference(names, file, tmp_path / "runs", one_by_one(run_recipe), Console(quiet=True))
     assert not (tmp_path / "runs").exists()
 
 

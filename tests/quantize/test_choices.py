@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from care_compress.data.loader import Batch
 from care_compress.quantize import search, stages
 from care_compress.quantize.ptq import PtqJob
-from care_compress.quantize.search import Step, Trial, _noises, _ordered_steps, search_bits
+from care_compress.quantize.search import (
+    Step,
+    Trial,
+    _noises,
+    _ordered_steps,
+    noises_here,
+    search_bits,
+)
 from care_compress.quantize.selection import digests_of
 from care_compress.quantize.sensitivity import SiteJob, measure_sensitivity
 from care_compress.quantize.spec import Decision, Plan, Site, TensorSpec
@@ -60,7 +67,7 @@ def test_a_sites_noise_is_its_own_alone(monkeypatch: pytest.MonkeyPatch) -> None
     def batches() -> Generator[Tensor]:
         yield torch.randn(40, 4)
 
-    found = _noises(job(batches), SECTION, list(NOISE), "w8a8")
+    found = _noises(job(batches), SECTION, list(NOISE), "w8a8", noises_here)
     assert found == pytest.approx({site: noise**2 / 4 for site, noise in NOISE.items()}, rel=1e-4)
 
 
@@ -96,8 +103,8 @@ def fake_planned(network: object, section: QuantizeSection, resolution: int) -> 
 
 def steps_with(noise: dict[str, dict[str, float]], monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     monkeypatch.setattr(search, "planned", fake_planned)
-    monkeypatch.setattr(search, "_noises", lambda job, section, sites, precision: noise[precision])
-    return _ordered_steps(job(), SECTION, SearchSection())
+    monkeypatch.setattr(search, "_noises", lambda *given: noise[given[3]])
+    return _ordered_steps(job(), SECTION, SearchSection(), noises_here)
 
 
 def test_most_cost_saved_for_the_least_noise_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

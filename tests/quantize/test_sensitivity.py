@@ -151,9 +151,7 @@ def test_the_search_ends_with_the_cheapest_network_within_the_budget() -> None:
 @pytest.fixture
 def noises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step as noisy as every other: for tests of what a search does with them."""
-    monkeypatch.setattr(
-        mixed, "_noises", lambda job, section, sites, precision: dict.fromkeys(sites, 1.0)
-    )
+    monkeypatch.setattr(mixed, "_noises", lambda *given: dict.fromkeys(given[2], 1.0))
 
 
 @pytest.mark.slow

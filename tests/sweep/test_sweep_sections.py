@@ -157,6 +157,7 @@ def test_a_plan_names_the_trials_and_writes_nothing(tmp_path: Path) -> None:
     arguments = ["sweep", str(path), "--dry-run", "--runs", str(tmp_path / "runs")]
     done = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
+    assert "memory: at most about" in done.output and "for a trial" in done.output
     assert "2 trials" in done.output and "--set quantize.calibrate.images=8" in done.output
     assert not (tmp_path / "runs").exists()
 
