@@ -132,7 +132,9 @@ def _replace(graph: ir.Graph, conv: ir.Node, names: Iterator[str]) -> None:
     # The site's own name goes to the node that gives out what the convolution gave.
     image, out = made("Transpose", [product], "", perm=CHANNELS_FIRST), conv.outputs[0]
     image.shape, image.type = out.shape, out.type
-    ir.convenience.replace_all_uses_with(out, image)
+    if out.is_graph_output():  # predictions of masks: whoever reads the file knows them by name
+        image.name, out.name = out.name, image.name
+    ir.convenience.replace_all_uses_with(out, image, replace_graph_outputs=True)
     graph.remove([conv, data, weight], safe=True)
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from care_compress.errors import CheckpointError
 from care_compress.evaluate.agreement import REQUANTIZED_BITS, Rounded, compare_answers
+from care_compress.export.form import form_for, in_form
 from care_compress.export.half import write_half
+from care_compress.export.ort_products import use_integer_products
 from care_compress.export.result import About, Preprocessing
 from care_compress.export.to_onnx import float_graph, put_integers, write_onnx
 from care_compress.model.checkpoint import load_checkpoint, save_checkpoint
@@ -21,9 +23,10 @@ from care_compress.model.rewrite import rewrite
 from care_compress.quantize.artifact import load_quantized, save_quantized
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.ptq import PtqJob, planned, quantize_network
-from care_compress.quantize.retarget import float_network
+from care_compress.quantize.retarget import float_network, retarget
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import DataSection, RewriteSection
+from care_compress.recipe.target import load_target
 from care_compress.runtime.on_onnxruntime import OnnxPredictor
 from care_compress.tasks.known import TASKS
 from care_compress.train.stage import starting_point
@@ -79,12 +82,13 @@ def test_a_network_begins_with_the_stages_of_a_classifier(name: str, tmp_path: P
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+def calibration() -> Generator[Tensor]:
+    yield photos(8)
+
+
 @functools.cache
 def quantized_for(name: str) -> tuple[QuantizedCare, ir.Model, Tensor, float]:
     """The quantized network of a task, its graph, its answers, and how exact those can be."""
-
-    def calibration() -> Generator[Tensor]:
-        yield photos(8)
 
     network = rewrite(network_for(name), KEPT)
     model = quantize_network(PtqJob(network, SIDE, 0, calibration), CHOSEN).model
@@ -132,6 +136,34 @@ def test_a_saved_quantized_model_keeps_its_task(name: str, tmp_path: Path) -> No
     assert (loaded.task, loaded.num_classes) == (name, CLASSES)
     with torch.no_grad():
         assert torch.equal(loaded(photos(2)), model(photos(2)))
+
+
+@DENSE
+def test_predictions_in_integers_answer_under_the_same_name(name: str) -> None:
+    """As the naive recipes have them; those of masks are the last operation of the graph."""
+    everything = section(bias_correction=False, covariance=False)
+    target, network = load_target("onnxruntime-cpu"), rewrite(network_for(name), KEPT)
+    whole = quantize_network(PtqJob(network, SIDE, 0, calibration), everything).model
+    skeleton, _ = planned(network, everything, SIDE)
+    inner = float_network(whole, skeleton)
+    model = retarget(whole, inner, everything.rules, target)
+    graph = float_graph(in_form(inner, form_for(target, model.plan)), SIDE)
+    put_integers(graph, model)
+    use_integer_products(graph)
+    assert [value.name for value in graph.graph.outputs] == ["logits"]
+    made = {node.name: node.op_type for node in graph.graph}
+    assert "MatMulIntegerToFloat" in {made.get(f"{site}/product") for site in last_sites(name)}
+    with torch.no_grad():
+        exact_db = sqnr(Rounded(model, REQUANTIZED_BITS)(LOOKED_AT), model(LOOKED_AT))
+        near = compare_answers(TASKS[name], model(LOOKED_AT), run(graph, LOOKED_AT), exact_db)
+    assert near.holds
+
+
+def last_sites(name: str) -> list[str]:
+    """What gives out class logits."""
+    every = [site for site, _ in network_for(name).named_modules() if site.startswith("dense")]
+    ends = ("predict", "classes")
+    return [site.replace("dense", "heads", 1) for site in every if site.endswith(ends)]
 
 
 @pytest.mark.parametrize(("task", "most"), [("segmentation", 1), ("detection", 6)])
