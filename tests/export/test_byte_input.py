@@ -338,7 +338,9 @@ def test_a_bundle_for_a_cpu_verifies_and_times_bytes(
     assert main(["verify", "--bundle", str(folder)]) == 0
     assert main(["bench", "--bundle", str(folder), "--seconds", "0.05"]) == 0
     found = json.loads((folder / "results.json").read_text())["models"]
-    assert set(found) == {"int8", "fp32"} and found["fp32"]["accuracy"]["sqnr_db"] > 60
+    # ONNX Runtime has one way to compute, OpenVINO says which.
+    exact = {"f32": 60, "bf16": 30}[found["fp32"]["floats_in"]]
+    assert set(found) == {"int8", "fp32"} and found["fp32"]["accuracy"]["sqnr_db"] > exact
 
 
 def test_a_bundle_for_tensorrt_says_bytes_to_other_programs(runs: Path, tmp_path: Path) -> None:

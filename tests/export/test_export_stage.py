@@ -366,8 +366,10 @@ def test_a_bundle_for_a_cpu_gets_the_float_model_and_has_the_same_bytes_again(
     script = [sys.executable, "-I", str(folder / "care_deploy.py"), "verify"]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "results.json").read_text())["models"]
-    assert found["fp32"]["accuracy"]["sqnr_db"] > 80, "every rewrite is exact"
+    found = json.loads((folder / "results.json").read_text())
+    # A processor that has bfloat16 runs the floats of a file in it, which is told.
+    exact = {"f32": 80, "bf16": 30}[found["models"]["fp32"]["floats_in"]]
+    assert found["models"]["fp32"]["accuracy"]["sqnr_db"] > exact, "every rewrite is exact"
     assert not list(path.parent.glob(".*")), "nothing is left behind"
 
 

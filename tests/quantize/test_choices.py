@@ -36,6 +36,8 @@ NOISE = {"a": 1.0, "b": 3.0, "c": 0.5}
 class Noisy:
     """Answers with its images, and each site that is quantized adds its noise to the first one."""
 
+    task = "classification"
+
     def __init__(self) -> None:
         self.sites = [SimpleNamespace(site=site, enabled=True) for site in NOISE]
 

@@ -101,7 +101,9 @@ def test_an_effect_is_by_how_much_one_score_is_below_the_other(task: str, tmp_pa
     assert effect(own, said[0], said[0]).drop == 0
 
 
-@pytest.mark.parametrize("task", DENSE)
+@pytest.mark.parametrize(
+    "task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)]
+)
 def test_bits_are_searched_for_any_task(task: str) -> None:
     network = rewrite(network_for(task))
     x = photos(8)

@@ -35,6 +35,7 @@ from care_compress.recipe.target import DOT_PRODUCTS, all_targets, load_target
 from care_compress.runtime import dot_products
 from care_compress.runtime.artifact import open_predictor
 from care_compress.runtime.dot_products import onnxruntime_is_exact
+from care_compress.runtime.on_openvino import openvino_core
 
 pytest.importorskip("openvino", reason="needs the openvino extra")
 CPU = torch.device("cpu")
@@ -130,6 +131,14 @@ def test_the_kernels_of_a_lesser_processor_answer_alike(
     # What stays in float is summed in another order, and now and then rounds to another step.
     assert sqnr(there, here) > 25
     assert (there.argmax(1) == here.argmax(1)).float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("target", ["openvino-cpu", "openvino-npu"])
+def test_what_is_planned_in_float_is_not_quantized_by_the_runtime(run: Path, target: str) -> None:
+    """Left to itself, OpenVINO rounds float inputs of 8-bit weights where it has dot products."""
+    core = openvino_core()
+    compiled = core.compile_model(core.read_model(file_of(run, target)), "CPU")
+    assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
 
 
 def test_the_probe_finds_what_the_processor_is_known_to_have() -> None:

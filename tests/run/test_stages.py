@@ -32,7 +32,7 @@ NONE: set[str] = set()
 KEYS: dict[str, tuple[str, set[str]]] = {
     "name": ("other", {"train", "slim", "heal", "export"}),  # both write it into their files
     "claim": ("another", NONE),
-    "task": ("segmentation", EVERY - {"slim"}),
+    "task": ("segmentation", EVERY),
     "precision": ("mixed", {"export"}),  # what files are called
     "seed": ("1", EVERY - {"evaluate", "export"}),
     "model": ("{arch: care_s0}", {"train"}),

@@ -71,6 +71,7 @@ def dies_once(died: Path) -> Any:
     return work
 
 
+@pytest.mark.slow
 def test_reference_says_the_same_in_the_same_order(
     cluster: Cluster, shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +95,7 @@ def test_reference_says_the_same_in_the_same_order(
     assert made == {"reference_tiny", "reference_small"}, "what told the nodes is gone"
 
 
+@pytest.mark.slow
 def test_rows_of_the_ablation_are_those_of_one_process(
     cluster: Cluster, shipped: Path, tmp_path: Path
 ) -> None:
