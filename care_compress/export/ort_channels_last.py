@@ -125,7 +125,9 @@ class _Turned:
                 ir.convenience.replace_all_uses_with(node.outputs[0], last)
                 self.graph.remove(node, safe=True)
         for node in list(self.graph):
-            if _turns(node, CHANNELS_FIRST) and not node.outputs[0].uses():
+            image = node.outputs[0]
+            unread = not image.uses() and not image.is_graph_output()
+            if _turns(node, CHANNELS_FIRST) and unread:
                 maker = maker_of(node.inputs[0])
                 assert maker is not None
                 maker.name = f"{node.name}{TURNED}"

@@ -15,6 +15,7 @@ from care_compress.errors import CheckpointError
 from care_compress.evaluate.agreement import REQUANTIZED_BITS, Rounded, compare_answers
 from care_compress.export.form import form_for, in_form
 from care_compress.export.half import write_half
+from care_compress.export.ort_channels_last import put_channels_last
 from care_compress.export.ort_products import use_integer_products
 from care_compress.export.result import About, Preprocessing
 from care_compress.export.to_onnx import float_graph, put_integers, write_onnx
@@ -150,6 +151,7 @@ def test_predictions_in_integers_answer_under_the_same_name(name: str) -> None:
     graph = float_graph(in_form(inner, form_for(target, model.plan)), SIDE)
     put_integers(graph, model)
     use_integer_products(graph)
+    put_channels_last(graph)
     assert [value.name for value in graph.graph.outputs] == ["logits"]
     made = {node.name: node.op_type for node in graph.graph}
     assert "MatMulIntegerToFloat" in {made.get(f"{site}/product") for site in last_sites(name)}
