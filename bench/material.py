@@ -166,7 +166,7 @@ def run_of(name: str, scale: Scale, root: Path, console: Console) -> Finished:
 def recipe_for(name: str, scale: Scale, root: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A shipped recipe for the CPU targets; weights and images are made where none are given."""
     if scale.trained is None:
-        calibration, classes = CALIBRATION, CLASSES
+        calibration = CALIBRATION
         made = DataSection(source="builtin:scenes", workers=0)
         if scale.task == Classification.name:
             made = image_folder(root / "images")
@@ -174,8 +174,7 @@ def recipe_for(name: str, scale: Scale, root: Path, overrides: Sequence[str] = (
         weights = root / scale.folder / "model.safetensors"
         if not weights.is_file():
             task = task_called(scale.task)
-            if scale.task != Classification.name:
-                classes = len(task.samples(data, "val").classes)
+            classes = len(task.samples(data, "val").classes)
             images = first_images(data, 16, scale.task)
             model = lifelike(scale.arch, images, kind=task.kind, classes=classes)
             save_checkpoint(model, weights, {"made_by": "make bench", "seed": "0"})

@@ -115,15 +115,21 @@ class SiteJob:
         """How many images."""
         return sum(len(batch.images) for batch in self.batches)
 
+    @property
+    def pixels(self) -> list[Tensor]:
+        """The images of every batch."""
+        return [batch.images for batch in self.batches]
+
     @cached_property
-    def in_float(self) -> Answered:
+    def float_answers(self) -> Tensor:
         """Answers of the network without any quantizer."""
         self.model.enable(False)
-        return self._answered()
+        return logits_of(self.model, self.pixels)
 
-    def _answered(self) -> Answered:
-        answers = logits_of(self.model, [batch.images for batch in self.batches])
-        return Answered.of(self.task, answers, self.batches)
+    @cached_property
+    def in_float(self) -> Answered:
+        """Those answers, and how good they are."""
+        return Answered.of(self.task, self.float_answers, self.batches)
 
     def effects(self, site: str) -> Effects:
         """Measure one site, alone and left out."""
@@ -131,7 +137,8 @@ class SiteJob:
         found = {}
         for name, chosen in (("alone", {site}), ("left_out", sites - {site})):
             only(self.model, chosen)
-            one = effect(self.task, self._answered(), wanted)
+            answers = logits_of(self.model, self.pixels)
+            one = effect(self.task, Answered.of(self.task, answers, self.batches), wanted)
             lost = {self.task.metric.key: one.drop}
             found[name] = {"sqnr_db": one.sqnr_db, "kl": one.kl, **lost}
         return found

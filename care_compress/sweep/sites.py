@@ -17,14 +17,7 @@ from care_compress.data.loader import Batch
 from care_compress.files import temporary_folder
 from care_compress.quantize.placement import QuantizedCare
 from care_compress.quantize.search import MeasureNoises, noise_of
-from care_compress.quantize.sensitivity import (
-    Effects,
-    MeasureSites,
-    SiteJob,
-    load_job,
-    logits_of,
-    save_job,
-)
+from care_compress.quantize.sensitivity import Effects, MeasureSites, SiteJob, load_job, save_job
 from care_compress.recipe.quantize import QuantizeSection
 from care_compress.recipe.sections import RewriteSection
 from care_compress.sweep.cluster import Cluster
@@ -82,21 +75,7 @@ def effects_of(folder: Path, digest: str, site: str) -> Effects:
 def noise_there(folder: Path, digest: str, site: str) -> float:
     """Measure the noise of one site, on a node."""
     job = kept_job(folder, digest)
-    return noise_of(job.model, images_of(job), kept_answers(folder, digest), site)
-
-
-@lru_cache(maxsize=1)
-@torch.inference_mode()
-def kept_answers(folder: Path, digest: str) -> Tensor:
-    """Answers without any quantizer, once for all sites of a worker."""
-    job = kept_job(folder, digest)
-    job.model.enable(False)
-    return logits_of(job.model, images_of(job))
-
-
-def images_of(job: SiteJob) -> list[Tensor]:
-    """The images alone, batch by batch."""
-    return [batch.images for batch in job.batches]
+    return noise_of(job.model, job.pixels, job.float_answers, site)
 
 
 @lru_cache(maxsize=1)

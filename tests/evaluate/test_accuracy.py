@@ -12,7 +12,7 @@ import pytest
 from graphs import onnx_file
 from quantized import care
 from rich.console import Console
-from tiny import image_folder
+from tiny import image_folder, with_a_broken_image
 
 from care_compress.data.sources import open_samples
 from care_compress.errors import RunError
@@ -36,12 +36,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataSection:
-    """48 images, one of them broken."""
-    folder = image_folder(tmp_path_factory.mktemp("images"))
-    (folder / "val" / "green" / "3.png").write_bytes(b"no image")
-    return DataSection(
-        source=str(folder), resolution=32, crop_pct=1.0, workers=0, skip_bad_images=True
-    )
+    return with_a_broken_image(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,19 @@ def test_without_a_place_to_keep_them_graphs_are_made_all_the_same(
     assert graph(network()) == expected
 
 
+def test_a_cache_that_can_only_be_read_is_read(
+    traced: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = graph(network())
+
+    def refused(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "touch", refused)
+    forget(monkeypatch)
+    assert graph(network()) == expected and len(traced) == 1
+
+
 class Twice(nn.Module):
     """A network of somebody else's code."""
 

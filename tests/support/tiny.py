@@ -6,6 +6,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from care_compress.recipe.sections import DataSection
+
 CLASSES = ("blue", "green", "grey", "red")
 COLOURS = {
     "blue": (60, 80, 200),
@@ -27,6 +29,15 @@ def image_folder(root: Path, per_class: int = 24) -> Path:
                 pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+def with_a_broken_image(root: Path) -> DataSection:
+    """The same 48 validation images but for one, which is none and is left out."""
+    folder = image_folder(root)
+    (folder / "val" / "green" / "3.png").write_bytes(b"no image")
+    return DataSection(
+        source=str(folder), resolution=32, crop_pct=1.0, workers=0, skip_bad_images=True
+    )
 
 
 def recipe_file(folder: Path, data: Path, workers: int = 0, **train: object) -> Path:

@@ -1,7 +1,6 @@
 """Accuracy on Ray's workers: the file that one process writes, whatever becomes of a worker."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from quantized import care
 from rich.console import Console
-from tiny import image_folder
+from tiny import with_a_broken_image
 from typer.testing import CliRunner
 
 from care_compress import cli
@@ -19,22 +18,12 @@ from care_compress.evaluate.scoring import ScoringJob, measure_artifact, opened
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.recipe.sections import DataSection
 from care_compress.sweep import scores as on_nodes
-from care_compress.sweep.cluster import Cluster, open_cluster, workers_at
+from care_compress.sweep.cluster import Cluster, workers_at
 from care_compress.sweep.scores import scores_on
 
-clusters = pytest.importorskip("ray.cluster_utils", reason="needs the ray extra")
+pytest.importorskip("ray.cluster_utils", reason="needs the ray extra")
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    nodes = clusters.Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20}
-    )
-    with open_cluster(str(nodes.address)) as cluster:
-        yield cluster
-    nodes.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +35,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataSection:
-    """48 images, one of them broken."""
-    folder = image_folder(tmp_path_factory.mktemp("images"))
-    (folder / "val" / "green" / "3.png").write_bytes(b"no image")
-    return DataSection(
-        source=str(folder), resolution=32, crop_pct=1.0, workers=0, skip_bad_images=True
-    )
+    return with_a_broken_image(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -16,24 +16,14 @@ from care_compress.errors import CareError, TargetError
 from care_compress.pipeline import run_recipe, run_sensitivity
 from care_compress.recipe.recipe import load_recipe
 from care_compress.sweep import sites as on_nodes
-from care_compress.sweep.cluster import Cluster, open_cluster
+from care_compress.sweep.cluster import Cluster
 from care_compress.sweep.sites import noises_on, sites_on
 
-clusters = pytest.importorskip("ray.cluster_utils", reason="needs the ray extra")
+pytest.importorskip("ray.cluster_utils", reason="needs the ray extra")
 
 QUIET = Console(quiet=True)
 HEAD = "quantize.rules=[{role: head, weight: 8, input: 8}]"
 FEW = "quantize.rules=[{stage: 3, role: pointwise, weight: 8, input: 8}]"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    nodes = clusters.Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20}
-    )
-    with open_cluster(str(nodes.address)) as cluster:
-        yield cluster
-    nodes.shutdown()
 
 
 @pytest.fixture

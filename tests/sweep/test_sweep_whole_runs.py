@@ -19,22 +19,12 @@ from care_compress.model.checkpoint import save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.recipe import recipe as recipes
 from care_compress.recipe.recipe import Recipe, load_recipe
-from care_compress.sweep.cluster import Cluster, open_cluster
+from care_compress.sweep.cluster import Cluster
 from care_compress.sweep.runs import runs_on
 
-clusters = pytest.importorskip("ray.cluster_utils", reason="needs the ray extra")
+pytest.importorskip("ray.cluster_utils", reason="needs the ray extra")
 
 CPU = "onnxruntime-cpu"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    nodes = clusters.Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20}
-    )
-    with open_cluster(str(nodes.address)) as cluster:
-        yield cluster
-    nodes.shutdown()
 
 
 @pytest.fixture
