@@ -3,6 +3,8 @@
 from pathlib import Path
 
 VERSION = "0.1.0"
+LIBRARY = "care-compress"
+MAKER = f"{LIBRARY} {VERSION}"  # what files say they were made by
 
 PACKAGE = Path(__file__).resolve().parent
 # ``setup.py`` copies what a checkout has beside the package into the wheel's `PACKAGE`/shipped.

@@ -29,7 +29,7 @@ from care_compress.model.hub import is_hub, is_repository, parse_reference
 from care_compress.quantize.artifact import quantized_header
 from care_compress.recipe.target import Target, load_target
 from care_compress.run.finished import FinishedRun, as_written, find_run
-from care_compress.shipped import COMPARE, QUANTIZE, VERSION, shipped
+from care_compress.shipped import COMPARE, LIBRARY, MAKER, QUANTIZE, shipped
 from care_compress.tasks.known import task_called
 from care_compress.tasks.task import Task
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 HERE = Path(__file__).resolve().parent
-LIBRARY = "care-compress"
 OUR_LICENSE = "apache-2.0"  # whose text ships
 LICENSE_TEXT = shipped("LICENSE")
 # What the Hub knows by name, without those made for somebody's own models.
@@ -327,7 +326,7 @@ class Card:
             **({"slim": self.results["slim"]["budget"]} if "slim" in self.results else {}),
             "base_model": self.base_model,
             "files": files,
-            "made_by": f"{LIBRARY} {VERSION}",
+            "made_by": MAKER,
         }
 
     @property
@@ -569,7 +568,7 @@ class Card:
         yield f"Accuracy is that on {_code(self._images)}; nothing is known of other images."
 
     def _made(self) -> Iterator[tuple[str, str]]:
-        yield "tool", f"{LIBRARY} {VERSION}"
+        yield "tool", MAKER
         yield "recipe", f"{_code(self.results['recipe'])}: {_plain(self.recipe.claim)}"
         about = self.manifest.get("inputs", {}).get("checkpoint", {})
         if self.recipe.train is not None:

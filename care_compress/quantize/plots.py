@@ -4,21 +4,20 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from care_compress.files import write_text
 from care_compress.quantize.search import Trial
 from care_compress.quantize.sensitivity import Sensitivity
 from care_compress.tasks.distance import EXACT_DB
 
+if TYPE_CHECKING:  # half a second, for two of the verbs
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _IN_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)(\..+)?$")
 _DOWNSAMPLE = re.compile(r"stages\.(\d+)\.downsample\b")
 SHOWN = 40  # sites in a plot; the table and the JSON have all
-matplotlib.rcParams["svg.hashsalt"] = "care-compress"  # equal data, equal file
-matplotlib.rcParams["svg.fonttype"] = "none"
 
 
 def plot_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
@@ -55,7 +54,9 @@ def plot_trials(
     save_figure(figure, path)
 
 
-def _drawing(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+def _drawing(width: float, height: float, title: str) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left")
@@ -82,8 +83,11 @@ def short_name(site: str) -> str:
     return site
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure whose letters stay letters, which keeps files small and text searchable."""
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure: equal data give an equal file, and letters stay letters, small and found."""
+    from matplotlib import rc_context
+
     content = io.StringIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "care-compress", "svg.fonttype": "none"}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
     write_text(path, content.getvalue())

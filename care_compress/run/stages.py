@@ -71,7 +71,6 @@ def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
     return {
         "train": {
             **learned,
-            "name": said["name"],
             "model": said["model"],
             "train": _without(said["train"] or {}, WATCHING),
         },
@@ -79,11 +78,10 @@ def recipe_parts(recipe: Recipe) -> dict[str, dict[str, object]]:
             "task": said["task"],
             "seed": said["seed"],
             "data": data,
-            "name": said["name"],
             "slim": _without(said["slim"] or {}, {"heal"}),
         },
         # What it heals by is added by the stage, which may take QAT's settings.
-        "heal": {**learned, "name": said["name"]},
+        "heal": learned,
         "calibration": {**seen, "quantize.calibrate": quantize.get("calibrate")},
         "ptq": {**seen, "quantize": _without(quantize, {"qat"}), **judged},
         "qat": {

@@ -36,6 +36,7 @@ from care_compress.recipe.target import load_target
 from care_compress.run.context import RunContext
 from care_compress.run.finished import SLIM_CUT, SLIM_HEALED
 from care_compress.run.stages import EVERYTHING, once, recipe_parts
+from care_compress.shipped import MAKER
 from care_compress.slim.cut import cut
 from care_compress.slim.heal import Follower, FollowWhole
 from care_compress.slim.places import Place
@@ -221,4 +222,4 @@ def followed(
 
 def about(recipe: Recipe) -> dict[str, str]:
     """What a file of weights says about itself."""
-    return {"made_by": f"make quantize RECIPE={recipe.name}", "seed": str(recipe.seed)}
+    return {"made_by": MAKER, "seed": str(recipe.seed)}

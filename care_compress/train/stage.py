@@ -27,6 +27,7 @@ from care_compress.recipe.sections import WATCHING, ModelSection, TrainSection
 from care_compress.run.context import RunContext
 from care_compress.run.processes import World
 from care_compress.run.stages import once, recipe_parts
+from care_compress.shipped import MAKER
 from care_compress.tasks.known import task_called
 from care_compress.tasks.task import Objective
 from care_compress.train.loop import Course, Groups, Validate, decayed_and_free, fit
@@ -112,7 +113,7 @@ def trained(
             if recipe.model.checkpoint is not None:
                 context.run.record_input("checkpoint", described(recipe.model.checkpoint))
             about = {
-                "made_by": f"make quantize RECIPE={recipe.name}",
+                "made_by": MAKER,
                 "seed": str(recipe.seed),
                 f"validation_{task.metric.key}": f"{history[-1][task.metric.key]:.2f}",
             }

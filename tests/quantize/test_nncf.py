@@ -88,7 +88,8 @@ def test_the_recipe_ends_with_a_file_that_openvino_runs_as_well_as_the_float_mod
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "libraries' warnings about themselves are not the user's business"
+    said = [line for line in done.stderr.splitlines() if not line.startswith("drawing ")]
+    assert said == [], "libraries' warnings about themselves are not the user's business"
     assert "INFO:" not in done.stdout and "Statistics collection" not in done.stdout
     results = json.loads((tmp_path / "int8_ptq_nncf" / "results.json").read_text())
     assert results["backend"] == "nncf" and "plan" not in results

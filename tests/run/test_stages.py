@@ -30,7 +30,7 @@ NONE: set[str] = set()
 # A change of each key of a recipe, and the stages that are made from that key themselves. What
 # comes after them follows by the digests of what they made; tests/faults runs them all.
 KEYS: dict[str, tuple[str, set[str]]] = {
-    "name": ("other", {"train", "slim", "heal", "export"}),  # both write it into their files
+    "name": ("other", {"export"}),  # its files say it; trainings of several recipes are one
     "claim": ("another", NONE),
     "task": ("segmentation", EVERY),
     "precision": ("mixed", {"export"}),  # what files are called

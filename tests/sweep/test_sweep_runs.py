@@ -38,8 +38,11 @@ def recipe_that_trains(folder: Path) -> Path:
 @pytest.mark.slow
 def test_what_trials_share_is_made_once_and_has_the_bits_of_a_run_alone(tmp_path: Path) -> None:
     recipe, runs = recipe_that_trains(tmp_path), tmp_path / "runs"
+    # Another recipe that begins with the same training.
+    other = recipe.with_name("other.yaml")
+    other.write_text(recipe.read_text())
     asked = {
-        "recipes": [str(recipe)],
+        "recipes": [str(recipe), str(other)],
         "overrides": {IMAGES: [8, 16]},
         "timing": {"targets": ["onnxruntime-cpu"], "seconds": 0.05},
         "budget": {"max_latency": {"onnxruntime-cpu": 1e6}},
@@ -52,15 +55,15 @@ def test_what_trials_share_is_made_once_and_has_the_bits_of_a_run_alone(tmp_path
 
     names = [row["name"] for row in value["trials"]]
     trained = [path for path in (runs / "s").glob("*/float/train_state.pt")]
-    assert len(names) == 2 and len(trained) == 1, "one process trained the float model"
+    assert len(names) == 4 and len(trained) == 1, "one process trained the float model"
     for row in value["trials"]:
         assert row["latency"]["onnxruntime-cpu"]["ms"]["p50"] > 0
         assert row["within"] and row["objective"] == row["top1"]
-    assert len(value["baselines"]) == 1, "both have one float model"
+    assert len(value["baselines"]) == 1, "all have one float model"
 
     alone = load_recipe(str(recipe), [f"{IMAGES}=16"])
     run_recipe(alone, tmp_path / "alone", "alone", Console(quiet=True))
-    (same,) = (row["name"] for row in value["trials"] if row["point"][IMAGES] == 16)
+    same = next(row["name"] for row in value["trials"] if row["point"][IMAGES] == 16)
     for file in ("float/model.safetensors", "ptq/model.safetensors", "calibration.json"):
         made = [
             (where / file).read_bytes() for where in (runs / "s" / same, tmp_path / "alone/alone")
