@@ -1,13 +1,15 @@
 """Which planted bugs the tests notice: ``make mutants``.
 
 ``mutants.yaml`` lists plausible bugs as data. Each is planted alone in a copy of the repository,
-and the tests meant to catch it run there; a bug that they do not notice survived, and is named. One
-bug takes as long as its tests: some seconds. Stopped, it goes on where it was, as long as no file
-has changed; what is finished is kept in ``runs/mutants.json``.
+and the tests meant to catch it run there (``forked_tests.py``); a bug that they do not notice
+survived, and is named. One bug takes as long as its tests: some seconds. Stopped, it goes on where
+it was, as long as no file has changed; what is finished is kept in ``runs/mutants.json``.
 """
 
+import compileall
 import json
 import os
+import py_compile
 import shlex
 import shutil
 import subprocess
@@ -16,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 from typing import Annotated, Any
 
+import pytest
 import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -34,6 +37,7 @@ from care_compress.files import fingerprint, sha256_file, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_suffix(".yaml")
+RUNNER = Path(__file__).with_name("forked_tests.py")
 STORE = ROOT / "runs" / "mutants.json"
 TIMEOUT = 900  # seconds; a test that a bug hangs has noticed it
 
@@ -68,6 +72,51 @@ class Outcome:
     mutant: Mutant
     killed: bool
     seconds: float
+
+
+class Copy:
+    """A copy of what git tracks, and the process that runs tests there."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in tracked():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+        # Read instead of compiled by every run; a bug's file is seen to be another by its text, not
+        # by a time in whole seconds.
+        by_text = py_compile.PycInvalidationMode.CHECKED_HASH
+        compileall.compile_dir(root / "care_compress", quiet=1, invalidation_mode=by_text)
+        # The copy comes before the package that is installed, in child processes, too.
+        env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+        self._runner = subprocess.Popen(
+            [sys.executable, str(RUNNER)],
+            cwd=root,
+            env=env | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def complaint(self, tests: str) -> str | None:
+        """None if these tests pass; what pytest said last if not."""
+        assert self._runner.stdin is not None and self._runner.stdout is not None
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+        print(json.dumps([arguments, TIMEOUT]), file=self._runner.stdin, flush=True)
+        answer = self._runner.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{RUNNER.name} died over {tests}")
+        status, said = json.loads(answer)
+        if status is None:
+            return "took too long"
+        if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+            raise SystemExit(f"no test is chosen by {tests}")
+        failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return None if status == 0 else (failed or [said[-200:]])[0]
+
+    def close(self) -> None:
+        """End the process, which reads its orders from here."""
+        self._runner.communicate()
 
 
 class Finished:
@@ -107,14 +156,14 @@ def main(
         finished = Finished(digest_of_files())
 
         def sound(tests: str) -> str | None:
-            root = free.get()
+            copy = free.get()
             try:
                 said: str | None = finished.of(
-                    f"without any bug: {tests}", lambda: tests_pass(root, shlex.split(tests))
+                    f"without any bug: {tests}", lambda: copy.complaint(tests)
                 )
                 return said
             finally:
-                free.put(root)
+                free.put(copy)
 
         with ThreadPoolExecutor(workers) as pool:
             for tests, said in zip(selections, pool.map(sound, selections), strict=True):
@@ -122,15 +171,15 @@ def main(
                     raise SystemExit(f"{tests} fails without any bug: {said}")
 
         def plant(mutant: Mutant) -> list[Any]:
-            root = free.get()
+            copy = free.get()
             began = time.monotonic()
-            kept = (root / "care_compress" / mutant.file).read_bytes()
+            kept = (copy.root / "care_compress" / mutant.file).read_bytes()
             try:
-                mutant.plant(root)
-                killed = tests_pass(root, shlex.split(mutant.tests)) is not None
+                mutant.plant(copy.root)
+                killed = copy.complaint(mutant.tests) is not None
             finally:
-                (root / "care_compress" / mutant.file).write_bytes(kept)
-                free.put(root)
+                (copy.root / "care_compress" / mutant.file).write_bytes(kept)
+                free.put(copy)
             return [killed, time.monotonic() - began]
 
         def tried(mutant: Mutant) -> Outcome:
@@ -169,35 +218,15 @@ def digest_of_files() -> str:
 
 
 @contextmanager
-def copies(count: int) -> Iterator[SimpleQueue[Path]]:
-    """As many copies of what git tracks, in a queue of those that are free."""
-    names = tracked()
-    with tempfile.TemporaryDirectory() as folder:
-        free: SimpleQueue[Path] = SimpleQueue()
+def copies(count: int) -> Iterator[SimpleQueue[Copy]]:
+    """As many copies as bugs are planted at once, in a queue of those that are free."""
+    free: SimpleQueue[Copy] = SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         for number in range(count):
-            root = Path(folder) / str(number)
-            for name in names:
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, root / name)
-            free.put(root)
+            copy = Copy(Path(folder) / str(number))
+            opened.callback(copy.close)
+            free.put(copy)
         yield free
-
-
-def tests_pass(root: Path, tests: Sequence[str]) -> str | None:
-    """None if they pass; what pytest said last if not."""
-    # The copy comes before the package that is installed, in child processes, too.
-    env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    try:
-        done = subprocess.run(
-            command, cwd=root, env=env, capture_output=True, text=True, timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return "took too long"
-    if done.returncode == 5:
-        raise SystemExit(f"no test is chosen by {shlex.join(tests)}")
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return None if done.returncode == 0 else (failed or [done.stdout[-200:]])[0]
 
 
 def show(outcomes: Sequence[Outcome], console: Console) -> None:
