@@ -102,15 +102,15 @@ def load_saved(path: Path) -> Saved:
         )
     if 4 * about.num_classes > path.stat().st_size:  # a number for each, in the head's bias
         raise _damaged(path, f"it is too small for {about.num_classes:,} classes")
-    try:
-        with torch.random.fork_rng():
+    with torch.random.fork_rng():  # new layers draw their numbers, which are replaced
+        try:
             kind = kind_of(about.task)
             made = kind(about.arch, about.num_classes, widths=about.widths)
-    except CareError as error:
-        raise _damaged(path, shortened(one_line(str(error)))) from error
-    network = rewrite(made, about.rewrite)
-    network, plan = planned(network, about.quantize, about.resolution)
-    model = simulate(network, plan)
+        except CareError as error:
+            raise _damaged(path, shortened(one_line(str(error)))) from error
+        network = rewrite(made, about.rewrite)
+        network, plan = planned(network, about.quantize, about.resolution)
+        model = simulate(network, plan)
     try:
         model.load_state_dict(load_file(path), strict=True)
     except (RuntimeError, SafetensorError, ValueError, OSError) as error:

@@ -246,16 +246,32 @@ def test_no_file_of_results_can_hold_nan() -> None:
             json_text({"z": 1, "a": [1, {"b": [wrong]}]})
 
 
-def test_an_infinity_that_the_logits_hide_is_found_where_it_is() -> None:
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_an_infinity_that_the_logits_hide_is_found_where_it_is(value: float) -> None:
     model, plan = planned(network(), section(), SIZE)
     graph = simulate(model, plan)
     chosen = next(q for q in graph.integers("input") if "inter1_fc2" in q.site)
-    handle = chosen.register_forward_pre_hook(lambda m, inputs: (inputs[0].fill_(INF),))
+
+    def spoil(module: object, inputs: tuple[torch.Tensor]) -> None:
+        inputs[0][0] = value  # of one image
+
+    handle = chosen.register_forward_pre_hook(spoil)
     finite = graph.graph.forward
     graph.graph.forward = lambda x: tuple(torch.nan_to_num(out, 0, 0, 0) for out in finite(x))
     with pytest.raises(CalibrationError, match=chosen.site.replace(".", r"\.")):
         calibrate(graph, [torch.rand(2, 3, SIZE, SIZE)], 99.99)
     handle.remove()
+
+
+def test_ranges_are_those_of_the_float_network_however_often_they_are_taken() -> None:
+    """A network that was calibrated already must not be calibrated on its own rounded values."""
+    model, plan = planned(network(), section(), SIZE)
+    graph, images = simulate(model, plan), torch.rand(20, 3, SIZE, SIZE)
+    calibrate(graph, [images], 99.99)
+    scales = [quantizer.scale.clone() for quantizer in graph.integers()]
+    calibrate(graph, [images], 99.99)
+    again = [quantizer.scale for quantizer in graph.integers()]
+    assert all(torch.equal(one, other) for one, other in zip(scales, again, strict=True))
 
 
 def test_what_a_range_cuts_off_is_counted_exactly() -> None:

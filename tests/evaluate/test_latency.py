@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from graphs import SIZE, onnx_file
 from rich.console import Console
@@ -42,6 +43,23 @@ def test_memory_is_that_of_the_model(folder: Path) -> None:
     weights = (folder / "large.onnx").stat().st_size
     assert 0 < small < 20 * MEGABYTE, "nothing of the runtime or of this process is counted"
     assert weights < large - small < 4 * weights
+
+
+WIDE = """
+<ir_version: 9, opset_import: ["" : 17]>
+g (float[4, 3, H, W] image) => (float[4, 3] logits) {
+  grown = Exp(image)
+  means = GlobalAveragePool(grown)
+  logits = Flatten(means)
+}
+"""
+
+
+def test_memory_is_that_of_running_at_the_batch_of_the_file(tmp_path: Path) -> None:
+    """No weight at all, but four large images between two layers."""
+    onnx.save(onnx.parser.parse_model(WIDE), tmp_path / "wide.onnx")
+    small, large = (peak_memory(tmp_path / "wide.onnx", size=(side, side)) for side in (SIZE, 1024))
+    assert large - small > 0.9 * 4 * 3 * 4 * 1024**2
 
 
 def test_memory_of_an_openvino_file(folder: Path) -> None:

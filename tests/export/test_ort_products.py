@@ -282,6 +282,51 @@ def test_the_head_reads_integers_and_keeps_its_accuracy(
     assert sqnr(alone, found) > 80
 
 
+HEAD = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[n, 32] images) => (float[n, 6] logits) {
+  DATA
+  w = DequantizeLinear<AXIS>(weight, steps, zeros)
+  logits = Gemm<transB = 1>(x, w)
+}
+"""
+IN_FLOAT = "x = Identity(images)"
+IN_INTEGERS = "q = QuantizeLinear(images, step) x = DequantizeLinear(q, step)"
+
+
+@pytest.mark.parametrize(
+    ("data", "groups", "bits", "split"),
+    [
+        (IN_FLOAT, 1, 8, True),
+        (IN_FLOAT, 2, 8, False),
+        (IN_FLOAT, 1, 4, False),
+        (IN_INTEGERS, 1, 8, False),
+    ],
+    ids=["plain", "groups", "4 bits", "integers"],
+)
+def test_other_heads_stay_as_they_are(data: str, groups: int, bits: int, split: bool) -> None:
+    """No such product has scales of groups or 4 bits; an input in integers needs no second one."""
+    draw = np.random.default_rng(0)
+    steps = draw.uniform(0.01, 0.02, (6, groups) if groups > 1 else 6).astype(np.float32)
+    kind = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4
+    stored = draw.integers(-8, 8, (6, 32), dtype=np.int8)
+    tensors = [
+        ir.tensor(stored, dtype=kind, name="weight"),
+        ir.tensor(steps, name="steps"),
+        ir.tensor(np.zeros(steps.shape, np.int8), dtype=kind, name="zeros"),
+    ]
+    if data == IN_INTEGERS:
+        tensors.append(ir.tensor(np.float32(0.1), name="step"))
+    axis = "axis = 1, block_size = 16" if groups > 1 else "axis = 0"
+    before = ir.from_onnx_text(HEAD.replace("DATA", data).replace("AXIS", axis), tensors)
+    graph = copied(before)
+    split_head_input(graph)
+    assert ("Gemm" not in kinds_of(graph)) is split
+    rows = [draw.normal(size=(3, 32)).astype(np.float32)]
+    level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    assert sqnr(answers(graph, level, rows), answers(before, level, rows)) > 60
+
+
 def test_two_heads_are_read_as_integers_too() -> None:
     before = graph_at(SIZE, moved_by({"role": "head", "input": "float"}, merge_heads=False))
     after = copied(before)

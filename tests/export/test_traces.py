@@ -79,6 +79,27 @@ def test_changed_code_traces_anew(traced: list[nn.Module], monkeypatch: pytest.M
     assert len(traced) == 2
 
 
+def test_another_exporter_traces_anew(
+    traced: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph(network())
+    monkeypatch.setattr(traces, "installed_versions", lambda names: {"torch": "99"})
+    forget(monkeypatch)
+    graph(network())
+    assert len(traced) == 2
+
+
+def test_a_trace_that_is_read_is_not_the_next_to_be_forgotten(
+    traced: list[nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    graph(network())
+    (kept,) = (tmp_path / "care-compress" / "traces").iterdir()
+    os.utime(kept, (1e9, 1e9))
+    forget(monkeypatch)
+    graph(network())
+    assert kept.stat().st_mtime > 1e9 and len(traced) == 1
+
+
 def test_without_a_place_to_keep_them_graphs_are_made_all_the_same(
     traced: list[nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -244,6 +244,8 @@ def test_a_pickle_that_asks_for_code_is_refused_unexecuted(
         ({"pretrained_cfg": {"num_classes": 7}}, "says 7 classes"),
         ({"architecture": "care_s0"}, "says care_s0, model.safetensors holds care_nano."),
         ({"architecture": "caret", "num_classes": 4}, None),
+        # As timm writes it: what the weights were trained on at first stands inside.
+        ({"num_classes": 4, "pretrained_cfg": {"num_classes": 1000}}, None),
         ({}, None),
     ],
 )
@@ -257,6 +259,25 @@ def test_a_config_that_contradicts_the_weights_is_named(
     with pytest.raises(CheckpointError) as raised:
         found.check("care_nano", 4)
     assert said in str(raised.value) and OLD in str(raised.value)
+
+
+@pytest.mark.parametrize("weights_are", ["absent", "removed"])
+def test_a_commit_without_its_weights_is_asked_for_again(
+    weights_are: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache may hold a part of it, or links whose content somebody has cleared away."""
+    commit = ("a" if weights_are == "absent" else "b") * 39 + "1"
+    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    if weights_are == "absent":
+        del files["model.safetensors"]
+    cache = cache_of(tmp_path, {commit: files})
+    if weights_are == "removed":
+        (path,) = cache.rglob("model.safetensors")
+        path.resolve().unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="is not in the cache.*HF_HUB_OFFLINE is set"):
+        fetch(f"hf-hub:{REPOSITORY}@{commit}")
 
 
 @pytest.mark.parametrize(("config", "fits"), [('{"num_classes": 9}', False), ("[1]", True)])

@@ -276,6 +276,25 @@ def test_a_constant_channel_keeps_its_norm() -> None:
             assert bool((ratio >= 0.49).all() and (ratio <= 2.01).all()), name
 
 
+def test_a_norm_gets_its_deviation_back_where_that_may_be_quantization() -> None:
+    """Half as much again is undone, ten times only by two, and a dead channel is no error."""
+    reference = float_reference(simulate(*planned(network(), section(), SIZE)))
+    model = float_reference(reference)
+    (name, scale), *_ = (
+        (name, value)
+        for name, value in model.graph.named_parameters()
+        if name.endswith("norm.scale")
+    )
+    factors, expected = (torch.ones_like(scale) for _ in range(2))
+    factors[:4, 0, 0] = torch.tensor([1.5, 10.0, 0.1, 1e-9])
+    expected[:4, 0, 0] = torch.tensor([1.0, 5.0, 0.2, 1e-9])
+    with torch.no_grad():
+        scale.mul_(factors)
+    correct(model, reference, images(), biases=False, norms=True)
+    found = model.graph.get_parameter(name) / reference.graph.get_parameter(name)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-12)
+
+
 def test_rounding_is_learned_from_few_images_in_one_batch_too() -> None:
     """As many images as are wanted for learning: some are held back all the same."""
     x = images(40)
@@ -297,6 +316,8 @@ def test_one_scale_per_channel_at_the_scale_site_holds_whatever_prescale_says() 
     assert made.tuning.alphas and set(made.tuning.alphas.values()) == {1.0}
     fc1 = [d for d in made.model.plan.decisions if d.site.name.endswith("_fc1")]
     assert {d.site.name for d in fc1} == set(made.tuning.alphas), "the plan says per channel"
+    read = [q for q in made.model.integers("input") if q.site in made.tuning.alphas]
+    assert [q.scale.numel() for q in read] == [1] * len(fc1), "a product in integers has one"
 
 
 def test_activations_that_overflow_name_the_first_operation() -> None:

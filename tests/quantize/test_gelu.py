@@ -1,5 +1,6 @@
 """Every form of GELU is the same function to within a tenth of a step of 8 bits."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from quantized import SIZE, network, section
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from care_compress import machine
@@ -15,6 +17,9 @@ from care_compress.errors import RecipeError
 from care_compress.export.gelu import write_gelu
 from care_compress.export.stage import chosen_targets
 from care_compress.export.to_onnx import float_graph
+from care_compress.quantize.gelu import gelu_by_products, gelu_by_tanh, use_gelu
+from care_compress.quantize.placement import simulate
+from care_compress.quantize.ptq import planned
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.target import AS_SHIPPED, TARGETS_DIR, load_target, read_target
 
@@ -60,6 +65,21 @@ def test_a_form_is_gelu_everywhere(form: str) -> None:
     # Far out nothing is left of the difference, so large values stay as exact as they were.
     far = np.abs(x.numpy()) > 7
     assert np.abs(found - wanted)[far].max() < 1e-6
+
+
+@pytest.mark.parametrize("form", [gelu_by_products, gelu_by_tanh])
+def test_what_is_simulated_is_gelu_everywhere_too(form: Callable[[Tensor], Tensor]) -> None:
+    x = torch.linspace(-12, 12, 10_001)
+    assert (form(x) - F.gelu(x)).abs().max() < NEAR
+
+
+def test_a_simulation_takes_the_form_of_the_target_for_images_and_not_in_the_head() -> None:
+    """Of one vector a table costs nothing, so files keep the function itself there."""
+    model = simulate(*planned(network(), section(), SIZE))
+    use_gelu(model, "products")
+    found = [node.target for node in model.graph.graph.nodes]
+    assert found.count(torch.ops.aten.gelu.default) == 1, "the head's"
+    assert found.count(gelu_by_products) > 1 and gelu_by_tanh not in found
 
 
 def test_a_processor_without_dot_products_takes_the_placement_of_its_class() -> None:

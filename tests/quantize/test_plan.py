@@ -37,6 +37,17 @@ def test_every_weight_and_product_is_a_site_and_their_macs_are_all_macs() -> Non
     assert sum(site.macs for site in sites) == measure_cost(model, SIZE).macs
 
 
+def test_a_network_is_simulated_at_the_size_of_its_plan() -> None:
+    """The trace of one structure serves every network like it, at the same size alone."""
+    start = network()
+    for size in (SIZE, 2 * SIZE):
+        model, found = planned(start, section(), size)
+        simulated, x = simulate(model, found), torch.randn(3, 3, size, size)
+        simulated.enable(False)
+        with torch.no_grad():
+            torch.testing.assert_close(simulated(x), model(x), rtol=1e-3, atol=1e-3)
+
+
 def test_the_last_matching_rule_decides_each_tensor() -> None:
     found = plan(
         {"stage": 2, "branch": "inter1", "weight": 4},

@@ -8,6 +8,8 @@ import torch
 import yaml
 from quantized import SIZE, W4A4, batches, images, network, quantized, section, sqnr
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import image_folder
 from torch import Tensor
 from torch.fx import Interpreter, Node
@@ -332,10 +334,20 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
     chosen = section(W4A4, hadamard=True)
     model = quantized(chosen).model
     save_quantized(model, chosen, RewriteSection(fold_norms=False), tmp_path / "m.safetensors")
+    drawn = torch.random.get_rng_state()
     again = load_quantized(tmp_path / "m.safetensors")
+    assert torch.equal(torch.random.get_rng_state(), drawn), "what is read changes no training"
     x = images(4)
     assert torch.equal(again(x), model(x))
     assert again.plan == model.plan
+
+    tensors = load_file(tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    del tensors[sorted(name for name in tensors if name.endswith("scale"))[-1]]
+    save_file(tensors, tmp_path / "part.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="no quantized model that can be read"):
+        load_quantized(tmp_path / "part.safetensors")
 
 
 def test_a_quantized_model_can_be_copied_for_averaging() -> None:

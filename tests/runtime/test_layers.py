@@ -149,15 +149,18 @@ def main_quietly(arguments: list[str]) -> None:
 def test_an_engine_tells_precisions_and_no_times(tmp_path: Path) -> None:
     rows = [
         ("c", "CONVOLUTION", "INT8", "stem.0"), ("g", "gemm", "FP16", "heads.fc"),
-        ("r", "Reformat", "FP16", "r"), ("s", "CONSTANT", "INT64", "s"),
+        ("w", "gemm", "INT4", "fc"), ("r", "Reformat", "FP16", "r"),
+        ("s", "CONSTANT", "INT64", "s"),
     ]  # fmt: skip
     keys = ("name", "type", "precision", "origin")
     layers = [{**dict(zip(keys, row, strict=True)), "origin": [row[3]]} for row in rows]
-    (tmp_path / "int8.engine.json").write_text(json.dumps({"layers": layers}))
+    (tmp_path / "int8.engine.json").write_text(
+        json.dumps({"layers": layers, "traffic": {"kernels": 4}})
+    )
     profile = read_engine_profile(tmp_path / "int8.engine")
-    assert [layer.group for layer in profile.layers] == [INTEGER, FLOAT, CONVERT]
-    assert not profile.is_timed
+    assert [layer.group for layer in profile.layers] == [INTEGER, FLOAT, INTEGER, CONVERT]
+    assert not profile.is_timed and profile.traffic == {"kernels": 4}
     found = profile.as_json()
     assert found["layers_ms"] is None and found["by_kind"][INTEGER] == {
-        "layers": 1, "ms": None, "share": None,
+        "layers": 2, "ms": None, "share": None,
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """Slimming networks for masks and boxes: their own heads, losses and metrics."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,9 @@ def test_an_error_of_a_box_counts_by_its_size_and_by_how_sure_it_is() -> None:
     moved[0, 0] += 0.01
     small, large, empty = (weighed_by(said, moved) - weighed_by(said, said))[0, 0].abs().tolist()
     assert small == pytest.approx(4 * large, rel=1e-3)
+    # Half its square is what the loss grows by: twice the score, by the error in sides.
+    score = 1 / (1 + math.exp(-2.0))
+    assert small == pytest.approx(math.sqrt(2 * score) * 0.01 / 0.1, rel=1e-3)
     assert empty < 0.05 * small
     louder = said.clone()
     louder[0, 4] += 0.1

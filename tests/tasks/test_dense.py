@@ -17,7 +17,7 @@ from care_compress.tasks.dense import Compared, Figures
 from care_compress.tasks.detection import Detection
 from care_compress.tasks.distance import Distance
 from care_compress.tasks.segmentation import Segmentation
-from care_compress.tasks.task import Drop
+from care_compress.tasks.task import Drop, value_of
 
 TASK = Segmentation()
 SIDE, CLASSES = 8, 3
@@ -157,6 +157,17 @@ def test_a_model_that_answers_no_image_is_named() -> None:
         TASK.collect(models, dict.fromkeys(models, "a"), batches(), print)
     with pytest.raises(DataError, match="no image to evaluate"):
         TASK.collect({"a": exact()}, {"a": "a"}, [], print)
+
+
+def test_the_metric_is_nothing_only_where_no_answer_is_a_number() -> None:
+    """One broken answer counts as wrong, which is not the end of all others."""
+    (batch,) = batches((4,))
+    some, none = (
+        TASK.count(seeing(lambda number: 0, broken=broken)(batch.images), batch)
+        for broken in ((2,), (0, 1, 2, 3))
+    )
+    assert value_of(some, TASK.metric) == some.metrics()["miou"] > 50
+    assert value_of(none, TASK.metric) == 0.0
 
 
 def test_what_is_no_number_has_no_distance_and_agrees_with_nothing() -> None:

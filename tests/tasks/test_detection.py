@@ -99,6 +99,39 @@ def test_the_best_place_is_asked_for_the_overlap_it_reaches() -> None:
     assert weights[0].max() == pytest.approx(48 * 56 / 64**2)
 
 
+def test_a_place_that_overlaps_well_is_asked_for_more_than_one_that_is_sure() -> None:
+    """t = s u^6 by hand: 0.2 * 1 of one place, 0.8 * 0.5^6 of the other, in parts of the larger."""
+    output = torch.zeros(1, 4 + 3, PLACES)
+    output[0, 4:] = -20.0
+    near, sure = 9, 10  # centres at (12, 12) and (20, 12)
+    output[0, :4, near] = torch.tensor([8.0, 8, 24, 16]) / SIDE
+    output[0, :4, sure] = torch.tensor([8.0, 8, 16, 16]) / SIDE  # the left half of the object
+    output[0, 4, near], output[0, 4, sure] = np.log(0.2 / 0.8), np.log(0.8 / 0.2)
+    _, _, weights, _ = assigned(output, boxes((8, 8, 24, 16, 0)))
+    assert weights[0].nonzero().flatten().tolist() == [near, sure]
+    assert weights[0, [near, sure]].tolist() == pytest.approx([1.0, 0.8 * 0.5**6 / 0.2], rel=1e-4)
+
+
+def test_a_place_goes_to_the_object_it_overlaps_most() -> None:
+    output = torch.zeros(1, 4 + 3, PLACES)
+    output[0, :4, 9] = torch.tensor([8.0, 8, 24, 16]) / SIDE
+    for rows in ([(8, 8, 24, 18, 0), (8, 8, 16, 16, 1)], [(8, 8, 16, 16, 1), (8, 8, 24, 18, 0)]):
+        scores, corners, _, _ = assigned(output, boxes(*rows))
+        assert scores[0, :, 9].argmax() == 0
+        assert (corners[0, 9] * SIDE).tolist() == [8, 8, 24, 18]
+
+
+def test_the_loss_counts_a_box_twice_and_by_what_its_place_is_asked_for() -> None:
+    """Of one object that one place finds by half: (BCE + 2 u (1 - GIoU)) / 1."""
+    output = torch.zeros(1, 4 + 3, PLACES)
+    output[0, 4:] = -20.0
+    output[0, 4, 9] = 0.0
+    output[0, :4, 9] = torch.tensor([8.0, 8, 24, 16]) / SIDE
+    loss = float(detection_loss(output, [boxes((8, 8, 16, 16, 0))]))
+    # Asked for the overlap reached, 0.5, at even odds; the hull is the box found.
+    assert loss == pytest.approx(np.log(2) + 2 * 0.5 * (1 - 0.5), rel=1e-4)
+
+
 def test_an_object_between_all_centres_is_not_lost() -> None:
     """The nearest place of the finest level learns it, though its box does not overlap yet."""
     raw = untrained()
@@ -192,6 +225,36 @@ def test_agreement_pairs_boxes_one_to_one() -> None:
     assert both.percent == pytest.approx(100 * 6 / 9)
     assert agreement([two], [one]).matched == 1
     assert agreement([found()], [found()]).percent == 100
+
+
+def test_a_place_says_nothing_until_it_is_sure_enough_to_be_shown() -> None:
+    """What files are compared by: the highest of a row is what a place answers."""
+    answer = torch.full((1, 4 + 2, 2), -9.0)
+    for place, score in enumerate((0.24, 0.26)):
+        answer[0, 4 + 1, place] = np.log(score / (1 - score))
+    assert TASK.rows(answer).argmax(dim=1).tolist() == [2, 1]
+
+
+def seen(*corners: tuple[int, ...]) -> list[BoxRecord]:
+    """One image after another with an object of 10 x 10, and the one box found there, if any."""
+    return [
+        BoxRecord(found((*one, 0, 0.9)) if one else found(), boxes((0, 0, 10, 10, 0)), 1)
+        for one in corners
+    ]
+
+
+def test_intervals_are_of_the_metric_that_counts() -> None:
+    """A box that overlaps by 0.7 is found, whatever the mean over stricter overlaps says."""
+    loose = seen(*[(0, 0, 10, 7)] * 8)
+    assert TASK.figures(loose).values["map"] < 60
+    assert TASK.spread(loose) == pytest.approx((100, 100))
+
+
+def test_what_is_no_longer_found_is_a_drop() -> None:
+    right, half = seen(*[(0, 0, 10, 10)] * 8), seen(*[(0, 0, 10, 10), ()] * 4)
+    drop = TASK.drop(right, half)
+    assert drop.value == pytest.approx(50, abs=1) and drop.low < drop.value < drop.high
+    assert TASK.drop(half, right).value == pytest.approx(-drop.value)
 
 
 def test_a_broken_answer_agrees_with_none() -> None:

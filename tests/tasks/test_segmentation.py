@@ -11,6 +11,7 @@ from care_compress.data.letterbox import Letterbox
 from care_compress.data.loader import Batch
 from care_compress.errors import DataError, EvaluationError
 from care_compress.tasks.dense import Records, share_agreed
+from care_compress.tasks.intervals import UNSEEN
 from care_compress.tasks.segmentation import MaskRecord, MaskTargets, Segmentation, mask_of
 
 TASK = Segmentation()
@@ -111,15 +112,18 @@ def test_a_part_of_an_answer_that_is_no_number_makes_it_broken() -> None:
 
 
 def test_agreement_is_of_places_and_a_broken_answer_agrees_with_nothing() -> None:
-    one = torch.stack([saying(mask((0, 1), (2, 3)), 2), NAN[:, :2, :2]])
-    other = torch.stack([saying(mask((0, 1), (2, 0)), 2), NAN[:, :2, :2]])
+    whole = saying(mask((0, 1), (2, 3)), 2)
+    part = whole.clone()
+    part[3, 0, 0] = torch.nan  # all other places are the same
+    one = torch.stack([whole, NAN[:, :2, :2], whole])
+    other = torch.stack([saying(mask((0, 1), (2, 0)), 2), NAN[:, :2, :2], part])
     labels = mask((0, 1), (2, 3))
     records = [
         (TASK.record(a, labels, 2), TASK.record(b, labels, 2))
         for a, b in zip(one, other, strict=True)
     ]
     agreed = TASK.agreed(one, other, records)
-    assert agreed == [(3, 4), (0, 4)] and share_agreed(agreed) == 37.5
+    assert agreed == [(3, 4), (0, 4), (0, 4)] and share_agreed(agreed) == 25
 
 
 def drawn(rng: np.random.Generator, images: int, turned: float) -> tuple[list, list]:
@@ -165,6 +169,27 @@ def test_equal_masks_of_few_images_are_not_known_to_stay_equal() -> None:
         assert drop.value == 0 and drop.low < 0 < drop.high and drop.low == -drop.high
         ends[name] = drop.high
     assert ends["few"] > 10 * ends["many"] > 0
+
+
+def test_what_may_turn_unnoticed_are_whole_places_of_each_class_that_is_there() -> None:
+    """One place is 16 pixels of what a class has; the mean is over the two that are there."""
+    pixels = np.array([100, 400, 0])
+    record = MaskRecord(pixels, pixels, pixels, False)
+    drop = TASK.drop([record], [record])
+    one, other = (100 * UNSEEN * 16 / (2 * count) for count in (100, 400))
+    assert (drop.value, drop.high) == pytest.approx((0.0, np.hypot(one, other)))
+
+
+def test_the_interval_of_one_model_covers_what_it_does_on_all_images() -> None:
+    rng = np.random.default_rng(2)
+    every, _ = drawn(rng, 1000, 0.0)
+    truth = TASK.figures(every).values["miou"]
+    covered = 0
+    for _ in range(20):
+        low, high = TASK.spread([every[i] for i in rng.choice(1000, 40, replace=False)])
+        covered += low <= truth <= high
+        assert high - low < 15, "it says something"
+    assert covered >= 16, "95 in a hundred"
 
 
 def test_images_without_a_pixel_that_counts_leave_an_interval_of_numbers() -> None:
@@ -232,3 +257,13 @@ def test_a_student_that_equals_its_teacher_has_no_distance() -> None:
         for much in (0.0, 0.1, 1.0)
     )
     assert same == pytest.approx(0, abs=1e-6) and 0 < near < far
+
+
+def test_the_distance_of_a_student_is_a_mean_over_places() -> None:
+    """One place of four says 3 : 1 where its teacher is undecided, in units of T squared."""
+    taught = torch.zeros(1, 2, 2, 2)
+    answer = taught.clone()
+    answer[0, 0, 0, 1] = 2 * np.log(3)
+    divergence = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
+    found = float(TASK.following(answer, taught, 2.0))
+    assert found == pytest.approx(4 * divergence / 4, rel=1e-5)
