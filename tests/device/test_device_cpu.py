@@ -214,6 +214,10 @@ def test_openvino_may_be_told_to_leave_dot_products_alone(
         assert box("verify", of=of, flags=VNNI) == 2
         assert f"{name}={value} switches off" in capsys.readouterr().err
         monkeypatch.delenv(name)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    box("verify", of=of, flags=VNNI)
+    assert "switches off" not in capsys.readouterr().err, "the first that is set is heeded"
 
 
 @pytest.mark.parametrize(
