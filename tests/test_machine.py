@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,3 +208,11 @@ def test_a_damaged_installation_has_no_version(monkeypatch: pytest.MonkeyPatch):
     found = machine.installed_versions()
     assert "torch" not in found and "onnx" not in found
     assert found["openvino"] == "1.0"
+
+
+def test_memory_is_what_the_group_leaves_of_it(monkeypatch: pytest.MonkeyPatch):
+    for limit, memory in ((None, 4 << 30), (1 << 30, 1 << 30), (8 << 30, 4 << 30)):
+        monkeypatch.setattr(machine, "cgroup_limits", lambda root, own, limit=limit: (None, limit))
+        whole = SimpleNamespace(total=4 << 30)
+        monkeypatch.setattr(machine.psutil, "virtual_memory", lambda whole=whole: whole)
+        assert machine.read_machine().memory_bytes == memory

@@ -176,10 +176,11 @@ def _open(root: Path, bundle: Bundle, models: Sequence[str], threads: int) -> Bo
     processor = read_processor(root)
     check_processor(processor)
     requirement = str(bundle.manifest["requirement"])
-    limit = None  # the variable that takes dot products away from OpenVINO
-    for name in ISA_LIMITS if required_module(requirement) == "openvino" else ():
-        if limit is None and os.environ.get(name, "").upper() in LIMITS_WITHOUT_DOT_PRODUCTS:
-            limit = name
+    limit = None  # the variable that takes dot products away from OpenVINO: the first that is set
+    if required_module(requirement) == "openvino":
+        limit = next((name for name in ISA_LIMITS if os.environ.get(name)), None)
+        if limit is not None and os.environ[limit].upper() not in LIMITS_WITHOUT_DOT_PRODUCTS:
+            limit = None
     for model in models:
         need, file = bundle.needs(model), bundle.file(model).name
         if not need or (need == DOT_PRODUCTS and processor.dot_products and limit is None):

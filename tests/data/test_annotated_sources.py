@@ -208,6 +208,8 @@ VOC_MASKS: Files = {
 
 def test_the_layout_of_pascal_voc(write):
     files = dict(VOC_MASKS)
+    # Lists of classes have a second column, which names no image.
+    files["VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"] = b"b  1\n\n"
     masks = masks_of(write(files), "train")
     assert len(masks) == 1 and masks.name(0) == "JPEGImages/b.jpg"
     del files["VOCdevkit/VOC2012/classes.txt"]
@@ -630,3 +632,14 @@ def test_bccd():
     assert (len(train), len(val)) == (205, 87)
     assert train.classes == val.classes == ("Platelets", "RBC", "WBC")
     assert val.annotation(3).size == (480, 640) and val.unlabelled == 0
+
+
+def test_images_of_a_contest_are_no_part_until_their_answers_are_there(write):
+    files = {"images/test/z.jpg": photo(99), "classes.txt": b"sky\n"}
+    for number in range(4):
+        files[f"images/train/{number}.jpg"] = photo(number)
+        files[f"annotations/train/{number}.png"] = mask_file(indices(0))
+    train, val = (masks_of(write(files), split, val_fraction=0.5) for split in ("train", "val"))
+    assert (len(train), len(val)) == (2, 2)
+    files["annotations/test/z.png"] = mask_file(indices(0))
+    assert len(masks_of(write(files), "val")) == 1

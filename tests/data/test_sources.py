@@ -463,3 +463,17 @@ def test_other_images_under_the_same_names_have_another_content(tree):
     other = open_samples(section(tree({name: value + 1 for name, value in FILES.items()})), "val")
     assert other.fingerprint() == before[1], "the list is the same"
     assert other.content_digest() != before[0]
+
+
+def test_hub_rows_without_a_label_are_told(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(
+        {"label": datasets.ClassLabel(names=["dog", "cat"]), "picture": datasets.Image()}
+    )
+    pictures = [{"bytes": encoded(value), "path": None} for value in (1, 2)]
+    table = datasets.Dataset.from_dict({"label": [1, -1], "picture": pictures}, features=features)
+    table.to_parquet(str(tmp_path / "train.parquet"))
+    data = section(f"hf:{tmp_path / 'train.parquet'}")
+    assert "has images without a label" in error_of(data, "train")

@@ -13,6 +13,7 @@ from fakeboard import PROFILE, FakeGpu, fake_host, fake_library
 from qdq import SIDE, make_content, write_classifier
 
 from care_compress.device.app import main
+from care_compress.device.bench import Benched
 from care_compress.device.board import BoardSetting, describe_board
 from care_compress.device.build import BuildOptions, build_engine
 from care_compress.device.cuda import Cuda
@@ -22,7 +23,7 @@ from care_compress.device.queued import queued_runs
 from care_compress.device.sensors import jetpack_of, read_clock_lock, read_overcurrents
 from care_compress.device.session import Session
 from care_compress.device.timing import Timing
-from care_compress.device.watch import Moment, Watch, mean_watts, summarize
+from care_compress.device.watch import IDLE, Moment, Watch, mean_watts, summarize
 from care_compress.evaluate.device_measurements import import_results
 from care_compress.export.bundle import BundleContent, unpack_bundle, write_bundle
 
@@ -367,7 +368,10 @@ def test_the_package_counts_before_the_table(tmp_path: Path, gpu: FakeGpu) -> No
     put(tmp_path, {"etc/nv_tegra_release": L4T.format("4.3"), "var/lib/dpkg/status": package})
     found = describe_board(tmp_path, fake_library("10.3.0.30", gpu), Cuda(gpu))
     assert (found["jetpack"], found["jetpack_from"]) == ("6.2.2", "package")
-    assert found["container"] is False
+    assert found["container"] is False and found["name"] == found["gpu"]["name"]
+    put(tmp_path, {"proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0"})
+    found = describe_board(tmp_path, fake_library("10.3.0.30", gpu), Cuda(gpu))
+    assert found["name"] == "NVIDIA Jetson AGX Orin Developer Kit", "a board is not its GPU"
 
 
 def test_layers_that_cannot_be_timed_cost_no_measurement(
@@ -384,3 +388,36 @@ def test_layers_that_cannot_be_timed_cost_no_measurement(
     assert "the layers are not timed: no memory" in capsys.readouterr().err
     assert "layer_times" not in json.loads((bundle / "results.json").read_text())["models"]["int8"]
     assert speed(bundle)["runs"] >= 50
+
+
+def made_up(name: str, milliseconds: float, host: float) -> Benched:
+    """One engine that draws 10 W, on a board that draws 4 W when idle."""
+    timing = Timing(2, [milliseconds] * 10, 0.04, [0.01] * 10)
+    return Benched(
+        timings={name: timing},
+        host={name: Timing(2, [host] * 10, 1.0)},
+        captured={name: True},
+        moments={IDLE: [moment(300, 4.0)], name: [moment(900, 9.0), moment(900, 11.0)]},
+        setting=BoardSetting(None, None, True, False),
+        rails=("VDD_IN",),
+        overcurrents=0,
+    )
+
+
+def test_a_record_has_the_engines_own_power_and_both_its_times() -> None:
+    record = made_up("int8", 0.3, 0.8).as_records()["int8"]
+    assert record["latency_ms"]["p50"] == pytest.approx(0.3)
+    assert record["host_latency_ms"]["p50"] == pytest.approx(0.8), "with the copies"
+    assert record["throughput"] == pytest.approx(500)
+    energy = record["energy"]
+    assert (energy["idle_watts"], energy["watts"]) == (4.0, 10.0)
+    assert energy["millijoules_per_image"] == pytest.approx(20.0)
+
+
+def test_the_fastest_is_that_of_the_lowest_median_among_its_like() -> None:
+    found = made_up("int8", 0.3, 0.8)
+    for name, times in (("int8-late", [0.1, 0.5, 0.5]), ("fp16", [0.2] * 3)):
+        found.timings[name] = Timing(1, times, 1.0)
+    assert (found.fastest(True), found.fastest(False)) == ("int8", "fp16")
+    del found.timings["fp16"]
+    assert found.fastest(False) is None

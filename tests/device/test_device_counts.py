@@ -20,6 +20,7 @@ from care_compress.device.problems import EngineMismatchError
 from care_compress.device.results import merge_results
 from care_compress.device.samples import run_pixels
 from care_compress.device.sensors import is_busy
+from care_compress.device.storage import digest_bytes, digest_file
 from care_compress.device.timing import Measured, Timing
 
 
@@ -172,3 +173,11 @@ def test_a_product_is_in_what_both_its_inputs_were_dequantized_from(
 )
 def test_a_release_of_a_version_counts_as_that_version(requirement: str, fits: bool) -> None:
     assert satisfies((10, 3, 0, 30), f"tensorrt{requirement}") is fits
+
+
+def test_a_digest_is_of_the_whole_file_however_large(tmp_path: Path) -> None:
+    content = bytes(3 << 20)
+    (tmp_path / "a").write_bytes(content + b"a")
+    (tmp_path / "b").write_bytes(content + b"b")
+    assert digest_file(tmp_path / "a") == digest_bytes(content + b"a")
+    assert digest_file(tmp_path / "a") != digest_file(tmp_path / "b")

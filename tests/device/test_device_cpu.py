@@ -20,7 +20,8 @@ from qdq import SIDE, make_content, write_classifier
 from care_compress.device.cpu_app import main
 from care_compress.device.cpu_session import load_cpu_runtime, open_file
 from care_compress.device.problems import RuntimeMissingError
-from care_compress.device.processor import DOT_PRODUCTS, parse_cpuinfo
+from care_compress.device.processor import DOT_PRODUCTS, Processor, parse_cpuinfo, usable_cores
+from care_compress.device.timing import Timing
 from care_compress.evaluate.device_measurements import import_results
 from care_compress.export.bundle import BundleContent, Model, unpack_bundle, write_bundle
 from care_compress.files import sha256_file
@@ -170,6 +171,19 @@ def test_conditions_are_told_before_and_after(box: Verb, bundle: Path, capsys: A
     assert results(bundle)["models"].keys() == {"int8"}
 
 
+def test_what_changed_while_it_was_measured_is_told(
+    box: Verb, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(models: Any, plan: Any, say: Any) -> dict[str, Timing]:
+        (tmp_path / "root" / "proc/loadavg").write_text("7.50 0.10 0.05 1/100 1234\n")
+        return {name: Timing(1, [1.0], 1.0) for name in models}
+
+    monkeypatch.setattr("care_compress.device.cpu_app.measure", measure)
+    assert box("bench", "--seconds", "0.01", "--int8-only") == 0
+    speed = results(bundle)["models"]["int8"]["speed"]
+    assert (speed["before"]["load_average"], speed["after"]["load_average"]) == (0.25, 7.5)
+
+
 @pytest.mark.parametrize("verb", ["verify", "bench", "infer"])
 def test_a_file_that_needs_dot_products_is_refused_without_them(
     content: BundleContent, box: Verb, tmp_path: Path, verb: str, capsys: Any
@@ -200,6 +214,10 @@ def test_openvino_may_be_told_to_leave_dot_products_alone(
         assert box("verify", of=of, flags=VNNI) == 2
         assert f"{name}={value} switches off" in capsys.readouterr().err
         monkeypatch.delenv(name)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    box("verify", of=of, flags=VNNI)
+    assert "switches off" not in capsys.readouterr().err, "the first that is set is heeded"
 
 
 @pytest.mark.parametrize(
@@ -242,6 +260,7 @@ def test_what_a_user_may_get_wrong_is_one_line(
     (damaged / "manifest.json").write_text(json.dumps({**manifest, "input": {}}))
     cases: list[tuple[Path, list[str], str]] = [
         (bundle, ["bench", "--threads", "9999"], "ProcessorError: 9999 threads do not fit"),
+        (bundle, ["bench", "--threads", str(len(usable_cores()) + 1)], "threads do not fit"),
         (bundle, ["bench", "--threads", "0"], "ProcessorError: 0 threads"),
         (bundle, ["infer", "absent.png"], "ImageError: absent.png cannot be read"),
         (other, ["verify"], "WrongBundleError: this bundle is of target tensorrt-orin"),
@@ -292,3 +311,12 @@ def test_arm_names_its_dot_product_and_its_core() -> None:
     text = "processor : 0\nFeatures : fp asimd asimddp i8mm\nCPU part : 0xd0b\n"
     assert parse_cpuinfo(text) == ("Cortex-A76", ("asimddp", "i8mm"))
     assert parse_cpuinfo("") == ("unknown processor", None)
+
+
+@pytest.mark.parametrize(
+    ("features", "dots"),
+    [(AVX2, False), (VNNI, True), ("avx2 avx_vnni", True), ("avx2 avx512f amx_int8", True)],
+)
+def test_any_of_the_dot_products_will_do(features: str, dots: bool) -> None:
+    name, found = parse_cpuinfo(CPUINFO.format(features))
+    assert Processor(name, "x86_64", 2, found).dot_products is dots

@@ -1,13 +1,14 @@
 """A comparison of networks whose answers have a place: told by their own metric, and drawn."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from masks import TARGET, compared
+from masks import TARGET, answers, compared
 from PIL import Image
 from rich.console import Console
 
@@ -153,3 +154,17 @@ def test_a_baseline_of_another_task_is_refused(tmp_path: Path) -> None:
     before, now = stored(tmp_path / "a", [20], change), stored(tmp_path / "b", [20])
     with pytest.raises(RunError, match="is of detection"):
         check_comparable(before, now)
+
+
+def test_what_is_drawn_is_of_the_target_where_most_changed(drawn: Any) -> None:
+    on = drawn.collected.answers
+    for name, one in zip(("float", "mine"), drawn.models, strict=True):
+        drawn.entries.append(replace(drawn.entry(TARGET, name), target="openvino-cpu"))
+        one.files["openvino-cpu"] = one.files[TARGET]
+        on[f"openvino-cpu/{name}"] = on[f"{TARGET}/{name}"]
+    on[f"{TARGET}/mine"] = answers(WRONG, [99] * len(WRONG))
+    differences.draw_differences(drawn, QUIET)
+    assert drawn.pictures["target"] == "openvino-cpu"
+    on["openvino-cpu/mine"] = answers(WRONG, [100] * len(WRONG))
+    differences.draw_differences(drawn, QUIET)
+    assert drawn.pictures["target"] == TARGET

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison import board_results, cpu_results, engine_speed
+from comparison import board_results, cpu_results, engine_speed, field_row
 from rich.console import Console
 
 from care_compress.evaluate.compare import device_verdict
@@ -101,3 +101,22 @@ def test_candidates_of_another_export_are_refused(tmp_path: Path) -> None:
     (folder / "export.json").write_text(json.dumps(export))
     with pytest.raises(DeviceResultsError, match="int8-late comes from another graph"):
         taken(tmp_path, board_results("mine"))
+
+
+def test_candidates_stand_by_batch_and_median_and_layers_by_their_time(tmp_path: Path) -> None:
+    results = board_results("mine")
+    steady, uneven = engine_speed(0.31), engine_speed(0.30)
+    uneven["latency_ms"]["p99"] = 9.0
+    eight = {**engine_speed(0.01), "batch": 8}
+    results["candidates"] = {
+        "large": {**field_row("int8", "passed", speed=eight), "batch": 8},
+        "broken": field_row("int8", "failed", reason="no tactic"),
+        "steady": field_row("int8", "passed", speed=steady),
+        "uneven": field_row("int8", "passed", speed=uneven),
+    }
+    field = device_field("mine", taken(tmp_path, {**results, "winner": "uneven"}))
+    assert field is not None
+    names = [one["name"] for one in field["candidates"]]
+    assert names == ["uneven", "steady", "broken", "large"]
+    *_, slowest = printed(field).partition("The slowest layers of int8")
+    assert slowest.index("head") < slowest.index("stem"), "the head takes two thirds"

@@ -104,8 +104,11 @@ def test_a_hidden_instruction_set_counts_for_openvino_alone(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert machine.dot_products_in("openvino") is False
     assert machine.dot_products_in("onnxruntime") is True
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core")
+    assert machine.dot_products_in("openvino") is False, "in any letters"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
-    assert machine.dot_products_in("openvino") is True
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    assert machine.dot_products_in("openvino") is True, "the first that is set is heeded"
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -70,3 +70,12 @@ def test_an_unusable_directory_is_named(tmp_path: Path) -> None:
 def test_fingerprints_depend_on_content_alone() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_old_results_do_not_pass_for_those_of_a_run_under_way(tmp_path: Path) -> None:
+    with Run(tmp_path, "mine").open(load_recipe("fp32"), {}) as run:
+        results = run.write_json("results.json", {"top1": 90.0})
+    with pytest.raises(ZeroDivisionError), Run(tmp_path, "mine").open(load_recipe("fp32"), {}):
+        assert not results.exists()
+        raise ZeroDivisionError
+    assert not results.exists(), "it did not come to its end"

@@ -1,5 +1,6 @@
 """A stage is done once: again only where something it came from, or what it left, is another."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ def test_a_stage_that_fails_is_done_again_and_its_files_are_not_trusted(stage: S
         context = RunContext(run, World(), Console(quiet=True))
 
         def fails() -> None:
+            known = json.loads((run.path / "manifest.json").read_text())["stages"]
+            assert known == {}, "on the disk, too: the process may be killed now"
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
@@ -152,6 +155,9 @@ def test_runs_that_share_make_a_stage_once(shared: Stage) -> None:
     different.made_from["images"] = "b"
     different()
     assert different.done == 1
+    third, _ = sibling(shared, "third")
+    third()
+    assert third.done == 0, "each has its own"
 
 
 def test_what_was_damaged_in_the_run_that_made_it_is_made_again(shared: Stage) -> None:
@@ -168,3 +174,28 @@ def test_runs_that_do_not_share_take_nothing_over(stage: Stage) -> None:
     other, _ = sibling(stage, "other")
     other()
     assert other.done == 1
+
+
+def test_what_a_sibling_made_of_other_things_since_is_not_taken_over(shared: Stage) -> None:
+    other, _ = sibling(shared, "other")
+    shared.made_from["images"] = "b"
+    shared()
+    other()
+    assert (shared.done, other.done) == (2, 1)
+
+
+def test_a_value_that_was_edited_in_a_siblings_manifest_is_not_taken_over(shared: Stage) -> None:
+    path = shared.root / "run" / "manifest.json"
+    path.write_text(path.read_text().replace("90.0", "99.0"))
+    other, _ = sibling(shared, "other")
+    value, _ = other()
+    assert other.done == 1 and value == {"top1": 90.0}
+
+
+def test_times_of_a_stage_add_up(tmp_path: Path) -> None:
+    context = RunContext(Run(tmp_path, "run"), World(), Console(quiet=True))
+    context.spend("evaluate", 2.0)
+    with context.apart():
+        context.spend("evaluate", 5.0)
+    context.spend("evaluate", 0.5)
+    assert context.seconds == {"evaluate": 2.5}

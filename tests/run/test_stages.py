@@ -1,6 +1,7 @@
 """What a rerun does again and what it takes over; what a user sees of it."""
 
 import ast
+import errno
 import functools
 import json
 import os
@@ -283,9 +284,22 @@ def test_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
+    try:
+        with stops_in_order(Console(quiet=True)):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_only_a_full_disk_is_the_users(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot write /x: No space"), full_disks_named():
         raise OSError(28, "No space left on device", "/x")
+    for number in (errno.EDQUOT, errno.EFBIG, errno.EROFS):  # a quota, a limit, a read-only disk
+        with pytest.raises(RunError, match="cannot write /x: "), full_disks_named():
+            raise OSError(number, os.strerror(number), "/x")
     with pytest.raises(FileNotFoundError), full_disks_named():
         open(tmp_path / "absent")
 

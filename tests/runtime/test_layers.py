@@ -1,6 +1,8 @@
 """What a runtime executes is what is told: names, precisions, times that add up."""
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,17 @@ import torch
 from qdq import SIDE, write_classifier
 from quantized import SIZE, care, section
 from quantized import quantized as quantize
+from rich.console import Console
 
 from care_compress.cli import main
+from care_compress.evaluate import layers
 from care_compress.export.to_onnx import float_graph, put_integers
 from care_compress.libraries import silent
 from care_compress.model.rewrite import rewrite
 from care_compress.quantize.ptq import planned
 from care_compress.quantize.retarget import float_network
 from care_compress.recipe.sections import RewriteSection
-from care_compress.runtime.layer_times import CONVERT, FLOAT, GROUPS, INTEGER, Profile
+from care_compress.runtime.layer_times import CONVERT, FLOAT, GROUPS, INTEGER, LayerTime, Profile
 from care_compress.runtime.profile import profile_layers, read_engine_profile
 
 openvino = pytest.importorskip("openvino", reason="needs the openvino extra")
@@ -164,3 +168,18 @@ def test_an_engine_tells_precisions_and_no_times(tmp_path: Path) -> None:
     assert found["layers_ms"] is None and found["by_kind"][INTEGER] == {
         "layers": 2, "ms": None, "share": None,
     }  # fmt: skip
+
+
+def test_the_slowest_layers_are_shown_the_slowest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [LayerTime(f"n{n}", "Conv", (f"s{n}.",), "u8", INTEGER, float(n)) for n in range(30)]
+    monkeypatch.setattr(layers, "probe", lambda *given: None)
+    monkeypatch.setattr(layers, "profile_layers", lambda *given: Profile(tuple(rows), 500.0))
+    (tmp_path / "a.onnx").write_bytes(b"")
+    said = io.StringIO()
+    layers.show_layers(tmp_path / "a.onnx", 32, "f32", None, Console(file=said, width=150))
+    table, _, sums = said.getvalue().partition("By kind")
+    assert re.findall(r"s\d+\.", table) == [f"s{n}." for n in range(29, 4, -1)]
+    assert re.search(r"29\.000\D+6\.7 %", table), "of all 435 ms"
+    assert "435.000 ms" in sums, "of all of them"

@@ -69,6 +69,34 @@ def test_drawing_ends_where_the_space_does(tmp_path: Path) -> None:
     assert sorted(point[IMAGES] for point in found) == [8, 16]
 
 
+def test_places_that_were_drawn_before_end_it_only_in_a_row(tmp_path: Path) -> None:
+    overrides = {"seed": {"low": 1, "high": 100, "step": 1}}
+    found = trials(sweep_of(tmp_path, overrides=overrides, search="random", trials=100))
+    # Many draws come twice before the last few are found.
+    assert len(found) == len({point["seed"] for point in found}) > 85
+
+
+def last_asked(sweep: Sweep, over: float | None = None) -> float:
+    """The mean of what a search asks for last, where the objective is the number of images."""
+    search, asked = make_search(sweep, Path("runs")), []
+    while (trial := search.ask()) is not None:
+        images = float(trial.point[IMAGES])
+        asked.append(images)
+        missed = {} if over is None else {"max_size": images - over}
+        search.tell(trial, {"objective": images, "over": missed})
+    return sum(asked[-10:]) / 10
+
+
+def test_a_search_goes_where_the_objective_is_better_and_the_budgets_hold(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="needs the ray extra")
+    asked = {"overrides": {IMAGES: {"low": 1, "high": 1000}}, "search": "optuna", "trials": 30}
+    largest = last_asked(sweep_of(tmp_path, objective={"metric": "top1"}, **asked))
+    smallest = last_asked(sweep_of(tmp_path, objective={"metric": "size"}, **asked))
+    limited = sweep_of(tmp_path, objective={"metric": "top1"}, budget={"max_size": 1}, **asked)
+    assert smallest < 250 < 750 < largest
+    assert 250 < last_asked(limited, over=500.0) < 600
+
+
 def test_two_points_that_make_one_recipe_are_one_trial(tmp_path: Path) -> None:
     own = load_recipe("int8_ptq").quantize
     assert own is not None
@@ -107,6 +135,15 @@ def test_the_command_of_a_trial_makes_its_recipe(tmp_path: Path) -> None:
         ({"overrides": {"seed": {"low": 0, "high": 10**6, "step": 1}}}, "1,000,001 combinations"),
         ({"search": "random"}, "needs trials"),
         ({"budget": {"max_latency": {"openvino-cpu": 3}}}, "judged and not measured"),
+        ({"budget": {"min_speedup": {"openvino-cpu": 3}}}, "judged and not measured"),
+        ({"stopping": {"first": 1}, "resources": {"gpus": 2}}, "trials of one process"),
+        (
+            {
+                "checkpoints": ["a.pth", "b.pth"],
+                "overrides": {"seed": {"low": 1, "high": 600, "step": 1}},
+            },
+            "1,200 combinations",
+        ),
         ({"objective": {"metric": "latency"}}, "name it"),
         ({"timing": {"targets": ["openvino-cup"]}}, "did you mean openvino-cpu"),
         (

@@ -26,6 +26,9 @@ def test_only_at_rungs_and_each_by_itself() -> None:
     assert all(rungs.goes_on("g", "bad", validations, 10.0) for validations in (1, 3, 4, 5))
     assert not rungs.goes_on("g", "worse", 4, 5.0), "of those that got there"
     assert not rungs.goes_on("g", "bad", 2, 10.0)
+    assert all(rungs.goes_on("g", "best", validations, 99.0) for validations in range(1, 17))
+    ended = [n for n in range(1, 17) if not rungs.goes_on("g", "last", n, 1.0)]
+    assert ended == [2, 4, 8, 16], "each comes after twice as many"
 
 
 def test_a_training_tells_of_its_validations_and_can_be_ended(tmp_path: Path) -> None:
