@@ -27,7 +27,7 @@ endef
 
 # What there is to measure: bench/WHAT.py.
 WHAT ?= speed
-BENCHES := speed dense data train quantize evaluate ablate slim engines
+BENCHES := speed dense data train quantize evaluate memory ablate slim engines
 
 .PHONY: help setup quantize sweep compare report bundle engine doctor test test-slow faults check bench known-bench reference mutants clean audit recipes
 
@@ -83,7 +83,7 @@ check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipes and t
 
 # INT8 beside every alternative (speed: 25 to 50 minutes, into docs/PERFORMANCE.md), what each method is worth (ablate: into
 # docs/RESULTS.md), what pruning costs (slim: there, too), and what loading, training, quantizing and evaluating cost. speed and ablate go on where they stopped.
-bench: known-bench $(VENV)/.dev $(if $(filter all,$(PEERS)),.peers/.done) ## measure: WHAT=speed|dense|data|train|quantize|evaluate|ablate|slim|engines [ARCH= CKPT= DATA= RES= CROP= PEERS=all RAY=local]
+bench: known-bench $(VENV)/.dev $(if $(filter all,$(PEERS)),.peers/.done) ## measure: WHAT=speed|dense|data|train|quantize|evaluate|memory|ablate|slim|engines [ARCH= CKPT= DATA= RES= CROP= PEERS=all RAY=local]
 	@$(BIN)/python bench/$(WHAT).py $(BENCH_$(WHAT))
 
 BENCH_speed = $(if $(ARCH),--arch '$(ARCH)') $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') \
