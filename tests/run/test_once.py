@@ -77,9 +77,9 @@ def test_anything_it_is_made_from_makes_it_again(stage: Stage) -> None:
 
 
 def test_another_library_makes_it_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = stages.installed_versions
+    real, other = stages.installed_versions, dict[str, str]()
     for number, name in enumerate(("torch", "torchao", "numpy"), 2):
-        other = {name: "0.0"}
+        other = {**other, name: "0.0"}  # the others stay as they were at the time before
         monkeypatch.setattr(stages, "installed_versions", lambda names, other=other: {
             **real(names), **{key: value for key, value in other.items() if key in names}
         })  # fmt: skip

@@ -20,6 +20,7 @@ from care_compress.recipe.sections import DataSection
 from care_compress.sweep import scores as on_nodes
 from care_compress.sweep.cluster import Cluster, workers_at
 from care_compress.sweep.scores import scores_on
+from care_compress.tasks.known import task_called
 
 pytest.importorskip("ray.cluster_utils", reason="needs the ray extra")
 
@@ -116,7 +117,8 @@ def test_what_a_worker_meets_is_the_users_one_line(
 
 
 def test_a_node_with_another_file_or_other_images_is_told(artifact: str, data: DataSection) -> None:
-    job = ScoringJob(artifact, "another", data, "another", 8, "cpu")
+    listing = task_called("classification").samples(data, "val").fingerprint()
+    job = ScoringJob(artifact, "another", data, listing, 8, "cpu")
     with pytest.raises(RunError, match=f"another {artifact}"):
         opened(job, torch.get_num_threads())
     same = ScoringJob(artifact, scoring.digest_of(Path(artifact)), data, "another", 8, "cpu")
