@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -152,7 +152,7 @@ def main(
             raise SystemExit(f"no mutant is called {', '.join(sorted(unknown))}; see {LIST.name}")
         mutants = [mutant for mutant in mutants if mutant.name in only]
     with copies(workers) as free:
-        selections = sorted({mutant.tests for mutant in mutants})
+        selections = together({mutant.tests for mutant in mutants})
         finished = Finished(digest_of_files())
 
         def sound(tests: str) -> str | None:
@@ -202,6 +202,19 @@ def read_mutants() -> list[Mutant]:
     if twice:
         raise SystemExit(f"{LIST.name} has two mutants called {', '.join(sorted(twice))}")
     return mutants
+
+
+def together(selections: Iterable[str]) -> list[str]:
+    """Choose the same tests (``FILE``, ``FILE::TEST``, ``FILE -k WORDS``), each file in one run."""
+    chosen: dict[str, set[str]] = {}
+    for tests in selections:
+        path, *words = shlex.split(tests)
+        file, _, test = path.partition("::")
+        chosen.setdefault(file, set()).add(words[-1] if words else test.partition("[")[0])
+    return [
+        file if "" in names else shlex.join([file, "-k", " or ".join(sorted(names))])
+        for file, names in sorted(chosen.items())
+    ]
 
 
 def tracked() -> list[str]:
