@@ -64,7 +64,7 @@ engine: $(VENV)/.user ## build and verify a run's engines on this machine: TARGE
 doctor: $(VENV)/.user ## what this machine can export, build, run and measure
 	@$(BIN)/care-compress doctor
 
-test: $(VENV)/.dev ## the test suite (under 15 minutes on two cores)
+test: $(VENV)/.dev ## the test suite (15 minutes on two cores, 18 with empty caches)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-slow: $(VENV)/.dev ## what make test leaves out: searches, NNCF's control, peers (10 minutes)
@@ -92,6 +92,7 @@ BENCH_ablate = --report $(if $(RAY),--ray '$(RAY)') $(if $(CKPT),--ckpt '$(CKPT)
 
 BENCH_slim = $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
 BENCH_dense = $(if $(ARCH),--arch '$(ARCH)')
+BENCH_memory = $(if $(ARCH),--arch '$(ARCH)')
 BENCH_engines = $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
 
 # Quantizers that are no dependencies, in a folder that only bench/peer_quantizers.py looks into.

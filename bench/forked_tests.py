@@ -58,7 +58,8 @@ def main() -> None:
             child.join(limit)
             status = child.exitcode
             if status is None:
-                os.killpg(child.pid or 0, signal.SIGKILL)
+                assert child.pid is not None
+                os.killpg(child.pid, signal.SIGKILL)
                 child.join()
             said.seek(0)
             text = said.read().decode(errors="replace")

@@ -72,9 +72,10 @@ def peak_of(recipe: Recipe, root: Path) -> int:
     """The most that a run and its processes held at once, in bytes."""
     child = multiprocessing.get_context("spawn").Process(target=quietly, args=(recipe, root))
     child.start()
+    assert child.pid is not None
     peak = 0
     while child.is_alive():
-        peak = max(peak, held_by(child.pid or 0))
+        peak = max(peak, held_by(child.pid))
         time.sleep(EVERY)
     if child.exitcode:
         raise SystemExit(f"{recipe.name} ended with exit code {child.exitcode}")

@@ -20,11 +20,10 @@ import psutil
 
 from care_compress.device.processor import (
     DOT_FEATURES,
-    ISA_LIMITS,
-    LIMITS_WITHOUT_DOT_PRODUCTS,
     architecture,
     core_name,
     cpuinfo_cores,
+    dot_product_limit,
 )
 from care_compress.device.processor import usable_cores as usable_cores
 from care_compress.device.sensors import (
@@ -151,8 +150,7 @@ def read_machine() -> Machine:
 
 def dot_products_in(runtime: str) -> bool | None:
     """Whether a CPU runtime has integer dot products here; None: nothing is known."""
-    limit = next((os.environ[name] for name in ISA_LIMITS if os.environ.get(name)), "")
-    if runtime == "openvino" and limit.upper() in LIMITS_WITHOUT_DOT_PRODUCTS:
+    if runtime == "openvino" and dot_product_limit(os.environ) is not None:
         return False
     return _read_processor(usable_cores()).dot_products
 

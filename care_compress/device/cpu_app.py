@@ -28,10 +28,9 @@ from care_compress.device.manifest import (
 from care_compress.device.problems import ProcessorError
 from care_compress.device.processor import (
     DOT_PRODUCTS,
-    ISA_LIMITS,
-    LIMITS_WITHOUT_DOT_PRODUCTS,
     Processor,
     check_processor,
+    dot_product_limit,
     read_processor,
 )
 from care_compress.device.results import CPU_RESULTS, merge_results
@@ -176,11 +175,8 @@ def _open(root: Path, bundle: Bundle, models: Sequence[str], threads: int) -> Bo
     processor = read_processor(root)
     check_processor(processor)
     requirement = str(bundle.manifest["requirement"])
-    limit = None  # the variable that takes dot products away from OpenVINO: the first that is set
-    if required_module(requirement) == "openvino":
-        limit = next((name for name in ISA_LIMITS if os.environ.get(name)), None)
-        if limit is not None and os.environ[limit].upper() not in LIMITS_WITHOUT_DOT_PRODUCTS:
-            limit = None
+    is_openvino = required_module(requirement) == "openvino"
+    limit = dot_product_limit(os.environ) if is_openvino else None
     for model in models:
         need, file = bundle.needs(model), bundle.file(model).name
         if not need or (need == DOT_PRODUCTS and processor.dot_products and limit is None):

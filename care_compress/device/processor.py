@@ -26,6 +26,19 @@ _OTHER_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "i8mm", "bf16")
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 LIMITS_WITHOUT_DOT_PRODUCTS = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 
+
+def isa_limit(environment: "Mapping[str, str]") -> "str | None":
+    """Return the variable that limits oneDNN: the first that is set."""
+    return next((name for name in ISA_LIMITS if environment.get(name)), None)
+
+
+def dot_product_limit(environment: "Mapping[str, str]") -> "str | None":
+    """Return the variable that takes dot products away from OpenVINO, if one does."""
+    name = isa_limit(environment)
+    hidden = name is not None and environment[name].upper() in LIMITS_WITHOUT_DOT_PRODUCTS
+    return name if hidden else None
+
+
 # ARM cores name themselves by number only; these are the ones in the boards we speak of.
 ARM_PARTS = {
     "0xd03": "Cortex-A53",

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from care_compress.console import Terminal
-from care_compress.device.processor import ISA_LIMITS, LIMITS_WITHOUT_DOT_PRODUCTS
+from care_compress.device.processor import dot_product_limit, isa_limit
 from care_compress.machine import LIBRARIES, Cpu, Machine, read_machine
 from care_compress.recipe.target import Runtime, Target, all_targets
 from care_compress.shipped import PIP, VERSION, install_command
@@ -105,12 +105,12 @@ def int8_line(cpu: Cpu) -> str:
 
 def isa_remarks(cpu: Cpu, environment: Mapping[str, str]) -> tuple[str, ...]:
     """What a variable of the environment keeps OpenVINO from using."""
-    name = next((name for name in ISA_LIMITS if environment.get(name)), None)
+    name = isa_limit(environment)
     # They name instructions of x86; nothing else reads them.
     if name is None or environment[name].upper() in _NO_LIMIT or "asimddp" in cpu.features:
         return ()
     limit = environment[name]
-    if limit.upper() in LIMITS_WITHOUT_DOT_PRODUCTS and cpu.dot_products:
+    if dot_product_limit(environment) and cpu.dot_products:
         hidden = "hides the integer dot products of this processor from OpenVINO"
     else:
         hidden = "limits what OpenVINO uses of this processor"
