@@ -1,10 +1,10 @@
 """GELU written in the form that a processor computes fastest.
 
-By erf it takes an exponential and a division for every value. AVX512 looks both up in registers;
-with AVX2 that was a quarter of the INT8 time of OpenVINO, a sixth of ONNX Runtime's. There OpenVINO
-gets `products`, which it fuses into one loop, and ONNX Runtime, which would run them one by one,
-`tanh`, an attribute of the same operation. The formulas stand in `care_compress.quantize.gelu`,
-which simulates them.
+By erf it takes an exponential and a division for every value: with AVX2 a quarter of the INT8 time
+of OpenVINO, a sixth of ONNX Runtime's. OpenVINO looks both up in registers of AVX512; without them
+it gets `products`, which it fuses into one loop. ONNX Runtime would run those one by one and always
+gets `tanh`, an attribute of the same operation. The formulas stand in
+`care_compress.quantize.gelu`, which simulates them.
 
 Only images: the head's GELU is one vector, and its rounding would be that of the logits.
 """

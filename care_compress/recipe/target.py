@@ -94,7 +94,7 @@ class Placement(Section):
     """What an export adds to a recipe's rules, and in which form it writes GELU."""
 
     rules: tuple[RuleSection, ...] = ()
-    gelu: Gelu = Field("erf", description="the form of every GELU of an image (export/gelu.py)")
+    gelu: Gelu | None = Field(None, description="its form; the target's if left out")
 
 
 class Target(Section):
@@ -171,7 +171,8 @@ class Target(Section):
         if name == AS_SHIPPED:
             return self
         chosen = self.placements[name]
-        target = self.model_copy(update={"rules": chosen.rules, "gelu": chosen.gelu})
+        gelu = chosen.gelu or self.gelu
+        target = self.model_copy(update={"rules": chosen.rules, "gelu": gelu})
         target._placement = name
         return target
 

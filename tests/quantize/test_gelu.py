@@ -83,13 +83,20 @@ def test_a_simulation_takes_the_form_of_the_target_for_images_and_not_in_the_hea
 
 
 def test_a_processor_without_dot_products_takes_the_placement_of_its_class() -> None:
-    for name, form in (("openvino-cpu", "products"), ("onnxruntime-cpu", "tanh")):
+    target = load_target("openvino-cpu")
+    assert target.placement_for(True) == target.placement_for(None) == AS_SHIPPED
+    assert target.placed(AS_SHIPPED).gelu == "erf"
+    placed = target.placed(target.placement_for(False))
+    assert (placed.placement, placed.gelu) == (target.without_dot_products, "products")
+    assert placed.rules == target.placements[placed.placement].rules
+
+
+def test_a_placement_that_says_nothing_of_gelu_keeps_the_targets() -> None:
+    for name, form in (("openvino-cpu", "erf"), ("onnxruntime-cpu", "tanh")):
         target = load_target(name)
-        assert target.placement_for(True) == target.placement_for(None) == AS_SHIPPED
-        assert target.placed(AS_SHIPPED).gelu == "erf"
-        placed = target.placed(target.placement_for(False))
-        assert (placed.placement, placed.gelu) == (target.without_dot_products, form)
-        assert placed.rules == target.placements[placed.placement].rules
+        for placement, chosen in target.placements.items():
+            assert target.placed(placement).gelu == (chosen.gelu or form)
+    assert load_target("onnxruntime-cpu").placement_for(False) == AS_SHIPPED
 
 
 def test_a_hidden_instruction_set_counts_for_openvino_alone(

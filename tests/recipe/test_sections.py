@@ -88,6 +88,7 @@ def test_a_placement_goes_with_what_is_known_of_the_processor() -> None:
     placed = target.placed(target.without_dot_products)
     chosen = target.placements[target.without_dot_products]
     assert (placed.rules, placed.gelu) == (chosen.rules, chosen.gelu)
+    assert placed.gelu != target.gelu
     assert placed.placement == target.without_dot_products
     assert target.placed(AS_SHIPPED).rules == target.rules
 
