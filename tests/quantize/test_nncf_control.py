@@ -28,7 +28,9 @@ class Worse(AccuracyControl):
     """
 
     def validate(
-        self, compiled: Any, items: Iterable[Batch]  # noqa: F811
+        self,
+        compiled: Any,
+        items: Iterable[Batch],  # noqa: F811
     ) -> tuple[float, list[list[NDArray[np.float32]]]]:
         """Real answers, by which NNCF ranks the layers."""
         whole = self.__dict__.setdefault("whole", [compiled])
