@@ -1,14 +1,14 @@
 """What pruning loses and gains: every measure of importance, and top-1 over latency (`WHAT=slim`).
 
-First a table in float without any healing: each measure at several budgets, with the refit and
-without it. Then INT8 files of the cut networks, timed in turns beside those of the whole one. On
-the included model, or with ``--ckpt --data --res`` on any other. What is finished is kept in
-``runs/bench`` and not made again; the page is docs/RESULTS.md, the picture lies beside it.
+First a table in float without any healing: each way of choosing channels at several budgets, with
+the refit and without it. Then INT8 files of the cut networks, timed in turns beside those of the
+whole one, for each kind of processor. On the included model, or with ``--ckpt --data --res`` on any
+other. What is finished is kept in ``runs/bench`` and not made again; the page is docs/RESULTS.md,
+the pictures lie beside it.
 """
 
 import argparse
 import json
-from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -41,9 +41,22 @@ from care_compress.tasks.classification import collect_answers
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- begin: written by make bench WHAT=slim -->", "<!-- end: slim -->"
-MEASURES = ("magnitude", "module_aware", "taylor", "reconstruct")
+# How channels are chosen: a measure of importance, and whether widths are cut alike, too.
+WAYS: dict[str, dict[str, object]] = {
+    "magnitude": {"importance": "magnitude"},
+    "module_aware": {"importance": "module_aware"},
+    "taylor": {"importance": "taylor"},
+    "reconstruct": {"importance": "reconstruct"},
+    "reconstruct, even": {"importance": "reconstruct", "evenly": 0.9},
+}
 SHARES = (0.8, 0.7, 0.5, 0.35)
-FILES = ("reconstruct", "magnitude")  # measures whose INT8 files are timed
+# Whose INT8 files are timed, and how the picture shows them.
+FILES = {
+    "reconstruct": ("#2a7f4f", "o-"),
+    "reconstruct, even": ("#c0762c", "^-"),
+    "magnitude": ("#999999", "s--"),
+}
+FLOAT = "whole, FP32"
 CPU = torch.device("cpu")
 TARGET = "openvino-cpu"
 
@@ -77,19 +90,31 @@ def main() -> None:
     )
     kept: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
     if kept.get("key") != key:
-        kept = {"key": key, "name": name, "resolution": options.res, "float": None, "files": None}
-    if kept["float"] is None:
-        kept |= {"date": str(datetime.now(UTC).date()), "float": in_float(recipe, console)}
+        kept = {"key": key, "name": name, "resolution": options.res, "float": {}, "files": {}}
+    missing = [
+        (way, share)
+        for way, share in product(WAYS, SHARES)
+        if f"{way} {share} refitted" not in kept["float"].get("rows", {})
+    ]
+    if missing:
+        found = in_float(recipe, missing, console)
+        found["rows"] = kept["float"].get("rows", {}) | found["rows"]
+        kept |= {"date": str(datetime.now(UTC).date()), "float": found}
         write_text(store, json.dumps(kept, indent=1) + "\n")
-    if kept["files"] is None and not options.no_files:
-        kept |= {"cpu": asdict(machine.read_machine().cpu), "files": files(values, root, console)}
+    cpu = machine.read_machine().cpu
+    kind = "without" if cpu.dot_products is False else "with"
+    if kind not in kept["files"] and not options.no_files:
+        timed = {"date": str(datetime.now(UTC).date()), "cpu": cpu.name}
+        kept["files"][kind] = timed | {"rows": files(values, root, console)}
         write_text(store, json.dumps(kept, indent=1) + "\n")
     write_text(DOCS / "performance" / f"slim_{name}.json", json.dumps(kept, indent=1) + "\n")
     write_page()
 
 
-def in_float(recipe: Recipe, console: Console) -> dict[str, Any]:
-    """Top-1 lost by every measure at every share, nothing healed."""
+def in_float(
+    recipe: Recipe, combinations: list[tuple[str, float]], console: Console
+) -> dict[str, Any]:
+    """Top-1 lost by ways of choosing at shares of the multiply-accumulates, nothing healed."""
     assert recipe.slim is not None and recipe.model.checkpoint is not None
     model, data = load_checkpoint(recipe.model.checkpoint), recipe.data
     train, val = open_samples(data, "train"), open_samples(data, "val")
@@ -101,16 +126,15 @@ def in_float(recipe: Recipe, console: Console) -> dict[str, Any]:
     images = [batch.images for batch in loaded]
     models: dict[str, torch.nn.Module] = {"whole": model}
     cost = cost_of(model, "macs", data.resolution)
-    combinations = list(product(MEASURES, SHARES))
     with progress_bar(console, "cutting", len(combinations)) as advance:
-        for measure, share in combinations:
-            asked = {"budget": {"macs": share}, "importance": measure}
+        for way, share in combinations:
+            asked = {"budget": {"macs": share}, **WAYS[way]}
             section = SlimSection.model_validate_json(json.dumps(asked))
             plan = make_plan(model, section, seen, cost)
-            models[f"{measure} {share} cut"] = cut(model, plan.kept, means)
+            models[f"{way} {share} cut"] = cut(model, plan.kept, means)
             narrow = cut(model, plan.kept, means)
             refit(narrow, model, images, lambda blocks: None)
-            models[f"{measure} {share} refitted"] = narrow
+            models[f"{way} {share} refitted"] = narrow
             advance(1)
     predict = {name: TorchPredictor(one, model.num_classes, CPU) for name, one in models.items()}
     indices = spread_indices(len(val), recipe.evaluate.images)
@@ -128,12 +152,13 @@ def in_float(recipe: Recipe, console: Console) -> dict[str, Any]:
 def files(values: dict[str, object], root: Path, console: Console) -> list[dict[str, Any]]:
     """Accuracy of INT8 files, and their latency beside each other."""
     wanted: dict[str, tuple[str, tuple[str, ...]]] = {
-        "whole, FP32": ("fp32", ()),
+        FLOAT: ("fp32", ()),
         "whole, INT8": ("int8_ptq", ()),
     }
-    for measure, share in product(FILES, SHARES):
-        changed = (f"slim.budget.macs={share}", f"slim.importance={measure}")
-        wanted[f"{measure} {share}"] = ("slim_int8_ptq", changed)
+    for way, share in product(FILES, SHARES):
+        chosen = {"evenly": 0, **WAYS[way]}
+        changed = (f"slim.{name}={value}" for name, value in chosen.items())
+        wanted[f"{way} {share}"] = ("slim_int8_ptq", (f"slim.budget.macs={share}", *changed))
     found, paths = {}, {}
     for name, (recipe, settings) in wanted.items():
         console.print(f"making {name}", markup=False)
@@ -144,7 +169,14 @@ def files(values: dict[str, object], root: Path, console: Console) -> list[dict[
         paths[name] = root / run / "exports" / TARGET / export["file"]
     size = int(str(values["data.resolution"]))
     image, precision = torch.randn(1, 3, size, size), unasked_precision()
-    runs = {name: open_runner(path, image, 1, precision).run for name, path in paths.items()}
+    runs = {
+        name: open_runner(path, image, 1, "f32" if name == FLOAT else precision).run
+        for name, path in paths.items()
+    }
+    if precision != "f32":  # the same file, as OpenVINO runs it here unasked
+        name = f"whole, {precision.upper()}"
+        found[name] = found[FLOAT]
+        runs[name] = open_runner(paths[FLOAT], image, 1, precision).run
     console.print("timing in turns")
     timed = measure_latency(runs, 1, LatencyPlan(seconds=1.0, least_runs=40, warmup=3))
     return [
@@ -167,16 +199,20 @@ def write_page() -> None:
     for path in sorted((DOCS / "performance").glob("slim_*.json")):
         found = json.loads(path.read_text())
         parts.append(table_of(found))
-        if found["files"]:
-            plot(found, path.with_suffix(".svg"))
-            parts.append(f"![top-1 over latency](performance/{path.stem}.svg)\n")
+        for kind, timed in sorted(found["files"].items()):
+            picture = path.with_name(f"{path.stem}_{kind}_dot_products.svg")
+            plot(timed["rows"], picture)
+            parts += [
+                files_table(timed, kind),
+                f"![top-1 over latency](performance/{picture.name})\n",
+            ]
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     write_text(page, f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}")
 
 
 def table_of(found: dict[str, Any]) -> str:
-    """Both tables of one checkpoint as Markdown."""
+    """What one checkpoint loses in float, as Markdown."""
     table, heads = found["float"], [f"{100 * share:.0f} %" for share in SHARES]
     rows = table["rows"]
     lines = [
@@ -185,44 +221,47 @@ def table_of(found: dict[str, Any]) -> str:
         f"{found['date']}, float, {table['images']:,} validation images, nothing healed; points "
         f"lost against {rows['whole']['top1']:.2f} % with so many of the multiply-accumulates:",
         "",
-        f"| measure | then | {' | '.join(heads)} |",
+        f"| chosen by | then | {' | '.join(heads)} |",
         "|---" * (len(SHARES) + 2) + "|",
     ]
-    for measure, then in product(MEASURES, ("cut", "refitted")):
-        drops = [rows[f"{measure} {share} {then}"]["drop"] for share in SHARES]
+    for way, then in product(WAYS, ("cut", "refitted")):
+        if f"{way} {SHARES[-1]} {then}" not in rows:  # a way that is newer than what was measured
+            continue
+        drops = [rows[f"{way} {share} {then}"]["drop"] for share in SHARES]
         cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in drops]
-        lines.append(f"| `{measure}` | {then} | {' | '.join(cells)} |")
-    if found["files"]:
-        cpu = machine.Cpu(**found["cpu"])
-        kind = "without" if cpu.dot_products is False else "with"
-        lines += [
-            "",
-            f"INT8 files in OpenVINO, one image, one thread, in turns on {cpu.name} ({kind} "
-            "integer dot products):",
-            "",
-            "| file | top-1 | MACs (M) | ms (p50) | faster than INT8 of the whole [95 %] |",
-            "|---|---|---|---|---|",
-        ]
-        for one in found["files"]:
-            value, low, high = one["over_int8"]
-            lines.append(
-                f"| {one['name']} | {one['top1']:.2f} % | {one['macs'] / 1e6:.1f} "
-                f"| {one['ms']:.2f} | {value:.2f}x [{low:.2f}, {high:.2f}] |"
-            )
+        lines.append(f"| {way} | {then} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Top-1 over latency: a curve for each measure, the whole network as points."""
+def files_table(timed: dict[str, Any], kind: str) -> str:
+    """The files of one checkpoint, timed on one kind of processor, as Markdown."""
+    lines = [
+        f"{timed['date']}, files in OpenVINO, one image, one thread, in turns on {timed['cpu']} "
+        f"({kind} integer dot products):",
+        "",
+        "| file | top-1 | MACs (M) | ms (p50) | faster than INT8 of the whole [95 %] |",
+        "|---|---|---|---|---|",
+    ]
+    for one in timed["rows"]:
+        value, low, high = one["over_int8"]
+        lines.append(
+            f"| {one['name']} | {one['top1']:.2f} % | {one['macs'] / 1e6:.1f} "
+            f"| {one['ms']:.2f} | {value:.2f}x [{low:.2f}, {high:.2f}] |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Top-1 over latency: a curve for each way of choosing, the whole network as points."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    styles = {"reconstruct": ("#2a7f4f", "o-"), "magnitude": ("#999999", "s--")}
-    for measure, (colour, style) in styles.items():
-        points = [
-            (one["ms"], one["top1"]) for one in found["files"] if one["name"].startswith(measure)
-        ]
-        axes.plot(*zip(*points, strict=True), style, color=colour, label=f"INT8, cut by {measure}")
-    for one in found["files"]:
+    for way, (colour, style) in FILES.items():
+        names = [f"{way} {share}" for share in SHARES]
+        points = [(one["ms"], one["top1"]) for one in rows if one["name"] in names]
+        if points:
+            label = f"INT8, cut by {way}"
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+    for one in rows:
         if one["name"].startswith("whole"):
             axes.plot(one["ms"], one["top1"], "D", color="#3b6ea5")
             axes.annotate(one["name"], (one["ms"], one["top1"]), xytext=(6, -12),

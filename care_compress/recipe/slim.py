@@ -64,6 +64,11 @@ class SlimSection(Section):
     budget: SlimBudgetSection
     target: str = Field("openvino-cpu", description="whose clock a latency budget is measured by")
     importance: Importance = "reconstruct"
+    evenly: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="how much of the width that all would have if cut alike each keeps; "
+        "0: importance alone decides",
+    )
     refit: bool = Field(True, description="least squares of what is left on calibration images")
     multiple: Count = Field(
         16, description="channels are left in multiples of this; what lies between saves no time"

@@ -183,8 +183,12 @@ def make_plan(
     allowed = {place: widths_allowed(section, place) for place in cost.places}
     wanted = section.budget.share * cost.total
     options = {place: widths for place, (widths, _) in allowed.items()}
+    alike = share_cut_alike(options, cost, wanted - cost.fixed)
+    for place, widths in options.items():
+        floor = _at_most(widths, section.evenly * alike * place.channels)
+        options[place] = tuple(width for width in widths if width >= floor)
     chosen = choose_widths(rankings, options, cost.of, wanted - cost.fixed)
-    widths = tuple(
+    planned = tuple(
         PlaceWidth(
             place,
             tuple(rankings[place].kept(width)),
@@ -194,8 +198,18 @@ def make_plan(
         )
         for place, width in chosen.items()
     )
-    after = cost.fixed + sum(cost.of(one.place, one.width) for one in widths)
-    return SlimPlan(section, widths, wanted, cost.total, after, cost.unit)
+    after = cost.fixed + sum(cost.of(one.place, one.width) for one in planned)
+    return SlimPlan(section, planned, wanted, cost.total, after, cost.unit)
+
+
+def share_cut_alike(options: Mapping[Place, tuple[int, ...]], cost: Cost, budget: float) -> float:
+    """The share of its channels that every place would keep if all were cut alike."""
+    for percent in range(100, 0, -1):
+        share = percent / 100
+        widths = {at: _at_most(given, share * at.channels) for at, given in options.items()}
+        if sum(cost.of(place, width) for place, width in widths.items()) <= budget:
+            return share
+    return 0.0
 
 
 def rank(
@@ -245,6 +259,10 @@ def print_slim_plan(plan: SlimPlan, console: Console) -> None:
         f"({plan.after / plan.before:.3f}); the budget leaves {said(plan.wanted)}",
         highlight=False,
     )
+
+
+def _at_most(widths: tuple[int, ...], limit: float) -> int:
+    return max((width for width in widths if width <= limit), default=min(widths))
 
 
 def _matches(rule: Any, place: Place) -> bool:

@@ -458,6 +458,43 @@ def test_the_last_rule_that_matches_limits_a_place() -> None:
     assert untouched and all(one.width == one.place.channels for one in untouched)
 
 
+def test_an_even_cut_leaves_every_interaction_its_part() -> None:
+    model = care()
+    cost = cost_of(model, "macs", SIZE)
+    # What importance alone would do: all of the narrow stages, nothing of the widest.
+    uneven = {"importance": "magnitude", "multiple": 4, "budget": {"macs": 0.6}}
+    alike = (0.6 * cost.total - cost.fixed) / (cost.total - cost.fixed)
+    least = []
+    for evenly in (0.0, 0.8, 1.0):
+        plan = make_plan(model, slim(**uneven, evenly=evenly), {}, cost)
+        assert 0.57 <= plan.after / plan.before <= 0.6
+        shares = [one.width / one.place.channels for one in plan.widths]
+        least.append(min(shares))
+        for one in plan.widths:  # down to the next multiple
+            assert one.width > evenly * (alike - 0.03) * one.place.channels - 4
+            assert one.least <= one.width
+        if evenly == 1.0:  # only what the multiples leave over goes where it loses most
+            assert max(shares) - min(shares) < 0.35
+    assert least == sorted(least) and least[0] < least[-1]
+
+
+def test_an_even_cut_keeps_to_the_rules_and_to_budgets_that_are_tight() -> None:
+    model = care()
+    cost = cost_of(model, "macs", SIZE)
+    rules = [{"stage": 0, "least": 1.0}, {"stage": 1, "least": 0.0}]
+    plan = make_plan(
+        model, slim(rules=rules, evenly=1.0, multiple=4, importance="magnitude"), {}, cost
+    )
+    assert plan.after <= plan.wanted
+    for one in plan.widths:
+        assert one.place.stage != 0 or one.width == one.place.channels
+    narrowest = {place: min(widths_allowed(slim(), place)[0]) for place in cost.places}
+    spent = cost.fixed + sum(cost.of(place, width) for place, width in narrowest.items())
+    share = (spent + 1) / cost.total
+    tight = slim(budget={"macs": share}, importance="magnitude", evenly=1.0)
+    assert {one.place: one.width for one in make_plan(model, tight, {}, cost).widths} == narrowest
+
+
 def test_what_cannot_be_slimmed_as_asked_is_refused_in_one_line() -> None:
     model = care()
     with pytest.raises(RecipeError, match="slimmed already"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_task import painted
 from quantized import care
 from rich.console import Console
 from tiny import with_a_broken_image
@@ -15,12 +16,13 @@ from care_compress import cli
 from care_compress.errors import BadImageError, CareError, RunError, TargetError
 from care_compress.evaluate import scoring
 from care_compress.evaluate.scoring import ScoringJob, measure_artifact, opened
+from care_compress.model.care import build_model
 from care_compress.model.checkpoint import save_checkpoint
 from care_compress.recipe.sections import DataSection
 from care_compress.sweep import scores as on_nodes
 from care_compress.sweep.cluster import Cluster, workers_at
 from care_compress.sweep.scores import scores_on
-from care_compress.tasks.known import task_called
+from care_compress.tasks.known import TASKS, task_called
 
 pytest.importorskip("ray.cluster_utils", reason="needs the ray extra")
 
@@ -53,6 +55,22 @@ def test_pieces_of_images_give_the_bytes_of_one_process(
     measure_artifact(artifact, data, None, 7, file, QUIET, scores_on(cluster))
     assert file.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_pieces_of_masks_and_boxes_give_the_bytes_of_one_process(
+    task: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    source = painted(tmp_path / "images", task, train=1, val=9)
+    data = DataSection(source=str(source), resolution=64, crop_pct=1.0, workers=0)
+    torch.manual_seed(0)
+    artifact = tmp_path / "model.safetensors"
+    classes = len(task_called(task).samples(data, "val").classes)
+    save_checkpoint(build_model("care_nano", classes, kind=TASKS[task].kind), artifact, {})
+    one, many = tmp_path / "one.json", tmp_path / "many.json"
+    measure_artifact(str(artifact), data, None, 2, one, QUIET)
+    measure_artifact(str(artifact), data, None, 2, many, QUIET, scores_on(cluster))
+    assert one.read_bytes() == many.read_bytes()
 
 
 def test_a_worker_that_dies_in_a_piece_changes_nothing(
