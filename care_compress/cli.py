@@ -5,7 +5,6 @@ Heavy imports stand inside the verbs, so that ``--help`` and ``doctor`` answer a
 
 import functools
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from rich.table import Table
 from care_compress.console import Terminal, one_line, shortened
 from care_compress.device.problems import DeployError
 from care_compress.errors import CareError
+from care_compress.libraries import settle_libraries
 from care_compress.recipe.recipe import (
     RECIPES_DIR,
     Recipe,
@@ -600,9 +600,7 @@ def report(run: GivenRun = "int8_qat", runs: Runs = Path("runs")) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a user's error is one clear line and exit code 2."""
-    # Read when torch loads, so before any verb runs. By default OpenMP threads wait by spinning for
-    # milliseconds and hold the cores that decoding workers need (measured in LOG.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    settle_libraries()
     given = list(sys.argv[1:] if arguments is None else arguments)
     wanted = [argument for argument in given if argument != "--debug"]
     debug = wanted != given

@@ -1,6 +1,7 @@
 """OpenVINO and NNCF, Ray and Optuna, loaded only when a recipe, a file or a sweep asks for them.
 
-They are optional extras, and importing them takes seconds.
+They are optional extras, and importing them takes seconds. And how every run sets the libraries
+below torch.
 """
 
 import contextlib
@@ -20,6 +21,28 @@ from care_compress.errors import TargetError
 from care_compress.shipped import install_command
 
 REPORTER = "openvino_telemetry"
+# glibc's names of settings in mallopt.h, and their values: the largest block that is taken from
+# what was freed before (more it does not allow), and how much of that is kept.
+_MALLOPT = ((-3, 32 << 20), (-1, (1 << 31) - 1))
+
+
+def settle_libraries() -> None:
+    """Set what OpenMP and glibc read when torch loads; what the user set stays.
+
+    OpenMP's threads wait by spinning for milliseconds, and hold the cores that decoding workers
+    need. glibc gives freed memory back, and the system clears it anew for every batch: half of the
+    time in which builtin:shapes is drawn (both measured in LOG.md).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let this process, and no child, use freed memory again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        for setting, value in _MALLOPT:
+            mallopt(setting, value)
 
 
 @contextlib.contextmanager

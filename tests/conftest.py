@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+from care_compress.libraries import keep_freed_memory
+
+keep_freed_memory()
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes the tests start
 torch.set_num_threads(1)
 
