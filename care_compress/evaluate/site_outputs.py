@@ -127,17 +127,18 @@ def _tap_openvino(path: Path, wanted: set[str]) -> FileTap:
         return lambda image: {}
     for operation in known:
         model.add_outputs(operation.output(0))
-    names = [operation.get_friendly_name() for operation in known]
+    # Not simply the last ones: what the file gives out anyway is not added again.
+    places = {
+        operation.get_friendly_name(): model.get_result_index(operation.output(0))
+        for operation in known
+    }
     compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     size = compiled.inputs[0].partial_shape[0]
     batch = 1 if size.is_dynamic else int(size.get_length())
     feed = openvino_feed(model, path)
 
     def tap(image: Tensor) -> Outputs:
-        values = list(compiled([feed(image.repeat(batch, 1, 1, 1))]).values())[-len(names) :]
-        return {
-            name: torch.from_numpy(value[:1].copy())
-            for name, value in zip(names, values, strict=True)
-        }
+        values = compiled([feed(image.repeat(batch, 1, 1, 1))])
+        return {name: torch.from_numpy(values[place][:1].copy()) for name, place in places.items()}
 
     return tap
