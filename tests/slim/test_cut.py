@@ -24,7 +24,15 @@ from care_compress.recipe.slim import SlimSection
 from care_compress.slim.allocate import choose_widths
 from care_compress.slim.cut import cut
 from care_compress.slim.places import Place, bottleneck_at, find_places
-from care_compress.slim.plan import check_budget, check_slim, cost_of, make_plan, widths_allowed
+from care_compress.slim.plan import (
+    Cost,
+    check_budget,
+    check_slim,
+    cost_of,
+    make_plan,
+    share_cut_alike,
+    widths_allowed,
+)
 from care_compress.slim.rank import by_reconstruction, by_scores, magnitude, module_aware
 from care_compress.slim.refit import Normal, refit
 from care_compress.slim.statistics import (
@@ -493,6 +501,23 @@ def test_an_even_cut_keeps_to_the_rules_and_to_budgets_that_are_tight() -> None:
     share = (spent + 1) / cost.total
     tight = slim(budget={"macs": share}, importance="magnitude", evenly=1.0)
     assert {one.place: one.width for one in make_plan(model, tight, {}, cost).widths} == narrowest
+
+
+def test_the_share_that_all_can_keep_is_the_largest_that_fits() -> None:
+    places = tuple(Place(i, 0, "inter1", i, 4, 100, False) for i in range(2))
+    options = {place: (25, 50, 75, 100) for place in places}
+    prices = dict(zip(places, (1, 2), strict=True))
+    cost = Cost("ms", 300, lambda place, width: width * prices[place], places)
+    # At 50 channels both together cost 150; from 0.75 on each keeps 75 of them.
+    for budget, share in ((300, 1.0), (299, 0.99), (150, 0.74), (149, 0.49), (75, 0.49)):
+        assert share_cut_alike(options, cost, budget) == share
+    # Fewer than the narrowest there are not: that one costs what it costs.
+    narrow = {**options, places[0]: (75, 100)}
+    assert share_cut_alike(narrow, cost, 75 + 50) == 0.49
+    # As measured, narrower may be slower: then no share of all fits, though 2 ms would do.
+    slower = {(places[0], 25): 1, (places[0], 100): 9, (places[1], 25): 9, (places[1], 100): 1}
+    measured = Cost("ms", 10, lambda place, width: slower[place, width], places)
+    assert share_cut_alike(dict.fromkeys(places, (25, 100)), measured, 4) == 0.0
 
 
 def test_what_cannot_be_slimmed_as_asked_is_refused_in_one_line() -> None:
