@@ -8,6 +8,7 @@ from care_compress.recipe.quantize import CalibrateSection, NncfSection, Quantiz
 from care_compress.recipe.reading import MOST_VALUES, parse_yaml
 from care_compress.recipe.recipe import load_recipe
 from care_compress.recipe.sections import AugmentSection, DataSection, TrainSection
+from care_compress.recipe.slim import SlimBudgetSection, SlimRuleSection
 from care_compress.recipe.target import AS_SHIPPED, Target, load_target
 
 PLAN = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-3}
@@ -57,6 +58,29 @@ def test_attention_multiplies_symmetric_values_in_one_preset_unless_it_is_left_o
     assert not NncfSection(preset="mixed").multiplies_symmetric
     kept = NncfSection(preset="performance", ignored_types=("MatMul",))
     assert not kept.multiplies_symmetric
+
+
+def test_a_slim_budget_is_a_share_of_one_thing() -> None:
+    for kind in ("macs", "parameters", "latency"):
+        budget = SlimBudgetSection.model_validate({kind: 0.7})
+        assert (budget.kind, budget.share) == (kind, 0.7)
+        for all_or_nothing in (0.0, 1.0):
+            with pytest.raises(ValueError, match=kind):
+                SlimBudgetSection.model_validate({kind: all_or_nothing})
+    assert SlimBudgetSection(macs=None, latency=0.5).kind == "latency", "a base's was taken away"
+    for bad in ({}, {"macs": None}, {"macs": 0.5, "latency": 0.5}):
+        with pytest.raises(ValueError, match="name one of macs, parameters, latency"):
+            SlimBudgetSection.model_validate(bad)
+
+
+def test_a_slim_rule_reaches_every_stage_and_leaves_from_nothing_to_all() -> None:
+    for stage in range(4):
+        for least in (0.0, 1.0):
+            rule = SlimRuleSection(stage=stage, least=least)
+            assert (rule.stage, rule.least) == (stage, least)
+    for bad in ({"stage": 4}, {"stage": -1}, {"least": 1.1}, {"least": -0.1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SlimRuleSection.model_validate({"least": 0.5, **bad})
 
 
 def test_aliases_count_as_often_as_they_stand() -> None:
