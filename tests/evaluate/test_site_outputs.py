@@ -58,25 +58,28 @@ def quantized() -> QuantizedCare:
     return QuantizedCare(GraphModule(root, graph), plan, made_from)
 
 
+def pixels(*values: float) -> Tensor:
+    """An image of the model's size, (1, 1, 2, 2), whose rows are the same."""
+    return torch.tensor(values).expand(1, 1, 2, 2)
+
+
 def test_products_of_a_quantized_model_are_kept_by_the_names_of_their_sites() -> None:
-    model = quantized()
-    x = torch.tensor([[0.6, 1.2]])
-    # 0.6 and 1.2 became 0.5 and 1.0, 0.9 and 2.1 became 1.0 and 2.0.
+    model, x = quantized(), pixels(0.6, 1.2)
+    # 0.6 and 1.2 become 0.5 and 1.0, 0.9 and 2.1 become 1.0 and 2.0.
     for taken in (run_graph(model, x), run_module(model, x)):
         assert list(taken.sites) == ["fc", "last"], "a negation is no site"
-        assert torch.equal(taken.sites["fc"], torch.tensor([[0.5, 2.0]]))
-        assert torch.equal(taken.logits, torch.zeros(1, 2))
+        assert torch.equal(taken.sites["fc"], pixels(0.5, 2.0))
+        assert torch.equal(taken.logits, pixels(0.0, 0.0))
     model.enable(False)
-    torch.testing.assert_close(run_graph(model, x).sites["fc"], torch.tensor([[0.54, 2.52]]))
+    torch.testing.assert_close(run_graph(model, x).sites["fc"], pixels(0.54, 2.52))
 
 
 def test_a_watcher_sees_activations_before_and_after_their_rounding() -> None:
-    seen = []
-    x = torch.tensor([[0.6, 1.2]])
+    seen, x = [], pixels(0.6, 1.2)
     run_graph(quantized(), x, lambda one, before, after: seen.append((one, before, after)))
     ((quantizer, before, after),) = seen  # weights are none, and 16-bit floats have no range
     assert (quantizer.site, quantizer.operand) == ("fc", "input")
-    assert torch.equal(before, x) and torch.equal(after, torch.tensor([[0.5, 1.0]]))
+    assert torch.equal(before, x) and torch.equal(after, pixels(0.5, 1.0))
 
 
 class Doubled(nn.Module):
