@@ -55,7 +55,7 @@ SLIM = {
     "slim50": ("ours, INT8, half of the MACs", ("slim.budget.macs=0.5",)),
     "fastest": (
         "ours, INT8, 60 % fewer MACs, hard-swish",
-        ("slim.budget.macs=0.4", "quantize.activation=hard_swish"),
+        ("slim.budget.macs=0.4", "slim.evenly=0", "quantize.activation=hard_swish"),
     ),
 }
 Interval = tuple[float, float, float]
