@@ -20,6 +20,7 @@ from rich.table import Table
 
 from care_compress import machine
 from care_compress.files import json_text, write_text
+from care_compress.libraries import settle_libraries
 from care_compress.model.checkpoint import load_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.process_memory import RUN, memory_of
@@ -83,7 +84,8 @@ def peak_of(recipe: Recipe, root: Path) -> int:
 
 
 def quietly(recipe: Recipe, root: Path) -> None:
-    """Be the run."""
+    """Be the run, set as a verb sets it."""
+    settle_libraries()
     run_recipe(recipe, root, "run", Console(quiet=True))
 
 
