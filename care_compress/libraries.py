@@ -38,7 +38,7 @@ def settle_libraries() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process, and no child, use freed memory again."""
+    """Let this process use freed memory again, and no other program that it starts."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
         for setting, value in _MALLOPT:
