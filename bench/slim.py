@@ -42,19 +42,19 @@ from care_compress.tasks.classification import collect_answers
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- begin: written by make bench WHAT=slim -->", "<!-- end: slim -->"
-# How channels are chosen: a measure of importance, and whether widths are cut alike, too.
+# How channels are chosen: a measure of importance, and whether hidden numbers are held, too.
 WAYS: dict[str, dict[str, object]] = {
     "magnitude": {"importance": "magnitude"},
     "module_aware": {"importance": "module_aware"},
     "taylor": {"importance": "taylor"},
     "reconstruct": {"importance": "reconstruct"},
-    "reconstruct, even": {"importance": "reconstruct", "evenly": 0.9},
+    "reconstruct, hidden": {"importance": "reconstruct", "hidden": 0.9},
 }
 SHARES = (0.8, 0.7, 0.5, 0.35)
 # Whose INT8 files are timed, and how the picture shows them.
 FILES = {
     "reconstruct": ("#2a7f4f", "o-"),
-    "reconstruct, even": ("#c0762c", "^-"),
+    "reconstruct, hidden": ("#c0762c", "^-"),
     "magnitude": ("#999999", "s--"),
 }
 FLOAT = "whole, FP32"
@@ -162,8 +162,8 @@ def files(values: dict[str, object], root: Path, console: Console) -> list[dict[
         "whole, INT8": ("int8_ptq", ()),
     }
     for way, share in product(FILES, SHARES):
-        chosen = {"evenly": 0, **WAYS[way]}
-        changed = (f"slim.{name}={value}" for name, value in chosen.items())
+        chosen = {"hidden": None, **WAYS[way]}
+        changed = (f"slim.{name}={json.dumps(value)}" for name, value in chosen.items())
         wanted[f"{way} {share}"] = ("slim_int8_ptq", (f"slim.budget.macs={share}", *changed))
     found, paths = {}, {}
     for name, (recipe, settings) in wanted.items():

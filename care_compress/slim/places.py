@@ -30,6 +30,10 @@ class Place:
         """The name that plans and tables use: ``2.0 inter1``."""
         return f"{self.stage}.{self.block} {self.branch}"
 
+    def hidden_numbers(self, width: int) -> float:
+        """Numbers that its layers hand on at a width, in those of one channel of stage 0."""
+        return width / 4.0**self.stage
+
     def macs_of_channel(self, resolution: int, model: Care) -> int:
         """Multiply-accumulates that one channel takes for one image, as published tables count."""
         side = resolution // STEM_STRIDE >> self.stage

@@ -17,7 +17,7 @@ from care_compress.errors import RecipeError
 from care_compress.model.care import Care
 from care_compress.model.cost import measure_cost
 from care_compress.recipe.slim import SlimSection
-from care_compress.slim.allocate import choose_widths
+from care_compress.slim.allocate import Limit, choose_widths, choose_within_both
 from care_compress.slim.places import Place, bottleneck_at, find_places, layer_behind
 from care_compress.slim.rank import (
     Ranking,
@@ -72,6 +72,8 @@ class SlimPlan:
     before: float
     after: float  # as added up over places
     unit: str
+    hidden: float  # share of the hidden numbers that stays
+    hidden_wanted: float | None  # what section.hidden leaves
 
     @property
     def kept(self) -> dict[Place, tuple[int, ...]]:
@@ -86,6 +88,7 @@ class SlimPlan:
             "budget": {"kind": budget.kind, "share": budget.share, "unit": self.unit},
             "before": self.before,
             "after": self.after,
+            "hidden": {"left": self.hidden, "allowed": self.hidden_wanted},
             "places": [
                 {
                     **asdict(one.place),
@@ -166,6 +169,28 @@ def check_budget(section: SlimSection, cost: Cost) -> None:
             + (f" to {share + 0.01:.2f} or more" if share < 0.98 else "")
             + f", or lower slim.multiple{rules}",
         )
+    hidden = hidden_limit(section)
+    least = {place: min(widths_allowed(section, place)[0]) for place in cost.places}
+    if hidden is not None and hidden_share(least) > hidden:
+        raise RecipeError(
+            f"slim.hidden {section.hidden:g} cannot be met: with every interaction at its narrowest, "
+            f"{hidden_share(least):.3f} of the hidden numbers are left, and {hidden:.3f} are allowed.",
+            "raise it, or slim.hidden null lets the budget alone decide",
+        )
+
+
+def hidden_limit(section: SlimSection) -> float | None:
+    """The share of the hidden numbers that may stay; a latency budget measures time itself."""
+    budget = section.budget
+    if section.hidden is None or budget.kind == "latency":
+        return None
+    return section.hidden * budget.share
+
+
+def hidden_share(widths: Mapping[Place, int]) -> float:
+    """The share of a network's hidden numbers, channels times places, that widths leave."""
+    left = sum(place.hidden_numbers(width) for place, width in widths.items())
+    return left / sum(place.hidden_numbers(place.channels) for place in widths)
 
 
 def make_plan(
@@ -183,11 +208,13 @@ def make_plan(
     allowed = {place: widths_allowed(section, place) for place in cost.places}
     wanted = section.budget.share * cost.total
     options = {place: widths for place, (widths, _) in allowed.items()}
-    alike = share_cut_alike(options, cost, wanted - cost.fixed)
-    for place, widths in options.items():
-        floor = _at_most(widths, section.evenly * alike * place.channels)
-        options[place] = tuple(width for width in widths if width >= floor)
-    chosen = choose_widths(rankings, options, cost.of, wanted - cost.fixed)
+    budget, hidden = Limit(cost.of, wanted - cost.fixed), hidden_limit(section)
+    if hidden is None:
+        chosen = choose_widths(rankings, options, budget)
+    else:
+        whole = sum(place.hidden_numbers(place.channels) for place in cost.places)
+        second = Limit(Place.hidden_numbers, hidden * whole)
+        chosen = choose_within_both(rankings, options, budget, second)
     planned = tuple(
         PlaceWidth(
             place,
@@ -199,17 +226,9 @@ def make_plan(
         for place, width in chosen.items()
     )
     after = cost.fixed + sum(cost.of(one.place, one.width) for one in planned)
-    return SlimPlan(section, planned, wanted, cost.total, after, cost.unit)
-
-
-def share_cut_alike(options: Mapping[Place, tuple[int, ...]], cost: Cost, budget: float) -> float:
-    """The share of its channels that every place would keep if all were cut alike."""
-    for percent in range(100, 0, -1):
-        share = percent / 100
-        widths = {at: _at_most(given, share * at.channels) for at, given in options.items()}
-        if sum(cost.of(place, width) for place, width in widths.items()) <= budget:
-            return share
-    return 0.0
+    return SlimPlan(
+        section, planned, wanted, cost.total, after, cost.unit, hidden_share(chosen), hidden
+    )
 
 
 def rank(
@@ -259,10 +278,12 @@ def print_slim_plan(plan: SlimPlan, console: Console) -> None:
         f"({plan.after / plan.before:.3f}); the budget leaves {said(plan.wanted)}",
         highlight=False,
     )
-
-
-def _at_most(widths: tuple[int, ...], limit: float) -> int:
-    return max((width for width in widths if width <= limit), default=min(widths))
+    if plan.hidden_wanted is not None:
+        console.print(
+            f"[bold]hidden numbers[/]: {plan.hidden:.3f} of them after; slim.hidden leaves "
+            f"{plan.hidden_wanted:.3f}",
+            highlight=False,
+        )
 
 
 def _matches(rule: Any, place: Place) -> bool:

@@ -1,7 +1,9 @@
 """Cutting, ranking, refitting and choosing widths: the parts, on small networks."""
 
+import contextlib
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -21,16 +23,16 @@ from care_compress.quantize.artifact import load_quantized, save_quantized
 from care_compress.quantize.ptq import PtqJob, quantize_network
 from care_compress.recipe.sections import RewriteSection
 from care_compress.recipe.slim import SlimSection
-from care_compress.slim.allocate import choose_widths
+from care_compress.slim.allocate import Limit, choose_widths, choose_within_both
 from care_compress.slim.cut import cut
 from care_compress.slim.places import Place, bottleneck_at, find_places
 from care_compress.slim.plan import (
-    Cost,
     check_budget,
     check_slim,
     cost_of,
+    hidden_limit,
+    hidden_share,
     make_plan,
-    share_cut_alike,
     widths_allowed,
 )
 from care_compress.slim.rank import by_reconstruction, by_scores, magnitude, module_aware
@@ -426,7 +428,8 @@ def test_the_widths_chosen_lose_least_of_all_that_fit() -> None:
     options = {place: (2, 4, 6) for place in places}
     price = {place: index + 1.5 for index, place in enumerate(places)}
     budget = 30.1  # costs are rounded up to 1 in 8,000
-    found = choose_widths(rankings, options, lambda place, width: width * price[place], budget)
+    limit = Limit(lambda place, width: width * price[place], budget)
+    found = choose_widths(rankings, options, limit)
     losses = {
         widths: sum(rankings[p].loss[6 - w] for p, w in zip(places, widths, strict=True))
         for widths in itertools.product((2, 4, 6), repeat=3)
@@ -466,58 +469,80 @@ def test_the_last_rule_that_matches_limits_a_place() -> None:
     assert untouched and all(one.width == one.place.channels for one in untouched)
 
 
-def test_an_even_cut_leaves_every_interaction_its_part() -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_two_budgets_are_kept_at_nearly_the_least_loss(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    places = [Place(stage, 0, "inter1", stage, 4, 16, False) for stage in range(4)]
+    rankings = {
+        place: by_scores(torch.rand(16, generator=generator).square() * (1 + index))
+        for index, place in enumerate(places)
+    }
+    options = {place: tuple(range(4, 17)) for place in places}
+    prices = dict(zip(places, torch.rand(4, generator=generator).add(0.3).tolist(), strict=True))
+    budget = Limit(lambda place, width: width * prices[place], 0.6 * 16 * sum(prices.values()))
+    numbers = sum(place.hidden_numbers(16) for place in places)
+    alone = choose_widths(rankings, options, budget)
+    everything = [
+        dict(zip(places, widths, strict=True)) for widths in itertools.product(*options.values())
+    ]
+    within = [widths for widths in everything if budget.left(widths) >= 0]
+
+    def loss(widths: Mapping[Place, int]) -> float:
+        return sum(rankings[place].loss[16 - width] for place, width in widths.items())
+
+    for share in (1.0, 0.7, 0.5, 0.35):
+        second = Limit(Place.hidden_numbers, share * numbers)
+        found = choose_within_both(rankings, options, budget, second)
+        assert budget.left(found) >= 0 and second.left(found) >= 0
+        if second.left(alone) >= 0:
+            assert found == alone
+        least = min(loss(widths) for widths in within if second.left(widths) >= 0)
+        assert loss(found) <= 1.08 * least  # a price reaches the hull of what is possible
+        for place, width in found.items():  # and nothing is left that one place could use
+            wider = found | {place: width + 1}
+            assert width == 16 or budget.left(wider) < 0 or second.left(wider) < 0
+
+
+def test_hidden_numbers_are_held_to_their_part_of_the_budget() -> None:
     model = care()
     cost = cost_of(model, "macs", SIZE)
-    # What importance alone would do: all of the narrow stages, nothing of the widest.
-    uneven = {"importance": "magnitude", "multiple": 4, "budget": {"macs": 0.6}}
-    alike = (0.6 * cost.total - cost.fixed) / (cost.total - cost.fixed)
-    least = []
-    for evenly in (0.0, 0.8, 1.0):
-        plan = make_plan(model, slim(**uneven, evenly=evenly), {}, cost)
-        assert 0.57 <= plan.after / plan.before <= 0.6
-        shares = [one.width / one.place.channels for one in plan.widths]
-        least.append(min(shares))
-        for one in plan.widths:  # down to the next multiple
-            assert one.width > evenly * (alike - 0.03) * one.place.channels - 4
-            assert one.least <= one.width
-        if evenly == 1.0:  # only what the multiples leave over goes where it loses most
-            assert max(shares) - min(shares) < 0.35
-    assert least == sorted(least) and least[0] < least[-1]
+    asked = {"importance": "magnitude", "multiple": 4, "budget": {"macs": 0.6}}
+    alone = make_plan(model, slim(**asked), {}, cost)
+    assert alone.hidden_wanted is None
+    left, losses = [alone.hidden], [sum(one.loss for one in alone.widths)]
+    for part in (0.5, 0.4):
+        plan = make_plan(model, slim(**asked, hidden=part), {}, cost)
+        counted = sum(one.width / 4**one.place.stage for one in plan.widths)
+        whole = sum(one.place.channels / 4**one.place.stage for one in plan.widths)
+        assert plan.hidden == pytest.approx(counted / whole)
+        assert plan.hidden_wanted == pytest.approx(0.6 * part)
+        assert 0.94 * plan.hidden_wanted <= plan.hidden <= plan.hidden_wanted
+        assert plan.after <= plan.wanted
+        left.append(plan.hidden)
+        losses.append(sum(one.loss for one in plan.widths))
+        assert plan.as_json()["hidden"] == {"left": plan.hidden, "allowed": plan.hidden_wanted}
+    assert left[0] > left[1] > left[2] and losses[0] < losses[1] < losses[2]
 
 
-def test_an_even_cut_keeps_to_the_rules_and_to_budgets_that_are_tight() -> None:
+def test_hidden_numbers_keep_to_rules_and_are_nothing_that_a_latency_budget_asks() -> None:
     model = care()
     cost = cost_of(model, "macs", SIZE)
-    rules = [{"stage": 0, "least": 1.0}, {"stage": 1, "least": 0.0}]
-    plan = make_plan(
-        model, slim(rules=rules, evenly=1.0, multiple=4, importance="magnitude"), {}, cost
-    )
-    assert plan.after <= plan.wanted
-    for one in plan.widths:
-        assert one.place.stage != 0 or one.width == one.place.channels
-    narrowest = {place: min(widths_allowed(slim(), place)[0]) for place in cost.places}
-    spent = cost.fixed + sum(cost.of(place, width) for place, width in narrowest.items())
-    share = (spent + 1) / cost.total
-    tight = slim(budget={"macs": share}, importance="magnitude", evenly=1.0)
-    assert {one.place: one.width for one in make_plan(model, tight, {}, cost).widths} == narrowest
-
-
-def test_the_share_that_all_can_keep_is_the_largest_that_fits() -> None:
-    places = tuple(Place(i, 0, "inter1", i, 4, 100, False) for i in range(2))
-    options = {place: (25, 50, 75, 100) for place in places}
-    prices = dict(zip(places, (1, 2), strict=True))
-    cost = Cost("ms", 300, lambda place, width: width * prices[place], places)
-    # At 50 channels both together cost 150; from 0.75 on each keeps 75 of them.
-    for budget, share in ((300, 1.0), (299, 0.99), (150, 0.74), (149, 0.49), (75, 0.49)):
-        assert share_cut_alike(options, cost, budget) == share
-    # Fewer than the narrowest there are not: that one costs what it costs.
-    narrow = {**options, places[0]: (75, 100)}
-    assert share_cut_alike(narrow, cost, 75 + 50) == 0.49
-    # As measured, narrower may be slower: then no share of all fits, though 2 ms would do.
-    slower = {(places[0], 25): 1, (places[0], 100): 9, (places[1], 25): 9, (places[1], 100): 1}
-    measured = Cost("ms", 10, lambda place, width: slower[place, width], places)
-    assert share_cut_alike(dict.fromkeys(places, (25, 100)), measured, 4) == 0.0
+    asked = slim(rules=[{"stage": 0, "least": 0.5}], hidden=0.8, multiple=4, importance="magnitude")
+    plan = make_plan(model, asked, {}, cost)
+    assert plan.hidden_wanted is not None and plan.hidden <= plan.hidden_wanted
+    assert all(one.width >= 0.5 * one.place.channels for one in plan.widths if one.place.stage == 0)
+    timed = slim(budget={"latency": 0.7}, hidden=0.1, importance="magnitude")
+    assert hidden_limit(timed) is None
+    assert make_plan(model, timed, {}, cost).hidden > 0.07
+    kept = slim(rules=[{"stage": 0, "least": 1.0}], hidden=0.1)
+    with pytest.raises(RecipeError, match=r"slim\.hidden 0\.1 cannot be met") as refused:
+        check_budget(kept, cost)
+    assert "\n" not in refused.value.message
+    share = hidden_share({place: min(widths_allowed(kept, place)[0]) for place in cost.places})
+    for short, part in ((True, share - 1e-6), (False, share + 1e-6)):
+        asked = kept.model_copy(update={"hidden": part / kept.budget.share})
+        with pytest.raises(RecipeError) if short else contextlib.nullcontext():
+            check_budget(asked, cost)
 
 
 def test_what_cannot_be_slimmed_as_asked_is_refused_in_one_line() -> None:
