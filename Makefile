@@ -83,14 +83,14 @@ check: $(VENV)/.dev ## ruff, mypy strict, one-way imports, bandit, recipes and t
 
 # INT8 beside every alternative (speed: 25 to 50 minutes, into docs/PERFORMANCE.md), what each method is worth (ablate: into
 # docs/RESULTS.md), what pruning costs (slim: there, too), and what loading, training, quantizing and evaluating cost. speed and ablate go on where they stopped.
-bench: known-bench $(VENV)/.dev $(if $(filter all,$(PEERS)),.peers/.done) ## measure: WHAT=speed|dense|data|train|quantize|evaluate|memory|ablate|slim|engines [ARCH= CKPT= DATA= RES= CROP= PEERS=all RAY=local]
+bench: known-bench $(VENV)/.dev $(if $(filter all,$(PEERS)),.peers/.done) ## measure: WHAT=speed|dense|data|train|quantize|evaluate|memory|ablate|slim|engines [ARCH= CKPT= DATA= RES= CROP= PEERS=all RAY=local TRAIN=]
 	@$(BIN)/python bench/$(WHAT).py $(BENCH_$(WHAT))
 
 BENCH_speed = $(if $(ARCH),--arch '$(ARCH)') $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') \
 	$(if $(RES),--resolution '$(RES)') $(if $(CROP),--crop '$(CROP)')
 BENCH_ablate = --report $(if $(RAY),--ray '$(RAY)') $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
 
-BENCH_slim = $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')
+BENCH_slim = $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)') $(if $(TRAIN),--train '$(TRAIN)')
 BENCH_dense = $(if $(ARCH),--arch '$(ARCH)')
 BENCH_memory = $(if $(ARCH),--arch '$(ARCH)')
 BENCH_engines = $(if $(CKPT),--ckpt '$(CKPT)') $(if $(DATA),--data '$(DATA)') $(if $(RES),--res '$(RES)')

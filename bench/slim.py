@@ -3,8 +3,9 @@
 First a table in float without any healing: each way of choosing channels at several budgets, with
 the refit and without it. Then INT8 files of the cut networks, timed in turns beside those of the
 whole one, for each kind of processor. On the included model, or with ``--ckpt --data --res`` on any
-other. What is finished is kept in ``runs/bench`` and not made again; the page is docs/RESULTS.md,
-the pictures lie beside it.
+other. ``--train RECIPE``, the one that trained the whole network, trains smaller ones from fresh
+weights, too: what pruning has to beat. What is finished is kept in ``runs/bench`` and not made
+again; the page is docs/RESULTS.md, the pictures lie beside it.
 """
 
 import argparse
@@ -26,11 +27,13 @@ from care_compress.data.samples import spread_indices
 from care_compress.data.sources import open_samples
 from care_compress.evaluate.latency import LatencyPlan, measure_latency
 from care_compress.files import fingerprint, sha256_file, write_text
-from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint
+from care_compress.model.care import Care
+from care_compress.model.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from care_compress.pipeline import run_recipe
 from care_compress.quantize.plots import save_figure
 from care_compress.recipe.recipe import Recipe, load_recipe
 from care_compress.recipe.slim import SlimSection
+from care_compress.run.finished import SLIM_CUT
 from care_compress.runtime.on_openvino import unasked_precision
 from care_compress.runtime.on_torch import TorchPredictor
 from care_compress.runtime.runners import open_runner
@@ -57,6 +60,8 @@ FILES = {
     "reconstruct, hidden": ("#c0762c", "^-"),
     "magnitude": ("#999999", "s--"),
 }
+FRESH = (0.5, 0.35)  # whose widths are trained from fresh weights, too
+FRESH_NAME, FRESH_LOOK = "trained so narrow", ("#8a4f9e", "v")
 FLOAT = "whole, FP32"
 CPU = torch.device("cpu")
 TARGET = "openvino-cpu"
@@ -70,6 +75,7 @@ def main() -> None:
     parser.add_argument("--res", type=int, default=64)
     parser.add_argument("--images", type=int, default=2000, help="validation images to score")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--train", help="recipe that trains smaller networks, too")
     parser.add_argument("--no-files", action="store_true", help="only the table in float")
     options = parser.parse_args()
     console = Console()
@@ -109,7 +115,7 @@ def main() -> None:
     timed = kept["files"].get(kind)
     if (timed is None or timed["cpu"] != cpu.name) and not options.no_files:
         timed = {"date": str(datetime.now(UTC).date()), "cpu": cpu.name}
-        kept["files"][kind] = timed | {"rows": files(values, root, console)}
+        kept["files"][kind] = timed | {"rows": files(values, root, options.train, console)}
         write_text(store, json.dumps(kept, indent=1) + "\n")
     # What was measured on processors of the other kind stays beside it.
     told = kept | {"files": published | kept["files"]}
@@ -155,7 +161,9 @@ def in_float(
     return {"images": len(found["whole"].right), "rows": rows}
 
 
-def files(values: dict[str, object], root: Path, console: Console) -> list[dict[str, Any]]:
+def files(
+    values: dict[str, object], root: Path, train: str | None, console: Console
+) -> list[dict[str, Any]]:
     """Accuracy of INT8 files, and their latency beside each other."""
     wanted: dict[str, tuple[str, tuple[str, ...]]] = {
         FLOAT: ("fp32", ()),
@@ -166,13 +174,24 @@ def files(values: dict[str, object], root: Path, console: Console) -> list[dict[
         changed = (f"slim.{name}={json.dumps(value)}" for name, value in chosen.items())
         wanted[f"{way} {share}"] = ("slim_int8_ptq", (f"slim.budget.macs={share}", *changed))
     found, paths = {}, {}
-    for name, (recipe, settings) in wanted.items():
+
+    def make(name: str, recipe: Recipe) -> None:
         console.print(f"making {name}", markup=False)
-        run = "".join(letter if letter.isalnum() else "_" for letter in name)
-        made = run_recipe(load_recipe(recipe, settings, values), root, run, Console(quiet=True))
+        run = folder_of(name)
+        made = run_recipe(recipe, root, run, Console(quiet=True))
         found[name] = made
         export = made["exports"][TARGET]["models"][made["precision"]]
         paths[name] = root / run / "exports" / TARGET / export["file"]
+
+    for name, (recipe, settings) in wanted.items():
+        make(name, load_recipe(recipe, settings, values))
+    for share in FRESH if train else ():
+        assert train is not None
+        console.print(f"training {share} from fresh weights", markup=False)
+        slimmed = root / folder_of(f"reconstruct {share}") / SLIM_CUT
+        trained = train_narrow(load_checkpoint(slimmed), train, values, root, share)
+        narrow = values | {"model.checkpoint": str(trained)}
+        make(f"{FRESH_NAME} {share}", load_recipe("int8_ptq", (), narrow))
     size = int(str(values["data.resolution"]))
     image, precision = torch.randn(1, 3, size, size), unasked_precision()
     runs = {
@@ -195,6 +214,25 @@ def files(values: dict[str, object], root: Path, console: Console) -> list[dict[
         }
         for name, made in found.items()
     ]
+
+
+def folder_of(name: str) -> str:
+    """The run of a row."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def train_narrow(
+    narrow: Care, train: str, values: dict[str, object], root: Path, share: float
+) -> Path:
+    """Train a network of the widths of a slimmed one from fresh weights, as the whole was."""
+    run, start = folder_of(f"fresh {share}"), root / f"fresh_{share}.safetensors"
+    torch.manual_seed(0)
+    fresh = Care(narrow.arch, narrow.num_classes, widths=narrow.widths)
+    save_checkpoint(fresh, start, {})
+    data = {name: value for name, value in values.items() if name.startswith("data.")}
+    recipe = load_recipe(train, (), {**data, "model.checkpoint": str(start)})
+    run_recipe(recipe, root, run, Console(quiet=True))
+    return root / run / "float" / "model.safetensors"
 
 
 def write_page() -> None:
@@ -267,6 +305,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         if points:
             label = f"INT8, cut by {way}"
             axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+    fresh = [(one["ms"], one["top1"]) for one in rows if one["name"].startswith(FRESH_NAME)]
+    if fresh:
+        colour, marker = FRESH_LOOK
+        label = f"INT8, {FRESH_NAME} from fresh weights"
+        axes.plot(*zip(*fresh, strict=True), marker, color=colour, label=label)
     for one in rows:
         if one["name"].startswith("whole"):
             axes.plot(one["ms"], one["top1"], "D", color="#3b6ea5")

@@ -173,9 +173,10 @@ def check_budget(section: SlimSection, cost: Cost) -> None:
     least = {place: min(widths_allowed(section, place)[0]) for place in cost.places}
     if hidden is not None and hidden_share(least) > hidden:
         raise RecipeError(
-            f"slim.hidden {section.hidden:g} cannot be met: with every interaction at its narrowest, "
-            f"{hidden_share(least):.3f} of the hidden numbers are left, and {hidden:.3f} are allowed.",
-            "raise it, or slim.hidden null lets the budget alone decide",
+            f"slim.hidden {section.hidden:g} cannot be met: with every interaction at its "
+            f"narrowest, {hidden_share(least):.3f} of the hidden numbers are left, and "
+            f"{hidden:.3f} are allowed.",
+            "raise it; with null the budget alone decides",
         )
 
 
