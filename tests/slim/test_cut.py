@@ -1,6 +1,7 @@
 """Cutting, ranking, refitting and choosing widths: the parts, on small networks."""
 
 import contextlib
+import io
 import itertools
 import json
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import pytest
 import torch
 from quantized import SIZE, care, images, section
 from quantized import quantized as quantize
+from rich.console import Console
 from torch import Tensor
 
 import care_compress
@@ -33,6 +35,7 @@ from care_compress.slim.plan import (
     hidden_limit,
     hidden_share,
     make_plan,
+    print_slim_plan,
     widths_allowed,
 )
 from care_compress.slim.rank import by_reconstruction, by_scores, magnitude, module_aware
@@ -521,6 +524,10 @@ def test_hidden_numbers_are_held_to_their_part_of_the_budget() -> None:
         left.append(plan.hidden)
         losses.append(sum(one.loss for one in plan.widths))
         assert plan.as_json()["hidden"] == {"left": plan.hidden, "allowed": plan.hidden_wanted}
+        said = Console(record=True, file=io.StringIO(), width=100)
+        print_slim_plan(plan, said)
+        told = f"{plan.hidden:.3f} of them after; slim.hidden leaves {0.6 * part:.3f}"
+        assert told in said.export_text()
     assert left[0] > left[1] > left[2] and losses[0] < losses[1] < losses[2]
 
 

@@ -159,7 +159,12 @@ def test_qat_heals_where_nothing_else_does(place: Path) -> None:
     made = recipe(
         place,
         "int8_qat",
-        **{"slim.heal": None, "quantize.qat": qat, "quantize.calibrate.images": 16},
+        **{
+            "slim.heal": None,
+            "slim.hidden": 0.9,
+            "quantize.qat": qat,
+            "quantize.calibrate.images": 16,
+        },
     )
     results = run_recipe(made, place / "runs", "int8", QUIET)
     models = results["slim"]["models"]
@@ -183,6 +188,10 @@ def test_qat_heals_where_nothing_else_does(place: Path) -> None:
     page = (run.path / "report.md").read_text()
     assert "What was cut, and what it cost" in page and "fewer multiply-accumulates" in page
     assert "| 2.0 inter1 |" in page
+    hidden = json.loads((run.path / "slim" / "plan.json").read_text())["hidden"]
+    assert hidden["allowed"] == pytest.approx(0.9 * 0.7)
+    shown = (run.path / "report.html").read_text()
+    assert f"Of the hidden numbers {100 * hidden['left']:.1f} % stay, and 63.0 % were" in shown
 
 
 def test_a_slimmed_checkpoint_is_quantized_like_any_other(
@@ -201,6 +210,8 @@ def test_a_slimmed_checkpoint_is_quantized_like_any_other(
         ({"slim.budget": {"macs": 0.05}}, "cannot be met"),
         ({"slim.budget": {"macs": 0.5, "parameters": 0.5}}, "name one of macs"),
         ({"slim.budget": {"macs": 1.5}}, "slim.budget.macs"),
+        ({"slim.hidden": 0.01}, r"slim\.hidden 0\.01 cannot be met"),
+        ({"slim.hidden": 1.5}, "slim.hidden"),
         ({"slim.rules": [{"stage": 3, "block": 9, "least": 1.0}]}, "matches no interaction"),
         (
             {"slim.budget": {"latency": 0.8}, "slim.target": "tensorrt-jetson-orin"},
