@@ -54,7 +54,8 @@ WAYS: dict[str, dict[str, object]] = {
     "reconstruct, hidden": {"importance": "reconstruct", "hidden": 0.9},
 }
 SHARES = (0.8, 0.7, 0.5, 0.35)
-# Whose INT8 files are timed, and how the picture shows them.
+# Whose INT8 files are timed, at which shares, and how the picture shows them.
+FILE_SHARES = (0.7, 0.5, 0.35)
 FILES = {
     "reconstruct": ("#2a7f4f", "o-"),
     "reconstruct, hidden": ("#c0762c", "^-"),
@@ -169,7 +170,7 @@ def files(
         FLOAT: ("fp32", ()),
         "whole, INT8": ("int8_ptq", ()),
     }
-    for way, share in product(FILES, SHARES):
+    for way, share in product(FILES, FILE_SHARES):
         chosen = {"hidden": None, **WAYS[way]}
         changed = (f"slim.{name}={json.dumps(value)}" for name, value in chosen.items())
         wanted[f"{way} {share}"] = ("slim_int8_ptq", (f"slim.budget.macs={share}", *changed))
@@ -300,7 +301,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for way, (colour, style) in FILES.items():
-        names = [f"{way} {share}" for share in SHARES]
+        names = [f"{way} {share}" for share in FILE_SHARES]
         points = [(one["ms"], one["top1"]) for one in rows if one["name"] in names]
         if points:
             label = f"INT8, cut by {way}"
