@@ -113,10 +113,11 @@ def main() -> None:
         write_text(store, json.dumps(kept, indent=1) + "\n")
     cpu = machine.read_machine().cpu
     kind = "without" if machine.dot_products_in("openvino") is False else "with"
-    timed = kept["files"].get(kind)
-    if (timed is None or timed["cpu"] != cpu.name) and not options.no_files:
-        timed = {"date": str(datetime.now(UTC).date()), "cpu": cpu.name}
-        kept["files"][kind] = timed | {"rows": files(values, root, options.train, console)}
+    about = {"cpu": cpu.name, "train": options.train, "shares": list(FILE_SHARES)}
+    timed = kept["files"].get(kind, {})
+    if any(timed.get(name) != value for name, value in about.items()) and not options.no_files:
+        about["date"] = str(datetime.now(UTC).date())
+        kept["files"][kind] = about | {"rows": files(values, root, options.train, console)}
         write_text(store, json.dumps(kept, indent=1) + "\n")
     # What was measured on processors of the other kind stays beside it.
     told = kept | {"files": published | kept["files"]}
@@ -301,7 +302,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for way, (colour, style) in FILES.items():
-        names = [f"{way} {share}" for share in FILE_SHARES]
+        names = [f"{way} {share}" for share in SHARES]
         points = [(one["ms"], one["top1"]) for one in rows if one["name"] in names]
         if points:
             label = f"INT8, cut by {way}"

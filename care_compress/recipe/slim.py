@@ -66,8 +66,8 @@ class SlimSection(Section):
     importance: Importance = "reconstruct"
     hidden: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="hidden numbers, channels times places, are held to this part of the budget's "
-        "share: 0.92 of macs 0.7 leaves 64.4 % of them; time follows them more than macs",
+        description="beside budget.macs: hidden numbers (channels times positions of the "
+        "interactions) are held to this part of its share; 0.92 of 0.7 leaves 64.4 % of them",
     )
     refit: bool = Field(True, description="least squares of what is left on calibration images")
     multiple: Count = Field(

@@ -86,11 +86,11 @@ def _widths(plan: Json | None) -> list[Block]:
         )
     told = "; ".join(f"{row.label} {row.text}" for row in rows)
     note = f"Chosen by {plan['importance'].replace('_', '-')}; the bar is the share that stays."
-    hidden = plan["hidden"]
-    if hidden["allowed"] is not None:
+    hidden = plan.get("hidden")  # absent in runs older than slim.hidden
+    if hidden and hidden["allowed"] is not None:
         note += (
-            f" Of the hidden numbers {100 * hidden['left']:.1f} % stay, and "
-            f"{100 * hidden['allowed']:.1f} % were allowed."
+            " Of the hidden numbers (channels times positions) "
+            f"{100 * hidden['left']:.1f} % stay, and {100 * hidden['allowed']:.1f} % were allowed."
         )
     picture = Picture(bars(rows, told, 100), told)
     return [

@@ -12,7 +12,7 @@ from care_compress.slim.rank import Ranking
 # What all widths cost is held against the budget in this many steps, rounded up at each place: with
 # the places of CARE-S2 a budget is underrun by 0.6 % at most.
 STEPS = 8000
-# How near the price of a second budget is found; that widths come in multiples is coarser.
+# The price of a second budget is found to a hundredth; steps between widths are coarser.
 NEAR = 1.01
 
 
@@ -75,10 +75,13 @@ def choose_within_both(
     chosen = at(0.0)
     if second.left(chosen) >= 0:
         return chosen
-    # A price so low that no loss of the network gives way to it.
+    # From a price that hardly any loss gives way to, up to one that leaves the narrowest of all.
+    narrowest = {place: min(options[place]) for place in rankings}
     everything = sum(ranking.loss[-1] for ranking in rankings.values())
     low = high = max(everything / second.most, 1e-6) * 1e-12
     while second.left(chosen := at(high)) < 0:
+        if chosen == narrowest:
+            return chosen
         low, high = high, 10 * high
     while high > NEAR * low:
         middle = (low * high) ** 0.5

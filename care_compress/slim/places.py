@@ -31,7 +31,7 @@ class Place:
         return f"{self.stage}.{self.block} {self.branch}"
 
     def hidden_numbers(self, width: int) -> float:
-        """Numbers that its layers hand on at a width, in those of one channel of stage 0."""
+        """Channels times positions at a width, in those of one channel of the first stage."""
         return width / 4.0**self.stage
 
     def macs_of_channel(self, resolution: int, model: Care) -> int:

@@ -5,7 +5,7 @@ slim = cut(model, plan.kept)
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -169,27 +169,41 @@ def check_budget(section: SlimSection, cost: Cost) -> None:
             + (f" to {share + 0.01:.2f} or more" if share < 0.98 else "")
             + f", or lower slim.multiple{rules}",
         )
-    hidden = hidden_limit(section)
     least = {place: min(widths_allowed(section, place)[0]) for place in cost.places}
-    if hidden is not None and hidden_share(least) > hidden:
+    hidden = hidden_budget(section, cost.places)
+    if hidden is not None and hidden.left(least) < 0:
+        reached = hidden_share(least) / budget.share
+        needed = math.ceil(100 * reached) / 100
+        rules = " and slim.rules" if section.rules else ""
         raise RecipeError(
             f"slim.hidden {section.hidden:g} cannot be met: with every interaction at its "
-            f"narrowest, {hidden_share(least):.3f} of the hidden numbers are left, and "
-            f"{hidden:.3f} are allowed.",
-            "raise it; with null the budget alone decides",
+            f"narrowest it is {reached:.4f}.",
+            (f"raise it to {needed:g}" if needed <= 1 else "raise the budget")
+            + f", lower slim.multiple{rules}, or let the budget alone decide (slim.hidden null)",
         )
 
 
 def hidden_limit(section: SlimSection) -> float | None:
-    """The share of the hidden numbers that may stay; a latency budget measures time itself."""
-    budget = section.budget
-    if section.hidden is None or budget.kind == "latency":
+    """The share of the hidden numbers that may stay.
+
+    Parameters say nothing about them, and a latency budget measures time itself.
+    """
+    if section.hidden is None or section.budget.macs is None:
         return None
-    return section.hidden * budget.share
+    return section.hidden * section.budget.macs
+
+
+def hidden_budget(section: SlimSection, places: Sequence[Place]) -> Limit | None:
+    """The same, as what widths are held against."""
+    share = hidden_limit(section)
+    if share is None:
+        return None
+    whole = sum(place.hidden_numbers(place.channels) for place in places)
+    return Limit(Place.hidden_numbers, share * whole)
 
 
 def hidden_share(widths: Mapping[Place, int]) -> float:
-    """The share of a network's hidden numbers, channels times places, that widths leave."""
+    """The share of the hidden numbers of all interactions that widths leave."""
     left = sum(place.hidden_numbers(width) for place, width in widths.items())
     return left / sum(place.hidden_numbers(place.channels) for place in widths)
 
@@ -209,13 +223,11 @@ def make_plan(
     allowed = {place: widths_allowed(section, place) for place in cost.places}
     wanted = section.budget.share * cost.total
     options = {place: widths for place, (widths, _) in allowed.items()}
-    budget, hidden = Limit(cost.of, wanted - cost.fixed), hidden_limit(section)
+    budget, hidden = Limit(cost.of, wanted - cost.fixed), hidden_budget(section, cost.places)
     if hidden is None:
         chosen = choose_widths(rankings, options, budget)
     else:
-        whole = sum(place.hidden_numbers(place.channels) for place in cost.places)
-        second = Limit(Place.hidden_numbers, hidden * whole)
-        chosen = choose_within_both(rankings, options, budget, second)
+        chosen = choose_within_both(rankings, options, budget, hidden)
     planned = tuple(
         PlaceWidth(
             place,
@@ -227,9 +239,8 @@ def make_plan(
         for place, width in chosen.items()
     )
     after = cost.fixed + sum(cost.of(one.place, one.width) for one in planned)
-    return SlimPlan(
-        section, planned, wanted, cost.total, after, cost.unit, hidden_share(chosen), hidden
-    )
+    hidden_numbers = hidden_share(chosen), hidden_limit(section)
+    return SlimPlan(section, planned, wanted, cost.total, after, cost.unit, *hidden_numbers)
 
 
 def rank(
@@ -281,8 +292,8 @@ def print_slim_plan(plan: SlimPlan, console: Console) -> None:
     )
     if plan.hidden_wanted is not None:
         console.print(
-            f"[bold]hidden numbers[/]: {plan.hidden:.3f} of them after; slim.hidden leaves "
-            f"{plan.hidden_wanted:.3f}",
+            f"[bold]hidden numbers[/] (channels times positions): {plan.hidden:.3f} of them after; "
+            f"slim.hidden leaves {plan.hidden_wanted:.3f}",
             highlight=False,
         )
 

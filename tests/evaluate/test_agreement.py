@@ -62,7 +62,9 @@ def test_of_few_images_one_may_answer_otherwise() -> None:
     assert Agreement(64, 62, 1, 43.4, 30.6).holds, "a tie is none of them"
     assert not Agreement(64, 62, 0, 43.4, 30.6).holds
     assert not Agreement(64, 63, 0, 30.5, 30.6).holds
-    assert not Agreement(8, 7 * 400, 0, 43.4, 30.6, places=400).holds, "a place is no image"
+    assert Agreement(16, 15, 0, 43.4, 30.6).holds
+    assert not Agreement(15, 14, 0, 43.4, 30.6).holds
+    assert not Agreement(1, 0, 0, 43.4, 30.6).holds
 
 
 def test_the_same_logits_are_exact() -> None:

@@ -24,7 +24,7 @@ from care_compress.model.rewrite import rewrite
 from care_compress.quantize.artifact import load_quantized, save_quantized
 from care_compress.quantize.ptq import PtqJob, quantize_network
 from care_compress.recipe.sections import RewriteSection
-from care_compress.recipe.slim import SlimSection
+from care_compress.recipe.slim import SlimBudgetSection, SlimSection
 from care_compress.slim.allocate import Limit, choose_widths, choose_within_both
 from care_compress.slim.cut import cut
 from care_compress.slim.places import Place, bottleneck_at, find_places
@@ -531,25 +531,42 @@ def test_hidden_numbers_are_held_to_their_part_of_the_budget() -> None:
     assert left[0] > left[1] > left[2] and losses[0] < losses[1] < losses[2]
 
 
-def test_hidden_numbers_keep_to_rules_and_are_nothing_that_a_latency_budget_asks() -> None:
+def test_hidden_numbers_keep_to_rules_and_belong_to_multiply_accumulates() -> None:
     model = care()
     cost = cost_of(model, "macs", SIZE)
     asked = slim(rules=[{"stage": 0, "least": 0.5}], hidden=0.8, multiple=4, importance="magnitude")
     plan = make_plan(model, asked, {}, cost)
     assert plan.hidden_wanted is not None and plan.hidden <= plan.hidden_wanted
     assert all(one.width >= 0.5 * one.place.channels for one in plan.widths if one.place.stage == 0)
-    timed = slim(budget={"latency": 0.7}, hidden=0.1, importance="magnitude")
-    assert hidden_limit(timed) is None
-    assert make_plan(model, timed, {}, cost).hidden > 0.07
+    for kind in ("latency", "parameters"):
+        other = slim(budget={kind: 0.7}, hidden=0.1, importance="magnitude")
+        assert hidden_limit(other) is None
+        assert make_plan(model, other, {}, cost).hidden > 0.07
     kept = slim(rules=[{"stage": 0, "least": 1.0}], hidden=0.1)
     with pytest.raises(RecipeError, match=r"slim\.hidden 0\.1 cannot be met") as refused:
         check_budget(kept, cost)
     assert "\n" not in refused.value.message
-    share = hidden_share({place: min(widths_allowed(kept, place)[0]) for place in cost.places})
+    assert "raise it to 0.59, lower slim.multiple and slim.rules" in refused.value.fix
+    tight = kept.model_copy(update={"budget": SlimBudgetSection(macs=0.4)})
+    with pytest.raises(RecipeError, match=r"slim\.hidden.* narrowest it is 1\.02") as refused:
+        check_budget(tight, cost)
+    assert refused.value.fix.startswith("raise the budget")
+    narrowest = {place: min(widths_allowed(kept, place)[0]) for place in cost.places}
+    share = hidden_share(narrowest)
     for short, part in ((True, share - 1e-6), (False, share + 1e-6)):
         asked = kept.model_copy(update={"hidden": part / kept.budget.share})
         with pytest.raises(RecipeError) if short else contextlib.nullcontext():
             check_budget(asked, cost)
+    # Where they meet to the last bit, whatever is not refused is planned.
+    for macs in (0.45, 0.5, 0.6, 0.7, 0.8, 0.9):
+        just = slim(budget={"macs": macs}, rules=[{"least": 0.5}], importance="magnitude")
+        narrowest = {place: min(widths_allowed(just, place)[0]) for place in cost.places}
+        just = just.model_copy(update={"hidden": hidden_share(narrowest) / macs})
+        with contextlib.suppress(RecipeError):
+            check_budget(just, cost)
+            assert {one.place: one.width for one in make_plan(model, just, {}, cost).widths} == (
+                narrowest
+            )
 
 
 def test_what_cannot_be_slimmed_as_asked_is_refused_in_one_line() -> None:

@@ -188,10 +188,16 @@ def test_qat_heals_where_nothing_else_does(place: Path) -> None:
     page = (run.path / "report.md").read_text()
     assert "What was cut, and what it cost" in page and "fewer multiply-accumulates" in page
     assert "| 2.0 inter1 |" in page
-    hidden = json.loads((run.path / "slim" / "plan.json").read_text())["hidden"]
+    plan = json.loads((run.path / "slim" / "plan.json").read_text())
+    hidden = plan.pop("hidden")
     assert hidden["allowed"] == pytest.approx(0.9 * 0.7)
     shown = (run.path / "report.html").read_text()
-    assert f"Of the hidden numbers {100 * hidden['left']:.1f} % stay, and 63.0 % were" in shown
+    assert f"positions) {100 * hidden['left']:.1f} % stay, and 63.0 % were allowed" in shown
+    (run.path / "slim" / "plan.json").write_text(json.dumps(plan))  # of an older run
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "int8", "--runs", str(place / "runs")])
+    assert ended.value.code == 0
+    assert "| 2.0 inter1 |" in (run.path / "report.md").read_text()
 
 
 def test_a_slimmed_checkpoint_is_quantized_like_any_other(
