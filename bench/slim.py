@@ -61,7 +61,7 @@ FILES = {
     "reconstruct, hidden": ("#c0762c", "^-"),
     "magnitude": ("#999999", "s--"),
 }
-FRESH = (0.5, 0.35)  # whose widths are trained from fresh weights, too
+FRESH = (0.5,)  # whose widths are trained from fresh weights, too
 FRESH_NAME, FRESH_LOOK = "trained so narrow", ("#8a4f9e", "v")
 FLOAT = "whole, FP32"
 CPU = torch.device("cpu")
