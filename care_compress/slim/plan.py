@@ -292,7 +292,7 @@ def print_slim_plan(plan: SlimPlan, console: Console) -> None:
     )
     if plan.hidden_wanted is not None:
         console.print(
-            f"[bold]hidden numbers[/] (channels times positions): {plan.hidden:.3f} of them after; "
+            f"[bold]hidden numbers[/] (channels times positions): {plan.hidden:.3f} stay; "
             f"slim.hidden leaves {plan.hidden_wanted:.3f}",
             highlight=False,
         )

@@ -526,7 +526,7 @@ def test_hidden_numbers_are_held_to_their_part_of_the_budget() -> None:
         assert plan.as_json()["hidden"] == {"left": plan.hidden, "allowed": plan.hidden_wanted}
         said = Console(record=True, file=io.StringIO(), width=100)
         print_slim_plan(plan, said)
-        told = f"{plan.hidden:.3f} of them after; slim.hidden leaves {0.6 * part:.3f}"
+        told = f"{plan.hidden:.3f} stay; slim.hidden leaves {0.6 * part:.3f}"
         assert told in said.export_text()
     assert left[0] > left[1] > left[2] and losses[0] < losses[1] < losses[2]
 
