@@ -113,11 +113,13 @@ def main() -> None:
         write_text(store, json.dumps(kept, indent=1) + "\n")
     cpu = machine.read_machine().cpu
     kind = "without" if machine.dot_products_in("openvino") is False else "with"
-    about = {"cpu": cpu.name, "train": options.train, "shares": list(FILE_SHARES)}
     timed = kept["files"].get(kind, {})
+    # Asked for or not, a network that was trained once stays in the table.
+    train = options.train or timed.get("train")
+    about = {"cpu": cpu.name, "train": train, "shares": list(FILE_SHARES)}
     if any(timed.get(name) != value for name, value in about.items()) and not options.no_files:
         about["date"] = str(datetime.now(UTC).date())
-        kept["files"][kind] = about | {"rows": files(values, root, options.train, console)}
+        kept["files"][kind] = about | {"rows": files(values, root, train, console)}
         write_text(store, json.dumps(kept, indent=1) + "\n")
     # What was measured on processors of the other kind stays beside it.
     told = kept | {"files": published | kept["files"]}
@@ -187,11 +189,10 @@ def files(
 
     for name, (recipe, settings) in wanted.items():
         make(name, load_recipe(recipe, settings, values))
-    for share in FRESH if train else ():
-        assert train is not None
+    for share, recipe in product(FRESH, (train,) if train else ()):
         console.print(f"training {share} from fresh weights", markup=False)
         slimmed = root / folder_of(f"reconstruct {share}") / SLIM_CUT
-        trained = train_narrow(load_checkpoint(slimmed), train, values, root, share)
+        trained = train_narrow(load_checkpoint(slimmed), recipe, values, root, share)
         narrow = values | {"model.checkpoint": str(trained)}
         make(f"{FRESH_NAME} {share}", load_recipe("int8_ptq", (), narrow))
     size = int(str(values["data.resolution"]))

@@ -72,13 +72,21 @@ class SlimPlan:
     before: float
     after: float  # as added up over places
     unit: str
-    hidden: float  # share of the hidden numbers that stays
-    hidden_wanted: float | None  # what section.hidden leaves
 
     @property
     def kept(self) -> dict[Place, tuple[int, ...]]:
         """The channels of every place that stay."""
         return {one.place: one.kept for one in self.widths}
+
+    @property
+    def hidden(self) -> float:
+        """The share of the hidden numbers that stays."""
+        return hidden_share({one.place: one.width for one in self.widths})
+
+    @property
+    def hidden_wanted(self) -> float | None:
+        """What slim.hidden leaves of them."""
+        return hidden_limit(self.section)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as programs read it."""
@@ -160,8 +168,8 @@ def check_budget(section: SlimSection, cost: Cost) -> None:
         for place in cost.places
     )
     share, budget = narrowest / cost.total, section.budget
+    rules = " and slim.rules" if section.rules else ""
     if share > budget.share:
-        rules = " and slim.rules" if section.rules else ""
         raise RecipeError(
             f"slim.budget.{budget.kind} {budget.share:g} cannot be met: with every interaction at "
             f"its narrowest, {share:.3f} of the {NAMES[budget.kind]} is left.",
@@ -174,7 +182,6 @@ def check_budget(section: SlimSection, cost: Cost) -> None:
     if hidden is not None and hidden.left(least) < 0:
         reached = hidden_share(least) / budget.share
         needed = math.ceil(100 * reached) / 100
-        rules = " and slim.rules" if section.rules else ""
         raise RecipeError(
             f"slim.hidden {section.hidden:g} cannot be met: with every interaction at its "
             f"narrowest it is {reached:.4f}.",
@@ -239,8 +246,7 @@ def make_plan(
         for place, width in chosen.items()
     )
     after = cost.fixed + sum(cost.of(one.place, one.width) for one in planned)
-    hidden_numbers = hidden_share(chosen), hidden_limit(section)
-    return SlimPlan(section, planned, wanted, cost.total, after, cost.unit, *hidden_numbers)
+    return SlimPlan(section, planned, wanted, cost.total, after, cost.unit)
 
 
 def rank(
